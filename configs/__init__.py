@@ -1,0 +1,1 @@
+"""Installs as mgvideo.configs."""

@@ -1,0 +1,3 @@
+"""mgvideo: multigrid training of video networks."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,52 @@
+"""What passes between the core and a dataset: a request for a clip, and the clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .plan import Grid
+
+
+@dataclass(frozen=True)
+class View:
+    """Which part of a video a test looks at: clip `clip` of `clips` uniformly spaced, all `crops` crops of it."""
+
+    clip: int
+    clips: int
+    crops: int  # 1: centre; 3: along the longer side
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip to read. Every random choice in reading it comes from `seed`; with a `view` there is none."""
+
+    index: int
+    grid: Grid
+    seed: int
+    view: View | None = None
+
+
+class Failure(NamedTuple):
+    """A video that could not be read."""
+
+    index: int
+    path: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """A clip as a dataset returns it.
+
+    `clip` is uint8 `[t, s, s, 3]`, for a request with a view `[crops, t, s, s, 3]`. `label` is an int64 scalar, for
+    multi-label tasks a float32 multi-hot `[classes]`. `index` is the video that the clip really came from: in training
+    a substitute's where the requested one failed, `failures` naming those; in testing the requested one's, with a
+    black clip where it failed.
+    """
+
+    clip: Tensor
+    label: Tensor
+    index: int
+    failures: tuple[Failure, ...] = ()

@@ -1,0 +1,46 @@
+"""Packaging: the checkout shows models/, datasets/ and configs/; an install owns the name mgvideo alone."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("models", "datasets", "configs")
+
+
+def mapped(folder: str) -> list[str]:
+    """The packages of a top-level folder under the names that they install as."""
+    return [f"mgvideo.{folder}", *(f"mgvideo.{folder}.{name}" for name in find_packages(folder))]
+
+
+setup(
+    name="mgvideo",
+    version="0.1.0",
+    description="Train video networks several times faster with the multigrid method",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["mgvideo", "mgvideo.*"]), *(p for f in FOLDERS for p in mapped(f))],
+    package_dir={f"mgvideo.{folder}": folder for folder in FOLDERS},
+    package_data={"mgvideo.configs": ["**/*.yaml"]},
+    entry_points={"console_scripts": ["mgvideo = mgvideo.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "fvcore",
+        "iopath",
+        "decord",
+        "hydra-core>=1.3",
+        "tensorboard",
+        "av",
+        "torchmetrics",
+        "rich",
+        "matplotlib",
+        "psutil",
+    ],
+    extras_require={
+        "torchcodec": ["torchcodec"],
+        "slurm": ["hydra-submitit-launcher"],
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "build"],
+    },
+)
