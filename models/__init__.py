@@ -1,1 +1,1 @@
-"""Installs as mgvideo.models."""
+"""The backbones, one family a file. Installs as mgvideo.models."""

@@ -1,0 +1,191 @@
+"""What the residual video networks share: stem, bottleneck stages, head and initialisation.
+
+After He et al. (arXiv 1512.03385) in the 3D form of Feichtenhofer et al. (arXiv 1812.03982): the stride is on the
+3×3 convolution, every convolution pads to keep its size, batch norm has eps 1e-5 and momentum 0.1.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
+
+import torch
+import torch.nn.functional as F
+from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor, nn
+
+from mgvideo.errors import UserError
+
+from .nonlocal_block import NonLocal
+
+EXPANSION = 4  # a bottleneck's output has so many times its inner channels
+BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # depth → blocks in res2 … res5
+
+Triple = tuple[int, int, int]  # time, height, width
+Kernels = Sequence[
+    Sequence[int]
+]  # for each stage, for each of its blocks, the temporal kernel of its first convolution
+
+
+def temporal_kernels(depth: int, cycles: Kernels, temporal_depth: int | None = None) -> Kernels:
+    """The temporal kernels of a network of this depth: in each stage its blocks go round that stage's cycle.
+
+    With `temporal_depth`, only as many blocks of a stage as a network of that depth has are temporal, the rest have
+    kernel 1.
+    """
+    for value in (depth, temporal_depth or depth):
+        if value not in BLOCKS:
+            raise UserError(f"a network of depth {value} is not known: choose one of {sorted(BLOCKS)}")
+    limits = BLOCKS[temporal_depth or depth]
+    return [
+        [kernel if block < limit else 1 for block, kernel in enumerate(islice(cycle(kernels), blocks))]
+        for kernels, blocks, limit in zip(cycles, BLOCKS[depth], limits, strict=True)
+    ]
+
+
+def conv(in_channels: int, channels: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> nn.Conv3d:
+    """A convolution without bias that pads by half its kernel."""
+    t, h, w = kernel
+    return nn.Conv3d(in_channels, channels, kernel, stride, (t // 2, h // 2, w // 2), bias=False)
+
+
+class Stem(nn.Sequential):
+    """k×7×7 convolution of stride 2 and 3×3 max pooling of stride 2: a quarter of the size, all of the frames."""
+
+    def __init__(self, channels: int, temporal_kernel: int, *, pool: bool = True) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv=conv(3, channels, (temporal_kernel, 7, 7), (1, 2, 2)),
+            bn=nn.BatchNorm3d(channels),
+            relu=nn.ReLU(inplace=True),
+        )
+        if pool:
+            layers["pool"] = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+        super().__init__(layers)
+
+
+class TemporalPool(nn.Module):
+    """Max over pairs of frames; a single frame stays as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, c, t, h, w]` → `[n, c, t // 2, h, w]`."""
+        return F.max_pool3d(x, (min(2, x.shape[2]), 1, 1))
+
+
+class Bottleneck(nn.Module):
+    """k×1×1, 1×3×3 and 1×1×1 convolutions with a shortcut; `[n, c, t, h, w]` → `[n, 4 · inner, t / st, h / s, w / s]`.
+
+    `conv_b`, where given, takes the place of the 1×3×3 convolution, and has to have the same stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        inner: int,
+        kernel: int = 1,
+        stride: Triple = (1, 1, 1),
+        conv_b: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        channels = inner * EXPANSION
+        self.conv_a = conv(in_channels, inner, (kernel, 1, 1))
+        self.bn_a = nn.BatchNorm3d(inner)
+        self.conv_b = conv_b or conv(inner, inner, (1, 3, 3), stride)
+        self.bn_b = nn.BatchNorm3d(inner)
+        self.conv_c = conv(inner, channels, (1, 1, 1))
+        self.bn_c = nn.BatchNorm3d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.projects = in_channels != channels or stride != (1, 1, 1)
+        if self.projects:
+            self.shortcut = conv(in_channels, channels, (1, 1, 1), stride)
+            self.shortcut_bn = nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, c, t, h, w]` → `[n, 4 · inner, t', h', w']`."""
+        branch = self.relu(self.bn_a(self.conv_a(x)))
+        branch = self.relu(self.bn_b(self.conv_b(branch)))
+        branch = self.bn_c(self.conv_c(branch))
+        if self.projects:
+            x = self.shortcut_bn(self.shortcut(x))
+        return self.relu(x + branch)
+
+
+class Pathway(nn.Sequential):
+    """A stem and the residual stages res2, res3, …: `[n, 3, t, h, w]` → features `[n, c, t', h', w']`.
+
+    `lateral` channels are expected beside each stage's own input. `nonlocal_blocks` names a stage's blocks that a
+    non-local block follows, as in `{"res3": [1, 3]}`.
+    """
+
+    stem: Stem
+
+    def __init__(
+        self,
+        width: int,
+        stem_kernel: int,
+        kernels: Kernels,
+        *,
+        temporal_pool: bool = False,
+        lateral: Sequence[int] | None = None,
+        nonlocal_blocks: Mapping[str, Sequence[int]] | None = None,
+        nonlocal_mode: str = "softmax",
+    ) -> None:
+        super().__init__(OrderedDict(stem=Stem(width, stem_kernel)))
+        nonlocal_blocks = nonlocal_blocks or {}
+        channels, inner = width, width
+        for stage, blocks in enumerate(kernels):
+            name = f"res{stage + 2}"
+            channels += lateral[stage] if lateral else 0
+            after = nonlocal_blocks.get(name, ())
+            self.add_module(name, residual_stage(channels, inner, blocks, 1 if stage == 0 else 2, after, nonlocal_mode))
+            if temporal_pool and stage == 0:
+                self.add_module("pool", TemporalPool())
+            channels, inner = inner * EXPANSION, inner * 2
+        self.channels = channels
+
+    def stages(self) -> list[nn.Module]:
+        """What follows the stem."""
+        return list(self)[1:]
+
+
+def residual_stage(
+    in_channels: int, inner: int, kernels: Sequence[int], stride: int, nonlocal_after: Sequence[int], nonlocal_mode: str
+) -> nn.Sequential:
+    """Bottlenecks of these temporal kernels, the first of this spatial stride, with non-local blocks between."""
+    stage = nn.Sequential()
+    for i, kernel in enumerate(kernels):
+        block = Bottleneck(in_channels, inner, kernel, (1, stride, stride) if i == 0 else (1, 1, 1))
+        stage.add_module(f"block{i}", block)
+        in_channels = inner * EXPANSION
+        if i in nonlocal_after:
+            stage.add_module(f"nonlocal{i}", NonLocal(in_channels, nonlocal_mode))
+    return stage
+
+
+class Head(nn.Module):
+    """Averages each pathway over all of its positions, whatever their number, then dropout and one linear layer."""
+
+    def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, *pathways: Tensor) -> Tensor:
+        """Features `[n, c, t, h, w]`, one a pathway → logits `[n, classes]`."""
+        pooled = torch.cat([features.mean((2, 3, 4)) for features in pathways], dim=1)
+        return self.fc(self.dropout(pooled))
+
+
+def init_weights(model: nn.Module) -> None:
+    """Initialises in place as published: He's fan-out normal, zero for the last batch norm of every residual branch."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            c2_msra_fill(module)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            nn.init.zeros_(module.bn_c.weight)
+        elif isinstance(module, NonLocal):
+            nn.init.zeros_(module.bn.weight)

@@ -1,0 +1,125 @@
+"""SlowFast: a wide pathway on few frames and a narrow one on all of them (Feichtenhofer et al., arXiv 1812.03982)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from mgvideo.errors import UserError
+
+from .resnet import EXPANSION, Head, Kernels, Pathway, conv, init_weights, temporal_kernels
+
+FUSION_RATIO = 2  # a lateral connection has so many times the fast pathway's channels
+
+
+@cache
+@torch.compiler.assume_constant_result
+def slow_indices(frames: int, alpha: int) -> tuple[int, ...]:
+    """The frames that the slow pathway takes: `frames // alpha` (at least one), evenly spaced, truncated to integers.
+
+    In float32 and on the CPU as published: for some lengths exact arithmetic gives a neighbouring frame.
+    """
+    return tuple(torch.linspace(0, frames - 1, max(1, frames // alpha)).long().tolist())
+
+
+class Fusion(nn.Sequential):
+    """The lateral connection from fast to slow: a temporal convolution of stride alpha."""
+
+    def __init__(self, channels: int, kernel: int, alpha: int) -> None:
+        super().__init__(
+            OrderedDict(
+                conv=conv(channels, channels * FUSION_RATIO, (kernel, 1, 1), (alpha, 1, 1)),
+                bn=nn.BatchNorm3d(channels * FUSION_RATIO),
+                relu=nn.ReLU(inplace=True),
+            )
+        )
+
+
+class SlowFast(nn.Module):
+    """SlowFast: float `[n, 3, t, h, w]`, the fast pathway's frames → logits `[n, classes]`, for any t, h, w.
+
+    `slow_kernels` and `fast_kernels` give every block's temporal kernel, stage by stage; the other arguments are as in
+    `slowfast`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        slow_kernels: Kernels,
+        fast_kernels: Kernels,
+        *,
+        width: int,
+        dropout: float,
+        alpha: int,
+        beta_inv: int,
+        fusion_kernel: int,
+        nonlocal_blocks: Mapping[str, Sequence[int]] | None = None,
+        nonlocal_mode: str = "dot_product",
+    ) -> None:
+        super().__init__()
+        if width % beta_inv:
+            raise UserError(f"width {width} cannot be divided by beta_inv {beta_inv}: choose a multiple of it")
+        self.alpha = alpha
+        narrow = width // beta_inv
+        # What each stage but the last hands over: the stem, then stages that double their channels.
+        fast_channels = [narrow, *(narrow * EXPANSION * 2**i for i in range(len(fast_kernels) - 1))]
+        self.slow = Pathway(
+            width,
+            1,
+            slow_kernels,
+            lateral=[channels * FUSION_RATIO for channels in fast_channels],
+            nonlocal_blocks=nonlocal_blocks,
+            nonlocal_mode=nonlocal_mode,
+        )
+        self.fast = Pathway(narrow, 5, fast_kernels)
+        self.fusions = nn.ModuleList(Fusion(channels, fusion_kernel, alpha) for channels in fast_channels)
+        self.head = Head(self.slow.channels + self.fast.channels, num_classes, dropout)
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, 3, t, h, w]` → `[n, classes]`."""
+        # Slices and not an index tensor, which would have to be copied to the device while it waits.
+        slow = torch.cat([x[:, :, i : i + 1] for i in slow_indices(x.shape[2], self.alpha)], dim=2)
+        slow, fast = self.slow.stem(slow), self.fast.stem(x)
+        for fusion, slow_stage, fast_stage in zip(self.fusions, self.slow.stages(), self.fast.stages(), strict=True):
+            # Where alpha does not divide the frames, the convolution gives one step more than the slow pathway has.
+            lateral = fusion(fast)[:, :, : slow.shape[2]]
+            slow, fast = slow_stage(torch.cat([slow, lateral], dim=1)), fast_stage(fast)
+        return self.head(slow, fast)
+
+
+def slowfast(
+    num_classes: int,
+    *,
+    width: int = 64,
+    depth: int = 50,
+    temporal_depth: int | None = None,
+    dropout: float = 0.5,
+    alpha: int = 4,
+    beta_inv: int = 8,
+    fusion_kernel: int = 7,
+    nonlocal_blocks: Mapping[str, Sequence[int]] | None = None,
+    nonlocal_mode: str = "dot_product",
+) -> SlowFast:
+    """SlowFast as published.
+
+    `width` is the slow stem's channels, the fast pathway has 1/`beta_inv` of them and `alpha` times the frames.
+    `temporal_depth` is the depth that the temporal kernels are laid out for, where it is not `depth`. Non-local blocks
+    sit in the slow pathway, named as in `{"res3": [1, 3]}`.
+    """
+    return SlowFast(
+        num_classes,
+        temporal_kernels(depth, ((1,), (1,), (3,), (3,)), temporal_depth),
+        temporal_kernels(depth, ((3,), (3,), (3,), (3,)), temporal_depth),
+        width=width,
+        dropout=dropout,
+        alpha=alpha,
+        beta_inv=beta_inv,
+        fusion_kernel=fusion_kernel,
+        nonlocal_blocks=nonlocal_blocks,
+        nonlocal_mode=nonlocal_mode,
+    )

@@ -1,0 +1,31 @@
+"""Small networks for small clips: the families' own parts with few layers and a total spatial stride of 8."""
+
+from __future__ import annotations
+
+from .i3d import ResNet3d
+from .r2plus1d import R2Plus1D
+from .slowfast import SlowFast
+
+
+def slowfast_small(num_classes: int, *, width: int = 32, dropout: float = 0.0) -> SlowFast:
+    """SlowFast of two stages; the fast pathway has a quarter of the channels and four times the frames."""
+    return SlowFast(
+        num_classes,
+        slow_kernels=((1,), (3,)),
+        fast_kernels=((3,), (3,)),
+        width=width,
+        dropout=dropout,
+        alpha=4,
+        beta_inv=4,
+        fusion_kernel=5,
+    )
+
+
+def i3d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> ResNet3d:
+    """I3D of two stages."""
+    return ResNet3d(num_classes, 5, ((3,), (3,)), width=width, dropout=dropout, temporal_pool=True)
+
+
+def r2plus1d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> R2Plus1D:
+    """R(2+1)D of four blocks in three stages."""
+    return R2Plus1D(num_classes, (1, 1, 2), width=width, dropout=dropout)

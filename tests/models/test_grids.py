@@ -1,0 +1,96 @@
+"""Every network takes every grid: those of the published plans, and odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import NAMES, build
+
+from mgvideo.errors import UserError
+from mgvideo.models.slowfast import slow_indices
+
+# The largest clips only for one network a family: at full length they take seconds each.
+LARGE = [
+    ("slowfast_8x8_r50", 32, 224),
+    ("slowfast_16x8_r50", 64, 224),
+    ("slowfast_nln_8x8_r50", 32, 158),
+    ("i3d_nln_r50", 16, 224),
+    ("r2plus1d_18", 16, 224),
+    ("r2plus1d_r50", 32, 158),
+    ("slow_r50", 32, 224),
+    ("c2d_r50", 32, 224),
+]
+
+
+def check(name: str, frames: int, size: int, batch: int) -> None:
+    torch.manual_seed(0)
+    model = build(name, width=8)
+    logits = model(torch.randn(batch, 3, frames, size, size))
+    assert logits.shape == (batch, 10)
+    logits.square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert torch.isfinite(parameter.grad).all(), key
+
+
+@pytest.mark.parametrize(("frames", "size"), [(8, 158), (16, 112), (3, 79), (1, 57), (13, 90)])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_network_trains_on_small_and_odd_clips(name: str, frames: int, size: int) -> None:
+    check(name, frames, size, batch=2)
+
+
+@pytest.mark.parametrize(("name", "frames", "size"), LARGE)
+def test_large_clips(name: str, frames: int, size: int) -> None:
+    check(name, frames, size, batch=1)
+
+
+@pytest.mark.parametrize("alpha", [2, 4, 8])
+def test_slow_pathway_takes_the_published_frames(alpha: int) -> None:
+    assert slow_indices(32, 4) == (0, 4, 8, 13, 17, 22, 26, 31)
+    assert slow_indices(3, 8) == (0,)
+    for frames in range(1, 300):
+        expected = torch.linspace(0, frames - 1, max(1, frames // alpha)).long()
+        assert slow_indices(frames, alpha) == tuple(expected.tolist())
+
+
+def test_slow_pathway_sees_these_frames_and_no_others() -> None:
+    model = build("slowfast_small", width=8).eval()
+    seen: list[torch.Tensor] = []
+    model.slow.stem.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    frames = torch.arange(18.0).view(1, 1, 18, 1, 1).expand(2, 3, 18, 64, 64)
+    with torch.no_grad():
+        model(frames)
+    assert seen[0][0, 0, :, 0, 0].tolist() == [0.0, 5.0, 11.0, 17.0]
+
+
+def test_clips_keep_channels_last() -> None:
+    model = build("slowfast_small").to(memory_format=torch.channels_last_3d)
+    clip = torch.randn(2, 8, 64, 64, 3).permute(0, 4, 1, 2, 3)
+    layouts: dict[str, bool] = {}
+
+    def note(name: str, clip: torch.Tensor) -> None:
+        layouts[name] = clip.is_contiguous(memory_format=torch.channels_last_3d)
+
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv3d, torch.nn.BatchNorm3d)):
+            module.register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
+    # Not in float32: there torch takes another kernel for small clips on a single thread, which gives up the layout.
+    with torch.autocast("cpu", torch.bfloat16):
+        model(clip)
+    assert layouts
+    assert [name for name, last in layouts.items() if not last] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("slowfast_8x8_r50", {"depth": 18}, "depth 18"),
+        ("r2plus1d_18", {"depth": 50}, "depth 50"),
+        ("slowfast_8x8_r50", {"width": 12}, "width 12"),
+        ("i3d_nln_r50", {"nonlocal_mode": "gaussian"}, "gaussian"),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, overrides: dict[str, object], words: str) -> None:
+    with pytest.raises(Exception, match=words) as error:
+        build(name, **overrides)
+    assert isinstance(error.value.__cause__ or error.value, UserError)

@@ -1,0 +1,21 @@
+"""The networks of configs/model, built as the command line builds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+from omegaconf import OmegaConf
+from torch import nn
+
+import mgvideo.configs
+
+FOLDER = Path(mgvideo.configs.__path__[0]) / "model"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def build(name: str, num_classes: int = 10, **overrides: object) -> nn.Module:
+    """The network of a config file, with some of its keys overridden."""
+    model = OmegaConf.merge(OmegaConf.load(FOLDER / f"{name}.yaml"), overrides)
+    run = OmegaConf.create({"model": model, "dataset": {"num_classes": num_classes}})
+    return hydra.utils.instantiate(run.model)
