@@ -1,0 +1,321 @@
+"""Batch norm over groups: against separate batch norms, the aggregation formula, and real ranks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fvcore.nn.precise_bn import update_bn_stats
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mgvideo.batchnorm import GroupBatchNorm3d, convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.errors import UserError
+
+CHANNELS = 6
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
+LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
+
+
+def clips(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`[n, 6, 2, 3, 3]`, every clip and channel with its own mean and scale."""
+    g = torch.Generator().manual_seed(seed)
+    values, mean, scale = (torch.randn(n, CHANNELS, *s, generator=g) for s in ((2, 3, 3), (1, 1, 1), (1, 1, 1)))
+    return (values * (1 + scale.abs()) + 3 * mean).to(dtype)
+
+
+def plain(dtype: torch.dtype = torch.float64) -> nn.BatchNorm3d:
+    g = torch.Generator().manual_seed(7)
+    bn = nn.BatchNorm3d(CHANNELS, momentum=0.3).to(dtype)
+    for tensor in (bn.weight.data, bn.bias.data, bn.running_mean, bn.running_var):
+        tensor.copy_(torch.rand(CHANNELS, generator=g) + 0.5)
+    return bn
+
+
+def grouped(groups: int, dtype: torch.dtype = torch.float64) -> GroupBatchNorm3d:
+    bn = convert_group_batchnorm(plain(dtype))
+    set_bn_groups(bn, groups)
+    return bn
+
+
+def step(bn: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, and gradients of input, weight and bias, for a fixed random gradient of the output."""
+    x = x.clone().requires_grad_()
+    y = bn(x)
+    grads = torch.autograd.grad((y * clips(len(x), seed, y.dtype)).sum(), [x, bn.weight, bn.bias])
+    return y.detach(), *grads
+
+
+def aggregate(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula: from `[groups, channels]`."""
+    return means.mean(0), variances.mean(0) + means.var(0, correction=0)
+
+
+def after(bn: nn.BatchNorm3d, x: Tensor, groups: int) -> dict[str, Tensor]:
+    """The state of `bn` after one update with x cut into groups."""
+    runs = x.double().unflatten(0, (groups, -1))
+    mean, var = aggregate(runs.mean((1, 3, 4, 5)), runs.var((1, 3, 4, 5)))
+    state = {key: value.clone() for key, value in bn.state_dict().items()}
+    state["running_mean"] = ((1 - bn.momentum) * bn.running_mean + bn.momentum * mean).to(x.dtype)
+    state["running_var"] = ((1 - bn.momentum) * bn.running_var + bn.momentum * var).to(x.dtype)
+    state["num_batches_tracked"] += 1
+    return state
+
+
+def test_conversion_keeps_modules_parameters_and_names():
+    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.BatchNorm2d(4))
+    before = list(model), list(model.parameters()), list(model.state_dict())
+    assert convert_group_batchnorm(model) is model
+    assert [type(m) for m in model] == [nn.Conv3d, GroupBatchNorm3d, nn.BatchNorm2d]
+    for old, new in zip(before, (list(model), list(model.parameters()), list(model.state_dict())), strict=True):
+        assert all(a is b or a == b for a, b in zip(old, new, strict=True))
+    nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.BatchNorm2d(4)).load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_one_group_is_batchnorm(deferred: bool, momentum: float | None):
+    want, got = plain(torch.float32), grouped(1, torch.float32)
+    want.momentum = got.momentum = momentum
+    for seed in range(3):
+        x = clips(8, seed, torch.float32)
+        expected = step(want, x)
+        if deferred:
+            with deferred_running_stats(got):
+                actual = step(got, x)
+        else:
+            actual = step(got, x)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    torch.testing.assert_close(got.state_dict(), want.state_dict(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(got.eval()(x), want.eval()(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [2, 4, 8])
+def test_groups_equal_separate_batchnorms(groups: int, layout: torch.memory_format):
+    x = clips(8)
+    gradient = clips(8, seed=1)
+    want = []
+    for x_i, g_i in zip(x.chunk(groups), gradient.chunk(groups), strict=True):
+        bn = plain()
+        x_i = x_i.clone().requires_grad_()
+        y_i = bn(x_i)
+        want.append((y_i.detach(), *torch.autograd.grad(y_i, [x_i, bn.weight, bn.bias], g_i)))
+    y, dx, dweight, dbias = zip(*want, strict=True)
+    got = step(grouped(groups), x.to(memory_format=layout))
+    torch.testing.assert_close(got, (torch.cat(y), torch.cat(dx), sum(dweight), sum(dbias)), **CLOSE)
+    assert got[0].is_contiguous(memory_format=layout)
+    assert got[1].is_contiguous(memory_format=layout)
+
+
+def test_gradcheck():
+    bn = grouped(2)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(bn, {"weight": w, "bias": b}, x),
+        (clips(4)[..., :1, :2].requires_grad_(), bn.weight.detach().requires_grad_(), bn.bias),
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_forward_updates_by_the_formula(groups: int):
+    bn, x = grouped(groups), clips(8)
+    want = after(bn, x, groups)
+    bn(x)
+    torch.testing.assert_close(bn.state_dict(), want, **CLOSE)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_running_statistics_do_not_depend_on_micro_batches(micro_batches: int):
+    x = clips(16)
+    model = nn.Sequential(grouped(4 // micro_batches), nn.ReLU(inplace=True), grouped(4 // micro_batches))
+    middle = torch.cat([nn.Sequential(grouped(1), nn.ReLU())(x_i) for x_i in x.chunk(4)])
+    want = [after(model[0], x, 4), after(model[2], middle, 4)]
+    with deferred_running_stats(model):
+        for x_i in x.chunk(micro_batches):
+            model(x_i).sum().backward()
+        assert model[0].num_batches_tracked == 0
+    for bn, state in zip((model[0], model[2]), want, strict=True):
+        torch.testing.assert_close(bn.state_dict(), state, **CLOSE)
+
+
+def test_a_layer_that_did_not_run_keeps_its_statistics():
+    used, unused = grouped(2), grouped(2)
+    before = {key: value.clone() for key, value in unused.state_dict().items()}
+    with deferred_running_stats(nn.ModuleList([used, unused])):
+        used(clips(4))
+    assert used.num_batches_tracked == 1
+    torch.testing.assert_close(unused.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_failed_step_leaves_running_statistics():
+    bn = grouped(2)
+    before = {key: value.clone() for key, value in bn.state_dict().items()}
+    with pytest.raises(ValueError, match="5D"), deferred_running_stats(bn):
+        bn(bn(clips(4))[0])
+    torch.testing.assert_close(bn.state_dict(), before, rtol=0, atol=0)
+    bn(clips(4))  # and updates at once again
+    assert bn.num_batches_tracked == 1
+
+
+def test_variance_of_nearly_constant_channels_far_from_zero():
+    x = 100 + 0.01 * clips(8, dtype=torch.float32)
+    bn = grouped(2, torch.float32)
+    bn.momentum = 1.0
+    bn(x)
+    runs = x.double().unflatten(0, (2, -1))
+    want = aggregate(runs.mean((1, 3, 4, 5)), runs.var((1, 3, 4, 5)))
+    torch.testing.assert_close((bn.running_mean.double(), bn.running_var.double()), want, rtol=1e-3, atol=0)
+
+
+def test_precise_bn_sees_every_batch():
+    model = nn.Sequential(grouped(2))
+    batches = [clips(8, seed) for seed in range(3)]
+    update_bn_stats(model, batches, num_iters=3)
+    runs = torch.stack(batches).unflatten(1, (2, -1))
+    values = runs[0, 0].numel() * 2 / CHANNELS
+    means, variances = runs.mean((2, 4, 5, 6)), runs.var((2, 4, 5, 6))
+    per_batch = [aggregate(m, v) for m, v in zip(means, variances, strict=True)]
+    mean = torch.stack([m for m, _ in per_batch]).mean(0)
+    square = torch.stack([m.square() + v * (values - 1) / values for m, v in per_batch]).mean(0)
+    torch.testing.assert_close(model[0].running_mean, mean)
+    torch.testing.assert_close(model[0].running_var, square - mean.square())
+    assert model[0].momentum == 0.3
+
+
+def test_bad_groups_are_told():
+    bn = grouped(3)
+    with pytest.raises(UserError, match="8 clips cannot be cut into 3 equal groups"):
+        bn(clips(8))
+    bn.eval()(clips(8))
+    with pytest.raises(UserError, match="at least 1"):
+        set_bn_groups(bn, 0)
+
+
+class NoWholeCopies(TorchDispatchMode):
+    """Fails where an operation copies or converts a whole batch of clips."""
+
+    def __init__(self, batch: torch.Size):
+        super().__init__()
+        self.batch = batch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        copies = ("aten::clone", "aten::_to_copy", "aten::cat", "aten::contiguous")
+        assert not (func.name() in copies and out.shape == self.batch), f"{func} copies the batch"
+        return out
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_autocast_in_channels_last_copies_nothing(groups: int):
+    x = clips(4, dtype=torch.float32)
+    want = step(grouped(groups, torch.float32), x)
+    bn = grouped(groups, torch.float32)
+    low = x.to(torch.bfloat16, memory_format=torch.channels_last_3d).requires_grad_()
+    gradient = clips(4, seed=1).to(torch.bfloat16, memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16), NoWholeCopies(x.shape), deferred_running_stats(bn):
+        y = bn(low)
+        y.backward(gradient)
+    assert y.dtype == low.grad.dtype == torch.bfloat16
+    assert y.stride() == low.grad.stride() == low.stride()
+    assert bn.weight.grad.dtype == bn.running_mean.dtype == torch.float32
+    for got, expected in zip((y, low.grad, bn.weight.grad, bn.bias.grad), want, strict=True):
+        torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.03 * expected.abs().max().item())
+    torch.testing.assert_close(bn.running_var, after(plain(torch.float32), x, groups)["running_var"], rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_compiles_into_one_graph(groups: int):
+    model = nn.Sequential(grouped(groups), nn.ReLU(inplace=True), grouped(groups))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, want = [], []
+    for forward, results in ((compiled, got), (model, want)):
+        model.zero_grad()
+        model.load_state_dict(nn.Sequential(plain(), nn.ReLU(), plain()).state_dict())
+        for seed in range(2):
+            with deferred_running_stats(model):
+                y = forward(clips(4, seed))
+                (y * clips(4, 1)).sum().backward()
+            results.append(y.detach())
+        results += [p.grad.clone() for p in model.parameters()] + [b.clone() for b in model.buffers()]
+    torch.testing.assert_close(got, want)
+
+
+SHARES = {"even": (4, 4), "uneven": (6, 2)}
+
+
+def rank_steps(rank: int, folder: Path) -> None:
+    """What one of two ranks does: for each cut of 8 clips, shared statistics in 1 and 2 groups; then own groups."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    results = {}
+    for name, shares in SHARES.items():
+        mine = clips(8).split(shares)[rank]
+        gradient = clips(8, seed=1).split(shares)[rank]
+        for groups in (1, 2):
+            bn = grouped(1)
+            set_bn_groups(bn, groups, dist.group.WORLD)
+            x = mine.clone(memory_format=LAYOUTS[groups - 1]).requires_grad_()
+            with deferred_running_stats(bn):
+                y = bn(x)
+                y.backward(gradient)
+            at_once = grouped(1)
+            set_bn_groups(at_once, groups, dist.group.WORLD)
+            at_once(mine)
+            results[name, groups] = (
+                y.detach(),
+                x.grad,
+                bn.weight.grad,
+                bn.bias.grad,
+                bn.state_dict(),
+                at_once.state_dict(),
+            )
+    bn = grouped((3, 1)[rank])
+    with deferred_running_stats(bn):
+        bn(clips(8).split((6, 2))[rank])
+    results["own groups"] = bn.state_dict()
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    context = mp.spawn(rank_steps, args=(folder,), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the ranks hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_shared_groups_equal_one_process(two_ranks: list[dict], shares: str, groups: int):
+    # A rank's i-th run is its part of group i.
+    parts = [torch.arange(8).split(SHARES[shares])[rank].chunk(groups) for rank in range(2)]
+    order = torch.cat([part for group in zip(*parts, strict=True) for part in group])
+    inverse = order.argsort()
+    x = clips(8)[order].requires_grad_()
+    bn = grouped(groups)
+    y = bn(x)
+    y.backward(clips(8, seed=1)[order])
+    got_y, got_dx, dweight, dbias, *states = zip(*(results[shares, groups] for results in two_ranks), strict=True)
+    assert sum(map(len, got_y)) == 8
+    torch.testing.assert_close((torch.cat(got_y), torch.cat(got_dx)), (y.detach()[inverse], x.grad[inverse]), **CLOSE)
+    torch.testing.assert_close((sum(dweight), sum(dbias)), (bn.weight.grad, bn.bias.grad), **CLOSE)
+    want = after(plain(), clips(8)[order], groups)
+    for state in (state for pair in states for state in pair):
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(state[name], want[name], **CLOSE)
+
+
+def test_running_statistics_do_not_depend_on_ranks(two_ranks: list[dict]):
+    want = after(plain(), clips(8), 4)
+    for results in two_ranks:
+        torch.testing.assert_close(results["own groups"], want, **CLOSE)
