@@ -1,0 +1,83 @@
+"""Datasets from list files, as Kinetics is usually kept: one `path label` a line."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mgvideo.errors import UserError
+
+from .decoders import Decoder
+from .video import Entry, VideoDataset
+
+
+def video_list(
+    root: str,
+    list_file: str,
+    num_classes: int | None = None,
+    classes_file: str = "classes.txt",
+    multi_label: bool = False,
+    decoder: Decoder | None = None,
+    flip: bool = True,
+    inverse_jitter: bool = False,
+) -> VideoDataset:
+    """The videos of a list file; paths in it, and the file itself, are relative to `root`.
+
+    A line is `path label`, separated by spaces, a tab or a comma; the last separator counts, so that paths may hold
+    spaces. Several labels are joined by `;`. Class names are the lines of `classes_file`, if it is there. Without
+    `num_classes` the names count them, or else the highest label.
+    """
+    if not os.path.isdir(root):
+        raise UserError(f"dataset.root: no folder {root}; set dataset.root to where the videos are")
+    file = os.path.join(root, list_file)
+    entries = read_list(file, multi_label)
+    names = read_classes(os.path.join(root, classes_file))
+    classes = num_classes or len(names) or 1 + max(max(_labels(entry)) for _, entry in entries)
+    for number, entry in entries:
+        if not 0 <= min(_labels(entry)) <= max(_labels(entry)) < classes:
+            raise UserError(
+                f"{file}:{number}: label {entry.label} is not in 0 to {classes - 1}; see dataset.num_classes"
+            )
+    if names and len(names) != classes:
+        raise UserError(f"{classes_file} in {root}: {len(names)} names for {classes} classes; see dataset.num_classes")
+    names = names or [str(i) for i in range(classes)]
+    return VideoDataset(root, [entry for _, entry in entries], names, decoder, flip, inverse_jitter)
+
+
+def read_list(file: str, multi_label: bool) -> list[tuple[int, Entry]]:
+    """Line numbers, from 1, and entries of a list file; raises UserError."""
+    entries = []
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*(.*[^\s,])[\s,]+(\d+(?:;\d+)*)\s*", line)
+        if not match:
+            raise UserError(f"{file}:{number}: expected 'path label', found {line.strip()[:80]!r}")
+        labels = tuple(int(label) for label in match[2].split(";"))
+        if len(labels) > 1 and not multi_label:
+            raise UserError(f"{file}:{number}: several labels, {match[2]}, where the task has one a video")
+        entries.append((number, Entry(match[1], labels if multi_label else labels[0])))
+    if not entries:
+        raise UserError(f"{file}: no videos in the list")
+    return entries
+
+
+def read_lines(file: str) -> list[str]:
+    """Lines of a text file; raises UserError."""
+    try:
+        return Path(file).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: is not a UTF-8 text file") from None
+
+
+def read_classes(file: str) -> list[str]:
+    """Class names, one a line, in the order of their labels; none where there is no such file."""
+    return [line.strip() for line in read_lines(file) if line.strip()] if os.path.isfile(file) else []
+
+
+def _labels(entry: Entry) -> Sequence[int]:
+    return (entry.label,) if isinstance(entry.label, int) else entry.label

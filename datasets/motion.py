@@ -1,0 +1,226 @@
+"""Motion: an embedded dataset of real mp4 files whose eight classes only motion tells apart.
+
+A textured blob over a textured background moves left, right, up or down, turns, or grows or shrinks. At every frame
+of a video its place is uniform over the frame (which wraps round), its angle over the circle and its size over a range
+(past whose end it starts again at the other), in all classes alike: a single frame says nothing about the class.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from mgvideo.errors import UserError
+
+from .decoders import Decoder
+from .lists import video_list
+from .video import VideoDataset
+
+CLASSES = (
+    "moves left",
+    "moves right",
+    "moves up",
+    "moves down",
+    "turns clockwise",
+    "turns counter-clockwise",
+    "grows",
+    "shrinks",
+)
+VELOCITIES = {0: (-1, 0), 1: (1, 0), 2: (0, -1), 3: (0, 1)}
+TURNS = {4: 1, 5: -1}
+GROWTHS = {6: 1, 7: -1}
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What a Motion dataset is made of, and so how hard it is. Lengths are shares of the frame's height."""
+
+    train: int = 1024  # videos
+    val: int = 256
+    frames: int = 48
+    height: int = 84
+    width: int = 112
+    fps: int = 24
+    keyframe: int = 12  # frames from one keyframe to the next
+    shapes: int = 1  # blobs in a video, each with another class; with more than one the task is multi-label
+    sizes: tuple[float, float] = (0.17, 0.37)  # of the blob, from its centre to its farthest point
+    speeds: tuple[float, float] = (0.0095, 0.019)  # per frame, of a moving blob and of a turning one's rim
+    growth: float = 0.25  # speed of a growing blob's rim against a moving blob's
+    contrast: tuple[float, float] = (0.15, 0.3)  # in brightness, between blob and background
+    texture: tuple[float, float] = (0.04, 0.08)  # strength of the background's and the blob's
+    colour: float = 0.12  # strength of tints
+    crf: int = 20  # x264's quality: smaller is better
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        low, high = self.sizes
+        if not 0 < low < high <= 0.5:
+            raise UserError(f"Motion: sizes must rise, above 0 and up to 0.5 of the height, not {tuple(self.sizes)}")
+        if self.height % 2 or self.width % 2 or self.width < self.height:
+            raise UserError(
+                f"Motion: width and height must be even and width at least height, not {self.width}×{self.height}"
+            )
+        if not 1 <= self.shapes <= len(CLASSES):
+            raise UserError(f"Motion: shapes must be 1 to {len(CLASSES)}, not {self.shapes}")
+        if min(self.train, self.val, self.frames) < 1:
+            raise UserError("Motion: train, val and frames must be at least 1")
+
+    @property
+    def name(self) -> str:
+        """Name of the folder that these knobs make: other knobs, another folder."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.train}+{self.val}-{self.frames}x{self.width}x{self.height}-{digest[:8]}"
+
+
+def make_motion(root: str, knobs: Knobs, processes: int | None = None) -> Path:
+    """Make the dataset under `root` unless it is there, and return its folder.
+
+    The folder holds mp4 files, `train.csv` and `val.csv` (`path label`, several labels joined by `;`), `classes.txt`
+    and `knobs.json`. It appears complete or not at all; of several processes one makes it and the others wait.
+    """
+    folder = Path(root) / knobs.name
+    if folder.is_dir():
+        return folder
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with open(Path(root) / f".{knobs.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            part = folder.with_name(f".{knobs.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            _build(part, knobs, processes or os.cpu_count() or 1)
+            part.rename(folder)
+    return folder
+
+
+def motion(root: str, knobs: Knobs, split: str, decoder: Decoder | None = None) -> VideoDataset:
+    """Motion's `train` or `val` videos, made first unless they are there; never flipped, which would change labels."""
+    return video_list(
+        str(make_motion(root, knobs)), f"{split}.csv", multi_label=knobs.shapes > 1, decoder=decoder, flip=False
+    )
+
+
+def _build(folder: Path, knobs: Knobs, processes: int) -> None:
+    jobs = [(split, i) for split, count in (("train", knobs.train), ("val", knobs.val)) for i in range(count)]
+    for split in ("train", "val"):
+        (folder / split).mkdir(parents=True)
+    make = partial(_make_video, folder, knobs)
+    if processes == 1:
+        lines = list(map(make, jobs))
+    else:
+        # spawn: the caller may already hold threads or a CUDA context, which a fork would break
+        with ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+            lines = list(pool.map(make, jobs, chunksize=max(1, min(16, len(jobs) // processes))))
+    for split in ("train", "val"):
+        (folder / f"{split}.csv").write_text("".join(x for (s, _), x in zip(jobs, lines, strict=True) if s == split))
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (folder / "knobs.json").write_text(json.dumps(asdict(knobs), indent=2) + "\n")
+
+
+def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
+    """Write one video and return its line for the list file."""
+    split, index = job
+    rng = np.random.default_rng((knobs.seed, split == "val", index))
+    others = [c for c in rng.permutation(len(CLASSES)).tolist() if c != index % len(CLASSES)]
+    labels = [index % len(CLASSES), *others[: knobs.shapes - 1]]
+    path = f"{split}/{index:05d}.mp4"
+    write_video(folder / path, draw(labels, knobs, rng), knobs)
+    return f"{path} {';'.join(map(str, sorted(labels)))}\n"
+
+
+def write_video(path: Path, frames: Iterator[NDArray[np.uint8]], knobs: Knobs) -> None:
+    """Encode RGB frames `[h, w, 3]` as H.264; the same frames give the same file."""
+    with av.open(str(path), "w") as container:
+        # one thread, no macroblock tree: with either, x264's choices differ from run to run
+        options = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+        options |= {"crf": str(knobs.crf), "g": str(knobs.keyframe)}
+        stream: Any = container.add_stream("libx264", rate=knobs.fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = knobs.width, knobs.height, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def draw(labels: list[int], knobs: Knobs, rng: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
+    """The frames of one video, uint8 RGB `[h, w, 3]`: a blob for each label, later ones in front."""
+    h, w = knobs.height, knobs.width
+    y, x = np.arange(h, dtype=np.float32), np.arange(w, dtype=np.float32)
+    grey = rng.uniform(0.4, 0.6)
+    tint = knobs.colour * rng.uniform(-0.5, 0.5, 3)
+    background = grey + tint + knobs.texture[0] * _texture(x / h, y[:, None] / h, rng)
+    blobs = [(_sprite(grey, knobs, rng), _path(label, knobs, rng)) for label in labels]
+    for t in range(knobs.frames):
+        frame = background.copy()
+        for sprite, path in blobs:
+            _paint(frame, sprite, *path[t])
+        yield (255 * frame.clip(0, 1) + 0.5).astype(np.uint8)
+
+
+def _paint(frame: Array, sprite: Array, cx: float, cy: float, angle: float, size: float) -> None:
+    """Paint a sprite over a frame that wraps round: each pixel sees the nearest image of the centre."""
+    h, w, _ = frame.shape
+    dx, dy = (np.arange(w) - cx * w + w / 2) % w - w / 2, (np.arange(h) - cy * h + h / 2) % h - h / 2
+    columns, rows = np.flatnonzero(abs(dx) < size * h), np.flatnonzero(abs(dy) < size * h)
+    dx, dy = dx[columns], dy[rows][:, None]
+    middle = (len(sprite) - 1) / 2
+    cos, sin = middle / (size * h) * np.cos(angle), middle / (size * h) * np.sin(angle)
+    # the sprite's rim is transparent, so what lies beyond may be clamped to it
+    u, v = (
+        (place + middle + 0.5).clip(0, len(sprite) - 1).astype(np.intp)
+        for place in (cos * dx + sin * dy, cos * dy - sin * dx)
+    )
+    found, block = sprite[v, u], np.ix_(rows, columns)
+    frame[block] += found[..., 3:] * (found[..., :3] - frame[block])
+
+
+def _path(label: int, knobs: Knobs, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Centre x and y (shares of width and height), angle and size at every frame: `[frames, 4]`."""
+    low, high = knobs.sizes
+    x, y, turn, place = rng.uniform(0, 1, 4)  # place: of the size within its range
+    steps = rng.uniform(*knobs.speeds) * np.arange(knobs.frames)
+    dx, dy = VELOCITIES.get(label, (0, 0))
+    rim = low + place * (high - low)
+    angle = 2 * np.pi * turn + TURNS.get(label, 0) * steps / rim
+    size = low + (place * (high - low) + GROWTHS.get(label, 0) * knobs.growth * steps) % (high - low)
+    x, y = x + dx * steps * knobs.height / knobs.width, y + dy * steps
+    return np.stack([x + 0 * steps, y + 0 * steps, angle, size], axis=1)
+
+
+def _sprite(grey: float, knobs: Knobs, rng: np.random.Generator) -> Array:
+    """A random blob, RGBA `[n, n, 4]`: a circle whose radius waves, filled with a texture."""
+    n = 2 * knobs.height
+    v, u = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
+    angle, radius = np.arctan2(v, u), np.hypot(u, v)
+    waves = np.arange(2, 6)[:, None, None]
+    strength, phase = rng.uniform(-1, 1, waves.shape) / waves, rng.uniform(0, 2 * np.pi, waves.shape)
+    rim = 1 + 0.7 * (strength * np.cos(waves * angle + phase)).sum(0)
+    rim *= 0.9 / rim.max()
+    brightness = grey + rng.choice([-1, 1]) * rng.uniform(*knobs.contrast)
+    tint = knobs.colour * rng.uniform(-0.5, 0.5, 3)
+    sprite = np.empty((n, n, 4), np.float32)
+    sprite[..., :3] = brightness + tint + knobs.texture[1] * _texture(u, v, rng)
+    sprite[..., 3] = ((rim - radius) * 16).clip(0, 1)
+    return sprite
+
+
+def _texture(x: Array, y: Array, rng: np.random.Generator, waves: int = 6) -> Array:
+    """Smooth colour noise around 0, `[h, w, 3]`: a sum of a few plane waves, mostly of brightness."""
+    angle, length = rng.uniform(0, 2 * np.pi, waves), rng.uniform(0.5, 2, waves)
+    phase, colour = rng.uniform(0, 2 * np.pi, waves), 0.7 + 0.3 * rng.uniform(-1, 1, (waves, 3))
+    along = x[..., None] * np.cos(angle) + y[..., None] * np.sin(angle)
+    return (np.cos(2 * np.pi * along / length + phase) @ colour / np.sqrt(waves / 2)).astype(np.float32)

@@ -1,0 +1,83 @@
+"""Which pixels of which frames a request asks for: pure functions of the request and the video's dimensions.
+
+`choose` draws everything before a file is opened, because decoders fix the size at opening; `frame_indices` and
+`crop_corners` turn the draws into places once the video's dimensions are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mgvideo.clips import ClipRequest
+from mgvideo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The draws for one clip; `start`, `top` and `left` are shares, from 0 to 1, of the room there is."""
+
+    stride: int
+    short_side: int
+    start: float
+    top: float
+    left: float
+    flip: bool
+
+
+def choose(request: ClipRequest, flip: bool = True, inverse_jitter: bool = False) -> Choice:
+    """Draw from the request's seed; for a view there is nothing to draw.
+
+    `inverse_jitter` draws the short side uniformly in its inverse, as the Charades recipes do. A view takes the lower
+    ends of the grid's ranges; its clips are spaced uniformly from the video's first frame to its last, a single one
+    in the middle.
+    """
+    grid, view = request.grid, request.view
+    (low, high), strides = grid.scales, grid.strides
+    if low < grid.size:
+        raise UserError(f"grid: a crop of {grid.size} pixels does not fit a short side of {low}; raise base.jitter")
+    if view is not None:
+        start = view.clip / (view.clips - 1) if view.clips > 1 else 0.5
+        return Choice(strides[0], low, start, 0.5, 0.5, False)
+    rng = np.random.default_rng(request.seed)
+    stride = int(rng.integers(strides[0], strides[1], endpoint=True))
+    uniform, start, top, left, heads = rng.random(5)
+    if inverse_jitter:
+        short_side = round(1 / (1 / high + uniform * (1 / low - 1 / high)))
+    else:
+        short_side = low + int(uniform * (high - low + 1))
+    return Choice(stride, short_side, start, top, left, bool(flip and heads < 0.5))
+
+
+def frame_span(seconds: Sequence[float] | np.ndarray, fps: float, frames: int) -> tuple[int, int]:
+    """First frame, and one past the last, of a stretch in seconds: at least one frame of the `frames` there are."""
+    first = min(int(seconds[0] * fps), frames - 1)
+    if math.isinf(seconds[1]):
+        return first, frames
+    return first, min(max(round(seconds[1] * fps), first + 1), frames)
+
+
+def frame_indices(choice: Choice, frames: int, first: int, stop: int) -> np.ndarray:
+    """Indices of the `frames` frames of a clip within frames `first` to `stop` (exclusive): int64 `[frames]`.
+
+    Where the stretch is too short for the clip its last frame is repeated, as in PySlowFast.
+    """
+    span = (frames - 1) * choice.stride + 1
+    room = max(stop - first - span, 0)
+    # a random share below 1 reaches each start alike, the share 1 of the last view the last start
+    start = min(int(choice.start * (room + 1)), room)
+    return np.minimum(first + start + np.arange(frames) * choice.stride, stop - 1)
+
+
+def crop_corners(request: ClipRequest, choice: Choice, height: int, width: int) -> list[tuple[int, int]]:
+    """Top and left of each square crop of a frame: one at random, or a view's along the longer side, evenly."""
+    room = height - request.grid.size, width - request.grid.size
+    if request.view is None or request.view.crops == 1:
+        return [(min(int(choice.top * (room[0] + 1)), room[0]), min(int(choice.left * (room[1] + 1)), room[1]))]
+    shares = np.linspace(0, 1, request.view.crops)
+    if height > width:
+        return [(round(share * room[0]), room[1] // 2) for share in shares]
+    return [(room[0] // 2, round(share * room[1])) for share in shares]

@@ -1,0 +1,125 @@
+"""A dataset of videos: from a request to a uint8 clip, with a substitute for a video that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgvideo.clips import ClipRequest, Failure, Sample
+from mgvideo.errors import UserError
+
+from .decoders import DecodeError, Decoder, Decord
+from .sampling import choose, crop_corners, frame_indices, frame_span
+
+TRIES = 10  # videos to try for one training clip before giving up
+
+
+class Entry(NamedTuple):
+    """A video of a dataset: its path relative to the dataset's root, its label or labels, the seconds that count."""
+
+    path: str
+    label: int | tuple[int, ...]
+    span: tuple[float, float] = (0, math.inf)
+
+
+class VideoDataset:
+    """Videos with labels; `dataset[request]` is a pure function of the request and the files.
+
+    `flip`: mirror every other training clip. `inverse_jitter`: see `sampling.choose`. A label that is a tuple makes
+    the dataset multi-label.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        entries: Sequence[Entry],
+        class_names: Sequence[str],
+        decoder: Decoder | None = None,
+        flip: bool = True,
+        inverse_jitter: bool = False,
+    ) -> None:
+        self.root, self.class_names = root, list(class_names)
+        self.decoder = Decord() if decoder is None else decoder
+        self.flip, self.inverse_jitter = flip, inverse_jitter
+        # arrays, not lists: workers forked from this process would copy a list by counting its references
+        self._paths = np.array([os.fsencode(entry.path) for entry in entries])
+        self._spans = np.array([entry.span for entry in entries])
+        self.labels = _label_array([entry.label for entry in entries], len(self.class_names))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def path(self, index: int) -> str:
+        """Where a video is."""
+        return os.path.join(self.root, os.fsdecode(self._paths[index]))
+
+    def fingerprint(self) -> str:
+        """A short hash of the list of videos and labels: two datasets that share it serve the same clips."""
+        content = b"\n".join(self._paths.tolist()) + self._spans.tobytes() + self.labels.tobytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        """The clip of a request: see `mgvideo.clips.Sample`.
+
+        Training draws a substitute for a video that cannot be read, from the request's own seed; raises UserError
+        after ten in a row. A view of such a video is black. Either way the sample names the failures.
+        """
+        if request.view is not None:
+            return self._view(request)
+        index = request.index
+        failures: list[Failure] = []
+        substitutes = np.random.default_rng((request.seed, len(self)))
+        for _ in range(TRIES):
+            try:
+                return Sample(self._read(index, request), self._label(index), index, tuple(failures))
+            except DecodeError as error:
+                failures.append(Failure(index, error.path, error.reason))
+                index = int(substitutes.integers(len(self)))
+        raise UserError(
+            f"{TRIES} videos in a row cannot be read, the last one {failures[-1].path}: {failures[-1].reason}"
+        )
+
+    def _view(self, request: ClipRequest) -> Sample:
+        assert request.view is not None
+        failures: tuple[Failure, ...] = ()
+        try:
+            clip = self._read(request.index, request)
+        except DecodeError as error:
+            failures = (Failure(request.index, error.path, error.reason),)
+            grid = request.grid
+            clip = torch.zeros(request.view.crops, grid.frames, grid.size, grid.size, 3, dtype=torch.uint8)
+        return Sample(clip, self._label(request.index), request.index, failures)
+
+    def _read(self, index: int, request: ClipRequest) -> Tensor:
+        """A clip as `Sample` describes it: resized while decoding, cropped (and flipped) by the only copy."""
+        choice = choose(request, self.flip, self.inverse_jitter)
+        with self.decoder.open(self.path(index), choice.short_side) as video:
+            first, stop = frame_span(self._spans[index], video.fps, video.frames)
+            frames = video.read(frame_indices(choice, request.grid.frames, first, stop))
+            corners = crop_corners(request, choice, video.height, video.width)
+        size = request.grid.size
+        crops = [frames[:, top : top + size, left : left + size] for top, left in corners]
+        if request.view is not None:
+            return torch.stack(crops)
+        return (crops[0].flip(2) if choice.flip else crops[0]).contiguous()
+
+    def _label(self, index: int) -> Tensor:
+        label = torch.as_tensor(self.labels[index])
+        return label.float() if label.ndim else label
+
+
+def _label_array(labels: Sequence[int | tuple[int, ...]], classes: int) -> np.ndarray:
+    """Labels as int64 `[videos]`, or multi-hot bool `[videos, classes]`."""
+    if all(isinstance(label, int) for label in labels):
+        return np.array(labels, np.int64)
+    hot = np.zeros((len(labels), classes), bool)
+    for row, label in zip(hot, labels, strict=True):
+        row[list(label) if isinstance(label, tuple) else label] = True
+    return hot

@@ -1,0 +1,131 @@
+"""A dataset as the trainer uses it: requests in, uint8 clips out."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from videos import number_of, write
+
+from mgvideo.clips import ClipRequest, View
+from mgvideo.datasets.decoders import Decord, PyAV
+from mgvideo.datasets.lists import video_list
+from mgvideo.errors import UserError
+from mgvideo.plan import Grid
+
+GRID = Grid(frames=4, size=32, strides=(2, 4), scales=(40, 56))
+
+
+def clip_bytes(root: str, request: ClipRequest) -> bytes:
+    return video_list(root, "list.csv")[request].clip.numpy().tobytes()
+
+
+def test_a_clip_is_what_the_request_asks_for(root: Path) -> None:
+    dataset = video_list(str(root), "list.csv", num_classes=3)
+    sample = dataset[ClipRequest(index=4, grid=GRID, seed=7)]
+    assert sample.clip.shape == (4, 32, 32, 3)
+    assert sample.clip.dtype == torch.uint8
+    assert sample.clip.is_contiguous()
+    assert (sample.label.item(), sample.label.dtype, sample.index, sample.failures) == (1, torch.int64, 4, ())
+    assert (len(dataset), dataset.class_names) == (6, ["walk", "run", "jump high"])
+
+
+def test_the_same_request_gives_the_same_clip_in_any_process(root: Path) -> None:
+    requests = [ClipRequest(index=i, grid=GRID, seed=100 + i) for i in range(3)]
+    here = [clip_bytes(str(root), request) for request in requests]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.starmap(clip_bytes, [(str(root), request) for request in requests])
+    assert here == there
+    assert len(set(here)) == 3
+    assert clip_bytes(str(root), ClipRequest(index=0, grid=GRID, seed=101)) != here[0]
+
+
+def test_views_are_spaced_from_the_first_frame_to_the_last(root: Path) -> None:
+    dataset = video_list(str(root), "list.csv")
+    grid = Grid(frames=4, size=48, strides=(2, 2), scales=(48, 48))
+    views = [dataset[ClipRequest(0, grid, 0, View(k, 3, crops=3))].clip for k in range(3)]
+    assert [view.shape for view in views] == [(3, 4, 48, 48, 3)] * 3
+    narrow = [dataset[ClipRequest(0, grid, 0, View(0, clips, crops=1))].clip[0] for clips in (1, 3)]
+    assert torch.equal(narrow[1], views[0][1]), "one crop is the middle one of three"
+    assert not torch.equal(narrow[0], narrow[1]), "a single clip is the middle of the video, not its start"
+    whole = Grid(frames=30, size=48, strides=(1, 1), scales=(48, 48))
+    assert dataset[ClipRequest(0, whole, 0, View(0, 1, 1))].clip.shape == (1, 30, 48, 48, 3)
+
+
+@pytest.fixture
+def broken(root: Path, tmp_path: Path) -> Path:
+    """The dataset with its second video cut short and its third one missing."""
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    video = tmp_path / "clips/video 1.mp4"
+    video.write_bytes(video.read_bytes()[:500])
+    (tmp_path / "clips/video 2.mp4").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize("decoder", [Decord(), PyAV()])
+def test_training_substitutes_a_broken_video_from_the_requests_seed(broken: Path, decoder: Decord | PyAV) -> None:
+    dataset = video_list(str(broken), "list.csv", decoder=decoder)
+    samples = [dataset[ClipRequest(2, GRID, seed)] for seed in range(8)]
+    assert {sample.failures[0].reason for sample in samples} == {"No such file or directory"}
+    assert {sample.failures[0].index for sample in samples} == {2}
+    assert all(sample.index not in (1, 2) and sample.label == sample.index % 3 for sample in samples)
+    assert len({sample.index for sample in samples}) > 1
+    again = dataset[ClipRequest(2, GRID, 3)]
+    assert torch.equal(again.clip, samples[3].clip)
+    assert again[1:] == samples[3][1:]
+
+
+def test_testing_reports_a_broken_video_and_keeps_its_place(broken: Path) -> None:
+    sample = video_list(str(broken), "list.csv")[ClipRequest(1, GRID, 0, View(0, 1, 3))]
+    assert (sample.index, sample.label.item()) == (1, 1)
+    assert sample.clip.shape == (3, 4, 32, 32, 3)
+    assert not sample.clip.any()
+    (failure,) = sample.failures
+    assert failure.path.endswith("video 1.mp4")
+    assert "moov" in failure.reason or "Invalid data" in failure.reason
+
+
+def test_nothing_readable_is_an_error_for_people(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("gone.mp4 0\n")
+    with pytest.raises(UserError, match=r"10 videos in a row cannot be read.*gone\.mp4: No such file"):
+        video_list(str(tmp_path), "list.csv")[ClipRequest(0, GRID, 0)]
+
+
+def test_flip_mirrors_half_of_the_clips_or_none(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", frames=1)
+    (tmp_path / "list.csv").write_text("a.mp4 0\n")
+    grid = Grid(frames=1, size=48, strides=(1, 1), scales=(48, 48))
+    clips = {}
+    for flip in (True, False):
+        dataset = video_list(str(tmp_path), "list.csv", flip=flip)
+        clips[flip] = [dataset[ClipRequest(0, grid, seed)].clip for seed in range(32)]
+    mirrored = [not torch.equal(a, b) for a, b in zip(clips[True], clips[False], strict=True)]
+    assert 6 < sum(mirrored) < 26
+    assert all(
+        torch.equal(a.flip(2) if m else a, b) for a, b, m in zip(clips[True], clips[False], mirrored, strict=True)
+    )
+
+
+def test_a_list_may_hold_several_labels_a_video(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "list.csv").write_text("clips/video 0.mp4 0;2\nclips/video 1.mp4 1\n")
+    dataset = video_list(str(tmp_path), "list.csv", multi_label=True)
+    label = dataset[ClipRequest(0, GRID, 0)].label
+    assert label.dtype == torch.float32
+    assert label.tolist() == [1, 0, 1]
+
+
+def test_a_fingerprint_follows_the_list_and_not_its_place(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    before = video_list(str(root), "list.csv").fingerprint()
+    assert video_list(str(tmp_path), "list.csv").fingerprint() == before
+    (tmp_path / "list.csv").write_text((tmp_path / "list.csv").read_text().replace("0.mp4 0", "0.mp4 1"))
+    assert video_list(str(tmp_path), "list.csv").fingerprint() != before
+
+
+def test_numbers_survive_resizing(root: Path) -> None:
+    with PyAV().open(str(root / "clips/video 0.mp4"), 32) as video:
+        assert [number_of(frame) for frame in video.read([3, 17, 29])] == [3, 17, 29]
