@@ -48,6 +48,8 @@ class Base:
             require(number(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
         self._check_jitter()
         self._check_lr_steps()
+        warmup = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
+        require(self.warmup_epochs <= self.epochs, warmup)
         policies = ("steps", "cosine")
         require(self.lr_policy in policies, f"base.lr_policy={self.lr_policy}: choose one of {', '.join(policies)}")
 

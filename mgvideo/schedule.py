@@ -18,8 +18,8 @@ class Schedule:
     """
 
     name: str
-    long: bool  # coarse grids first, in every LR stage
-    short: bool  # crops that change every step
+    long: bool = False  # coarse grids first, in every LR stage
+    short: bool = False  # crops that change every step
     epoch_factor: float = 1.5  # the run's epochs over the baseline's
     long_factors: tuple[tuple[float, float], ...] = ((0.25, 0.5**0.5), (0.5, 0.5**0.5), (0.5, 1.0), (1.0, 1.0))
     short_factors: tuple[float, ...] = (0.5, 0.5**0.5)  # of the base's crop; the phase's own crop follows
@@ -54,6 +54,9 @@ class Schedule:
             value = getattr(self, key)
             require(isinstance(value, int) and value >= 1, f"schedule.{key}={value}: give a whole number from 1 up")
         require(self.jitter in ("paper", "scaled"), f"schedule.jitter={self.jitter}: choose paper or scaled")
+
+
+BASELINE = Schedule("baseline", epoch_factor=1.0, round_epochs=False)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ def make_plan(base: Base, schedule: Schedule, dataset_size: int) -> Plan:
     return Plan(
         base, schedule.name, dataset_size, tuple(phases), tuple(_notes(schedule, phases, dropped, dataset_size))
     )
+
+
+def baseline_of(plan: Plan) -> Plan:
+    """What the recipe of a plan is without any cycle."""
+    return make_plan(plan.base, replace(BASELINE, min_size=1), plan.dataset_size)
 
 
 def scale_lr(recipe_batch: int, recipe_lr: float, batch: int) -> float:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from recipes import MULTIGRID, SMALL
 
 from mgvideo.errors import UserError
 from mgvideo.plan import Base, Plan
-from mgvideo.schedule import Schedule, make_plan
+from mgvideo.schedule import make_plan
 
-BASE = Base(16, 16, 64, 2, (64, 84), 10, 0.1, (0, 4, 8), 0.1, 0.5, 0.01)
-PLAN = make_plan(BASE, Schedule("multigrid", long=True, short=True, round_epochs=False), 1000)
+PLAN = make_plan(SMALL, replace(MULTIGRID, round_epochs=False), 1000)
 
 
 def test_slots_go_round_and_phases_follow() -> None:
@@ -49,10 +50,10 @@ def test_epochs_rise_to_the_plans_end() -> None:
 
 
 def test_rates_by_step() -> None:
-    assert PLAN.lr(0) == BASE.warmup_lr
-    after = [step for step in range(PLAN.steps) if PLAN.epoch(step) >= BASE.warmup_epochs]
+    assert PLAN.lr(0) == SMALL.warmup_lr
+    after = [step for step in range(PLAN.steps) if PLAN.epoch(step) >= SMALL.warmup_epochs]
     for step in after:
-        assert PLAN.lr(step) == pytest.approx(BASE.lr * PLAN.phase(step).lr_factor)
+        assert PLAN.lr(step) == pytest.approx(SMALL.lr * PLAN.phase(step).lr_factor)
     warmup = [PLAN.lr(step) for step in range(after[0] + 1)]
     assert warmup == sorted(warmup)
 
@@ -67,4 +68,4 @@ def test_json_of_something_else() -> None:
 
 
 def test_configs_may_hold_lists() -> None:
-    assert Base(16, 16, 64, 2, [64, 84], 10, 0.1, [0, 4, 8], 0.1, 0.5, 0.01) == BASE
+    assert Base(16, 16, 64, 2, [64, 84], 10, 0.1, [0, 4, 8], 0.1, 0.5, 0.01) == SMALL

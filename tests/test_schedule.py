@@ -1,73 +1,17 @@
-"""Plans equal the reference's, and a recipe that makes no sense is refused with what to change."""
+"""Any recipe makes a well-formed plan, and one that makes no sense is refused with what to change."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes import ALL, KINETICS, KINETICS_CLIPS, LONG, MULTIGRID, SMALL, SOMETHING
 
 from mgvideo.errors import UserError
-from mgvideo.plan import Base, Plan
-from mgvideo.schedule import Schedule, make_plan, scale_lr
-
-GOLDEN = json.loads((Path(__file__).parent / "data/schedules.json").read_text())
-KINETICS = Base(64, 32, 224, 2, (256, 320), 239, 0.1, (0, 94, 154, 196), 0.1, 34, 0.01)
-SOMETHING = Base(16, 64, 224, 2, (256, 320), 22, 0.03, (0, 14, 18), 0.1, 0.19, 1e-4)
-SMALL = Base(16, 16, 64, 2, (64, 84), 10, 0.1, (0, 4, 8), 0.1, 0.5, 0.01)
-BASELINE = Schedule("baseline", long=False, short=False, epoch_factor=1.0)
-SHORT = Schedule("short", long=False, short=True)
-LONG = Schedule("long", long=True, short=False)
-MULTIGRID = Schedule("multigrid", long=True, short=True)
-ALL = (BASELINE, SHORT, LONG, MULTIGRID)
-KINETICS_CLIPS = 240_000
-
-
-def golden_plan(case: dict[str, Any]) -> Plan:
-    given = case["base"]
-    same = {key: given[key] for key in ("frames", "epochs", "lr_steps", "gamma", "warmup_epochs")}
-    renamed = {"batch": "global_batch", "size": "crop", "stride": "temporal_stride", "lr": "base_lr"}
-    renamed["warmup_lr"] = "warmup_start_lr"
-    base = Base(**same, **{ours: given[theirs] for ours, theirs in renamed.items()}, jitter=(256, 320))
-    schedule = Schedule("golden", case["long_cycle"], case["short_cycle"], case["epoch_factor"])
-    return make_plan(base, schedule, KINETICS_CLIPS)
-
-
-@pytest.fixture(params=GOLDEN, ids=[case["name"] for case in GOLDEN])
-def golden(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return request.param
-
-
-def test_golden_epochs_and_rates(golden: dict[str, Any]) -> None:
-    plan = golden_plan(golden)
-    assert plan.epochs == golden["max_epoch"]
-    assert [phase.epochs[0] for phase in plan.phases] == golden["lr_milestones"]
-    factors = [phase.lr_factor for phase in plan.phases]
-    assert factors == pytest.approx(golden["relative_lrs"][: len(factors)], rel=1e-12)
-    for epoch, lr in golden["lr_at_epoch"]:
-        assert plan.lr_at(epoch) == pytest.approx(lr, rel=1e-12), epoch
-
-
-def test_golden_phases(golden: dict[str, Any]) -> None:
-    plan = golden_plan(golden)
-    gpus = golden["base"]["gpus"]
-    halves = 2 if golden["long_cycle"] else 1
-    for i, expected in enumerate(golden.get("phases", [])):
-        phase = plan.phases[i]
-        last = plan.phases[-1] if i == len(plan.phases) - halves else phase
-        assert (phase.stage, phase.grid.frames, phase.grid.size) == (
-            expected["lr_stage"],
-            expected["frames"],
-            expected["crop"],
-        )
-        assert (phase.multiplier, phase.batch) == (expected["batch_multiplier"], expected["global_batch"])
-        assert (phase.epochs[0], last.epochs[1]) == (expected["epoch_start"], expected["epoch_end"])
-        slots = [{"crop": slot.grid.size, "per_gpu_batch": slot.batch // gpus} for slot in phase.slots]
-        assert slots == expected["short_cycle"]
-        assert {slot.grid.strides for slot in phase.slots} == {tuple(expected["temporal_stride_range"])}
+from mgvideo.plan import Base
+from mgvideo.schedule import BASELINE, Schedule, baseline_of, make_plan, scale_lr
 
 
 def test_every_shape_of_a_stage_gets_the_same_steps() -> None:
@@ -112,7 +56,7 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
 
 def test_baseline_keeps_fractions_of_epochs() -> None:
     base = replace(SMALL, epochs=2.5, lr_steps=(0, 1.25))
-    plan = make_plan(base, replace(BASELINE, round_epochs=False), 1600)
+    plan = make_plan(base, BASELINE, 1600)
     assert [phase.epochs for phase in plan.phases] == [(0, 1.25), (1.25, 2.5)]
     assert plan.steps == 250
 
@@ -166,6 +110,13 @@ def test_batch_norm_groups() -> None:
     assert groups == [64, 32, 16, 8]
     assert make_plan(replace(KINETICS, batch=4), BASELINE, 1000).phases[0].bn_groups == 1
     assert make_plan(replace(KINETICS, batch=36), BASELINE, 1000).phases[0].bn_groups == 4
+
+
+def test_baseline_of_any_plan() -> None:
+    for schedule in ALL:
+        assert baseline_of(make_plan(KINETICS, schedule, 1000)) == make_plan(
+            KINETICS, replace(BASELINE, min_size=1), 1000
+        )
 
 
 def test_ablations() -> None:

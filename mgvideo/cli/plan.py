@@ -1,0 +1,154 @@
+"""`mgvideo plan`: what a run would do, before it is paid for; needs neither the videos nor a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from typing import Any, TextIO
+
+import torch
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mgvideo.errors import UserError
+from mgvideo.forecast import Benchmark, predict, read_benchmark, remedies
+from mgvideo.plan import Grid, Plan, require
+from mgvideo.plan_figure import draw_plans
+from mgvideo.plan_json import plan_json
+from mgvideo.plan_table import demand_table, plan_table
+from mgvideo.schedule import Schedule, baseline_of, make_plan
+
+from . import app
+from .build import build_plan
+from .schema import key
+
+
+@dataclass
+class PlanKeys:
+    """What this program takes besides the keys of a run."""
+
+    gpus: int = key(8, "GPUs to plan for")
+    format: str = key("table", "table, json or png")
+    out: str | None = key(None, "file to write to; null: the terminal")
+    at: list[float] = key([], "epochs at which json gives the LR")
+    videos: int | None = key(None, "training videos; null: as many as the dataset lists, or its published number")
+    step_time: float | None = key(None, "seconds of a training step: says what the loaders must deliver")
+    benchmark: str | None = key(None, "JSON of measured step times and loader rates: predicts time and waiting")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point of `mgvideo plan` and tools/plan.py."""
+    names = {f.name for f in fields(PlanKeys)}
+    own = [argument for argument in arguments if argument.split("=")[0] in names and "=" in argument]
+    rest = [argument for argument in arguments if argument not in own]
+    with app.reported():
+        keys = read_keys(own)
+    app.main("run", _description(), partial(show, keys), rest)
+
+
+def _description() -> str:
+    lines = ["Show the plan of a run before paying for it. Takes the groups and keys of a run, and:", ""]
+    for f in fields(PlanKeys):
+        default = getattr(PlanKeys(), f.name)
+        lines.append(f"  {f.name:<10} {f.metadata['help']} [{'null' if default is None else default}]")
+    return "\n".join(lines)
+
+
+def read_keys(overrides: Sequence[str]) -> PlanKeys:
+    """This program's own keys. Raises UserError where a value is of no use."""
+    try:
+        given = OmegaConf.merge(OmegaConf.structured(PlanKeys), OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    keys: Any = OmegaConf.to_object(given)
+    require(keys.gpus >= 1, f"gpus={keys.gpus}: give a whole number from 1 up")
+    require(keys.format in ("table", "json", "png"), f"format={keys.format}: choose table, json or png")
+    require(keys.format != "png" or keys.out is not None, "format=png needs a file: add out=plan.png")
+    require(keys.videos is None or keys.videos >= 1, f"videos={keys.videos}: give a whole number from 1 up")
+    require(keys.step_time is None or keys.step_time > 0, f"step_time={keys.step_time}: give seconds above 0")
+    require(keys.step_time is None or keys.benchmark is None, "give step_time or benchmark, not both")
+    return keys
+
+
+def show(keys: PlanKeys, cfg: DictConfig) -> None:
+    """Print or draw the plan that a config composes."""
+    plan = build_plan(cfg, keys.videos or train_videos(cfg))
+    try:
+        if keys.format == "png":
+            draw_plans(variants(plan, instantiate(cfg.schedule)), str(keys.out))
+        elif keys.out is not None:
+            with open(keys.out, "w", encoding="utf-8") as file:
+                write(keys, cfg, plan, file)
+        else:
+            write(keys, cfg, plan, sys.stdout)
+    except OSError as error:
+        raise UserError(f"cannot write out={keys.out}: {error.strerror}") from error
+
+
+def write(keys: PlanKeys, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
+    """Write the plan as a table or as JSON."""
+    benchmark = _benchmark(keys, plan)
+    times = predict(plan, keys.gpus, benchmark) if benchmark else None
+    if keys.format == "json":
+        print(json.dumps(plan_json(plan, keys.gpus, keys.at, clip_flops(cfg), times), indent=1), file=file)
+        return
+    console = Console(file=file, soft_wrap=True, highlight=False, markup=False)
+    console.print(plan_table(plan, keys.gpus, clip_flops(cfg), times))
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    if benchmark and times:
+        console.print(demand_table(plan, keys.gpus, benchmark))
+        for remedy in remedies(plan, times, benchmark.workers):
+            console.print(remedy)
+
+
+def _benchmark(keys: PlanKeys, plan: Plan) -> Benchmark | None:
+    if keys.benchmark is not None:
+        return read_benchmark(keys.benchmark)
+    if keys.step_time is None:
+        return None
+    return Benchmark({slot.grid.name: keys.step_time for phase in plan.phases for slot in phase.slots})
+
+
+def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
+    """The recipe's baseline, then each cycle alone, then both."""
+    cycles = (("short", False, True), ("long", True, False), ("multigrid", True, True))
+    schedules = (replace(schedule, name=name, long=long, short=short) for name, long, short in cycles)
+    return [baseline_of(plan), *(make_plan(plan.base, each, plan.dataset_size) for each in schedules)]
+
+
+def train_videos(cfg: DictConfig) -> int:
+    """How many videos the dataset trains on: those listed, else the number that its config states."""
+    try:
+        return len(instantiate(cfg.dataset.train, decoder=None))
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        stated = cfg.dataset.get("train_videos")
+        if stated is None:
+            raise UserError(f"{app.explain(error)}; or set videos=… to plan without the dataset") from error
+        return int(stated)
+
+
+def clip_flops(cfg: DictConfig) -> Callable[[Grid], float]:
+    """Multiply-adds of a clip's forward pass, by grid; counted on shapes alone, so no weights and no memory."""
+    if cfg.dataset.num_classes is None:
+        OmegaConf.update(cfg, "dataset.num_classes", 400, force_add=True)  # a classifier's size hardly counts
+    with torch.device("meta"):
+        model: nn.Module = instantiate(cfg.model)
+    model.eval()
+
+    @cache
+    def flops(frames: int, size: int) -> float:
+        clip = torch.empty(1, 3, frames, size, size, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(clip)
+        return counter.get_total_flops() / 2
+
+    return lambda grid: flops(grid.frames, grid.size)

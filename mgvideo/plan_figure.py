@@ -1,0 +1,92 @@
+"""Plans as a picture: clip shape over training, as in the paper's figure 2, the learning rate beneath."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .plan import Plan
+
+TITLES = {"short": "Short cycle", "long": "Long cycle", "multigrid": "Long + short cycle"}
+STRIPES = 420  # steps drawn over the baseline's whole run: few enough that the short cycle's can be told apart
+INK, RED = "#333333", "#d1495b"
+
+
+def draw_plans(plans: Sequence[Plan], path: str | Path) -> None:
+    """Draws plans of one recipe beneath each other as a PNG, the first of them the baseline, on its scale of steps.
+
+    A bar's height is the crop, its colour the frames; a short cycle's crops alternate, not every step is drawn.
+    """
+    figure = Figure(figsize=(10, 0.9 + 1.6 * len(plans)), layout="constrained")
+    axes = figure.subplots(2 * len(plans), 1, sharex=True, height_ratios=[2.6, 1] * len(plans))
+    frames = sorted({slot.grid.frames for plan in plans for phase in plan.phases for slot in phase.slots})
+    colours = dict(zip(frames, _shades(len(frames)), strict=True))
+    rates = [plan.lr(step) for plan in plans for phase in plan.phases for step in (phase.steps[0], phase.steps[1] - 1)]
+    lowest = max(min(rates), max(rates) / 1e5)  # a cosine ends at 0, which a logarithm has no place for
+    for i, plan in enumerate(plans):
+        clips, lr = axes[2 * i], axes[2 * i + 1]
+        _draw_clips(clips, plan, plans[0], colours)
+        _draw_lr(lr, plan, plans[0])
+        lr.set_ylim(lowest / 2, max(rates) * 2)
+    axes[-1].set_xlabel("steps, % of the baseline's: all cost about the same", color=INK)
+    axes[-1].set_xlim(0, 100)
+    handles = [Patch(color=colours[count], label=f"{count} frames") for count in frames]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _shades(count: int) -> list[str]:
+    """Colours from light to dark."""
+    light, dark = np.array([0.68, 0.83, 0.92]), np.array([0.05, 0.22, 0.42])
+    return [to_hex(light + (dark - light) * i / max(1, count - 1)) for i in range(count)]
+
+
+def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str]) -> None:
+    for phase in plan.phases:
+        start, end = (100 * step / baseline.steps for step in phase.steps)
+        cycles = max(1, round((end - start) * STRIPES / 100 / len(phase.slots)))
+        edges = np.linspace(start, end, cycles * len(phase.slots) + 1)
+        heights = [slot.grid.size for slot in phase.slots] * cycles
+        colour = colours[phase.grid.frames]
+        axes.stairs(heights, edges, fill=True, color=colour, linewidth=0)
+        axes.axvline(end, color="white", linewidth=1.2)
+    axes.set_title(
+        TITLES.get(plan.schedule, plan.schedule.capitalize()), loc="left", fontsize=10, weight="bold", color=INK
+    )
+    said = f"{plan.epochs:g} epochs, {plan.steps:,} steps"
+    if plan is baseline:
+        axes.set_title(said, loc="right", fontsize=9, color=INK)
+    else:
+        beside = 100 * plan.steps / baseline.steps + 1.5
+        saving = f"{baseline.steps / plan.steps:.1f}× fewer steps"
+        middle = plan.base.size / 2
+        axes.text(beside, middle, saving, fontsize=15, weight="bold", color=RED, va="bottom")
+        axes.text(beside, middle * 0.9, said, fontsize=9, color=INK, va="top")
+    axes.set_ylim(0, plan.base.size * 1.05)
+    axes.set_yticks(sorted({slot.grid.size for phase in plan.phases for slot in phase.slots}))
+    axes.set_ylabel("crop", color=INK)
+    _plain(axes)
+
+
+def _draw_lr(axes: Axes, plan: Plan, baseline: Plan) -> None:
+    steps = np.concatenate([np.linspace(phase.steps[0], phase.steps[1] - 1, 100).astype(int) for phase in plan.phases])
+    axes.plot(100 * steps / baseline.steps, [plan.lr(int(step)) for step in steps], color=RED, linewidth=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("LR", color=INK)
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
+    axes.tick_params(colors=INK, labelsize=8, length=2)
+    axes.minorticks_off()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#aaaaaa")
