@@ -1,0 +1,46 @@
+"""The published networks at an eighth of their width: names, weights and clips drawn by a rule, and their logits."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CASES = {case["name"]: case for case in json.loads((Path(__file__).parents[1] / "data" / "models.json").read_text())}
+CONFIGS = {
+    "slowfast_8x8_r50_w8": "slowfast_8x8_r50",
+    "slowfast_4x16_r50_w8": "slowfast_4x16_r50",
+    "i3d_8x8_r50_w8": "i3d_r50",
+    "i3d_nln_8x8_r50_w8": "i3d_nln_r50",
+    "slow_8x8_r50_w8": "slow_r50",
+    "ptv_r2plus1d_16x4_r50_w8": "r2plus1d_r50",
+    "ptv_slow_8x8_r50_w8": "slow_r50",
+    "ptv_slowfast_8x8_r50_w8": "slowfast_8x8_r50",
+}
+
+
+def _random(name: str) -> np.random.RandomState:
+    return np.random.RandomState(zlib.crc32(name.encode()))
+
+
+def weights(case: dict[str, Any]) -> dict[str, Tensor]:
+    """A published network's state dict, under its published names."""
+    state = {}
+    for name, shape, kind, scale in case["tensors"]:
+        if kind == "normal":
+            state[name] = torch.from_numpy(np.asarray(_random(name).standard_normal(shape) * scale)).float()
+        elif kind == "uniform":
+            state[name] = torch.from_numpy((0.75 + 0.5 * _random(name).random_sample(shape)) * scale).float()
+        else:
+            state[name] = torch.zeros(shape, dtype=torch.int64)
+    return state
+
+
+def clip(case: dict[str, Any]) -> Tensor:
+    """The clip that the logits are of."""
+    return torch.from_numpy(_random("clip").standard_normal(case["input_shape"])).float()

@@ -1,0 +1,287 @@
+"""Weights in every source's own naming, from files made here."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from golden import CASES, CONFIGS, clip, weights
+from torch import Tensor, nn
+from zoo import build
+
+from mgvideo.errors import UserError
+from mgvideo.models.pretrained import export_pyslowfast, load_pretrained
+
+CAFFE2_NAMES = {  # as in the model zoo's files → as in PySlowFast
+    "conv1_w": "s1.pathway0_stem.conv.weight",
+    "res_conv1_bn_s": "s1.pathway0_stem.bn.weight",
+    "res_conv1_bn_riv": "s1.pathway0_stem.bn.running_var",
+    "t_conv1_w": "s1.pathway1_stem.conv.weight",
+    "t_res_conv1_bn_rm": "s1.pathway1_stem.bn.running_mean",
+    "t_pool1_subsample_w": "s1_fuse.conv_f2s.weight",
+    "t_pool1_subsample_bn_b": "s1_fuse.bn.bias",
+    "t_res2_2_branch2c_bn_subsample_w": "s2_fuse.conv_f2s.weight",
+    "t_res4_5_branch2c_bn_subsample_bn_s": "s4_fuse.bn.weight",
+    "res2_0_branch1_w": "s2.pathway0_res0.branch1.weight",
+    "res2_0_branch1_bn_b": "s2.pathway0_res0.branch1_bn.bias",
+    "res4_3_branch2a_w": "s4.pathway0_res3.branch2.a.weight",
+    "t_res5_1_branch2c_bn_rm": "s5.pathway1_res1.branch2.c_bn.running_mean",
+    "nonlocal_conv3_1_theta_w": "s3.pathway0_nonlocal1.conv_theta.weight",
+    "nonlocal_conv4_5_out_b": "s4.pathway0_nonlocal5.conv_out.bias",
+    "nonlocal_conv4_5_bn_s": "s4.pathway0_nonlocal5.bn.weight",
+    "pred_w": "head.projection.weight",
+    "pred_b": "head.projection.bias",
+}
+
+
+def caffe2_blobs(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """A PySlowFast state dict as a Caffe2 file holds it: other names, and its solver's state."""
+    blobs = {"lr": np.float32([0.1]), "model_iter": np.int64([1000])}
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        new = re.sub(r"^s1\.pathway0_stem\.(conv|bn)", lambda m: {"conv": "conv1", "bn": "res_conv1_bn"}[m[1]], name)
+        new = re.sub(r"^s1\.pathway1_stem\.(conv|bn)", lambda m: {"conv": "t_conv1", "bn": "t_res_conv1_bn"}[m[1]], new)
+        new = re.sub(r"^s(\d)\.pathway0_res(\d+)\.branch", r"res\1_\2_branch", new)
+        new = re.sub(r"^s(\d)\.pathway1_res(\d+)\.branch", r"t_res\1_\2_branch", new)
+        new = re.sub(r"branch2\.", "branch2", new)
+        new = re.sub(r"^s(\d)\.pathway0_nonlocal(\d)\.(?:conv_)?(\w+)", r"nonlocal_conv\1_\2_\3", new)
+        for stage, before in enumerate(("pool1", "res2_2_branch2c_bn", "res3_3_branch2c_bn", "res4_5_branch2c_bn"), 1):
+            new = new.replace(f"s{stage}_fuse.conv_f2s", f"t_{before}_subsample")
+            new = new.replace(f"s{stage}_fuse.bn", f"t_{before}_subsample_bn")
+        new = new.replace("head.projection", "pred")
+        suffix = {"running_mean": "_rm", "running_var": "_riv", "bias": "_b"}
+        suffix["weight"] = "_s" if "bn" in new.rsplit(".", 1)[0].rsplit("_", 1)[-1] else "_w"
+        stem, _, kind = new.rpartition(".")
+        blobs[stem + suffix[kind]] = tensor.numpy()
+        blobs[stem + suffix[kind] + "_momentum"] = np.zeros_like(tensor.numpy())
+    return blobs
+
+
+def logits(name: str, model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(clip(CASES[name]))
+
+
+def check(name: str, model: nn.Module) -> None:
+    torch.testing.assert_close(logits(name, model), torch.tensor(CASES[name]["logits"]), atol=1e-3, rtol=0)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes as Python 2 did, whose strings were bytes."""
+
+    def save_string(self, data: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_string}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("name", ["slowfast_8x8_r50_w8", "i3d_nln_8x8_r50_w8"])
+@pytest.mark.parametrize("python", [2, 3])
+def test_caffe2_file(tmp_path: Path, name: str, python: int) -> None:
+    state = weights(CASES[name])
+    blobs = caffe2_blobs(state)
+    for caffe2, pyslowfast in CAFFE2_NAMES.items():
+        assert caffe2 not in blobs or np.array_equal(blobs[caffe2], state[pyslowfast])
+    with open(tmp_path / "model.pkl", "wb") as file:
+        pickler = Python2Pickler(file, 2) if python == 2 else pickle.Pickler(file, 4)
+        pickler.dump({"blobs": blobs, "cfg": "text"})
+    model = build(CONFIGS[name], width=8)
+    load_pretrained(model, tmp_path / "model.pkl")
+    check(name, model)
+
+
+def test_caffe2_names_cover_both_networks() -> None:
+    every = {
+        name for case in ("slowfast_8x8_r50_w8", "i3d_nln_8x8_r50_w8") for name in caffe2_blobs(weights(CASES[case]))
+    }
+    assert CAFFE2_NAMES.keys() <= every
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pyslowfast_file(tmp_path: Path, zipped: bool) -> None:
+    name = "slow_8x8_r50_w8"
+    state = {f"module.{key}": tensor for key, tensor in weights(CASES[name]).items()}
+    content = {"model_state": state, "epoch": 3, "cfg": "A: 1"}
+    torch.save(content, tmp_path / "model.pyth", _use_new_zipfile_serialization=zipped)
+    model = build(CONFIGS[name], width=8)
+    load_pretrained(model, str(tmp_path / "model.pyth"))
+    check(name, model)
+
+
+def test_pytorchvideo_file(tmp_path: Path) -> None:
+    name = "ptv_slowfast_8x8_r50_w8"
+    torch.save({"model_state": weights(CASES[name])}, tmp_path / "model.pyth")
+    model = build(CONFIGS[name], width=8)
+    load_pretrained(model, tmp_path / "model.pyth")
+    check(name, model)
+
+
+def test_pytorchvideo_counts_the_pooling_of_c2d_as_a_part() -> None:
+    model = build("c2d_r50", width=8)
+    theirs = {}
+    for name, tensor in export_pyslowfast(model)["model_state"].items():
+        stage = re.match(r"s(\d)\.pathway0_res(\d)\.", name)
+        if stage:
+            part = int(stage[1]) - (1 if stage[1] == "2" else 0)
+            name = name.replace(stage[0], f"blocks.{part}.res_blocks.{stage[2]}.")
+            name = re.sub(r"branch2\.([abc])_bn", r"branch2.norm_\1", name)
+            name = re.sub(r"branch2\.([abc])\.", r"branch2.conv_\1.", name)
+            name = name.replace("branch1_bn", "branch1_norm").replace("branch1.", "branch1_conv.")
+        name = name.replace("s1.pathway0_stem.conv", "blocks.0.conv").replace("s1.pathway0_stem.bn", "blocks.0.norm")
+        theirs[name.replace("head.projection", "blocks.6.proj")] = tensor
+    load_pretrained(model, theirs, "pytorchvideo")
+
+
+def test_torchvision_r2plus1d_is_torchvisions() -> None:
+    theirs = torchvision.models.video.r2plus1d_18(num_classes=10).eval()
+    model = build("r2plus1d_18").eval()
+    load_pretrained(model, theirs.state_dict())
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+    images = torch.randn(1, 3, 6, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), theirs(images))
+
+
+def test_own_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    source, target = build("r2plus1d_small"), build("r2plus1d_small")
+    torch.save({"model": source.state_dict(), "step": 7}, tmp_path / "step_00000007.pt")
+    load_pretrained(target, tmp_path / "step_00000007.pt")
+    for ours, theirs in zip(target.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def image_network() -> torchvision.models.ResNet:
+    """A ResNet-50 whose batch norms do something."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet50().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
+def test_inflated_c2d_sees_a_still_clip_as_the_image(caplog: pytest.LogCaptureFixture) -> None:
+    images, network, model = torch.randn(2, 3, 64, 64), image_network(), build("c2d_r50").eval()
+    load_pretrained(model, network.state_dict())
+    assert [record.message for record in caplog.records] == [
+        "the head in the given state dict is for another number of classes: it is left out, ours starts anew"
+    ]
+    model.head.fc = network.fc
+    with torch.no_grad():
+        still = images[:, :, None].expand(-1, -1, 4, -1, -1)
+        torch.testing.assert_close(model(still), network(images), atol=1e-4, rtol=1e-4)
+
+
+def test_inflated_kernels_are_spread_evenly_over_time() -> None:
+    network, model = image_network(), build("i3d_nln_r50")
+    load_pretrained(model, network.state_dict(), "torchvision")
+    pairs = [
+        (model.trunk.stem.conv, network.conv1),
+        (model.trunk.res2.block0.conv_a, network.layer1[0].conv1),
+        (model.trunk.res4.block2.conv_a, network.layer3[2].conv1),
+        (model.trunk.res5.block0.shortcut, network.layer4[0].downsample[0]),
+    ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.weight.sum(2), theirs.weight)
+        for frame in ours.weight.unbind(2):
+            assert torch.equal(frame, ours.weight[:, :, 0])
+    assert not model.trunk.res3.nonlocal1.bn.weight.any()
+
+
+def test_another_number_of_classes_drops_the_head_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES["slow_8x8_r50_w8"]
+    model = build("slow_r50", num_classes=7, width=8)
+    before = model.head.fc.weight.clone()
+    load_pretrained(model, weights(case))
+    assert len([record for record in caplog.records if "number of classes" in record.message]) == 1
+    assert torch.equal(model.head.fc.weight, before)
+    assert torch.equal(model.trunk.stem.conv.weight, weights(case)["s1.pathway0_stem.conv.weight"])
+
+
+def test_whatever_does_not_fit_is_listed() -> None:
+    state = weights(CASES["slow_8x8_r50_w8"])
+    del state["s3.pathway0_res1.branch2.b.weight"]
+    state["s9.extra"] = torch.zeros(2)
+    state["s1.pathway0_stem.bn.bias"] = torch.zeros(5)
+    model = build("slow_r50", width=8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_pretrained(model, state)
+    text = str(error.value)
+    assert "s3.pathway0_res1.branch2.b.weight is missing" in text
+    assert "s9.extra is unexpected" in text
+    assert "s1.pathway0_stem.bn.bias is [5] and not [8]" in text
+    assert "\n" not in text
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    with pytest.raises(UserError, match="and not"):
+        load_pretrained(build("slow_r50", width=8), weights(CASES["i3d_8x8_r50_w8"]))
+    with pytest.raises(UserError, match="another network"):
+        load_pretrained(build("slow_r50", width=8), {"fc1.weight": torch.zeros(1)})
+    with pytest.raises(UserError, match="source 'tensorflow'"):
+        load_pretrained(build("slow_r50", width=8), {"fc1.weight": torch.zeros(1)}, "tensorflow")
+
+
+class Command:
+    """What a hostile pickle holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    content = {"blobs": {"conv1_w": np.zeros(2)}, "evil": Command(tmp_path / "ran")}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    torch.save(content, tmp_path / "model.pyth")
+    for name in ("model.pkl", "model.pyth"):
+        with pytest.raises(UserError, match="cannot read weights"):
+            load_pretrained(build("slow_r50", width=8), tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2]), pickle.dumps({"blobs": {}})])
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.pkl").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.pkl"):
+        load_pretrained(build("slow_r50", width=8), tmp_path / "model.pkl")
+
+
+def test_missing_file_and_unknown_name_are_refused(tmp_path: Path) -> None:
+    for weights_name in (tmp_path / "none.pyth", "R2Plus1D_18_Weights.NONE", "None_Weights.NONE"):
+        with pytest.raises(UserError, match="cannot read weights from"):
+            load_pretrained(build("slow_r50", width=8), weights_name)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["source"] == "pyslowfast"])
+def test_export_has_pyslowfasts_names(name: str) -> None:
+    theirs = weights(CASES[name])
+    model = build(CONFIGS[name], width=8)
+    load_pretrained(model, theirs)
+    exported = export_pyslowfast(model)["model_state"]
+    assert exported.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in exported.items())
+
+
+def test_export_of_r2plus1d() -> None:
+    theirs = weights(CASES["ptv_r2plus1d_16x4_r50_w8"])
+    model = build("r2plus1d_r50", width=8)
+    load_pretrained(model, theirs)
+    exported = export_pyslowfast(model)
+    assert exported["model_state"].keys() == {f"model.{name}" for name in theirs}
+    load_pretrained(build("r2plus1d_r50", width=8), exported["model_state"])
+    with pytest.raises(UserError, match="PySlowFast has no"):
+        export_pyslowfast(build("r2plus1d_small"))
