@@ -59,11 +59,12 @@ class Knobs:
     fps: int = 24
     keyframe: int = 12  # frames from one keyframe to the next
     shapes: int = 1  # blobs in a video, each with another class; with more than one the task is multi-label
-    sizes: tuple[float, float] = (0.17, 0.37)  # of the blob, from its centre to its farthest point
-    speeds: tuple[float, float] = (0.0095, 0.019)  # per frame, of a moving blob and of a turning one's rim
-    growth: float = 0.25  # speed of a growing blob's rim against a moving blob's
+    sizes: tuple[float, float] = (0.2, 0.42)  # of the blob, from its centre to its farthest point
+    speeds: tuple[float, float] = (0.0095, 0.019)  # of a moving blob, per frame
+    turning: float = 1.5  # speed of a turning blob's rim against a moving blob's
+    growth: float = 0.4  # speed of a growing blob's rim against a moving blob's
     contrast: tuple[float, float] = (0.15, 0.3)  # in brightness, between blob and background
-    texture: tuple[float, float] = (0.04, 0.08)  # strength of the background's and the blob's
+    texture: tuple[float, float] = (0.04, 0.12)  # strength of the background's and the blob's
     colour: float = 0.12  # strength of tints
     crf: int = 20  # x264's quality: smaller is better
     seed: int = 0
@@ -195,7 +196,7 @@ def _path(label: int, knobs: Knobs, rng: np.random.Generator) -> NDArray[np.floa
     steps = rng.uniform(*knobs.speeds) * np.arange(knobs.frames)
     dx, dy = VELOCITIES.get(label, (0, 0))
     rim = low + place * (high - low)
-    angle = 2 * np.pi * turn + TURNS.get(label, 0) * steps / rim
+    angle = 2 * np.pi * turn + TURNS.get(label, 0) * knobs.turning * steps / rim
     size = low + (place * (high - low) + GROWTHS.get(label, 0) * knobs.growth * steps) % (high - low)
     x, y = x + dx * steps * knobs.height / knobs.width, y + dy * steps
     return np.stack([x + 0 * steps, y + 0 * steps, angle, size], axis=1)
@@ -207,8 +208,8 @@ def _sprite(grey: float, knobs: Knobs, rng: np.random.Generator) -> Array:
     v, u = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
     angle, radius = np.arctan2(v, u), np.hypot(u, v)
     waves = np.arange(2, 6)[:, None, None]
-    strength, phase = rng.uniform(-1, 1, waves.shape) / waves, rng.uniform(0, 2 * np.pi, waves.shape)
-    rim = 1 + 0.7 * (strength * np.cos(waves * angle + phase)).sum(0)
+    strength, phase = rng.uniform(0.3, 1, waves.shape) / waves, rng.uniform(0, 2 * np.pi, waves.shape)
+    rim = 1 + (strength * np.cos(waves * angle + phase)).sum(0)
     rim *= 0.9 / rim.max()
     brightness = grey + rng.choice([-1, 1]) * rng.uniform(*knobs.contrast)
     tint = knobs.colour * rng.uniform(-0.5, 0.5, 3)

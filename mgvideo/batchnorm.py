@@ -185,18 +185,18 @@ class _GroupNormalise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         dy = _dense(dy, like=x)
-        groups = len(mean)
+        groups, affine = len(mean), weight is not None
         dx = torch.empty_like(x)
         dparams = []
         for x_i, dy_i, dx_i, mean_i, invstd_i in zip(
             x.chunk(groups), dy.chunk(groups), dx.chunk(groups), mean, invstd, strict=True
         ):
             gradient, *dparam = aten.native_batch_norm_backward(
-                dy_i, x_i, weight, None, None, mean_i, invstd_i, True, ctx.eps, (True, True, True)
+                dy_i, x_i, weight, None, None, mean_i, invstd_i, True, ctx.eps, (True, affine, affine)
             )
             dx_i.copy_(gradient)
             dparams.append(dparam)
-        if weight is None:
+        if not affine:
             return dx, None, None, None, None
         dweight, dbias = (torch.stack(grads).sum(0) for grads in zip(*dparams, strict=True))
         return dx, dweight, dbias, None, None
@@ -241,17 +241,18 @@ class _SharedNormalise(torch.autograd.Function):
         dy = _dense(dy, like=x)
         groups = len(mean)
         invstd = (var + ctx.eps).rsqrt()
+        zero, one = torch.zeros_like(mean[0]), torch.ones_like(mean[0])
+        gain = one if weight is None else weight
         sums = torch.empty((2, *mean.shape), dtype=mean.dtype, device=x.device)  # of dy·x̂ and of dy, per group
         for i, (x_i, dy_i) in enumerate(zip(x.chunk(groups), dy.chunk(groups), strict=True)):
             _, sums[0, i], sums[1, i] = aten.native_batch_norm_backward(
-                dy_i, x_i, weight, None, None, mean[i], invstd[i], True, ctx.eps, (False, True, True)
+                dy_i, x_i, gain, None, None, mean[i], invstd[i], True, ctx.eps, (False, True, True)
             )
         dweight, dbias = sums.sum(1)
         dist.all_reduce(sums, group=ctx.process_group)
         # dx = scale · (dy − x̂ · mean(dy·x̂) − mean(dy)): an affine map of dy and one of x̂.
-        scale = invstd if weight is None else invstd * weight
+        scale = invstd * gain
         slope, offset = (-scale * sums / size).to(mean.dtype)
-        zero, one = torch.zeros_like(scale[0]), torch.ones_like(scale[0])
         dx = torch.empty_like(x)
         for i, (x_i, dy_i, dx_i) in enumerate(zip(x.chunk(groups), dy.chunk(groups), dx.chunk(groups), strict=True)):
             _affine(dy_i, zero, one, 0.0, scale[i], offset[i], out=dx_i)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -29,7 +28,8 @@ class ClipRequest:
     view: View | None = None
 
 
-class Failure(NamedTuple):
+@dataclass(frozen=True)
+class Failure:
     """A video that could not be read."""
 
     index: int
@@ -37,7 +37,8 @@ class Failure(NamedTuple):
     reason: str
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """A clip as a dataset returns it.
 
     `clip` is uint8 `[t, s, s, 3]`, for a request with a view `[crops, t, s, s, 3]`. `label` is an int64 scalar, for

@@ -48,6 +48,9 @@ class Schedule:
         require(
             bool(self.short_factors) or not self.short, "schedule.short_factors is empty: give some, or schedule=long"
         )
+        for key in ("long", "short", "lr_scaling", "fine_tune", "random_stride", "round_epochs"):
+            value = getattr(self, key)
+            require(isinstance(value, bool), f"schedule.{key}={value}: choose true or false")
         positive = number(self.epoch_factor) > 0
         require(positive, f"schedule.epoch_factor={self.epoch_factor}: give a number above 0")
         for key in ("bn_group", "min_size"):

@@ -178,6 +178,7 @@ def test_senseless_recipes_are_refused(changes: dict[str, Any], key: str) -> Non
     ("key", "value"),
     [
         ("epoch_factor", 0),
+        ("long", "maybe"),
         ("long_factors", [[0.5, -1]]),
         ("long_factors", [[0.5, 2]]),
         ("long_factors", [[0.5]]),

@@ -1,5 +1,28 @@
 """The programs: one module each, which composes a config, builds objects and calls the core."""
 
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+
+# fvcore compiles losses that nobody here uses as it is imported, and torch says at length what it thinks of that
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
+PROGRAMS = {
+    "run": "train and test a network",
+    "plan": "show the plan of a run before paying for it",
+}
+
 
 def main() -> None:
-    """Entry point of the installed command `mgvideo`."""
+    """Entry point of the installed command `mgvideo PROGRAM …`."""
+    program, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if program in PROGRAMS:
+        importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
+        return
+    usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())
+    print(f"mgvideo: multigrid training of video networks\n\n{usage}\n\nEach explains itself with --help.")
+    if program not in ("-h", "--help"):
+        print(f"error: there is no program '{program}'", file=sys.stderr)
+        raise SystemExit(2)

@@ -1,0 +1,33 @@
+# Each target does its own set-up. PYTHON picks the interpreter that the virtual environment is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test lint format clean
+.DEFAULT_GOAL := train
+
+train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multigrid
+	$(BIN)/python tools/run_net.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs data/motion .mypy_cache .ruff_cache .pytest_cache
+
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "mgvideo needs Python 3.10 or newer: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,torchcodec,slurm]'
+	@touch $@

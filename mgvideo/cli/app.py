@@ -1,0 +1,155 @@
+"""From a command line to a composed config and a task, with every error of the user's as one line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import hydra
+from hydra import compose, initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mgvideo.errors import UserError
+from mgvideo.schedule import scale_lr
+
+from .help import group_options, help_text
+from .schema import register
+
+CONFIGS = "mgvideo.configs"
+
+
+def main(config_name: str, description: str, task: Callable[[DictConfig], None], arguments: Sequence[str]) -> None:
+    """Run `task` on the config that `arguments` compose; Hydra's own flags (--cfg, --multirun, …) work as ever."""
+    register()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug shows its whole traceback; a user's error is one line below
+    if {"-h", "--help"} & set(arguments):
+        print(help_text(config_name, description))
+        return
+    flags = get_args_parser().parse_args(list(arguments))
+    if not flags.multirun:
+        with reported():
+            check(config_name, flags.overrides)
+
+    def guarded(cfg: DictConfig) -> None:
+        with reported():
+            scale_base_lr(config_name, cfg)
+            task(cfg)
+
+    sys.argv = [sys.argv[0], *arguments]
+    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
+
+
+class reported:  # noqa: N801  a context manager, read as a phrase
+    """Turns a user's error inside it into one line on stderr and exit code 2."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        message = explain(error)
+        if message is not None:
+            rank = os.environ.get("RANK")
+            print(f"error: {message}" if rank in (None, "0") else f"error (rank {rank}): {message}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+def explain(error: BaseException | None) -> str | None:
+    """The line to print for an error that the user can put right, None for any other."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+        if isinstance(error, TypeError):
+            return str(error).splitlines()[0]
+    if isinstance(error, UserError):
+        return " ".join(str(error).split("\n"))
+    if isinstance(error, OmegaConfBaseException) and error.full_key and "issing" in (error.msg or ""):
+        return f"{error.full_key} is not set: add {error.full_key}=… to the command"
+    if isinstance(error, OmegaConfBaseException | HydraException):
+        return str(error).splitlines()[0]
+    return None
+
+
+def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """A config composed outside hydra.main, for checks, tests and tools.
+
+    Raises:
+        UserError: a key or value that does not exist, with the nearest that does.
+    """
+    register()
+    check(config_name, overrides)
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        return compose(config_name, overrides=list(overrides), return_hydra_config=True)
+
+
+def check(config_name: str, overrides: Sequence[str]) -> None:
+    """Raise UserError where the overrides do not compose, with the nearest key or value that would."""
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        try:
+            compose(config_name, overrides=list(overrides))
+        except OverrideParseException as error:
+            raise UserError(f"cannot read '{error.override!s}': write it as key=value") from error
+        except MissingConfigException as error:
+            raise UserError(_unknown_option(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_wrong_override(config_name, overrides, error)) from error
+
+
+def _unknown_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "?").partition("/")
+    options = group_options().get(group) or list(error.options or [])
+    return f"{group}={option} does not exist{_nearest(option, options)}; there are: {', '.join(options)}"
+
+
+def _wrong_override(config_name: str, overrides: Sequence[str], error: Exception) -> str:
+    """Find the override at fault by leaving out one at a time."""
+    text = str(error)
+    named = re.search(r"(?:Could not override|Error merging override) '?([^'=\s]+)", text) or re.search(
+        r"full_key: (\S+)", text
+    )
+    wrong = named[1] if named else ""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group != wrong:
+            continue
+        rest = [o for o in overrides if o != override.input_line]
+        keys = list(flat_keys(compose(config_name, overrides=rest)))
+        if wrong not in keys:
+            return f"{wrong} is no key of this config{_nearest(wrong, keys)}; --cfg job prints them all"
+        return f"{override.input_line}: {str(error.__cause__ or error).splitlines()[0]}"
+    return text.splitlines()[0]
+
+
+def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a config, dotted."""
+    for name in cfg:
+        node = cfg._get_node(name)
+        yield f"{prefix}{name}"
+        if isinstance(node, DictConfig) and not node._is_missing() and not node._is_none():
+            yield from flat_keys(node, f"{prefix}{name}.")
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def scale_base_lr(config_name: str, cfg: DictConfig) -> None:
+    """Let base.lr follow a base.batch given on the command line, by the linear rule, unless it is given too."""
+    overrides = list(HydraConfig.get().overrides.task)
+    keys = {o.split("=")[0].lstrip("+") for o in overrides}
+    if "base.batch" not in keys or "base.lr" in keys:
+        return
+    recipe = compose(config_name, overrides=[o for o in overrides if o.split("=")[0].lstrip("+") != "base.batch"])
+    lr = scale_lr(recipe.base.batch, recipe.base.lr, cfg.base.batch)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"base.lr: {recipe.base.lr:g} at the recipe's batch of {recipe.base.batch} becomes {lr:g} at "
+            f"base.batch={cfg.base.batch} (linear rule; set base.lr to choose another)"
+        )
+    OmegaConf.set_struct(cfg, False)
+    cfg.base.lr = lr

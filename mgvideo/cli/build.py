@@ -1,0 +1,96 @@
+"""From a composed config to the objects that the core takes: the only place where both are known."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from mgvideo.batchnorm import convert_group_batchnorm
+from mgvideo.distributed import barrier, gather_objects, local_rank
+from mgvideo.errors import UserError
+from mgvideo.loader import LoaderOptions
+from mgvideo.microbatch import clips_that_fit
+from mgvideo.plan import Base, Grid, Plan
+from mgvideo.precision import Normalize, Precision
+from mgvideo.schedule import Schedule, make_plan
+from mgvideo.tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both parts of a dataset, and what a label in it is."""
+
+    train: Any
+    val: Any
+    classes: int
+    task: Task
+
+
+def build_data(cfg: DictConfig) -> Data:
+    """The datasets; one that has to be made first is made once a node. Fills in `dataset.num_classes` where null."""
+    if "prepare" in cfg.dataset:
+        if local_rank() == 0:
+            instantiate(cfg.dataset.prepare)
+        barrier()
+    decoder = instantiate(cfg.decoder)
+    train = instantiate(cfg.dataset.train, decoder=decoder)
+    val = instantiate(cfg.dataset.val, decoder=decoder)
+    if cfg.dataset.num_classes is None:
+        OmegaConf.set_struct(cfg, False)
+        cfg.dataset.num_classes = len(train.class_names)
+    return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+
+
+def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
+    """The plan of `base.*` and `schedule`."""
+    base: Any = OmegaConf.to_container(cfg.base, resolve=True)
+    schedule: Schedule = instantiate(cfg.schedule)
+    return make_plan(Base(**base), schedule, dataset_size)
+
+
+def build_model(cfg: DictConfig, precision: Precision) -> nn.Module:
+    """The network, its BN able to work in groups, on its device; weights depend on the seed alone."""
+    torch.manual_seed(cfg.seed)
+    model: nn.Module = instantiate(cfg.model)
+    if cfg.init_from:
+        from mgvideo.models.pretrained import load_pretrained
+
+        load_pretrained(model, cfg.init_from)
+    return precision.place(convert_group_batchnorm(model))
+
+
+def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
+    """Input normalisation on the device."""
+    return Normalize(tuple(cfg.normalize.mean), tuple(cfg.normalize.std)).to(precision.device)
+
+
+def loader_options(cfg: DictConfig) -> LoaderOptions:
+    """Workers: as many as there are cores to each rank of this node, at most 8, unless set."""
+    workers = cfg.loader.workers
+    if workers is None:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
+    methods = ("fork", "forkserver", "spawn")
+    if cfg.loader.start_method not in methods:
+        raise UserError(f"loader.start_method={cfg.loader.start_method}: choose one of {', '.join(methods)}")
+    if workers < 0 or cfg.loader.prefetch < 1:
+        raise UserError("loader.workers must be 0 or more, loader.prefetch 1 or more")
+    return LoaderOptions(workers, cfg.loader.prefetch, cfg.loader.start_method, cfg.loader.timeout)
+
+
+def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> int:
+    """Base-grid clips that a rank holds at once: as set, or measured, the least of all ranks."""
+    if cfg.loader.max_clips_per_step is not None:
+        if cfg.loader.max_clips_per_step < 1:
+            raise UserError("loader.max_clips_per_step must be 1 or more, or null to measure it")
+        return cfg.loader.max_clips_per_step
+    base = plan.base
+    grid = Grid(base.frames, base.size, (base.stride, base.stride), base.jitter)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(gather_objects(clips_that_fit(model, grid, precision, ranks)))

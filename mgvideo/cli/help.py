@@ -1,0 +1,69 @@
+"""The text of `--help`, made from the groups' files and the schema, so that it cannot fall behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from .schema import RunKeys
+
+GROUPS = ("experiment", "model", "dataset", "schedule", "optimizer", "decoder")
+
+
+def group_options() -> dict[str, list[str]]:
+    """The options of each config group, those in sub-folders as folder/name."""
+
+    def options(folder: Traversable, prefix: str = "") -> list[str]:
+        found: list[str] = []
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                found += options(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml"):
+                found.append(prefix + entry.name.removesuffix(".yaml"))
+        return sorted(found)
+
+    root = files("mgvideo.configs")
+    return {group: options(root / group) for group in GROUPS if (root / group).is_dir()}
+
+
+def help_text(config_name: str, description: str) -> str:
+    """Everything that can be said on the command line."""
+    lines = [
+        description,
+        "",
+        "Usage: … [group=option] [key=value] …   for instance",
+        "  python tools/run_net.py model=i3d_r50 dataset=kinetics400 dataset.root=/data/k400 schedule=multigrid",
+        "",
+        "Groups",
+    ]
+    for group, options in group_options().items():
+        lines += [
+            f"  {group}=",
+            *textwrap.wrap(" ".join(options), 100, initial_indent=" " * 6, subsequent_indent=" " * 6),
+        ]
+    lines += ["", "Keys (defaults in brackets; recipes and experiments change some: see --cfg job)"]
+    for field in dataclasses.fields(RunKeys):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if dataclasses.is_dataclass(default):
+            lines += [f"  {field.name}: {(type(default).__doc__ or '').strip()}"]
+            lines += [_line(f"{field.name}.{f.name}", f) for f in dataclasses.fields(default)]
+        elif field.metadata.get("help"):
+            lines.append(_line(field.name, field))
+    lines += [
+        "",
+        "Flags",
+        "  --help                 this text",
+        "  --cfg job              print the composed config and leave",
+        "  --multirun, -m         run every combination of comma-separated values, such as schedule=baseline,multigrid",
+        "",
+        "Several processes: torchrun --nproc-per-node=2 tools/run_net.py …",
+    ]
+    return "\n".join(lines)
+
+
+def _line(name: str, field: dataclasses.Field) -> str:
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    shown = "" if default == "???" else f" [{'null' if default is None else str(default).lower()}]"
+    return f"      {name:<28} {field.metadata['help']}{shown}"

@@ -1,0 +1,109 @@
+"""From the batches of a plan to tensors on the host: a DataLoader a phase, the next one up before the last is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .clips import ClipRequest, Failure, Sample
+
+
+class ClipDataset(Protocol):
+    """What the core needs of a dataset."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, request: ClipRequest) -> Sample: ...
+
+
+class Batch(NamedTuple):
+    """Clips uint8 `[n, t, s, s, 3]`, labels int64 `[n]` or float32 `[n, classes]`, indices int64 `[n]`."""
+
+    clips: Tensor
+    labels: Tensor
+    indices: Tensor
+    failures: tuple[Failure, ...] = ()
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples; the crops of a test view become clips of their own, next to each other."""
+    clips = torch.stack([sample.clip for sample in samples])
+    crops = 1 if clips.dim() == 5 else clips.shape[1]
+    labels = torch.stack([sample.label for sample in samples]).repeat_interleave(crops, dim=0)
+    indices = torch.tensor([sample.index for sample in samples]).repeat_interleave(crops)
+    failures = tuple(failure for sample in samples for failure in sample.failures)
+    return Batch(clips.flatten(0, -5), labels, indices, failures)
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How clips are loaded; none of it changes which clips a step sees."""
+
+    workers: int = 2  # processes; 0 loads in the training process
+    prefetch: int = 2  # batches that each worker keeps ready
+    start_method: str = "fork"  # fork, forkserver or spawn
+    timeout: float = 600.0  # seconds after which a silent worker counts as hung
+
+
+def _worker_init(_: int) -> None:
+    torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
+
+
+class _Steps:
+    """A batch sampler: the requests of each step, made when a worker is free for them."""
+
+    def __init__(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> None:
+        self.requests, self.steps = requests, steps
+
+    def __iter__(self) -> Iterator[list[ClipRequest]]:
+        return map(self.requests, self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class Loader:
+    """Loads what `requests(step)` names, for any range of steps."""
+
+    def __init__(self, dataset: ClipDataset, options: LoaderOptions, pin: bool = False) -> None:
+        self.dataset, self.options, self.pin = dataset, options, pin
+
+    def open(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> Iterator[Batch]:
+        """Start the workers on `steps` at once; the iterator yields one batch a step."""
+        if not steps:
+            return iter(())
+        workers = min(self.options.workers, len(steps))
+        dataset: Dataset = self.dataset  # type: ignore[assignment]
+        loader = DataLoader(
+            dataset,
+            batch_sampler=_Steps(requests, steps),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.pin,
+            timeout=self.options.timeout if workers else 0,
+            worker_init_fn=_worker_init,
+            prefetch_factor=self.options.prefetch if workers else None,
+            multiprocessing_context=self.options.start_method if workers else None,
+            # drawing the workers' base seed must not touch the generator that dropout draws from
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+    def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
+        """One batch a step through consecutive stretches of steps, a new DataLoader for each.
+
+        The next stretch's workers start as soon as the last batch of this one is in a worker's hands, so that a
+        boundary costs no wait.
+        """
+        ahead = max(1, self.options.workers * self.options.prefetch)
+        following = self.open(requests, stretches[0]) if stretches else iter(())
+        for i, steps in enumerate(stretches):
+            current, opened = following, False
+            for step in steps:
+                if not opened and i + 1 < len(stretches) and steps.stop - step <= ahead:
+                    following, opened = self.open(requests, stretches[i + 1]), True
+                yield next(current)

@@ -1,0 +1,74 @@
+"""Cutting a rank's share of a batch into pieces that its memory holds, whole BN groups where it can."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from .batches import Share
+from .plan import Grid
+from .precision import Precision
+
+MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
+
+
+class Piece(NamedTuple):
+    """Clips `[start, stop)` of a rank's share, run at once, in `groups` BN groups."""
+
+    start: int
+    stop: int
+    groups: int
+
+
+def pieces(share: Share, limit: int) -> list[Piece]:
+    """Cut a share into the fewest pieces of at most `limit` clips, never inside a BN group that fits.
+
+    Where not even one group fits, groups shrink: each piece normalises by its own clips. Ranks that share a group
+    get the same number of pieces, since they meet in every one.
+    """
+    clips = share.stop - share.start
+    if len(share.ranks) > 1:
+        largest = math.ceil(share.group_size / len(share.ranks))
+        count = min(share.group_size // len(share.ranks), math.ceil(largest / limit))
+        return [Piece(i * clips // count, (i + 1) * clips // count, 1) for i in range(count)]
+    size = share.group_size
+    whole = limit // size
+    if whole == 0:
+        parts = math.ceil(size / limit)
+        cuts = [g * size + i * size // parts for g in range(share.groups) for i in range(parts)] + [clips]
+        return [Piece(a, b, 1) for a, b in pairwise(cuts)]
+    count = math.ceil(share.groups / whole)
+    cuts = [i * share.groups // count for i in range(count + 1)]
+    return [Piece(a * size, b * size, b - a) for a, b in pairwise(cuts)]
+
+
+def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes: int = 1) -> int:
+    """How many clips of `grid` a training step holds at once, from the activations that two clips save.
+
+    `processes` share the memory of a CPU. Runs one forward on a copy of the model.
+    """
+    model = copy.deepcopy(model).train()
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    dtype = next(model.parameters()).dtype
+    clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
+    kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
+        output = model(clips.permute(0, 4, 1, 2, 3))
+    clip_bytes = sum(size for pointer, size in saved.items() if pointer not in kept) / 2
+    del output
+    if precision.device.type == "cuda":
+        free = torch.cuda.mem_get_info(precision.device)[0]
+    else:
+        free = psutil.virtual_memory().available // processes
+    return max(1, int(MEMORY_SHARE * free / clip_bytes))

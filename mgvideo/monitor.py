@@ -1,0 +1,205 @@
+"""What a run shows and leaves behind: a progress bar or lines, metrics.jsonl, TensorBoard events, bad_videos.csv."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from .clips import Failure
+from .plan import Plan
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 47 s, 3:20 min, 5:03 h, 2 d 4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes_left = divmod(minutes, 60)
+    if minutes < 100:
+        return f"{minutes}:{s:02d} min"
+    if hours < 48:
+        return f"{hours}:{minutes_left:02d} h"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+class Eta:
+    """Time left, from the step times of each phase as they come.
+
+    Steps cost about the same by design, so a phase not yet seen is taken to cost what the last one does.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.times: dict[int, tuple[float, int]] = {}  # phase -> seconds, steps
+
+    def add(self, phase: int, seconds: float, steps: int) -> None:
+        """Count measured steps of a phase."""
+        before = self.times.get(phase, (0.0, 0))
+        self.times[phase] = (before[0] + seconds, before[1] + steps)
+
+    def left(self, step: int) -> float | None:
+        """Seconds from `step` to the end, None before anything was measured."""
+        total, last = 0.0, None
+        for i, phase in enumerate(self.plan.phases):
+            if i in self.times:
+                last = self.times[i][0] / self.times[i][1]
+            steps_left = max(0, phase.steps[1] - max(step, phase.steps[0]))
+            if steps_left and last is None:
+                return None
+            total += steps_left * (last or 0.0)
+        return total
+
+
+class _Status(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["status"])
+
+
+def frames_as_image(clips: Tensor, count: int = 4) -> np.ndarray:
+    """The first clips of uint8 `[n, t, s, s, 3]`, one a row, at most eight frames of each, as one image."""
+    t = clips.shape[1]
+    chosen = clips[:count, np.linspace(0, t - 1, min(t, 8)).astype(int)].cpu().numpy()
+    return np.concatenate([np.concatenate(list(clip), axis=1) for clip in chosen], axis=0)
+
+
+class Monitor:
+    """Shows and records a run on rank 0; on other ranks it does nothing.
+
+    A resumed run goes on in the same files: what they hold of steps from `step` on is dropped first.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, step: int = 0, active: bool = True) -> None:
+        self.folder, self.active = folder, active
+        self.console = Console(file=sys.stdout, quiet=not active, soft_wrap=True, highlight=False)
+        self.eta = Eta(plan)
+        self.plan = plan
+        self.started = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: Any = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics_path = folder / "metrics.jsonl"
+        self._truncate(step)
+        self._metrics = open(self._metrics_path, "a", buffering=1)  # noqa: SIM115  open for the whole run
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+
+    def _truncate(self, step: int) -> None:
+        kept = []
+        if self._metrics_path.exists():
+            lines = self._metrics_path.read_text().splitlines()
+            for line in lines if step else []:
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # the half line that a killed run left
+        self._metrics_path.write_text("".join(line + "\n" for line in kept))
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        if self.active:
+            (self._progress.console if self._progress else self.console).print(text, markup=False)
+
+    def show(self, renderable: object) -> None:
+        """Print a rich renderable, such as the plan's table."""
+        if self.active:
+            self.console.print(renderable)
+
+    def start_progress(self, step: int) -> None:
+        """Show a bar where there is a terminal."""
+        if self.active and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.percentage:3.0f}%"), BarColumn(24), _Status(), console=self.console, transient=True
+            )
+            self._task = self._progress.add_task("train", total=self.plan.steps, completed=step, status="starting")
+            self._progress.start()
+
+    def stop_progress(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def train(self, record: dict[str, Any]) -> None:
+        """Record the metrics of a log step, and show where the run is."""
+        if not self.active:
+            return
+        self._write(record)
+        for name in (
+            "loss",
+            "lr",
+            "batch",
+            "epoch",
+            "phase",
+            "frames",
+            "size",
+            "clips_per_s",
+            "data_wait",
+            "memory_gib",
+        ):
+            self.board.add_scalar(f"train/{name}", record[name], record["step"])
+        self.board.add_scalar("train_by_second/loss", record["loss"], int(record["seconds"]))
+        left = self.eta.left(record["step"])
+        status = (
+            f"phase {record['phase'] + 1}/{len(self.plan.phases)} · {record['frames']}×{record['size']}² "
+            f"batch {record['batch']} · loss {record['loss']:.3f} · {record['clips_per_s']:.0f} clips/s · "
+            f"data wait {record['data_wait']:.0%} · {'' if left is None else duration(left) + ' left'}"
+        )
+        if self._progress:
+            self._progress.update(self._task, completed=record["step"], status=status)
+        else:
+            self.say(f"step {record['step']}/{self.plan.steps} · {status}")
+
+    def validation(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
+        """Record and show an evaluation."""
+        if not self.active:
+            return
+        self._write({"step": step, "seconds": seconds, **{f"val_{name}": value for name, value in metrics.items()}})
+        for name, value in metrics.items():
+            self.board.add_scalar(f"val/{name}", value, step)
+            self.board.add_scalar(f"val_by_second/{name}", value, int(seconds))
+        self.say(
+            f"step {step}/{self.plan.steps} · validation " + " · ".join(f"{k} {v:.1f}" for k, v in metrics.items())
+        )
+
+    def clips(self, step: int, phase: int, clips: Tensor) -> None:
+        """Show a few input clips of a phase in TensorBoard."""
+        if self.active:
+            self.board.add_image(f"clips/phase_{phase:02d}", frames_as_image(clips), step, dataformats="HWC")
+
+    def failures(self, step: int, failures: Iterable[Failure]) -> None:
+        """Name bad videos in bad_videos.csv and on the terminal."""
+        if not self.active:
+            return
+        path = self.folder / "bad_videos.csv"
+        new = not path.exists()
+        with open(path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", "index", "path", "reason"])
+            for failure in failures:
+                writer.writerow([step, failure.index, failure.path, failure.reason])
+                self.say(f"bad video {failure.path}: {failure.reason}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.stop_progress()
+        if self.active:
+            self._metrics.close()
+            self.board.close()

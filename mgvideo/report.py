@@ -1,0 +1,60 @@
+"""The report that a run ends with, on the terminal and as report.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import write_atomic
+from .clips import Failure
+from .monitor import duration
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a person wants to know when a run is over."""
+
+    name: str
+    plan: Plan
+    baseline_steps: int
+    hardware: str
+    precision: str
+    train_seconds: float
+    test_seconds: float
+    metrics: dict[str, float]
+    views: str
+    videos: int
+    failures: tuple[Failure, ...]
+    folder: Path
+
+    def markdown(self) -> str:
+        """The whole report."""
+        plan = self.plan
+        grids = " → ".join(dict.fromkeys(phase.grid.name.replace("x", "×") + "²" for phase in plan.phases))
+        scores = ", ".join(f"{name} **{value:.2f} %**" for name, value in self.metrics.items())
+        ratio = f"{self.baseline_steps / plan.steps:.2f}×"
+        lines = [
+            f"# {self.name}",
+            "",
+            f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
+            f"in {plan.steps} steps; the baseline takes {self.baseline_steps}, {ratio} as many",
+            f"- training: {duration(self.train_seconds)} on {self.hardware}, {self.precision}",
+        ]
+        if self.metrics:
+            lines += [
+                f"- test: {scores} on {self.videos} held-out videos, {self.views} views each, "
+                f"in {duration(self.test_seconds)}",
+            ]
+        lines += [f"- bad video, counted as wrong: {failure.path}: {failure.reason}" for failure in self.failures[:20]]
+        if len(self.failures) > 20:
+            lines.append(f"- and {len(self.failures) - 20} more bad videos, all in bad_videos.csv")
+        lines += [
+            f"- everything is in `{self.folder}`",
+            f"- curves, clips and the confusion matrix: `tensorboard --logdir {self.folder}`",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write(self) -> None:
+        """Leave it in the run's folder."""
+        write_atomic(self.folder / "report.md", self.markdown().encode())

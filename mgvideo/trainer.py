@@ -1,0 +1,320 @@
+"""The training loop: it asks the plan what a step is, and knows nothing of multigrid beyond that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from .batches import Batches, Share, share
+from .batchnorm import deferred_running_stats, set_bn_groups
+from .checkpoint import Checkpoints
+from .clips import Failure
+from .distributed import gather_objects, neighbours, rank, world_size
+from .errors import UserError
+from .evaluate import Evaluator, Views, precise_bn
+from .loader import Batch, Loader
+from .microbatch import pieces
+from .monitor import Monitor
+from .plan import Phase, Plan
+from .precision import Normalize, Precision
+from .schedule import Schedule, make_plan
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How often things happen around the steps, and what memory holds."""
+
+    max_clips: int  # clips of the base grid that a rank runs at once
+    log_every: int = 10  # steps
+    evals_per_phase: int = 1
+    precise_bn_batches: int = 200  # 0: none
+    checkpoint_every: int = 0  # steps; phase ends always
+    max_bad_fraction: float = 0.05  # of the clips read
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, without evaluation
+    best: float = -1.0
+    clips: int = 0  # read on this rank
+    bad: int = 0  # of them substituted
+
+
+@dataclass
+class _Window:
+    """What happened since the last log step."""
+
+    since: float = field(default_factory=time.perf_counter)
+    loss: Tensor | None = None  # sum of step losses, on the device
+    steps: int = 0
+    clips: int = 0
+    waited: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a model along a plan.
+
+    The model carries GroupBatchNorm3d and lies on its device; `validate` evaluates at `views`, or never where it is
+    None. All ranks build the same trainer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        task: Task,
+        optimizer: Optimizer,
+        loader: Loader,
+        *,
+        seed: int,
+        normalize: Normalize,
+        precision: Precision,
+        options: TrainOptions,
+        monitor: Monitor,
+        checkpoints: Checkpoints,
+        validate: tuple[Evaluator, Views] | None = None,
+    ) -> None:
+        self.model, self.plan, self.task, self.optimizer, self.loader = model, plan, task, optimizer, loader
+        self.seed, self.normalize, self.precision, self.options = seed, normalize, precision, options
+        self.monitor, self.checkpoints, self.validate = monitor, checkpoints, validate
+        self.batches = Batches(plan, len(loader.dataset), seed)
+        self.progress = Progress()
+        self.device = precision.device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
+        # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.window = _Window()
+        self.parallel: nn.Module = model
+        if world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": dict(vars(self.progress)),
+            "plan": self.plan.to_json(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def train(self) -> None:
+        """Train from where the run is to the plan's end."""
+        start = self.progress.step
+        batches = self._stream(start)
+        evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
+        phase: Phase | None = None
+        self.window = _Window()
+        self.monitor.start_progress(start)
+        for step in range(start, self.plan.steps):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            self.window.waited += time.perf_counter() - waiting
+            if phase is not self.plan.phase(step):
+                phase = self.plan.phase(step)
+                self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
+            self.step(step, batch)
+            done = self.progress.step = step + 1
+            ends = done == phase.steps[1]
+            saves = self.options.checkpoint_every and done % self.options.checkpoint_every == 0
+            # a checkpoint ends a log window, so that a resumed run logs the same windows as an undisturbed one
+            if ends or saves or done in evaluations or done % self.options.log_every == 0:
+                self._log(phase)
+            best = done in evaluations and self._evaluate()
+            if ends or best or saves:
+                self._save(best)
+        self.monitor.stop_progress()
+        self.checkpoints.wait()
+
+    def step(self, step: int, batch: Batch) -> None:
+        """One optimizer step on this rank's share of the global batch."""
+        phase, slot = self.plan.phase(step), self.plan.slot(step)
+        part = share(slot.batch, phase.bn_groups, rank(), world_size())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr(step)
+        # dropout draws from (seed, step, rank): a resumed run needs no generator state
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, rank()]).generate_state(1)[0]))
+        clips = self.normalize(batch.clips.to(self.device, non_blocking=True))
+        labels = batch.labels.to(self.device, non_blocking=True)
+        total = self._accumulate(part, slot.grid.volume, clips, labels, slot.batch)
+        self._update(step, total)
+        window = self.window
+        window.loss = total if window.loss is None else window.loss + total
+        window.steps += 1
+        window.clips += slot.batch
+        window.failures += batch.failures
+        self.progress.clips += len(batch.labels)
+        self.progress.bad += len(batch.failures)
+
+    def _accumulate(self, part: Share, volume: int, clips: Tensor, labels: Tensor, batch: int) -> Tensor:
+        """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
+        limit = max(1, self.options.max_clips * self.plan.base.frames * self.plan.base.size**2 // volume)
+        cuts = pieces(part, limit)
+        group = neighbours(len(part.ranks))
+        total = torch.zeros((), device=self.device)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with deferred_running_stats(self.model):
+            for piece in cuts:
+                set_bn_groups(self.model, piece.groups, group)
+                with ExitStack() as stack:
+                    if piece is not cuts[-1]:  # ranks exchange gradients once a step
+                        stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
+                    with self.precision.autocast():
+                        logits = self.parallel(clips[piece.start : piece.stop])
+                    loss = self.task.loss(logits.to(clips.dtype), labels[piece.start : piece.stop]) / batch
+                    # DDP averages over ranks, which may hold different numbers of clips: undo it here
+                    self.scaler.scale(loss * world_size()).backward()
+                total = total + loss.detach()
+        return total
+
+    def _update(self, step: int, loss: Tensor) -> None:
+        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.isfinite(loss)
+        if not self.scaler.is_enabled():  # under fp16 the scaler skips overflowing gradients itself
+            finite &= torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
+        first_bad = ~finite & (self.bad_step < 0)
+        self.bad_step = torch.where(first_bad, step, self.bad_step)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return
+        # what the fused kernel reads to skip a step without asking the host
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
+        self.optimizer.step()
+        if self.device.type == "cpu":
+            self._check_finite()
+
+    def _check_finite(self) -> None:
+        bad = int(self.bad_step)
+        if bad < 0:
+            return
+        phase = self.plan.phases.index(self.plan.phase(bad))
+        steps = self.checkpoints.steps()
+        good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
+        raise UserError(
+            f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {_grid_name(self.plan, bad)}, "
+            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
+        )
+
+    def _stream(self, step: int) -> Iterator[Batch]:
+        """This rank's batches from `step` on, the loader rebuilt at each phase."""
+
+        def requests(s: int) -> list:
+            part = share(self.plan.slot(s).batch, self.plan.phase(s).bn_groups, rank(), world_size())
+            return self.batches(s)[part.start : part.stop]
+
+        stretches = [range(max(step, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > step]
+        return self.loader.phases(requests, stretches)
+
+    def _log(self, phase: Phase) -> None:
+        """Bring the window's figures to the host, record them, and start a new one."""
+        window, step = self.window, self.progress.step
+        assert window.loss is not None
+        loss = float(window.loss) / window.steps
+        self._check_finite()
+        elapsed = time.perf_counter() - window.since
+        self.progress.seconds += elapsed
+        ranks = gather_objects((loss, window.failures, self.progress.clips, self.progress.bad, window.waited))
+        failures = [failure for r in ranks for failure in r[1]]
+        slot = self.plan.slot(step - 1)
+        index = self.plan.phases.index(phase)
+        self.monitor.eta.add(index, elapsed, window.steps)
+        cuda = self.device.type == "cuda"
+        self.monitor.train(
+            {
+                "step": step,
+                "epoch": round(self.plan.epoch(step), 4),
+                "phase": index,
+                "frames": slot.grid.frames,
+                "size": slot.grid.size,
+                "batch": slot.batch,
+                "lr": self.plan.lr(step - 1),
+                "loss": sum(r[0] for r in ranks),
+                "clips_per_s": round(window.clips / elapsed, 2),
+                "data_wait": round(max(r[4] for r in ranks) / elapsed, 4),
+                "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30 if cuda else _resident_gib(), 3),
+                "seconds": round(self.progress.seconds, 3),
+            }
+        )
+        if failures:
+            self.monitor.failures(step, failures)
+        clips, bad = sum(r[2] for r in ranks), sum(r[3] for r in ranks)
+        if clips >= 100 and bad > self.options.max_bad_fraction * clips:
+            raise UserError(
+                f"{bad} of {clips} clips could not be read, more than dataset.max_bad_fraction="
+                f"{self.options.max_bad_fraction:g}: see {self.monitor.folder / 'bad_videos.csv'}"
+            )
+        self.window = _Window()
+
+    def _evaluate(self) -> bool:
+        """Precise BN, then the validation metrics; whether they are the best so far."""
+        assert self.validate is not None
+        self.precise_bn()
+        evaluator, views = self.validate
+        result = evaluator(self.model, views)
+        metrics = self.task.metrics(result.scores, result.labels)
+        self.monitor.validation(self.progress.step, self.progress.seconds, metrics)
+        best = metrics[self.task.best] > self.progress.best
+        self.progress.best = max(self.progress.best, metrics[self.task.best])
+        self.window = _Window()  # evaluation is not training time
+        return best
+
+    def precise_bn(self) -> None:
+        """Exact BN statistics for the weights as they are, from batches that depend on the step alone."""
+        if not self.options.precise_bn_batches:
+            return
+        seed = int(np.random.SeedSequence([self.seed, self.progress.step]).generate_state(1)[0])
+        plan = make_plan(self.plan.base, Schedule("baseline"), self.plan.dataset_size)
+        batches = Batches(plan, len(self.loader.dataset), seed)
+        steps = min(self.options.precise_bn_batches, batches.plan.steps)
+        precise_bn(self.model, self.loader, batches, steps, self.normalize, self.precision, self.options.max_clips)
+
+    def _save(self, best: bool) -> None:
+        self._check_finite()
+        if rank() == 0:
+            self.checkpoints.save(self.progress.step, self.state(), best)
+
+
+def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
+    """Numbers of steps done at which to evaluate: `per_phase` evenly spaced points of each phase, its end the last."""
+    points = set()
+    for phase in plan.phases:
+        first, stop = phase.steps
+        points |= {first + round((i + 1) * (stop - first) / per_phase) for i in range(per_phase)}
+    return points
+
+
+def _grid_name(plan: Plan, step: int) -> str:
+    grid = plan.slot(step).grid
+    return f"{grid.frames}×{grid.size}²"
+
+
+def _resident_gib() -> float:
+    return psutil.Process().memory_info().rss / 2**30

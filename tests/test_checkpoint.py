@@ -1,0 +1,70 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgvideo.checkpoint import Checkpoints, read_checkpoint
+from mgvideo.errors import UserError
+
+
+def state(step: int) -> dict:
+    return {"weights": torch.full((3,), float(step)), "progress": {"step": step}}
+
+
+def test_saves_off_the_path_and_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (10, 20, 30, 40):
+        weights = state(step)
+        checkpoints.save(step, weights, best=step == 10)
+        weights["weights"].zero_()  # training goes on while the file is written
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 30, 40]
+    newest, warnings = checkpoints.newest()
+    assert newest is not None
+    assert newest["weights"].tolist() == [40.0] * 3
+    assert not warnings
+    assert read_checkpoint(checkpoints.best)["progress"]["step"] == 10
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no digest"])
+def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path: Path, damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, state(step))
+    checkpoints.wait()
+    path = checkpoints.path(20)
+    if damage == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "flip":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.with_suffix(".sha256").unlink()
+    newest, warnings = checkpoints.newest()
+    assert newest is not None
+    assert newest["progress"]["step"] == 10
+    assert len(warnings) == 1
+    assert path.stem in warnings[0]
+
+
+def test_reading_runs_no_code(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple:
+            return Path(tmp_path / "exploded").touch, ()
+
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, {"bomb": Bomb()})
+    checkpoints.wait()
+    with pytest.raises(UserError, match="more than tensors"):
+        read_checkpoint(checkpoints.path(1))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "checkpoints")
+    checkpoints.save(1, state(1))
+    with pytest.raises(UserError, match="cannot make"):
+        checkpoints.wait()
