@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
+from fvcore.nn import FlopCountAnalysis
 from golden import CASES, CONFIGS, clip, weights
-from zoo import build
+from torch import nn
+from zoo import NAMES, build
 
+import mgvideo.models
+from mgvideo.models.nonlocal_block import NonLocal
 from mgvideo.models.pretrained import load_pretrained
+from mgvideo.models.table import ROWS, Row, count_gflops, count_parameters, markdown
 
 
 def test_every_case_is_tested() -> None:
@@ -23,3 +31,64 @@ def test_published_weights_give_published_logits(name: str) -> None:
     difference = (logits - torch.tensor(CASES[name]["logits"])).abs().max().item()
     print(f"{name}: largest difference {difference:.1e}")
     assert difference < 1e-3
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.config}-{row.frames}x{row.size}")
+def test_sizes_are_the_published_ones(row: Row) -> None:
+    model = row.build()
+    parameters = count_parameters(model)
+    if row.parameters:
+        assert parameters == row.parameters
+    if row.millions:
+        assert f"{parameters / 1e6:.2f}" == row.millions
+    if row.gflops:
+        assert count_gflops(model, row.frames, row.size) == pytest.approx(row.gflops, rel=0.015)
+
+
+def test_every_network_is_in_the_table() -> None:
+    assert {row.config for row in ROWS} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", ["slowfast_8x8_r50", "c2d_r50", "r2plus1d_18", "r2plus1d_r50"])
+def test_gflops_are_what_fvcore_counts(name: str) -> None:
+    model = build(name, width=8).eval()
+    expected = FlopCountAnalysis(model, torch.zeros(1, 3, 8, 64, 64)).unsupported_ops_warnings(False).total() / 1e9
+    assert count_gflops(model, 8, 64) == pytest.approx(expected, rel=1e-3)
+
+
+def test_readme_shows_the_table_as_the_command_prints_it() -> None:
+    assert markdown() in (Path(mgvideo.models.__path__[0]) / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["slowfast_nln_8x8_r50", "i3d_nln_r50", "r2plus1d_r50"])
+def test_initialisation_is_the_published_one(name: str) -> None:
+    torch.manual_seed(0)
+    model = build(name, num_classes=400, width=16)
+    last = [
+        norm
+        for key, norm in model.named_modules()
+        if key.endswith(("bn_c",)) or (".nonlocal" in key and key.endswith("bn"))
+    ]
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm3d)):
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+        assert torch.equal(norm.weight, torch.full_like(norm.weight, 0.0 if any(norm is one for one in last) else 1.0))
+        assert not norm.bias.any()
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d) and module.weight.numel() > 2000:
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.15)
+    assert model.head.fc.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert model.head.dropout.p == 0.5
+
+
+@pytest.mark.parametrize("mode", ["softmax", "dot_product"])
+def test_non_local_block_is_attention_over_all_positions(mode: str) -> None:
+    torch.manual_seed(0)
+    block = NonLocal(8, mode).eval()
+    clip = torch.randn(2, 8, 3, 6, 5)
+    pooled = nn.functional.max_pool3d(clip, (1, 2, 2))
+    query, key, value = (f(x).flatten(2) for f, x in ((block.theta, clip), (block.phi, pooled), (block.g, pooled)))
+    affinity = torch.einsum("ncp,ncq->npq", query, key)
+    affinity = (affinity / 2).softmax(2) if mode == "softmax" else affinity / affinity.shape[2]
+    gathered = torch.einsum("npq,ncq->ncp", affinity, value).view(2, 4, 3, 6, 5)
+    torch.testing.assert_close(block(clip), clip + block.bn(block.out(gathered)))

@@ -1,0 +1,110 @@
+"""Sizes of all networks beside the published ones, as in models/README.md: `python -m mgvideo.models.table`."""
+
+from __future__ import annotations
+
+import pkgutil
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network at an input, and what is published of it there."""
+
+    config: str
+    frames: int
+    size: int
+    parameters: int | None = None  # with 400 classes
+    millions: str | None = None  # of parameters, where they are not published to the last one
+    gflops: float | None = None  # of one clip, a multiply-add counted once
+    classes: int = 400
+
+    def build(self) -> nn.Module:
+        """The network as its config says, without memory for its weights."""
+        text = (files("mgvideo.configs") / "model" / f"{self.config}.yaml").read_text(encoding="utf-8")
+        keys: dict[str, Any] = yaml.safe_load(text)
+        make = pkgutil.resolve_name(keys.pop("_target_"))
+        with torch.device("meta"):
+            return make(**{**keys, "num_classes": self.classes})
+
+
+# Published: the PyTorchVideo model zoo; for r2plus1d_18 the metadata of torchvision's weights.
+ROWS = (
+    Row("c2d_r50", 8, 256, 24_327_632, gflops=25.89),
+    Row("slow_r50", 4, 256, 32_454_096, gflops=27.55),
+    Row("slow_r50", 8, 256, 32_454_096, gflops=54.52),
+    Row("i3d_r50", 8, 256, 28_043_472, gflops=37.53),
+    Row("i3d_r101", 8, 256),
+    Row("i3d_nln_r50", 8, 256),
+    Row("i3d_nln_r101", 8, 256),
+    Row("slowfast_4x16_r50", 32, 256, millions="34.48", gflops=36.69),
+    Row("slowfast_8x8_r50", 32, 256, 34_566_488, gflops=65.71),
+    Row("slowfast_8x8_r101", 32, 256, 62_826_968, gflops=127.20),
+    Row("slowfast_16x8_r50", 64, 256),
+    Row("slowfast_16x8_r101", 64, 256, millions="53.77", gflops=215.61),
+    Row("slowfast_nln_4x16_r50", 32, 256),
+    Row("slowfast_nln_8x8_r50", 32, 256),
+    Row("slowfast_nln_16x8_r101", 64, 256),
+    Row("r2plus1d_18", 16, 112, 31_505_325, gflops=40.519),
+    Row("r2plus1d_34", 16, 112),
+    Row("r2plus1d_r50", 16, 256, 28_107_600, gflops=76.45),
+    Row("slowfast_small", 16, 64, classes=8),
+    Row("i3d_small", 16, 64, classes=8),
+    Row("r2plus1d_small", 16, 64, classes=8),
+)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers a network learns."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_gflops(model: nn.Module, frames: int, size: int) -> float:
+    """Cost of one clip in evaluation, as fvcore counts: multiply-adds once, and two operations a normalised value.
+
+    The network may be on torch's meta device, which fvcore cannot trace: so nothing is computed to count it.
+    """
+    normalised = 0
+
+    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal normalised
+        normalised += output.numel()
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
+    clip = torch.empty(1, 3, frames, size, size, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(clip)
+    for hook in hooks:
+        hook.remove()
+    return (counter.get_total_flops() / 2 + 2 * normalised) / 1e9
+
+
+def markdown() -> str:
+    """The table, in Markdown."""
+    lines = [
+        "| `model=` | input | parameters | published | GFLOPs | published |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in ROWS:
+        model = row.build()
+        published = f"{row.parameters:,}" if row.parameters else f"{row.millions} M" if row.millions else "–"
+        cells = (
+            row.config,
+            f"{row.frames} × {row.size}²",
+            f"{count_parameters(model):,}",
+            published,
+            f"{count_gflops(model, row.frames, row.size):.2f}",
+            f"{row.gflops:.2f}" if row.gflops else "–",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())
