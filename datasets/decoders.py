@@ -8,6 +8,7 @@ rotation says.
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -122,15 +123,26 @@ class PyAV:
 class _PyAVVideo(Video):
     def __init__(self, path: str, short_side: int | None) -> None:
         self.path = path
-        self.container, self.stream = _opened(path)
-        packets = [p for p in self.container.demux(self.stream) if p.size and not p.is_discard]
-        self.times = sorted(_time(p) for p in packets)  # of each frame, in the order of display
-        self.keys = sorted(_time(p) for p in packets if p.is_keyframe)
+        self.container = av.open(path)
+        if not self.container.streams.video:
+            raise DecodeError(path, "no video stream")
+        self.stream: Any = self.container.streams.video[0]
+        self.stream.thread_type = "NONE"
+        self.stream.codec_context.thread_count = 1
+        times = [(_time(p), p.is_keyframe) for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+        self.keys = sorted(time for time, is_key in times if is_key)
+        # of each frame, in the order of display; what comes before the first keyframe cannot be decoded
+        self.times = sorted(time for time, _ in times if self.keys and time >= self.keys[0])
+        self.open_gops = _open_gops(times)
         self.frames = len(self.times)
         if not self.frames:
             raise DecodeError(path, "no frames")
         self.container.seek(self.times[0], stream=self.stream)
-        height, width, self.turns = _shape(path, self.container, self.stream)
+        first = next(self.container.decode(self.stream), None)
+        if first is None:
+            raise DecodeError(path, "no frame can be decoded")
+        self.turns = round(first.rotation / 90) % 4  # quarter turns counter-clockwise that set it upright
+        height, width = (first.width, first.height) if self.turns % 2 else (first.height, first.width)
         self.height, self.width = resized(height, width, short_side)
         self.fps = float(self.stream.average_rate or 0)
         self.reformatter = av.video.reformatter.VideoReformatter()
@@ -153,35 +165,31 @@ class _PyAVVideo(Video):
         frames: Iterator[Any] = iter(())
         now = None
         for time in times:
-            key = self.keys[max(bisect_right(self.keys, time) - 1, 0)] if self.keys else self.times[0]
+            key = self.keys[bisect_right(self.keys, time) - 1]
             if now is None or now < key:
-                self.container.seek(key, stream=self.stream)
-                frames = self.container.decode(self.stream)
+                frames = self._from(key)
             frame = next((f for f in frames if f.pts >= time), None)
+            if frame is None or frame.pts != time:  # the file's index may be off: try from its beginning
+                frames = self._from(self.times[0])
+                frame = next((f for f in frames if f.pts >= time), None)
             if frame is None or frame.pts != time:
                 raise DecodeError(self.path, f"frame {self.times.index(time)} of {self.frames} cannot be decoded")
             now = time
             yield frame
 
-
-def _opened(path: str) -> tuple[Any, Any]:
-    """A PyAV container and its first video stream, decoding in one thread."""
-    container = av.open(path)
-    if not container.streams.video:
-        raise DecodeError(path, "no video stream")
-    stream = container.streams.video[0]
-    stream.thread_type = "NONE"
-    stream.codec_context.thread_count = 1
-    return container, stream
+    def _from(self, time: int) -> Iterator[Any]:
+        self.container.seek(time, stream=self.stream)
+        return self.container.decode(self.stream)
 
 
-def _shape(path: str, container: Any, stream: Any) -> tuple[int, int, int]:
-    """Height and width as displayed, and the quarter turns counter-clockwise that get there: from the next frame."""
-    frame = next(container.decode(stream), None)
-    if frame is None:
-        raise DecodeError(path, "no frame can be decoded")
-    turns = round(frame.rotation / 90) % 4
-    return (frame.width, frame.height, turns) if turns % 2 else (frame.height, frame.width, turns)
+def _open_gops(times: list[tuple[int, bool]]) -> bool:
+    """Whether a frame is displayed before the keyframe that it is stored after, given times as they are stored."""
+    key = times[0][0] if times else 0
+    for time, is_key in times:
+        key = time if is_key else key
+        if time < key:
+            return True
+    return False
 
 
 def _time(packet: Any) -> int:
@@ -189,39 +197,37 @@ def _time(packet: Any) -> int:
     return packet.dts if packet.pts is None else packet.pts
 
 
-def _header(path: str) -> tuple[int, int, float]:
-    """Height and width as displayed, and frames a second: other libraries fix the size at opening, so ask before."""
-    container, stream = _opened(path)
-    with container:
-        height, width, _ = _shape(path, container, stream)
-        return height, width, float(stream.average_rate or 0)
-
-
 class Decord:
-    """decord; what it cannot open, PyAV names the reason for."""
+    """decord, where it is exact: what it would misplace (open GOPs, rotated videos) PyAV reads instead."""
 
     def __init__(self) -> None:
         _import("decord", "decord")
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """Open a file to read it resized to this short side, or as it is; raises DecodeError."""
-        check_file(path)
-        with errors_over(path):
-            return _DecordVideo(path, short_side)
+        reference = PyAV().open(path, short_side)  # decord fixes the size at opening, so that it must be known before
+        assert isinstance(reference, _PyAVVideo)
+        if reference.turns or reference.open_gops:
+            return reference
+        with reference, errors_over(path):
+            return _DecordVideo(reference)
 
 
 class _DecordVideo(Video):
-    def __init__(self, path: str, short_side: int | None) -> None:
+    def __init__(self, like: Video) -> None:
         import decord
 
-        self.path = path
-        height, width, self.fps = _header(path)
-        self.height, self.width = resized(height, width, short_side)
-        self.reader = decord.VideoReader(path, num_threads=1, height=self.height, width=self.width)
+        self.path, self.height, self.width, self.fps = like.path, like.height, like.width, like.fps
+        self.reader = decord.VideoReader(self.path, num_threads=1, height=self.height, width=self.width)
         self.frames = len(self.reader)
 
     def _read(self, indices: np.ndarray) -> Tensor:
-        return from_dlpack(self.reader.get_batch(indices).to_dlpack())
+        import decord
+
+        try:
+            return from_dlpack(self.reader.get_batch(indices).to_dlpack())
+        except decord.DECORDError as error:  # after the time and the line of decord's own source
+            raise DecodeError(self.path, re.sub(r"^\[[\d:]+\] \S+ ", "", _first_line(error))) from None
 
 
 class TorchCodec:
@@ -232,7 +238,6 @@ class TorchCodec:
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """Open a file to read it resized to this short side, or as it is; raises DecodeError."""
-        check_file(path)
         with errors_over(path):
             return _TorchCodecVideo(path, short_side)
 
@@ -243,8 +248,8 @@ class _TorchCodecVideo(Video):
         from torchcodec.transforms import Resize
 
         self.path = path
-        height, width, self.fps = _header(path)
-        self.height, self.width = resized(height, width, short_side)
+        with PyAV().open(path, short_side) as like:  # the size is fixed at opening, so that it must be known before
+            self.height, self.width, self.fps = like.height, like.width, like.fps
         self.decoder = VideoDecoder(
             path,
             dimension_order="NHWC",

@@ -59,10 +59,10 @@ class Knobs:
     fps: int = 24
     keyframe: int = 12  # frames from one keyframe to the next
     shapes: int = 1  # blobs in a video, each with another class; with more than one the task is multi-label
-    sizes: tuple[float, float] = (0.2, 0.42)  # of the blob, from its centre to its farthest point
+    sizes: tuple[float, float] = (0.15, 0.45)  # of the blob, from its centre to its farthest point
     speeds: tuple[float, float] = (0.0095, 0.019)  # of a moving blob, per frame
     turning: float = 1.5  # speed of a turning blob's rim against a moving blob's
-    growth: float = 0.4  # speed of a growing blob's rim against a moving blob's
+    growth: float = 0.35  # speed of a growing blob's rim against a moving blob's
     contrast: tuple[float, float] = (0.15, 0.3)  # in brightness, between blob and background
     texture: tuple[float, float] = (0.04, 0.12)  # strength of the background's and the blob's
     colour: float = 0.12  # strength of tints

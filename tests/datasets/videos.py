@@ -16,7 +16,7 @@ BITS = 8
 def numbered(number: int, height: int, width: int) -> np.ndarray:
     """A frame whose eight columns are dark or light as its number's bits, with a gradient from top to bottom."""
     bits = [(number >> bit) & 1 for bit in range(BITS)]
-    columns = np.repeat(np.array(bits), -(-width // BITS))[:width]
+    columns = np.array(bits)[np.arange(width) * BITS // width]
     rows = np.linspace(0, 60, height)[:, None]
     return np.stack([40 + 130 * columns + rows, 60 + 110 * columns + rows / 2, 60 + 90 * columns + rows], -1).astype(
         np.uint8

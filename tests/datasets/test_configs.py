@@ -1,0 +1,64 @@
+"""The dataset and decoder configs, composed and instantiated as the command line does."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from videos import write
+
+from mgvideo.clips import ClipRequest
+from mgvideo.datasets.decoders import Decord, PyAV
+from mgvideo.datasets.motion import Knobs
+from mgvideo.plan import Grid
+
+GRID = Grid(4, 32, (2, 2), (32, 40))
+CONFIGS = str(files("mgvideo.configs"))
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_dir(CONFIGS, version_base=None):
+        return compose(overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("name", "classes"), [("kinetics400", 400), ("kinetics600", 600), ("kinetics700", 700)])
+def test_kinetics_reads_its_lists(tmp_path: Path, name: str, classes: int) -> None:
+    write(tmp_path / "a.mp4", frames=8)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text(f"a.mp4 {classes - 1}\n")
+    cfg = composed(f"+dataset={name}", f"dataset.root={tmp_path}", "+decoder=pyav").dataset
+    dataset = instantiate(cfg.val, decoder=PyAV())
+    assert (cfg.name, cfg.task, cfg.num_classes) == (name, "single_label", classes)
+    assert (len(dataset), len(dataset.class_names)) == (1, classes)
+    assert dataset[ClipRequest(0, GRID, 0)].label == classes - 1
+
+
+def test_folder_counts_its_classes(tmp_path: Path) -> None:
+    for name in ("run", "walk"):
+        for i in range(5):
+            write(tmp_path / name / f"{i}.mp4", frames=4)
+    cfg = composed("+dataset=folder", f"dataset.root={tmp_path}")
+    train, val = (instantiate(cfg.dataset[split], decoder=Decord()) for split in ("train", "val"))
+    assert cfg.dataset.num_classes is None
+    assert (len(train), len(val), train.class_names) == (8, 2, ["run", "walk"])
+    assert train[ClipRequest(7, GRID, 0)].clip.shape == (4, 32, 32, 3)
+
+
+def test_motion_offers_the_default_knobs(tmp_path: Path) -> None:
+    cfg = composed("+dataset=motion").dataset
+    assert instantiate(cfg.knobs).name == Knobs().name
+    small = [f"dataset.root={tmp_path}", "dataset.knobs.train=4", "dataset.knobs.val=2", "dataset.knobs.frames=8"]
+    cfg = composed("+dataset=motion", *small).dataset
+    folder = instantiate(cfg.prepare, processes=1)
+    assert folder.parent == tmp_path
+    assert len(instantiate(cfg.train, decoder=PyAV())) == 4
+    assert len(instantiate(cfg.val, decoder=PyAV())) == 2
+
+
+@pytest.mark.parametrize(("name", "kind"), [("decord", Decord), ("pyav", PyAV)])
+def test_a_decoder_is_chosen_by_name(name: str, kind: type) -> None:
+    assert isinstance(instantiate(composed(f"+decoder={name}").decoder), kind)

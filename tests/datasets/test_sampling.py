@@ -1,0 +1,67 @@
+"""Sampling: every draw stays in its range, reaches all of it, and follows the published recipes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mgvideo.clips import ClipRequest, View
+from mgvideo.datasets.sampling import choose, crop_corners, frame_indices, frame_span
+from mgvideo.errors import UserError
+from mgvideo.plan import Grid
+
+GRID = Grid(frames=8, size=112, strides=(2, 8), scales=(128, 160))
+
+
+def draws(inverse_jitter: bool = False) -> list:
+    return [choose(ClipRequest(0, GRID, seed), inverse_jitter=inverse_jitter) for seed in range(2000)]
+
+
+def test_draws_reach_both_ends_of_their_ranges() -> None:
+    made = draws()
+    assert {choice.stride for choice in made} == set(range(2, 9))
+    assert {choice.short_side for choice in made} == set(range(128, 161))
+    assert 0.45 < np.mean([choice.flip for choice in made]) < 0.55
+    starts = {int(frame_indices(choice, 8, 0, 62)[0]) for choice in made if choice.stride == 8}
+    assert starts == set(range(6)), "57 frames fit 62 in six ways"
+    corners = {crop_corners(ClipRequest(0, GRID, 0), choice, 115, 114)[0] for choice in made}
+    assert corners == {(top, left) for top in range(4) for left in range(3)}
+
+
+def test_inverse_jitter_prefers_small_sides() -> None:
+    sides = np.array([choice.short_side for choice in draws(inverse_jitter=True)])
+    assert (sides.min(), sides.max()) == (128, 160)
+    assert abs(np.mean(1 / sides) - (1 / 128 + 1 / 160) / 2) < 2e-5
+
+
+def test_a_short_video_repeats_its_last_frame() -> None:
+    choice = choose(ClipRequest(0, Grid(6, 112, (2, 2), (112, 112)), seed=5))
+    assert frame_indices(choice, 6, 0, 7).tolist() == [0, 2, 4, 6, 6, 6]
+    assert frame_indices(choice, 6, 0, 1).tolist() == [0] * 6
+
+
+def test_views_spread_over_the_video_and_the_longer_side() -> None:
+    grid = Grid(4, 100, (2, 2), (100, 100))
+    requests = [ClipRequest(0, grid, 9, View(clip, 3, 3)) for clip in range(3)]
+    starts = [int(frame_indices(choose(request), 4, 0, 27)[0]) for request in requests]
+    assert starts == [0, 10, 20]
+    choice = choose(requests[0])
+    assert not choice.flip
+    assert crop_corners(requests[0], choice, 100, 161) == [(0, 0), (0, 30), (0, 61)]
+    assert crop_corners(requests[0], choice, 161, 100) == [(0, 0), (30, 0), (61, 0)]
+    alone = ClipRequest(0, grid, 9, View(0, 1, 1))
+    assert frame_indices(choose(alone), 4, 0, 27)[0] == 10
+    assert crop_corners(alone, choose(alone), 100, 160) == [(0, 30)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "span"),
+    [((0, np.inf), (0, 100)), ((1, 2), (25, 50)), ((3.9, 9), (97, 100)), ((8, 9), (99, 100)), ((1, 1.001), (25, 26))],
+)
+def test_a_stretch_in_seconds_keeps_at_least_one_frame(seconds: tuple, span: tuple) -> None:
+    assert frame_span(seconds, fps=25, frames=100) == span
+
+
+def test_a_crop_larger_than_the_frame_is_refused() -> None:
+    with pytest.raises(UserError, match="crop of 112 pixels does not fit a short side of 100"):
+        choose(ClipRequest(0, Grid(8, 112, (1, 1), (100, 128)), 0))
