@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,9 +32,26 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def ranks_from_slurm() -> None:
+    """Where srun started this process, and torchrun did not, set the variables that torchrun would."""
+    env = os.environ
+    if "WORLD_SIZE" in env or "SLURM_STEP_NUM_TASKS" not in env:
+        return
+    env["WORLD_SIZE"], env["RANK"] = env["SLURM_STEP_NUM_TASKS"], env["SLURM_PROCID"]
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(len(env["SLURM_GTIDS"].split(",")))
+    if "MASTER_ADDR" not in env:
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
+        )
+        env["MASTER_ADDR"] = nodes.stdout.split()[0]
+    # the same on all ranks, another for each job, below the ports that systems hand out
+    env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
 @contextmanager
 def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
-    """The device of this process, ranks joined where a launcher such as torchrun started several."""
+    """The device of this process, ranks joined where a launcher such as torchrun or srun started several."""
+    ranks_from_slurm()
     cuda = torch.cuda.is_available()
     if cuda and local_rank() >= torch.cuda.device_count():
         raise UserError(
