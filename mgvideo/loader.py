@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .clips import ClipRequest, Failure, Sample
+from .errors import UserError
 
 
 class ClipDataset(Protocol):
@@ -66,6 +67,20 @@ class _Steps:
         return len(self.steps)
 
 
+def _plainly(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; a worker's error for people loses the traceback that torch wraps it in."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except UserError as error:
+            raise UserError(
+                str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+            ) from None
+        yield batch
+
+
 class Loader:
     """Loads what `requests(step)` names, for any range of steps."""
 
@@ -91,7 +106,7 @@ class Loader:
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        return iter(loader)
+        return _plainly(iter(loader))
 
     def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
         """One batch a step through consecutive stretches of steps, a new DataLoader for each.

@@ -27,7 +27,7 @@ from .microbatch import pieces
 from .monitor import Monitor
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
-from .schedule import Schedule, make_plan
+from .schedule import baseline_of
 from .tasks import Task
 
 
@@ -291,7 +291,7 @@ class Trainer:
         if not self.options.precise_bn_batches:
             return
         seed = int(np.random.SeedSequence([self.seed, self.progress.step]).generate_state(1)[0])
-        plan = make_plan(self.plan.base, Schedule("baseline"), self.plan.dataset_size)
+        plan = baseline_of(self.plan)
         batches = Batches(plan, len(self.loader.dataset), seed)
         steps = min(self.options.precise_bn_batches, batches.plan.steps)
         precise_bn(self.model, self.loader, batches, steps, self.normalize, self.precision, self.options.max_clips)

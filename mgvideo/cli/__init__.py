@@ -8,6 +8,8 @@ import warnings
 
 # fvcore compiles losses that nobody here uses as it is imported, and torch says at length what it thinks of that
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+# the new name is unknown to torch 2.11
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 PROGRAMS = {
     "run": "train and test a network",

@@ -149,7 +149,8 @@ def scale_base_lr(config_name: str, cfg: DictConfig) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(
             f"base.lr: {recipe.base.lr:g} at the recipe's batch of {recipe.base.batch} becomes {lr:g} at "
-            f"base.batch={cfg.base.batch} (linear rule; set base.lr to choose another)"
+            f"base.batch={cfg.base.batch} (linear rule; set base.lr to choose another)",
+            file=sys.stderr,
         )
     OmegaConf.set_struct(cfg, False)
     cfg.base.lr = lr

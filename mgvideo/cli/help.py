@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from pathlib import Path
+
+import mgvideo.configs
 
 from .schema import RunKeys
 
@@ -15,7 +16,7 @@ GROUPS = ("experiment", "model", "dataset", "schedule", "optimizer", "decoder")
 def group_options() -> dict[str, list[str]]:
     """The options of each config group, those in sub-folders as folder/name."""
 
-    def options(folder: Traversable, prefix: str = "") -> list[str]:
+    def options(folder: Path, prefix: str = "") -> list[str]:
         found: list[str] = []
         for entry in folder.iterdir():
             if entry.is_dir():
@@ -24,7 +25,7 @@ def group_options() -> dict[str, list[str]]:
                 found.append(prefix + entry.name.removesuffix(".yaml"))
         return sorted(found)
 
-    root = files("mgvideo.configs")
+    root = Path(mgvideo.configs.__file__).parent
     return {group: options(root / group) for group in GROUPS if (root / group).is_dir()}
 
 

@@ -26,7 +26,7 @@ from mgvideo.plan import Grid, Plan
 from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
 from mgvideo.report import Report
-from mgvideo.schedule import Schedule, make_plan
+from mgvideo.schedule import baseline_of
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
 
@@ -168,7 +168,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
     report = Report(
         name=f"{choices.model} on {choices.dataset}, {trainer.plan.schedule}",
         plan=trainer.plan,
-        baseline_steps=make_plan(base, Schedule("baseline", False, False, 1.0), trainer.plan.dataset_size).steps,
+        baseline_steps=baseline_of(trainer.plan).steps,
         hardware=hardware(trainer.precision.device),
         precision=str(trainer.precision),
         train_seconds=trainer.progress.seconds,

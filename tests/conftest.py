@@ -1,0 +1,16 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import pytest
+from training import KNOBS
+
+from mgvideo.datasets.motion import make_motion
+
+
+@pytest.fixture(scope="session")
+def motion_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the small Motion dataset of `training.KNOBS` in it."""
+    root = tmp_path_factory.mktemp("motion")
+    make_motion(str(root), KNOBS)
+    return str(root)

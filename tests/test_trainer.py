@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import metrics, tiny_plan, tiny_trainer
+
+from mgvideo.errors import UserError
+from mgvideo.models.small import i3d_small
+from mgvideo.trainer import Trainer
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    trainer.monitor.close()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_loss_falls_and_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan("multigrid", epochs=60, lr_steps=(0, 45), warmup_epochs=4.0, lr=0.1)
+    trainer = tiny_trainer(tmp_path, motion_root, plan, model=i3d_small(8, width=8), workers=2)
+    trainer.train()
+    losses = list(metrics(tmp_path).values())
+    assert sum(losses[:3]) / 3 > 2.0
+    assert sum(losses[-3:]) / 3 < 1.4
+
+
+def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan()
+    trainer = tiny_trainer(tmp_path, motion_root, plan, validate=True)
+    trainer.train()
+    trainer.monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "loss" in line]
+    ends = {phase.steps[1] for phase in plan.phases}
+    assert {line["step"] for line in train} == ends | set(range(2, plan.steps + 1, 2))
+    for line in train:
+        slot = plan.slot(line["step"] - 1)
+        assert (line["frames"], line["size"], line["batch"]) == (slot.grid.frames, slot.grid.size, slot.batch)
+        assert line["lr"] == plan.lr(line["step"] - 1)
+    assert {line["step"] for line in lines if "val_top1" in line} == ends
+    assert trainer.checkpoints.steps()[-1] == plan.steps
+    assert trainer.checkpoints.best.exists()
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion_root: str, validate: bool) -> None:
+    plan = tiny_plan(epochs=8, lr_steps=(0, 5))
+    model = nn.Sequential(i3d_small(16, width=4), nn.Dropout(0.3), nn.Linear(16, 8))
+    options = {"validate": validate, "precise_bn_batches": 1, "checkpoint_every": 3, "seed": 5}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=model, **options)
+    whole.train()
+    expected = weights(whole)
+    assert len({phase.steps for phase in plan.phases if phase.length > 1}) > 3
+    for stop in (3, plan.steps - 3 - plan.steps % 3):
+        model.load_state_dict(start)
+        folder = tmp_path / f"cut{stop}"
+        cut = tiny_trainer(folder, motion_root, plan, model=model, **options)
+        original = cut.step
+
+        def dying(step: int, batch: object, stop: int = stop, original: object = original) -> None:
+            if step == stop + 1:
+                raise KeyboardInterrupt
+            original(step, batch)  # type: ignore[operator]
+
+        cut.step = dying  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+        cut.checkpoints.wait()
+        cut.monitor.close()
+        state, _ = cut.checkpoints.newest()
+        assert state is not None
+        assert state["progress"]["step"] in (stop, stop + 1)  # where a phase ends one step later, there
+        for parameter in model.parameters():  # nothing of the first process may survive in the second
+            parameter.data.normal_()
+        again = tiny_trainer(folder, motion_root, plan, model=model, workers=2, **options)
+        again.load(state)
+        again.train()
+        assert_equal(weights(again), expected)
+
+
+def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan()
+    whole = tiny_trainer(tmp_path / "whole", motion_root, plan, double=True)
+    whole.train()
+    pieces = tiny_trainer(tmp_path / "pieces", motion_root, plan, double=True, max_clips=8)
+    pieces.train()
+    assert_equal(weights(pieces), weights(whole), tolerance=1e-9)
+    assert metrics(tmp_path / "pieces") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
+
+
+def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan("baseline")
+    trainer = tiny_trainer(tmp_path, motion_root, plan, checkpoint_every=2)
+    real, calls = trainer.task.loss, 0
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return real(logits, labels) * (float("nan") if calls == 4 else 1.0)
+
+    trainer.task.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"step 3 \(phase 1, 8×32².*step_00000002.pt"):
+        trainer.train()
+    assert all(torch.isfinite(value).all() for value in weights(trainer).values() if value.is_floating_point())

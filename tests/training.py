@@ -1,0 +1,109 @@
+"""A small but whole training set-up on real videos, for the tests of everything around the training loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mgvideo.batchnorm import convert_group_batchnorm
+from mgvideo.checkpoint import Checkpoints
+from mgvideo.datasets.decoders import PyAV
+from mgvideo.datasets.motion import Knobs, motion
+from mgvideo.distributed import rank
+from mgvideo.evaluate import Evaluator, Views
+from mgvideo.loader import Loader, LoaderOptions
+from mgvideo.models.small import r2plus1d_small
+from mgvideo.monitor import Monitor
+from mgvideo.optim import sgd
+from mgvideo.plan import Base, Grid, Plan
+from mgvideo.precision import Normalize, choose_precision
+from mgvideo.schedule import Schedule, make_plan
+from mgvideo.tasks import SingleLabel
+from mgvideo.trainer import Trainer, TrainOptions
+
+ROOT = Path(__file__).parents[1]
+KNOBS = Knobs(train=64, val=12, frames=20, height=48, width=64)
+# the same dataset and a recipe to go with it, as overrides of the run program
+TINY = [
+    *(f"dataset.knobs.{name}={getattr(KNOBS, name)}" for name in ("train", "val", "frames", "height", "width")),
+    "model=r2plus1d_small",
+    "model.width=4",
+    *("base.frames=8", "base.size=32", "base.jitter=[36,40]", "base.batch=8", "base.epochs=2", "base.lr=0.05"),
+    *("base.lr_steps=[0,1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_batches=2"),
+    *("test.size=32", "test.clips=1", "loader.workers=1", "train.log_every=2"),
+]
+BASE = Base(
+    batch=8, frames=8, size=32, stride=2, jitter=(36, 40), epochs=2, lr=0.05, lr_steps=(0, 1), gamma=0.1,
+    warmup_epochs=0, warmup_lr=0.0,
+)  # fmt: skip
+
+
+def tiny_plan(schedule: str = "multigrid", **base: object) -> Plan:
+    """A plan of a few steps in several phases."""
+    long, short = schedule in ("long", "multigrid"), schedule in ("short", "multigrid")
+    shape = Schedule(schedule, long, short, 1.0 if schedule == "baseline" else 1.5, round_epochs=False, min_size=16)
+    return make_plan(replace(BASE, **base), shape, KNOBS.train)  # type: ignore[arg-type]
+
+
+def tiny_trainer(
+    folder: Path,
+    motion_root: str,
+    plan: Plan,
+    *,
+    model: nn.Module | None = None,
+    double: bool = False,
+    workers: int = 0,
+    seed: int = 0,
+    validate: bool = False,
+    **options: int,
+) -> Trainer:
+    """A trainer of a small R(2+1)D; in float64 with `double`."""
+    torch.manual_seed(seed)
+    dtype = torch.float64 if double else torch.float32
+    model = convert_group_batchnorm(model or r2plus1d_small(8, width=4)).to(dtype)
+    precision = choose_precision("fp32", torch.device("cpu"))
+    normalize = Normalize((0.45,) * 3, (0.225,) * 3, dtype)
+    loading = LoaderOptions(workers=workers)
+    train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loading) for split in ("train", "val"))
+    side = plan.base.size
+    views = Views(Grid(plan.base.frames, side, (2, 2), (side, side)))
+    settings = {"max_clips": 1000, "log_every": 2, "precise_bn_batches": 0, **options}
+    return Trainer(
+        model,
+        plan,
+        SingleLabel(),
+        sgd(model, plan.base.lr),
+        train,
+        seed=seed,
+        normalize=normalize,
+        precision=precision,
+        options=TrainOptions(**settings),  # type: ignore[arg-type]
+        monitor=Monitor(folder, plan, active=rank() == 0),
+        checkpoints=Checkpoints(folder / "checkpoints"),
+        validate=(Evaluator(val, SingleLabel(), 8, normalize, precision), views) if validate else None,
+    )
+
+
+def metrics(folder: Path, key: str = "loss") -> dict[int, float]:
+    """What metrics.jsonl holds of one figure, by step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(dict(found)) == len(found), "a step is recorded twice"
+    return dict(found)
+
+
+def run_program(*arguments: str, cwd: Path, processes: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run tools/run_net.py as a user would, under torchrun where `processes` is not 0."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
+    if processes:
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *launcher, str(ROOT / "tools" / "run_net.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
