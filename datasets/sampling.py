@@ -1,7 +1,7 @@
 """Which pixels of which frames a request asks for: pure functions of the request and the video's dimensions.
 
-`choose` draws everything before a file is opened, because decoders fix the size at opening; `frame_indices` and
-`crop_corners` turn the draws into places once the video's dimensions are known.
+`choose` draws everything before a file is opened, because decoders may shrink while decoding; `frame_indices` and
+`crop_boxes` turn the draws into places once the video's dimensions are known.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 
 from mgvideo.clips import ClipRequest
 from mgvideo.errors import UserError
+
+from .decoders import Box
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,20 @@ def frame_indices(choice: Choice, frames: int, first: int, stop: int) -> np.ndar
     return np.minimum(first + start + np.arange(frames) * choice.stride, stop - 1)
 
 
-def crop_corners(request: ClipRequest, choice: Choice, height: int, width: int) -> list[tuple[int, int]]:
-    """Top and left of each square crop of a frame: one at random, or a view's along the longer side, evenly."""
-    room = height - request.grid.size, width - request.grid.size
-    if request.view is None or request.view.crops == 1:
-        return [(min(int(choice.top * (room[0] + 1)), room[0]), min(int(choice.left * (room[1] + 1)), room[1]))]
-    shares = np.linspace(0, 1, request.view.crops)
-    if height > width:
-        return [(round(share * room[0]), room[1] // 2) for share in shares]
-    return [(room[0] // 2, round(share * room[1])) for share in shares]
+def crop_boxes(request: ClipRequest, choice: Choice, height: int, width: int) -> list[Box]:
+    """The squares of a frame that, resized to the grid's size, are its crops: one, or a view's along the longer side.
+
+    Cropping comes before resizing, so that a crop's side is whole in pixels of the frame: the short side drawn holds
+    to half of such a pixel. At random each place is as likely; a view's crops are spaced evenly, one is the middle.
+    """
+    side = max(1, round(min(height, width) * request.grid.size / choice.short_side))
+    room = height - side, width - side
+    if request.view is None:
+        return [Box(int(choice.top * (room[0] + 1)), int(choice.left * (room[1] + 1)), side, side)]
+    crops = request.view.crops
+    shares = np.linspace(0, 1, crops) if crops > 1 else [0.5]
+    tall = height > width
+    return [
+        Box(round(room[0] * (share if tall else 0.5)), round(room[1] * (0.5 if tall else share)), side, side)
+        for share in shares
+    ]

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mgvideo.clips import ClipRequest, Failure, Sample
 from mgvideo.errors import UserError
 
 from .decoders import DecodeError, Decoder, Decord
-from .sampling import choose, crop_corners, frame_indices, frame_span
+from .sampling import choose, crop_boxes, frame_indices, frame_span
 
 TRIES = 10  # videos to try for one training clip before giving up
 
@@ -98,21 +99,29 @@ class VideoDataset:
         return Sample(clip, self._label(request.index), request.index, failures)
 
     def _read(self, index: int, request: ClipRequest) -> Tensor:
-        """A clip as `Sample` describes it: resized while decoding, cropped (and flipped) by the only copy."""
+        """A clip as `Sample` describes it, cropped before it is resized."""
         choice = choose(request, self.flip, self.inverse_jitter)
         with self.decoder.open(self.path(index), choice.short_side) as video:
             first, stop = frame_span(self._spans[index], video.fps, video.frames)
-            frames = video.read(frame_indices(choice, request.grid.frames, first, stop))
-            corners = crop_corners(request, choice, video.height, video.width)
-        size = request.grid.size
-        crops = [frames[:, top : top + size, left : left + size] for top, left in corners]
-        if request.view is not None:
-            return torch.stack(crops)
-        return (crops[0].flip(2) if choice.flip else crops[0]).contiguous()
+            indices = frame_indices(choice, request.grid.frames, first, stop)
+            boxes = crop_boxes(request, choice, video.height, video.width)
+            if request.view is None:
+                clip = resize(video.read(indices, boxes[0]), request.grid.size)
+                return clip.flip(2) if choice.flip else clip
+            frames = video.read(indices)
+        return torch.stack([resize(box.of(frames), request.grid.size) for box in boxes])
 
     def _label(self, index: int) -> Tensor:
         label = torch.as_tensor(self.labels[index])
         return label.float() if label.ndim else label
+
+
+def resize(frames: Tensor, size: int) -> Tensor:
+    """Square frames uint8 `[t, n, n, 3]` to contiguous `[t, size, size, 3]`, bilinear and antialiased."""
+    if frames.shape[1] == size:
+        return frames.contiguous()
+    planes = interpolate(frames.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+    return planes.permute(0, 2, 3, 1).contiguous()
 
 
 def _label_array(labels: Sequence[int | tuple[int, ...]], classes: int) -> np.ndarray:

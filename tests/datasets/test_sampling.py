@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mgvideo.clips import ClipRequest, View
-from mgvideo.datasets.sampling import choose, crop_corners, frame_indices, frame_span
+from mgvideo.datasets.sampling import choose, crop_boxes, frame_indices, frame_span
 from mgvideo.errors import UserError
 from mgvideo.plan import Grid
 
@@ -24,8 +24,10 @@ def test_draws_reach_both_ends_of_their_ranges() -> None:
     assert 0.45 < np.mean([choice.flip for choice in made]) < 0.55
     starts = {int(frame_indices(choice, 8, 0, 62)[0]) for choice in made if choice.stride == 8}
     assert starts == set(range(6)), "57 frames fit 62 in six ways"
-    corners = {crop_corners(ClipRequest(0, GRID, 0), choice, 115, 114)[0] for choice in made}
-    assert corners == {(top, left) for top in range(4) for left in range(3)}
+    largest = [crop_boxes(ClipRequest(0, GRID, 0), choice, 129, 128)[0] for choice in made if choice.short_side == 128]
+    assert {box[:2] for box in largest} <= {(top, left) for top in range(18) for left in range(17)}
+    assert {box.top for box in largest} | {box.left for box in largest} == set(range(18))
+    assert {box[2:] for box in largest} == {(112, 112)}
 
 
 def test_inverse_jitter_prefers_small_sides() -> None:
@@ -47,11 +49,11 @@ def test_views_spread_over_the_video_and_the_longer_side() -> None:
     assert starts == [0, 10, 20]
     choice = choose(requests[0])
     assert not choice.flip
-    assert crop_corners(requests[0], choice, 100, 161) == [(0, 0), (0, 30), (0, 61)]
-    assert crop_corners(requests[0], choice, 161, 100) == [(0, 0), (30, 0), (61, 0)]
+    assert crop_boxes(requests[0], choice, 100, 161) == [(0, left, 100, 100) for left in (0, 30, 61)]
+    assert crop_boxes(requests[0], choice, 322, 200) == [(top, 0, 200, 200) for top in (0, 61, 122)]
     alone = ClipRequest(0, grid, 9, View(0, 1, 1))
     assert frame_indices(choose(alone), 4, 0, 27)[0] == 10
-    assert crop_corners(alone, choose(alone), 100, 160) == [(0, 30)]
+    assert crop_boxes(alone, choose(alone), 100, 160) == [(0, 30, 100, 100)]
 
 
 @pytest.mark.parametrize(
