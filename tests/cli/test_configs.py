@@ -1,0 +1,89 @@
+"""Every config composes, and what it names can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from mgvideo.cli.app import compose_config
+from mgvideo.cli.build import build_plan
+from mgvideo.cli.help import group_options
+from mgvideo.errors import UserError
+
+OPTIONS = group_options()
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose_config("run", [*overrides, "output_dir=unused"])
+
+
+def plain(cfg: DictConfig, name: str) -> DictConfig:
+    """One group of a config with everything it refers to resolved."""
+    return OmegaConf.create({name: OmegaConf.to_container(cfg[name], resolve=True)})[name]
+
+
+@pytest.mark.parametrize("model", OPTIONS["model"])
+def test_models_instantiate_with_the_classes_of_the_dataset(model: str) -> None:
+    with torch.device("meta"):
+        network = instantiate(plain(composed(f"model={model}", "dataset=motion"), "model"))
+    assert list(network.parameters())[-1].shape == (8,)
+
+
+@pytest.mark.parametrize("dataset", OPTIONS["dataset"])
+def test_datasets_name_their_parts(dataset: str) -> None:
+    cfg = composed(f"dataset={dataset}", "++dataset.root=somewhere")
+    assert cfg.dataset.task in ("single_label", "multi_label")
+    assert 0 < cfg.dataset.max_bad_fraction < 1
+    for part in ("train", "val"):
+        assert callable(instantiate({"_target_": "hydra.utils.get_method", "path": cfg.dataset[part]._target_}))
+
+
+@pytest.mark.parametrize("schedule", OPTIONS["schedule"])
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_each_experiment_plans_with_each_schedule(experiment: str, schedule: str) -> None:
+    cfg = composed(f"experiment={experiment}", f"schedule={schedule}", "++dataset.root=somewhere")
+    plan = build_plan(cfg, 5000)
+    assert plan.schedule == schedule
+    assert plan.steps > 10
+    with torch.device("meta"):
+        instantiate(plain(composed(f"experiment={experiment}", "++dataset.num_classes=5"), "model"))
+
+
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_experiments_open_with_command_hardware_and_expectation(experiment: str) -> None:
+    import mgvideo.configs
+
+    text = (Path(mgvideo.configs.__file__).parent / "experiment" / f"{experiment}.yaml").read_text()
+    comment = "\n".join(line for line in text.splitlines()[1:12] if line.startswith("#"))
+    command = "python tools/run_net.py" if experiment == "motion" else f"experiment={experiment}"
+    assert command in comment
+    assert "Hardware:" in comment
+    assert "Expected:" in comment
+
+
+@pytest.mark.parametrize("group", ["decoder", "optimizer"])
+def test_the_other_groups_name_what_exists(group: str) -> None:
+    for option in OPTIONS[group]:
+        target = composed(f"{group}={option}")[group]._target_
+        assert callable(instantiate({"_target_": "hydra.utils.get_method", "path": target}))
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("base.batchh=3", "base.batchh is no key of this config, did you mean base.batch?"),
+        ("model=i3d_r5", "model=i3d_r5 does not exist, did you mean i3d_r50?"),
+        ("schedule=multigird", "schedule=multigird does not exist, did you mean multigrid?"),
+        ("experiment=motoin", "experiment=motoin does not exist, did you mean motion?"),
+        ("base.batch=many", "base.batch=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("base.batch", "cannot read 'base.batch': write it as key=value"),
+        ("model.widht=8", "model.widht is no key of this config, did you mean model.width?"),
+    ],
+)
+def test_a_wrong_key_or_value_is_answered_with_the_nearest(override: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        composed(override)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)

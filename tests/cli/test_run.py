@@ -1,0 +1,173 @@
+"""The run program as people use it: real processes, real videos, exit codes and what is left on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import KNOBS, ROOT, TINY, metrics, run_program
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, subprocess.CompletedProcess]:
+    """A run on two processes that went well."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "base.epochs=4", "base.lr_steps=[0,2]"]
+    return folder / "out", run_program(*command, cwd=folder, processes=2)
+
+
+def test_two_processes_train_across_boundaries_and_test(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+    folder, result = finished
+    assert result.returncode == 0, result.stdout + result.stderr
+    plan = json.loads((folder / "plan.json").read_text())
+    assert len(plan["phases"]) > 4
+    losses = metrics(folder)
+    assert max(losses) == plan["phases"][-1]["steps"][1]
+    assert "2 ranks" in result.stdout
+    assert result.stdout.count("testing 12 videos") == 1, "rank 0 alone speaks"
+
+
+def test_a_run_leaves_everything_behind(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+    folder, result = finished
+    report = (folder / "report.md").read_text()
+    assert report in result.stdout
+    test = json.loads((folder / "test.json").read_text())
+    assert f"top1 **{test['top1']:.2f} %**" in report
+    assert "tensorboard --logdir" in report
+    assert "width: 4" in (folder / "config.yaml").read_text()
+    assert (folder / "checkpoints" / "best.pt").exists()
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 100}).Reload()
+    assert {"train/loss", "train/phase", "train/size", "train/lr", "val/top1", "test/top1"} <= set(
+        events.Tags()["scalars"]
+    )
+    images = set(events.Tags()["images"])
+    assert "test/confusion" in images
+    assert any(tag.startswith("clips/phase_") for tag in images)
+
+
+def test_a_finished_run_is_tested_again_not_trained(
+    finished: tuple[Path, subprocess.CompletedProcess], motion_root: str
+) -> None:
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "base.epochs=4", "base.lr_steps=[0,2]"]
+    result = run_program(*command, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    assert "resumed" in result.stdout
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_killed_after_a_checkpoint_and_resumed_it_ends_like_one_that_was_not(tmp_path: Path, motion_root: str) -> None:
+    command = [
+        *TINY, f"dataset.root={motion_root}", "base.epochs=12", "base.lr_steps=[0,8]", "test.enable=false",
+        "train.evals_per_phase=0", "deterministic=true", "checkpoint.every_steps=5", "precision=fp32",
+    ]  # fmt: skip
+    whole = run_program(*command, "output_dir=whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    arguments = [sys.executable, str(ROOT / "tools/run_net.py"), *command, "output_dir=cut"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("cut/checkpoints/step_*10.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    again = run_program(*command, "output_dir=cut", "loader.workers=2", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step" in again.stdout
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    name = max((tmp_path / "whole/checkpoints").glob("step_*.pt")).name
+    states = [torch.load(tmp_path / run / "checkpoints" / name)["model"] for run in ("whole", "cut")]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def _no_such_folder(folder: Path) -> list[str]:
+    return ["dataset=kinetics400", f"dataset.root={folder}/nowhere"]
+
+
+def _empty_list(folder: Path) -> list[str]:
+    (folder / "train.csv").write_text("")
+    return ["dataset=kinetics400", f"dataset.root={folder}"]
+
+
+def _malformed_line(folder: Path) -> list[str]:
+    (folder / "train.csv").write_text("a.mp4 0\nb.mp4\n")
+    return ["dataset=kinetics400", f"dataset.root={folder}"]
+
+
+def _label_out_of_range(folder: Path) -> list[str]:
+    (folder / "train.csv").write_text("a.mp4 400\n")
+    return ["dataset=kinetics400", f"dataset.root={folder}"]
+
+
+def _unreadable_videos(folder: Path) -> list[str]:
+    for split in ("train", "val"):
+        (folder / f"{split}.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(64)))
+    for i in range(64):
+        (folder / f"{i}.mp4").write_text("this is no video")
+    return [*TINY[5:], "dataset=kinetics400", f"dataset.root={folder}", "model.width=4"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "told"),
+    [
+        (_no_such_folder, "nowhere"),
+        (_empty_list, "train.csv"),
+        (_malformed_line, "train.csv:2"),
+        (_label_out_of_range, "train.csv:1"),
+        (_unreadable_videos, "cannot be read"),
+        (lambda _: ["base.batchh=1"], "did you mean base.batch?"),
+        (lambda _: ["dataset=kinetics400"], "dataset.root is not set"),
+        (lambda _: ["precision=fp8"], "use auto, fp32, bf16 or fp16"),
+        (lambda _: ["base.lr_steps=[1,2]"], "base.lr_steps"),
+        (lambda _: ["init_from=/nowhere.pyth"], "/nowhere.pyth"),
+        (lambda _: ["resume=/nowhere.pt"], "/nowhere.pt"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path: Path, motion_root: str, prepare, told: str) -> None:
+    arguments = prepare(tmp_path)
+    if not any(a.startswith("dataset=") for a in arguments):
+        arguments = [f"dataset.root={motion_root}", *(a for a in TINY if "knobs" in a), *arguments]
+    result = run_program(*arguments, "output_dir=out", cwd=tmp_path)
+    errors = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("error: ")
+    assert told in errors[0]
+
+
+def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> None:
+    from mgvideo.datasets.motion import make_motion
+
+    root = make_motion(str(tmp_path / "motion"), KNOBS)
+    (root / "train/00003.mp4").write_bytes(b"rotten")
+    (root / "val/00002.mp4").unlink()
+    result = run_program(*TINY, f"dataset.root={tmp_path}/motion", "output_dir=out", "base.epochs=4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    listed = (tmp_path / "out/bad_videos.csv").read_text()
+    assert "00003.mp4" in listed
+    assert "00002.mp4" in listed
+    assert "counted as wrong" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_tools_explain_themselves(tool: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / tool), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) > 5
+    assert result.stderr == ""
+
+
+def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
+    result = run_program("model=i3d_r50", "--cfg", "job", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "mgvideo.models.i3d" in result.stdout

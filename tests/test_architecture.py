@@ -1,0 +1,58 @@
+"""The house rules that imports show, read from the code's own import statements."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(path: Path, package: str) -> Iterator[str]:
+    """Absolute names of all modules that a file imports, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def modules(folder: str, package: str) -> Iterator[tuple[Path, str]]:
+    for path in (ROOT / folder).rglob("*.py"):
+        yield path, ".".join([package, *path.relative_to(ROOT / folder).parent.parts])
+
+
+def offences(folder: str, package: str, forbidden: tuple[str, ...]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, inside in modules(folder, package)
+        if "cli" not in path.relative_to(ROOT / folder).parts[:-1]
+        for name in imported(path, inside)
+        if any(name == word or name.startswith(f"{word}.") for word in forbidden)
+    ]
+
+
+def test_the_core_knows_neither_models_datasets_configs_nor_hydra() -> None:
+    outside = ("mgvideo.models", "mgvideo.datasets", "mgvideo.configs", "mgvideo.cli", "hydra", "omegaconf")
+    assert offences("mgvideo", "mgvideo", outside) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"), [("models", ("mgvideo.datasets",)), ("datasets", ("mgvideo.models",))], ids=str
+)
+def test_models_and_datasets_know_nothing_of_each_other(folder: str, others: tuple[str, ...]) -> None:
+    assert offences(folder, f"mgvideo.{folder}", (*others, "mgvideo.configs", "hydra", "omegaconf")) == []
+
+
+def test_the_plan_needs_no_torch() -> None:
+    for name in ("plan", "schedule"):
+        assert not [m for m in imported(ROOT / "mgvideo" / f"{name}.py", "mgvideo") if m.split(".")[0] == "torch"]
+
+
+def test_the_rule_would_catch_an_offence(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text("def f():\n    from ..mgvideo.models import x\n    import hydra.utils\n")
+    assert set(imported(bad, "mgvideo")) == {"mgvideo.models.x", "hydra.utils"}
