@@ -49,18 +49,21 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
                 "make the (micro-)batch of every rank a multiple of its number of groups"
             )
         ranks = 1
-        if alone:
-            # With momentum 1, running statistics become the batch's own.
-            mean, var = torch.zeros((2, self.num_features), dtype=_stats_dtype(input), device=input.device)
-            output = F.batch_norm(input, mean, var, self.weight, self.bias, True, 1.0, self.eps)
-            mean, var = mean[None], var[None]
-        elif self.process_group is None:
+        if self.process_group is not None:
+            ranks = dist.get_world_size(self.process_group)
+            parts = [
+                _SharedNormalise.apply(x, self.weight, self.bias, self.eps, self.process_group)
+                for x in input.chunk(self.groups)
+            ]
+            outputs, means, variances = zip(*parts, strict=True)
+            output = outputs[0] if self.groups == 1 else torch.cat(outputs)
+            mean, var = torch.stack(means), torch.stack(variances)
+        elif self.groups > 1:
             output, mean, var = _GroupNormalise.apply(input, self.weight, self.bias, self.groups, self.eps)
         else:
-            ranks = dist.get_world_size(self.process_group)
-            output, mean, var = _SharedNormalise.apply(
-                input, self.weight, self.bias, self.groups, self.eps, self.process_group
-            )
+            # With momentum 1, running statistics become the batch's own.
+            mean, var = torch.zeros((2, 1, self.num_features), dtype=_stats_dtype(input), device=input.device)
+            output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
         if self.pending is not None:
             self.pending.add_(_sums(mean, var, ranks))
         elif self.track_running_stats:
@@ -136,18 +139,17 @@ def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor) -> None:
     `sums` holds the layers' `_sums` side by side. A layer that no group went through keeps its statistics.
     """
     count = sums[3]
-    ran = count > 0
-    mean, square, var = sums[:3] / torch.where(ran, count, 1)
+    mean, square, var = sums[:3] / torch.where(count > 0, count, 1)
     var = var + (square - mean.square())
-    channels = [layer.num_features for layer in layers]
-    for layer, m, v, r in zip(layers, mean.split(channels), var.split(channels), ran.split(channels), strict=True):
-        layer.num_batches_tracked.add_(r[0])
-        dtype = layer.running_mean.dtype
+    dtype, sizes = layers[0].running_mean.dtype, [layer.num_features for layer in layers]
+    parts = (flat.to(dtype).split(sizes) for flat in (mean, var, count > 0))
+    for layer, mean, var, ran in zip(layers, *parts, strict=True):
+        layer.num_batches_tracked.add_(ran[0] > 0)
         # Without a momentum, torch keeps the plain average of all updates.
-        factor = 1 / layer.num_batches_tracked.clamp(min=1) if layer.momentum is None else layer.momentum
-        weight = r.to(dtype) * factor
-        layer.running_mean.lerp_(m.to(dtype), weight)
-        layer.running_var.lerp_(v.to(dtype), weight)
+        momentum = 1 / layer.num_batches_tracked.clamp(min=1) if layer.momentum is None else layer.momentum
+        weight = ran * momentum
+        layer.running_mean.lerp_(mean, weight)
+        layer.running_var.lerp_(var, weight)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class _GroupNormalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = _dense(x, like=x)
         y = torch.empty_like(x)
-        mean, invstd = x.new_empty((2, groups, x.shape[1]), dtype=_stats_dtype(x)).unbind()
+        mean, invstd = x.new_empty((2, groups, x.shape[1]), dtype=_stats_dtype(x))
         for x_i, y_i, mean_i, invstd_i in zip(x.chunk(groups), y.chunk(groups), mean, invstd, strict=True):
             aten._native_batch_norm_legit.no_stats_out(
                 x_i, weight, bias, True, 0.0, eps, out=y_i, save_mean=mean_i, save_invstd=invstd_i
@@ -187,89 +189,70 @@ class _GroupNormalise(torch.autograd.Function):
         dy = _dense(dy, like=x)
         groups, affine = len(mean), weight is not None
         dx = torch.empty_like(x)
-        dparams = []
+        dweights, dbiases = [], []
         for x_i, dy_i, dx_i, mean_i, invstd_i in zip(
             x.chunk(groups), dy.chunk(groups), dx.chunk(groups), mean, invstd, strict=True
         ):
-            gradient, *dparam = aten.native_batch_norm_backward(
+            gradient, dweight, dbias = aten.native_batch_norm_backward.default(
                 dy_i, x_i, weight, None, None, mean_i, invstd_i, True, ctx.eps, (True, affine, affine)
             )
             dx_i.copy_(gradient)
-            dparams.append(dparam)
+            dweights.append(dweight)
+            dbiases.append(dbias)
         if not affine:
             return dx, None, None, None, None
-        dweight, dbias = (torch.stack(grads).sum(0) for grads in zip(*dparams, strict=True))
-        return dx, dweight, dbias, None, None
+        return dx, torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0), None, None
 
 
 class _SharedNormalise(torch.autograd.Function):
-    """Groups spread over ranks: as `_GroupNormalise`, with one collective forward and one backward.
+    """One group, spread over the ranks of a process group: one collective forward, one backward.
 
-    A rank's i-th run is its part of group i; the means and variances returned are those of whole groups.
+    Returns the output for this rank's part, and the whole group's mean and unbiased variance `[channels]`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: int,
-        eps: float,
-        process_group: dist.ProcessGroup,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, process_group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = _dense(x, like=x)
         dtype = _stats_dtype(x)
         # The kernel's precision is that of the running statistics it is given; momentum 0 leaves them as they are.
         zeros = x.new_zeros(x.shape[1], dtype=dtype)
-        parts = [torch.batch_norm_update_stats(x_i, zeros, zeros, 0.0) for x_i in x.chunk(groups)]
-        mean, var, size = _merge(parts, x.numel() // (groups * x.shape[1]), process_group)
+        mean, var = torch.batch_norm_update_stats(x, zeros, zeros, 0.0)
+        mean, var, size = _merge(mean, var, x.numel() // len(mean), process_group)
         unbiased = var * (size / (size - 1))
         mean, var = mean.to(dtype), var.to(dtype)
-        y = torch.empty_like(x)
-        for x_i, y_i, mean_i, var_i in zip(x.chunk(groups), y.chunk(groups), mean, var, strict=True):
-            _affine(x_i, mean_i, var_i, eps, weight, bias, out=y_i)
         ctx.save_for_backward(x, weight, mean, var, size)
         ctx.eps, ctx.process_group = eps, process_group
         ctx.mark_non_differentiable(mean, unbiased)
-        return y, mean, unbiased
+        return _affine(x, mean, var, eps, weight, bias), mean, unbiased
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, size = ctx.saved_tensors
         dy = _dense(dy, like=x)
-        groups = len(mean)
-        invstd = (var + ctx.eps).rsqrt()
-        zero, one = torch.zeros_like(mean[0]), torch.ones_like(mean[0])
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
         gain = one if weight is None else weight
-        sums = torch.empty((2, *mean.shape), dtype=mean.dtype, device=x.device)  # of dy·x̂ and of dy, per group
-        for i, (x_i, dy_i) in enumerate(zip(x.chunk(groups), dy.chunk(groups), strict=True)):
-            _, sums[0, i], sums[1, i] = aten.native_batch_norm_backward(
-                dy_i, x_i, gain, None, None, mean[i], invstd[i], True, ctx.eps, (False, True, True)
-            )
-        dweight, dbias = sums.sum(1)
+        invstd = (var + ctx.eps).rsqrt()
+        _, dweight, dbias = aten.native_batch_norm_backward.default(
+            dy, x, gain, None, None, mean, invstd, True, ctx.eps, (False, True, True)
+        )
+        sums = torch.stack((dweight, dbias))  # of dy·x̂ and of dy
         dist.all_reduce(sums, group=ctx.process_group)
         # dx = scale · (dy − x̂ · mean(dy·x̂) − mean(dy)): an affine map of dy and one of x̂.
         scale = invstd * gain
         slope, offset = (-scale * sums / size).to(mean.dtype)
-        dx = torch.empty_like(x)
-        for i, (x_i, dy_i, dx_i) in enumerate(zip(x.chunk(groups), dy.chunk(groups), dx.chunk(groups), strict=True)):
-            _affine(dy_i, zero, one, 0.0, scale[i], offset[i], out=dx_i)
-            dx_i += _affine(x_i, mean[i], var[i], ctx.eps, slope[i], zero, out=torch.empty_like(x_i))
-        if weight is None:
-            dweight = dbias = None
-        return dx, dweight, dbias, None, None, None
+        dx = _affine(dy, zero, one, 0.0, scale, offset)
+        dx += _affine(x, mean, var, ctx.eps, slope, zero)
+        return (dx, None, None, None, None) if weight is None else (dx, dweight, dbias, None, None)
 
 
-def _merge(parts: list[tuple[Tensor, Tensor]], size: int, process_group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Mean, variance and size of groups, float64 `[groups, channels]`, from (mean, variance) of this rank's parts.
+def _merge(mean: Tensor, var: Tensor, size: int, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and size of a group from those of its ranks' parts, all float64 `[channels]`.
 
-    `size` is the number of values per channel in a part of this rank. Variances are biased, and merged around the
-    common mean (Chan, Golub and LeVeque 1979).
+    Sizes are numbers of values per channel. Variances merge around the common mean (Chan, Golub and LeVeque 1979).
     """
-    mean, var = (torch.stack(values).double() for values in zip(*parts, strict=True))
-    mine = torch.stack((mean, var, torch.full_like(mean, size)))
+    mine = torch.stack((mean, var, torch.full_like(mean, size))).double()
     ranks = dist.get_world_size(process_group)
     gathered = mine.new_empty(ranks * mine.numel())
     dist.all_gather_into_tensor(gathered, mine.flatten(), group=process_group)
@@ -280,12 +263,6 @@ def _merge(parts: list[tuple[Tensor, Tensor]], size: int, process_group: dist.Pr
     return mean, var, total
 
 
-def _affine(
-    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, out: Tensor
-) -> Tensor:
+def _affine(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """(x − mean) / √(var + eps) · weight + bias in one pass, in x's dtype and memory format."""
-    unused = torch.empty_like(mean), torch.empty_like(mean)
-    aten.native_batch_norm.out(
-        x, weight, bias, mean, var, False, 0.0, eps, out=out, save_mean=unused[0], save_invstd=unused[1]
-    )
-    return out
+    return aten.native_batch_norm.default(x, weight, bias, mean, var, False, 0.0, eps)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,24 @@ def test_groups_equal_separate_batchnorms(groups: int, layout: torch.memory_form
     torch.testing.assert_close(got, (torch.cat(y), torch.cat(dx), sum(dweight), sum(dbias)), **CLOSE)
     assert got[0].is_contiguous(memory_format=layout)
     assert got[1].is_contiguous(memory_format=layout)
+
+
+def test_without_affine_parameters_and_running_statistics():
+    bn = convert_group_batchnorm(nn.BatchNorm3d(CHANNELS, affine=False, track_running_stats=False))
+    set_bn_groups(bn, 2)
+    x = clips(4).requires_grad_()
+    with deferred_running_stats(bn):
+        y = bn(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, torch.cat([nn.BatchNorm3d(CHANNELS).double()(x_i) for x_i in x.chunk(2)]))
+
+
+@pytest.mark.parametrize("strange", [lambda x: x[..., :2, 1:], lambda x: x.transpose(3, 4), lambda x: x[::2]])
+def test_any_strides(strange: Callable[[Tensor], Tensor]):
+    x = strange(clips(8))
+    y = grouped(2)(x)
+    torch.testing.assert_close(y, grouped(2)(x.contiguous()), **CLOSE)
+    torch.testing.assert_close(y, torch.cat([plain()(x_i) for x_i in x.chunk(2)]), **CLOSE)
 
 
 def test_gradcheck():
@@ -261,6 +280,7 @@ def rank_steps(rank: int, folder: Path) -> None:
             with deferred_running_stats(bn):
                 y = bn(x)
                 y.backward(gradient)
+            assert y.stride() == x.grad.stride() == x.stride()
             at_once = grouped(1)
             set_bn_groups(at_once, groups, dist.group.WORLD)
             at_once(mine)
@@ -272,6 +292,14 @@ def rank_steps(rank: int, folder: Path) -> None:
                 bn.state_dict(),
                 at_once.state_dict(),
             )
+    low = clips(8).chunk(2)[rank].to(torch.bfloat16, memory_format=torch.channels_last_3d).requires_grad_()
+    bn = grouped(1, torch.float32)
+    set_bn_groups(bn, 1, dist.group.WORLD)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = bn(low)
+    y.backward(clips(8, seed=1).chunk(2)[rank].to(torch.bfloat16))
+    assert y.stride() == low.grad.stride() == low.stride()
+    results["bfloat16"] = y.detach(), low.grad, bn.weight.grad, bn.bias.grad, bn.running_var
     bn = grouped((3, 1)[rank])
     with deferred_running_stats(bn):
         bn(clips(8).split((6, 2))[rank])
@@ -313,6 +341,16 @@ def test_shared_groups_equal_one_process(two_ranks: list[dict], shares: str, gro
     for state in (state for pair in states for state in pair):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             torch.testing.assert_close(state[name], want[name], **CLOSE)
+
+
+def test_shared_groups_in_bfloat16(two_ranks: list[dict]):
+    y, dx, dweight, dbias, running_var = zip(*(results["bfloat16"] for results in two_ranks), strict=True)
+    got = torch.cat(y), torch.cat(dx), sum(dweight), sum(dbias)
+    assert [t.dtype for t in got] == 2 * [torch.bfloat16] + 2 * [torch.float32]
+    for actual, want in zip(got, step(grouped(1), clips(8)), strict=True):
+        torch.testing.assert_close(actual.double(), want, rtol=0.03, atol=0.03 * want.abs().max().item())
+    want = after(plain(), clips(8), 1)["running_var"].float()
+    torch.testing.assert_close(running_var, (want, want), rtol=0.01, atol=0)
 
 
 def test_running_statistics_do_not_depend_on_ranks(two_ranks: list[dict]):
