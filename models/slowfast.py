@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from .resnet import EXPANSION, Head, Kernels, Pathway, conv, init_weights, tempo
 FUSION_RATIO = 2  # a lateral connection has so many times the fast pathway's channels
 
 
-@cache
 @torch.compiler.assume_constant_result
 def slow_indices(frames: int, alpha: int) -> tuple[int, ...]:
     """The frames that the slow pathway takes: `frames // alpha` (at least one), evenly spaced, truncated to integers.
@@ -83,7 +81,8 @@ class SlowFast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[n, 3, t, h, w]` → `[n, classes]`."""
         # Slices and not an index tensor, which would have to be copied to the device while it waits.
-        slow = torch.cat([x[:, :, i : i + 1] for i in slow_indices(x.shape[2], self.alpha)], dim=2)
+        frames = x.split(1, dim=2)
+        slow = torch.cat([frames[i] for i in slow_indices(len(frames), self.alpha)], dim=2)
         slow, fast = self.slow.stem(slow), self.fast.stem(x)
         for fusion, slow_stage, fast_stage in zip(self.fusions, self.slow.stages(), self.fast.stages(), strict=True):
             # Where alpha does not divide the frames, the convolution gives one step more than the slow pathway has.

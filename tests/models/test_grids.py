@@ -94,3 +94,12 @@ def test_wrong_arguments_are_named(name: str, overrides: dict[str, object], word
     with pytest.raises(Exception, match=words) as error:
         build(name, **overrides)
     assert isinstance(error.value.__cause__ or error.value, UserError)
+
+
+def test_slowfast_compiles_whole_for_every_length() -> None:
+    model = build("slowfast_small", width=8).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for frames, size in [(16, 32), (8, 45), (18, 32), (4, 32)]:
+            clip = torch.randn(2, 3, frames, size, size)
+            torch.testing.assert_close(compiled(clip), model(clip))
