@@ -304,6 +304,14 @@ def rank_steps(rank: int, folder: Path) -> None:
     with deferred_running_stats(bn):
         bn(clips(8).split((6, 2))[rank])
     results["own groups"] = bn.state_dict()
+    bn = grouped(1)
+    shared, own = clips(8).split(4)
+    with deferred_running_stats(bn):
+        set_bn_groups(bn, 1, dist.group.WORLD)
+        bn(shared.chunk(2)[rank])
+        set_bn_groups(bn, 1)
+        bn(own.chunk(2)[rank])
+    results["shared and own"] = bn.state_dict()
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -357,3 +365,12 @@ def test_running_statistics_do_not_depend_on_ranks(two_ranks: list[dict]):
     want = after(plain(), clips(8), 4)
     for results in two_ranks:
         torch.testing.assert_close(results["own groups"], want, **CLOSE)
+
+
+def test_a_group_over_two_ranks_counts_once(two_ranks: list[dict]):
+    groups = clips(8).split((4, 2, 2))
+    moments = [torch.stack([(g.mean((0, 2, 3, 4)), g.var((0, 2, 3, 4)))[i] for g in groups]) for i in range(2)]
+    for results in two_ranks:
+        for name, value in zip(("running_mean", "running_var"), aggregate(*moments), strict=True):
+            want = 0.7 * plain().state_dict()[name] + 0.3 * value
+            torch.testing.assert_close(results["shared and own"][name], want, **CLOSE)
