@@ -241,7 +241,7 @@ class Decord:
         """See `Decoder.open`."""
         like = PyAV().open(path, short_side)
         assert isinstance(like, _PyAVVideo)
-        if like.open_gops or like.turns or like.width < 64:  # some widths up to 48 it fails to copy
+        if like.open_gops or like.turns or like.width <= 72:  # of the widths up to 72 it fails to copy six
             return like
         with like, errors_over(path):
             return _DecordVideo(like)

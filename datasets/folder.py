@@ -14,10 +14,9 @@ from typing import Any
 from mgvideo.errors import UserError
 
 from .decoders import Decoder
-from .lists import read_lines
+from .lists import SUFFIXES, check_root, find_videos, read_lines
+from .sampling import Sampling
 from .video import Entry, VideoDataset
-
-SUFFIXES = {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 
 
 def video_folder(
@@ -34,8 +33,7 @@ def video_folder(
     `end` in seconds. Folders `train/CLASS/` and `val/CLASS/`. Or folders `CLASS/` alone, of each of which `val_share`
     is held out for `val`, chosen by the paths and `seed`. Raises UserError.
     """
-    if not os.path.isdir(root):
-        raise UserError(f"dataset.root: no folder {root}; set dataset.root to where the videos are")
+    check_root(root)
     splits = {name: rows for name in ("train", "val") if (rows := _table(Path(root), name)) is not None}
     splits = splits or {name: _tree(Path(root), name) for name in ("train", "val") if (Path(root) / name).is_dir()}
     splits = splits or _held_out(_tree(Path(root), ""), val_share, seed)
@@ -48,7 +46,7 @@ def video_folder(
     names = sorted({name for rows in splits.values() for _, name, _ in rows})
     places = {name: place for place, name in enumerate(names)}
     entries = [Entry(path, places[name], span) for path, name, span in splits[split]]
-    return VideoDataset(root, entries, names, decoder, flip)
+    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip))
 
 
 Row = tuple[str, str, tuple[float, float]]  # path under the root, class name, seconds from and to
@@ -58,8 +56,9 @@ def _tree(root: Path, top: str) -> list[Row]:
     """The videos of the class folders in `root / top`, at any depth."""
     rows = []
     for folder in sorted(path for path in (root / top).iterdir() if path.is_dir() and not path.name.startswith(".")):
-        videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        rows += [(str(path.relative_to(root)), folder.name, (0.0, math.inf)) for path in videos]
+        rows += [
+            (path, folder.name, (0.0, math.inf)) for path in find_videos(str(root), os.path.join(top, folder.name))
+        ]
     return rows
 
 

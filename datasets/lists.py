@@ -10,7 +10,10 @@ from pathlib import Path
 from mgvideo.errors import UserError
 
 from .decoders import Decoder
+from .sampling import Sampling
 from .video import Entry, VideoDataset
+
+SUFFIXES = {".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 
 
 def video_list(
@@ -21,7 +24,6 @@ def video_list(
     multi_label: bool = False,
     decoder: Decoder | None = None,
     flip: bool = True,
-    inverse_jitter: bool = False,
 ) -> VideoDataset:
     """The videos of a list file; paths in it, and the file itself, are relative to `root`.
 
@@ -29,8 +31,7 @@ def video_list(
     spaces. Several labels are joined by `;`. Class names are the lines of `classes_file`, if it is there. Without
     `num_classes` the names count them, or else the highest label.
     """
-    if not os.path.isdir(root):
-        raise UserError(f"dataset.root: no folder {root}; set dataset.root to where the videos are")
+    check_root(root)
     file = os.path.join(root, list_file)
     entries = read_list(file, multi_label)
     names = read_classes(os.path.join(root, classes_file))
@@ -43,7 +44,7 @@ def video_list(
     if names and len(names) != classes:
         raise UserError(f"{classes_file} in {root}: {len(names)} names for {classes} classes; see dataset.num_classes")
     names = names or [str(i) for i in range(classes)]
-    return VideoDataset(root, [entry for _, entry in entries], names, decoder, flip, inverse_jitter)
+    return VideoDataset(root, [entry for _, entry in entries], names, decoder, Sampling(flip=flip))
 
 
 def read_list(file: str, multi_label: bool) -> list[tuple[int, Entry]]:
@@ -62,6 +63,25 @@ def read_list(file: str, multi_label: bool) -> list[tuple[int, Entry]]:
     if not entries:
         raise UserError(f"{file}: no videos in the list")
     return entries
+
+
+def check_root(root: str) -> None:
+    """Raise UserError where a dataset's folder is missing."""
+    if not os.path.isdir(root):
+        raise UserError(f"dataset.root: no folder {root}; set dataset.root to where the videos are")
+
+
+def find_videos(root: str, top: str = "") -> list[str]:
+    """Paths under `root`, relative to it, of the video files in its folder `top`, at any depth, sorted."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(os.path.join(root, top), followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(place)
+        found += [os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return sorted(os.path.relpath(path, root) for path in found)
 
 
 def read_lines(file: str) -> list[str]:

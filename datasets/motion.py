@@ -59,7 +59,7 @@ class Knobs:
     fps: int = 24
     keyframe: int = 12  # frames from one keyframe to the next
     shapes: int = 1  # blobs in a video, each with another class; with more than one the task is multi-label
-    sizes: tuple[float, float] = (0.15, 0.45)  # of the blob, from its centre to its farthest point
+    sizes: tuple[float, float] = (0.22, 0.46)  # of the blob, from its centre to its farthest point
     speeds: tuple[float, float] = (0.0095, 0.019)  # of a moving blob, per frame
     turning: float = 1.5  # speed of a turning blob's rim against a moving blob's
     growth: float = 0.35  # speed of a growing blob's rim against a moving blob's

@@ -1,6 +1,6 @@
 """Which pixels of which frames a request asks for: pure functions of the request and the video's dimensions.
 
-`choose` draws everything before a file is opened, because decoders may shrink while decoding; `frame_indices` and
+`choose` draws everything before a file is opened, because decoders may shrink while decoding; `clip_indices` and
 `crop_boxes` turn the draws into places once the video's dimensions are known.
 """
 
@@ -19,6 +19,15 @@ from .decoders import Box
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a dataset's published recipes sample, beside what the grid says."""
+
+    flip: bool = True  # mirror every other training clip
+    inverse_jitter: bool = False  # draw the short side uniformly in its inverse (Charades)
+    segments: bool = False  # one frame of each of as many segments as there are frames (Something-Something)
+
+
+@dataclass(frozen=True)
 class Choice:
     """The draws for one clip; `start`, `top` and `left` are shares, from 0 to 1, of the room there is."""
 
@@ -30,12 +39,11 @@ class Choice:
     flip: bool
 
 
-def choose(request: ClipRequest, flip: bool = True, inverse_jitter: bool = False) -> Choice:
+def choose(request: ClipRequest, sampling: Sampling) -> Choice:
     """Draw from the request's seed; for a view there is nothing to draw.
 
-    `inverse_jitter` draws the short side uniformly in its inverse, as the Charades recipes do. A view takes the lower
-    ends of the grid's ranges; its clips are spaced uniformly from the video's first frame to its last, a single one
-    in the middle.
+    A view takes the lower ends of the grid's ranges; its clips are spaced uniformly from the video's first frame to
+    its last, a single one in the middle. Raises UserError where the crop does not fit.
     """
     grid, view = request.grid, request.view
     (low, high), strides = grid.scales, grid.strides
@@ -47,11 +55,11 @@ def choose(request: ClipRequest, flip: bool = True, inverse_jitter: bool = False
     rng = np.random.default_rng(request.seed)
     stride = int(rng.integers(strides[0], strides[1], endpoint=True))
     uniform, start, top, left, heads = rng.random(5)
-    if inverse_jitter:
+    if sampling.inverse_jitter:
         short_side = round(1 / (1 / high + uniform * (1 / low - 1 / high)))
     else:
         short_side = low + int(uniform * (high - low + 1))
-    return Choice(stride, short_side, start, top, left, bool(flip and heads < 0.5))
+    return Choice(stride, short_side, start, top, left, sampling.flip and bool(heads < 0.5))
 
 
 def frame_span(seconds: Sequence[float] | np.ndarray, fps: float, frames: int) -> tuple[int, int]:
@@ -62,16 +70,32 @@ def frame_span(seconds: Sequence[float] | np.ndarray, fps: float, frames: int) -
     return first, min(max(round(seconds[1] * fps), first + 1), frames)
 
 
-def frame_indices(choice: Choice, frames: int, first: int, stop: int) -> np.ndarray:
-    """Indices of the `frames` frames of a clip within frames `first` to `stop` (exclusive): int64 `[frames]`.
+def clip_indices(request: ClipRequest, choice: Choice, sampling: Sampling, first: int, stop: int) -> np.ndarray:
+    """Indices of a clip's frames within frames `first` to `stop` (exclusive): int64 `[frames]`.
 
     Where the stretch is too short for the clip its last frame is repeated, as in PySlowFast.
     """
+    frames = request.grid.frames
+    if sampling.segments:
+        return first + _segment_indices(request, stop - first)
     span = (frames - 1) * choice.stride + 1
     room = max(stop - first - span, 0)
     # a random share below 1 reaches each start alike, the share 1 of the last view the last start
     start = min(int(choice.start * (room + 1)), room)
     return np.minimum(first + start + np.arange(frames) * choice.stride, stop - 1)
+
+
+def _segment_indices(request: ClipRequest, length: int) -> np.ndarray:
+    """One frame of each segment, at random or, for clip k of K, at (k + ½) / K of it: as PySlowFast, where K is 1.
+
+    The stride of the grid has no say: the segments cover the whole video, whatever their number.
+    """
+    frames, view = request.grid.frames, request.view
+    ends = np.round(np.arange(frames + 1) * (length - 1) / frames)
+    if view is None:
+        shares = np.random.default_rng((request.seed, frames)).random(frames)
+        return (ends[:-1] + shares * (np.diff(ends) + 1)).astype(np.int64)
+    return (ends[:-1] + (view.clip + 0.5) / view.clips * np.diff(ends)).astype(np.int64)
 
 
 def crop_boxes(request: ClipRequest, choice: Choice, height: int, width: int) -> list[Box]:

@@ -17,7 +17,7 @@ from mgvideo.clips import ClipRequest, Failure, Sample
 from mgvideo.errors import UserError
 
 from .decoders import DecodeError, Decoder, Decord
-from .sampling import choose, crop_boxes, frame_indices, frame_span
+from .sampling import Sampling, choose, clip_indices, crop_boxes, frame_span
 
 TRIES = 10  # videos to try for one training clip before giving up
 
@@ -33,8 +33,7 @@ class Entry(NamedTuple):
 class VideoDataset:
     """Videos with labels; `dataset[request]` is a pure function of the request and the files.
 
-    `flip`: mirror every other training clip. `inverse_jitter`: see `sampling.choose`. A label that is a tuple makes
-    the dataset multi-label.
+    A label that is a tuple makes the dataset multi-label. `notes` are what whoever starts a run should know.
     """
 
     def __init__(
@@ -43,12 +42,11 @@ class VideoDataset:
         entries: Sequence[Entry],
         class_names: Sequence[str],
         decoder: Decoder | None = None,
-        flip: bool = True,
-        inverse_jitter: bool = False,
+        sampling: Sampling = Sampling(),  # noqa: B008
+        notes: Sequence[str] = (),
     ) -> None:
-        self.root, self.class_names = root, list(class_names)
-        self.decoder = Decord() if decoder is None else decoder
-        self.flip, self.inverse_jitter = flip, inverse_jitter
+        self.root, self.class_names, self.notes = root, list(class_names), list(notes)
+        self.decoder, self.sampling = Decord() if decoder is None else decoder, sampling
         # arrays, not lists: workers forked from this process would copy a list by counting its references
         self._paths = np.array([os.fsencode(entry.path) for entry in entries])
         self._spans = np.array([entry.span for entry in entries])
@@ -63,8 +61,13 @@ class VideoDataset:
 
     def fingerprint(self) -> str:
         """A short hash of the list of videos and labels: two datasets that share it serve the same clips."""
-        content = b"\n".join(self._paths.tolist()) + self._spans.tobytes() + self.labels.tobytes()
+        content = b"\n".join([*self._paths.tolist(), self._spans.tobytes(), self.labels.tobytes()])
         return hashlib.sha256(content).hexdigest()[:16]
+
+    def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
+        """Label of a video, or of the stretch of it that a training clip covers: see `mgvideo.clips.Sample`."""
+        label = torch.as_tensor(self.labels[index])
+        return label.float() if label.ndim else label
 
     def __getitem__(self, request: ClipRequest) -> Sample:
         """The clip of a request: see `mgvideo.clips.Sample`.
@@ -79,7 +82,8 @@ class VideoDataset:
         substitutes = np.random.default_rng((request.seed, len(self)))
         for _ in range(TRIES):
             try:
-                return Sample(self._read(index, request), self._label(index), index, tuple(failures))
+                clip, seconds = self._read(index, request)
+                return Sample(clip, self.label(index, seconds), index, tuple(failures))
             except DecodeError as error:
                 failures.append(Failure(index, error.path, error.reason))
                 index = int(substitutes.integers(len(self)))
@@ -91,29 +95,27 @@ class VideoDataset:
         assert request.view is not None
         failures: tuple[Failure, ...] = ()
         try:
-            clip = self._read(request.index, request)
+            clip, _ = self._read(request.index, request)
         except DecodeError as error:
             failures = (Failure(request.index, error.path, error.reason),)
             grid = request.grid
             clip = torch.zeros(request.view.crops, grid.frames, grid.size, grid.size, 3, dtype=torch.uint8)
-        return Sample(clip, self._label(request.index), request.index, failures)
+        return Sample(clip, self.label(request.index), request.index, failures)
 
-    def _read(self, index: int, request: ClipRequest) -> Tensor:
-        """A clip as `Sample` describes it, cropped before it is resized."""
-        choice = choose(request, self.flip, self.inverse_jitter)
+    def _read(self, index: int, request: ClipRequest) -> tuple[Tensor, tuple[float, float]]:
+        """A clip as `Sample` describes it, cropped before it is resized, and the seconds that it covers."""
+        choice = choose(request, self.sampling)
         with self.decoder.open(self.path(index), choice.short_side) as video:
             first, stop = frame_span(self._spans[index], video.fps, video.frames)
-            indices = frame_indices(choice, request.grid.frames, first, stop)
+            indices = clip_indices(request, choice, self.sampling, first, stop)
             boxes = crop_boxes(request, choice, video.height, video.width)
-            if request.view is None:
-                clip = resize(video.read(indices, boxes[0]), request.grid.size)
-                return clip.flip(2) if choice.flip else clip
-            frames = video.read(indices)
-        return torch.stack([resize(box.of(frames), request.grid.size) for box in boxes])
-
-    def _label(self, index: int) -> Tensor:
-        label = torch.as_tensor(self.labels[index])
-        return label.float() if label.ndim else label
+            frames = video.read(indices, boxes[0] if request.view is None else None)
+        size, fps = request.grid.size, video.fps or math.inf
+        seconds = (float(indices[0] / fps), float(indices[-1] / fps))
+        if request.view is not None:
+            return torch.stack([resize(box.of(frames), size) for box in boxes]), seconds
+        clip = resize(frames, size)
+        return clip.flip(2) if choice.flip else clip, seconds
 
 
 def resize(frames: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from videos import write
 
@@ -35,6 +36,24 @@ def test_kinetics_reads_its_lists(tmp_path: Path, name: str, classes: int) -> No
     assert (cfg.name, cfg.task, cfg.num_classes) == (name, "single_label", classes)
     assert (len(dataset), len(dataset.class_names)) == (1, classes)
     assert dataset[ClipRequest(0, GRID, 0)].label == classes - 1
+
+
+@pytest.mark.parametrize(("name", "sampled"), [("charades", "inverse_jitter"), ("ssv2", "segments")])
+def test_published_recipes_sample_in_their_own_ways(tmp_path: Path, name: str, sampled: str) -> None:
+    (tmp_path / "Charades_v1_train.csv").write_text("id,actions\nAAAAA,c001 0 1\n")
+    (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "0"}')
+    (tmp_path / "something-something-v2-train.json").write_text('[{"id": "1", "template": "Holding [something]"}]')
+    dataset = instantiate(composed(f"+dataset={name}", f"dataset.root={tmp_path}").dataset.train, decoder=PyAV())
+    assert len(dataset) == 1
+    assert getattr(dataset.sampling, sampled)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("ucf101", 101), ("hmdb51", 51)])
+def test_official_splits_are_chosen_by_fold(tmp_path: Path, name: str, classes: int) -> None:
+    cfg = composed(f"+dataset={name}", f"dataset.root={tmp_path}", "dataset.fold=2").dataset
+    assert (cfg.num_classes, cfg.val.fold, cfg.val.split) == (classes, 2, "val")
+    with pytest.raises(InstantiationException, match=r"classInd|split2"):
+        instantiate(cfg.val, decoder=PyAV())
 
 
 def test_folder_counts_its_classes(tmp_path: Path) -> None:

@@ -6,15 +6,22 @@ import numpy as np
 import pytest
 
 from mgvideo.clips import ClipRequest, View
-from mgvideo.datasets.sampling import choose, crop_boxes, frame_indices, frame_span
+from mgvideo.datasets.sampling import Choice, Sampling, choose, clip_indices, crop_boxes, frame_span
 from mgvideo.errors import UserError
 from mgvideo.plan import Grid
 
 GRID = Grid(frames=8, size=112, strides=(2, 8), scales=(128, 160))
 
 
-def draws(inverse_jitter: bool = False) -> list:
-    return [choose(ClipRequest(0, GRID, seed), inverse_jitter=inverse_jitter) for seed in range(2000)]
+PLAIN = Sampling()
+
+
+def draws(sampling: Sampling = PLAIN) -> list[Choice]:
+    return [choose(ClipRequest(0, GRID, seed), sampling) for seed in range(2000)]
+
+
+def indices(request: ClipRequest, first: int, stop: int, sampling: Sampling = PLAIN) -> list[int]:
+    return clip_indices(request, choose(request, sampling), sampling, first, stop).tolist()
 
 
 def test_draws_reach_both_ends_of_their_ranges() -> None:
@@ -22,7 +29,8 @@ def test_draws_reach_both_ends_of_their_ranges() -> None:
     assert {choice.stride for choice in made} == set(range(2, 9))
     assert {choice.short_side for choice in made} == set(range(128, 161))
     assert 0.45 < np.mean([choice.flip for choice in made]) < 0.55
-    starts = {int(frame_indices(choice, 8, 0, 62)[0]) for choice in made if choice.stride == 8}
+    clips = [indices(ClipRequest(0, GRID, seed), 0, 62) for seed in range(2000) if made[seed].stride == 8]
+    starts = {clip[0] for clip in clips}
     assert starts == set(range(6)), "57 frames fit 62 in six ways"
     largest = [crop_boxes(ClipRequest(0, GRID, 0), choice, 129, 128)[0] for choice in made if choice.short_side == 128]
     assert {box[:2] for box in largest} <= {(top, left) for top in range(18) for left in range(17)}
@@ -31,29 +39,29 @@ def test_draws_reach_both_ends_of_their_ranges() -> None:
 
 
 def test_inverse_jitter_prefers_small_sides() -> None:
-    sides = np.array([choice.short_side for choice in draws(inverse_jitter=True)])
+    sides = np.array([choice.short_side for choice in draws(Sampling(inverse_jitter=True))])
     assert (sides.min(), sides.max()) == (128, 160)
     assert abs(np.mean(1 / sides) - (1 / 128 + 1 / 160) / 2) < 2e-5
 
 
 def test_a_short_video_repeats_its_last_frame() -> None:
-    choice = choose(ClipRequest(0, Grid(6, 112, (2, 2), (112, 112)), seed=5))
-    assert frame_indices(choice, 6, 0, 7).tolist() == [0, 2, 4, 6, 6, 6]
-    assert frame_indices(choice, 6, 0, 1).tolist() == [0] * 6
+    request = ClipRequest(0, Grid(6, 112, (2, 2), (112, 112)), seed=5)
+    assert indices(request, 0, 7) == [0, 2, 4, 6, 6, 6]
+    assert indices(request, 0, 1) == [0] * 6
+    assert indices(request, 10, 13) == [10, 12, 12, 12, 12, 12]
 
 
 def test_views_spread_over_the_video_and_the_longer_side() -> None:
     grid = Grid(4, 100, (2, 2), (100, 100))
     requests = [ClipRequest(0, grid, 9, View(clip, 3, 3)) for clip in range(3)]
-    starts = [int(frame_indices(choose(request), 4, 0, 27)[0]) for request in requests]
-    assert starts == [0, 10, 20]
-    choice = choose(requests[0])
+    assert [indices(request, 0, 27)[0] for request in requests] == [0, 10, 20]
+    choice = choose(requests[0], PLAIN)
     assert not choice.flip
     assert crop_boxes(requests[0], choice, 100, 161) == [(0, left, 100, 100) for left in (0, 30, 61)]
     assert crop_boxes(requests[0], choice, 322, 200) == [(top, 0, 200, 200) for top in (0, 61, 122)]
     alone = ClipRequest(0, grid, 9, View(0, 1, 1))
-    assert frame_indices(choose(alone), 4, 0, 27)[0] == 10
-    assert crop_boxes(alone, choose(alone), 100, 160) == [(0, 30, 100, 100)]
+    assert indices(alone, 0, 27)[0] == 10
+    assert crop_boxes(alone, choose(alone, PLAIN), 100, 160) == [(0, 30, 100, 100)]
 
 
 @pytest.mark.parametrize(
@@ -66,4 +74,15 @@ def test_a_stretch_in_seconds_keeps_at_least_one_frame(seconds: tuple, span: tup
 
 def test_a_crop_larger_than_the_frame_is_refused() -> None:
     with pytest.raises(UserError, match="crop of 112 pixels does not fit a short side of 100"):
-        choose(ClipRequest(0, Grid(8, 112, (1, 1), (100, 128)), 0))
+        choose(ClipRequest(0, Grid(8, 112, (1, 1), (100, 128)), 0), PLAIN)
+
+
+def test_segments_cover_the_video_whatever_the_grid() -> None:
+    segments = Sampling(segments=True)
+    grid = Grid(8, 112, (2, 8), (112, 112))
+    clips = np.array([indices(ClipRequest(0, grid, seed), 5, 46, segments) for seed in range(500)])
+    for place in range(8):
+        assert set(clips[:, place]) == set(range(5 + 5 * place, 5 + 5 * place + 6)), "both ends of a segment count"
+    assert indices(ClipRequest(0, grid, 0, View(0, 1, 3)), 5, 46, segments) == [7 + 5 * place for place in range(8)]
+    assert indices(ClipRequest(0, grid, 0), 0, 1, segments) == [0] * 8
+    assert max(indices(ClipRequest(0, grid, 3), 0, 3, segments)) <= 2

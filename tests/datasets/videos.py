@@ -33,8 +33,8 @@ def number_of(frame: Any) -> int:
 def write(
     path: Path,
     frames: int = 40,
-    height: int = 48,
-    width: int = 64,
+    height: int = 60,
+    width: int = 80,
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,

@@ -1,0 +1,132 @@
+"""Charades: actions with times; training labels a clip by the actions that it shows, testing by all of the video's."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mgvideo.errors import UserError
+
+from .decoders import Decoder
+from .frames import FrameFolders
+from .lists import check_root, read_classes, read_lines
+from .sampling import Sampling
+from .video import Entry, VideoDataset
+
+CLASSES = 157
+FRAMES_FPS = 24.0  # of the frames that Charades is distributed as
+
+
+class Action(NamedTuple):
+    """Class and seconds, both ends included."""
+
+    label: int
+    start: float
+    end: float
+
+
+class TimedDataset(VideoDataset):
+    """A multi-label dataset whose labels are actions with times."""
+
+    def __init__(
+        self,
+        root: str,
+        paths: Sequence[str],
+        actions: Sequence[Sequence[Action]],
+        class_names: Sequence[str],
+        decoder: Decoder | None,
+        sampling: Sampling,
+    ) -> None:
+        labels = [tuple(sorted({action.label for action in group})) for group in actions]
+        entries = [Entry(path, label) for path, label in zip(paths, labels, strict=True)]
+        super().__init__(root, entries, class_names, decoder, sampling)
+        self._actions = np.array([action for group in actions for action in group]).reshape(-1, 3)
+        self._bounds = np.cumsum([0, *(len(group) for group in actions)])
+
+    def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
+        """Multi-hot labels of the actions that touch the stretch, or of all."""
+        if seconds is None:
+            return super().label(index)
+        labels, starts, ends = self._actions[self._bounds[index] : self._bounds[index + 1]].T
+        hot = torch.zeros(len(self.class_names))
+        hot[labels[(starts <= seconds[1]) & (ends >= seconds[0])].astype(np.int64)] = 1
+        return hot
+
+
+def charades(
+    root: str,
+    annotations: str,
+    videos: str = "Charades_v1_480",
+    classes_file: str = "Charades_v1_classes.txt",
+    decoder: Decoder | None = None,
+    flip: bool = True,
+) -> TimedDataset:
+    """The videos of an official CSV (`Charades_v1_train.csv`) or of a frame list, told apart by the header.
+
+    A CSV's videos are `root/videos/ID.mp4`. A frame list, as PySlowFast's, has a line for each frame, `original_vido_id
+    video_id frame_id path labels`; its videos are folders of images, `root/videos/ID/`. Raises UserError.
+    """
+    check_root(root)
+    file = os.path.join(root, annotations)
+    header, *lines = read_lines(file) or [""]
+    if "actions" in header.split(","):
+        actions = _from_csv(file, [header, *lines])
+        paths = [os.path.join(videos, f"{name}.mp4") for name in actions]
+    elif header.split() == ["original_vido_id", "video_id", "frame_id", "path", "labels"]:
+        actions = _from_frames(file, lines)
+        paths, decoder = [os.path.join(videos, name) for name in actions], FrameFolders(FRAMES_FPS)
+    else:
+        raise UserError(f"{file}:1: expected the header of Charades_v1_train.csv or of a frame list")
+    if not actions:
+        raise UserError(f"{file}: no videos in the list")
+    names = [line.partition(" ")[2] for line in read_classes(os.path.join(root, classes_file))]
+    names = names or [f"c{place:03d}" for place in range(CLASSES)]
+    sampling = Sampling(flip=flip, inverse_jitter=True)
+    return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling)
+
+
+def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:
+    actions = {}
+    reader = csv.DictReader(lines)
+    for row in reader:
+        try:
+            parts = [part.split() for part in (row["actions"] or "").split(";") if part]
+            actions[row["id"]] = [Action(_label(name[1:]), float(start), float(end)) for name, start, end in parts]
+        except (KeyError, ValueError):
+            raise UserError(
+                f"{file}:{reader.line_num}: expected actions as 'c092 11.90 21.20;…', found {row.get('actions')!r}"
+            ) from None
+    return actions
+
+
+def _from_frames(file: str, lines: list[str]) -> dict[str, list[Action]]:
+    """Each frame's labels become actions as long as a frame; neighbours of one class are joined."""
+    actions: dict[str, list[Action]] = {}
+    latest: dict[tuple[str, int], int] = {}
+    for number, row in enumerate(csv.reader(lines, delimiter=" "), start=2):
+        try:
+            name, frame, labels = row[0], int(row[2]), [_label(part) for part in row[4].split(",") if part]
+        except (IndexError, ValueError):
+            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {row}") from None
+        group, time = actions.setdefault(name, []), frame / FRAMES_FPS
+        for label in labels:
+            place = latest.get((name, label))
+            if place is not None and time - group[place].end < 1.5 / FRAMES_FPS:
+                group[place] = group[place]._replace(end=time)
+            else:
+                latest[name, label] = len(group)
+                group.append(Action(label, time, time))
+    return actions
+
+
+def _label(text: str) -> int:
+    label = int(text)
+    if not 0 <= label < CLASSES:
+        raise ValueError(text)
+    return label

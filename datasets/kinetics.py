@@ -1,0 +1,66 @@
+"""Kinetics-400, -600, -700: path-label lists, or the official annotations over a folder of clips."""
+
+from __future__ import annotations
+
+import csv
+import os
+
+from mgvideo.errors import UserError
+
+from .decoders import Decoder
+from .lists import check_root, find_videos, read_classes, read_lines, video_list
+from .sampling import Sampling
+from .video import Entry, VideoDataset
+
+COLUMNS = {"label", "youtube_id", "time_start", "time_end"}
+
+
+def kinetics(
+    root: str,
+    list_file: str,
+    num_classes: int,
+    classes_file: str = "classes.txt",
+    decoder: Decoder | None = None,
+    flip: bool = True,
+) -> VideoDataset:
+    """The videos of a list file (see `lists.video_list`) or of an official CSV, told apart by the CSV's header.
+
+    For a CSV, clips are looked for anywhere under `root` as `ID_START_END` (six digits each, as the usual downloads
+    name them) or `ID`. Clips that are not there are left out and counted in `notes`. Raises UserError.
+    """
+    check_root(root)
+    file = os.path.join(root, list_file)
+    lines = read_lines(file)
+    if not lines or not set(next(csv.reader(lines[:1]), [])) >= COLUMNS:
+        return video_list(root, list_file, num_classes, classes_file, decoder=decoder, flip=flip)
+    rows = list(csv.DictReader(lines))
+    for number, row in enumerate(rows, start=2):
+        if not row["label"] or not row["youtube_id"] or not (row["time_start"] or "").replace(".", "").isdigit():
+            raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {row}")
+    names = read_classes(os.path.join(root, classes_file)) or sorted({row["label"] for row in rows})
+    if len(names) != num_classes:
+        raise UserError(
+            f"{file}: {len(names)} classes, not {num_classes}; name them, one a line, in {classes_file}, "
+            "or set dataset.num_classes"
+        )
+    places = {name: place for place, name in enumerate(names)}
+    found = {os.path.splitext(os.path.basename(path))[0]: path for path in find_videos(root)}
+    entries = []
+    for number, row in enumerate(rows, start=2):
+        if row["label"] not in places:
+            raise UserError(f"{file}:{number}: class {row['label']!r} is not in {classes_file}")
+        path = found.get(_clip_name(row)) or found.get(row["youtube_id"])
+        if path:
+            entries.append(Entry(path, places[row["label"]]))
+    if not entries:
+        raise UserError(
+            f"{file}: none of its {len(rows)} clips is under {root}; expected, say, {_clip_name(rows[0])}.mp4"
+        )
+    missing = len(rows) - len(entries)
+    notes = [f"{list_file}: {missing} of {len(rows)} clips are not under {root} and left out"] if missing else []
+    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), notes)
+
+
+def _clip_name(row: dict[str, str]) -> str:
+    start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+    return f"{row['youtube_id']}_{start:06d}_{end:06d}"

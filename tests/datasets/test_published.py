@@ -1,0 +1,230 @@
+"""The published datasets, from annotations as they are distributed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from videos import number_of, numbered, write
+
+from mgvideo.clips import ClipRequest, View
+from mgvideo.datasets.charades import charades
+from mgvideo.datasets.kinetics import kinetics
+from mgvideo.datasets.ssv2 import ssv2
+from mgvideo.datasets.ucf_hmdb import hmdb51, ucf101
+from mgvideo.errors import UserError
+from mgvideo.plan import Grid
+
+GRID = Grid(frames=4, size=60, strides=(2, 2), scales=(60, 60))
+
+
+def paths(dataset: Any, root: Path) -> list[str]:
+    return [Path(dataset.path(i)).relative_to(root).as_posix() for i in range(len(dataset))]
+
+
+def files(root: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        (root / name.replace("__", "/")).parent.mkdir(parents=True, exist_ok=True)
+        (root / name.replace("__", "/")).write_text(text)
+
+
+KINETICS = """label,youtube_id,time_start,time_end,split
+playing harp,aaa-bbb_ccc,10,20,train
+"shooting, basketball",ddd,0,10,train
+playing harp,gone,5,15,train
+abseiling,eee,7,17,train
+"""
+
+
+def test_kinetics_finds_the_clips_of_an_official_csv(tmp_path: Path) -> None:
+    write(tmp_path / "train/playing harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
+    write(tmp_path / "train/ddd.mkv", frames=8)
+    write(tmp_path / "train/eee_000007_000017.mp4", frames=8)
+    (tmp_path / "train.csv").write_text(KINETICS)
+    dataset = kinetics(str(tmp_path), "train.csv", num_classes=3)
+    assert dataset.class_names == ["abseiling", "playing harp", "shooting, basketball"]
+    assert paths(dataset, tmp_path) == [
+        "train/playing harp/aaa-bbb_ccc_000010_000020.mp4",
+        "train/ddd.mkv",
+        "train/eee_000007_000017.mp4",
+    ]
+    assert dataset.labels.tolist() == [1, 2, 0]
+    assert dataset.notes == [f"train.csv: 1 of 4 clips are not under {tmp_path} and left out"]
+    assert dataset[ClipRequest(1, GRID, 0)].clip.shape == (4, 60, 60, 3)
+
+
+def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("train/a.mp4 1\nb.mp4 0\n")
+    dataset = kinetics(str(tmp_path), "train.csv", num_classes=2)
+    assert (paths(dataset, tmp_path), dataset.labels.tolist()) == (["train/a.mp4", "b.mp4"], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "message"),
+    [
+        (KINETICS, 400, r"train\.csv: 3 classes, not 400"),
+        (KINETICS, 3, r"none of its 4 clips is under .*expected, say, aaa-bbb_ccc_000010_000020\.mp4"),
+        (KINETICS + ",fff,1,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
+        (KINETICS + "abseiling,fff,soon,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
+    ],
+)
+def test_kinetics_refuses_what_it_cannot_use(tmp_path: Path, text: str, classes: int, message: str) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        kinetics(str(tmp_path), "train.csv", num_classes=classes)
+
+
+CHARADES = """id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length
+AAAAA,HR43,Kitchen,6,7,Yes,"He, she; they",food,"a; b",c092 0.50 1.00;c147 0.00 4.00;c092 3.00 3.50,4.00
+BBBBB,HR43,Kitchen,6,7,Yes,text,,,,4.00
+"""
+
+
+def hot(label: torch.Tensor) -> list[int]:
+    assert label.dtype == torch.float32
+    assert label.shape == (157,)
+    return label.nonzero().flatten().tolist()
+
+
+def test_charades_labels_a_clip_by_what_it_shows(tmp_path: Path) -> None:
+    write(tmp_path / "Charades_v1_480/AAAAA.mp4", frames=100, fps=25, height=80)
+    write(tmp_path / "Charades_v1_480/BBBBB.mp4", frames=100, fps=25, height=80)
+    classes = "".join(f"c{i:03d} Doing thing {i}\n" for i in range(157))
+    files(tmp_path, **{"train.csv": CHARADES, "Charades_v1_classes.txt": classes})
+    dataset = charades(str(tmp_path), "train.csv", flip=False)
+    assert dataset.class_names[92] == "Doing thing 92"
+    assert dataset.sampling.inverse_jitter
+    seen = set()
+    for seed in range(40):
+        sample = dataset[ClipRequest(0, GRID, seed)]
+        first = number_of(sample.clip[0])
+        last = first + 6
+        shown = (first <= 25 and last >= 13) or (first <= 87 and last >= 75)
+        assert hot(sample.label) == ([92, 147] if shown else [147])
+        seen.add(tuple(hot(sample.label)))
+    assert seen == {(147,), (92, 147)}
+    assert hot(dataset[ClipRequest(0, GRID, 0, View(1, 3, 1))].label) == [92, 147], "all of the video's in testing"
+    assert hot(dataset[ClipRequest(1, GRID, 0)].label) == []
+
+
+def test_charades_reads_frame_lists(tmp_path: Path) -> None:
+    lines = ["original_vido_id video_id frame_id path labels"]
+    for i in range(24):
+        path = tmp_path / f"frames/AAAAA/AAAAA-{i + 1:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbered(i, 80, 80)).save(path)
+        lines.append(f'AAAAA 0 {i} AAAAA/{path.name} "{"3,5" if i < 6 else "5" if i == 20 else ""}"')
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    dataset = charades(str(tmp_path), "train.csv", videos="frames", flip=False)
+    assert hot(dataset.label(0)) == [3, 5]
+    for seed in range(20):
+        sample = dataset[ClipRequest(0, GRID, seed)]
+        numbers = [number_of(frame) for frame in sample.clip]
+        assert numbers == list(range(numbers[0], numbers[0] + 7, 2))
+        shown = [3, 5] if numbers[0] < 6 else [5] if numbers[0] <= 20 <= numbers[-1] else []
+        assert hot(sample.label) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,length\n", r"train\.csv:1: expected the header of Charades_v1_train\.csv or of a frame list"),
+        ("id,actions\nAAAAA,c200 0 1\n", r"train\.csv:2: expected actions as .* found 'c200 0 1'"),
+        ("id,actions\nAAAAA,c001 0\n", r"train\.csv:2: expected actions as"),
+        ("id,actions\n", r"train\.csv: no videos in the list"),
+        ('original_vido_id video_id frame_id path labels\nA 0 x p "1"\n', r"train\.csv:2: expected 'id video frame"),
+    ],
+)
+def test_charades_refuses_what_it_cannot_use(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        charades(str(tmp_path), "train.csv")
+
+
+def something(root: Path, items: list[Any], labels: dict[str, str]) -> None:
+    (root / "train.json").write_text(json.dumps(items))
+    (root / "labels.json").write_text(json.dumps(labels))
+
+
+LABELS = {"Pushing something from left to right": "1", "Holding something next to something": "0"}
+ITEM = {
+    "id": "78687",
+    "label": "pushing a cup from left to right",
+    "template": "Pushing [something] from left to right",
+}
+
+
+def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> None:
+    write(tmp_path / "webm/78687.webm", frames=41, height=80, codec="libvpx-vp9", options={"deadline": "realtime"})
+    something(tmp_path, [ITEM], LABELS)
+    dataset = ssv2(str(tmp_path), "train.json", labels="labels.json", videos="webm")
+    assert dataset.class_names == ["Holding something next to something", "Pushing something from left to right"]
+    assert dataset.labels.tolist() == [1]
+    for seed in range(10):
+        numbers = [number_of(frame) for frame in dataset[ClipRequest(0, GRID, seed)].clip]
+        assert all(10 * i <= number <= 10 * (i + 1) for i, number in enumerate(numbers)), numbers
+    views = dataset[ClipRequest(0, GRID, 0, View(0, 1, 3))].clip
+    assert [number_of(frame) for frame in views[1]] == [5, 15, 25, 35]
+
+
+@pytest.mark.parametrize(
+    ("items", "labels", "message"),
+    [
+        ([{"id": "1"}], LABELS, r"train\.json: item 1: expected an id and a template"),
+        ([{**ITEM, "template": "Eating [something]"}], LABELS, r"'Eating something' is not a label of labels\.json"),
+        ([ITEM], {"Pushing something from left to right": "3"}, r"labels must be numbered from 0 to 0"),
+        ([], LABELS, r"train\.json: no videos in the list"),
+        ({}, LABELS, r"train\.json: expected a JSON list"),
+    ],
+)
+def test_ssv2_refuses_what_it_cannot_use(tmp_path: Path, items: Any, labels: dict, message: str) -> None:
+    something(tmp_path, items, labels)
+    with pytest.raises(UserError, match=message):
+        ssv2(str(tmp_path), "train.json", labels="labels.json")
+
+
+def test_ucf101_follows_its_official_splits(tmp_path: Path) -> None:
+    write(tmp_path / "UCF-101/Archery/v_Archery_g08_c01.avi", codec="mpeg4", frames=8)
+    files(
+        tmp_path,
+        **{
+            "ucfTrainTestlist__classInd.txt": "1 ApplyEyeMakeup\r\n2 Archery\r\n",
+            "ucfTrainTestlist__trainlist02.txt": "Archery/v_Archery_g08_c01.avi 2\r\n",
+            "ucfTrainTestlist__testlist02.txt": "ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi\n",
+        },
+    )
+    train, val = (ucf101(str(tmp_path), split, fold=2) for split in ("train", "val"))
+    assert train.class_names == val.class_names == ["ApplyEyeMakeup", "Archery"]
+    assert (train.labels.tolist(), val.labels.tolist()) == ([1], [0])
+    assert train[ClipRequest(0, GRID, 0)].clip.shape == (4, 60, 60, 3)
+    with pytest.raises(UserError, match=r"trainlist03\.txt: cannot be read: No such file"):
+        ucf101(str(tmp_path), "train", fold=3)
+    (tmp_path / "ucfTrainTestlist/trainlist02.txt").write_text("Sitting/v.avi 2\n")
+    with pytest.raises(UserError, match=r"trainlist02\.txt:1: class 'Sitting' is not in classInd\.txt"):
+        ucf101(str(tmp_path), "train", fold=2)
+
+
+def test_hmdb51_follows_its_official_splits(tmp_path: Path) -> None:
+    write(tmp_path / "hmdb51_org/wave/a_1.avi", codec="mpeg4", frames=8)
+    splits = "testTrainMulti_7030_splits"
+    files(
+        tmp_path,
+        **{
+            f"{splits}__brush_hair_test_split1.txt": "b.avi 2 \nc.avi 0 \n",
+            f"{splits}__wave_test_split1.txt": "a_1.avi 1 \n",
+        },
+    )
+    train, val = (hmdb51(str(tmp_path), split) for split in ("train", "val"))
+    assert train.class_names == ["brush_hair", "wave"]
+    assert (paths(train, tmp_path), train.labels.tolist()) == (["hmdb51_org/wave/a_1.avi"], [1])
+    assert (paths(val, tmp_path), val.labels.tolist()) == (["hmdb51_org/brush_hair/b.avi"], [0])
+    assert train[ClipRequest(0, GRID, 0)].clip.shape == (4, 60, 60, 3)
+    with pytest.raises(UserError, match=r"no files \*_test_split2\.txt"):
+        hmdb51(str(tmp_path), "train", fold=2)
+    (tmp_path / splits / "wave_test_split1.txt").write_text("a.avi 7\n")
+    with pytest.raises(UserError, match=r"wave_test_split1\.txt:1: expected 'name\.avi 0\|1\|2'"):
+        hmdb51(str(tmp_path), "train")
