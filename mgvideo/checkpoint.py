@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pickle
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -39,13 +42,54 @@ def write_atomic(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; what was written before it is intact") from error
 
 
 def _digest(path: Path) -> Path:
     return path.with_suffix(".sha256")
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no second run writes into it; released by the death of this process at the latest.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = folder / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that as well
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"output_dir={folder} is in use by another run ({holder}): wait for it, or give another output_dir"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys of two flat configs that differ, each with both values."""
+    keys = sorted(saved.keys() | now.keys())
+    return [
+        f"{key} was {saved.get(key, 'not there')}, is {now.get(key, 'not there')}"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -57,22 +101,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         path = path.resolve()  # best.pt is a link
         data = path.read_bytes()
-        expected = _digest(path).read_text().strip()
+        expected = _digest(path).read_text().split()
     except OSError as error:
         raise UserError(f"cannot read checkpoint {error.filename}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != expected:
+    if hashlib.sha256(data).hexdigest() not in expected:
         raise UserError(f"checkpoint {path} is damaged: its content does not match its checksum")
     try:
-        return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path} holds more than tensors and plain values: it was not read") from error
+    if not isinstance(state, dict) or not {"made_of", "progress"} <= state.keys():
+        raise UserError(f"{path} is no checkpoint of a run: init_from=… starts from its weights, resume cannot")
+    return state
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep`, and the best, which `best.pt` links to."""
+    """The checkpoints of a run: the newest `keep`, and the best, which `best.pt` links to.
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
-        self.folder, self.keep = folder.resolve(), keep
+    Each holds `made_of`, the flat config that a resumed run must share.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3, made_of: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.keep, self.made_of = folder.resolve(), keep, dict(made_of or {})
         self.best = self.folder / "best.pt"
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -88,7 +138,12 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
         """Copy the state and write it in the background; an error of the last write is raised here."""
         self.wait()
-        self._pending = self._writer.submit(self._write, step, _to_cpu(state), best)
+        self._pending = self._writer.submit(self._write, step, _to_cpu({**state, "made_of": self.made_of}), best)
+
+    def check(self) -> None:
+        """Raise the error of a write that is over, without waiting for one that is not."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return when everything is on disk."""
@@ -104,10 +159,13 @@ class Checkpoints:
         buffer = BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        digest = hashlib.sha256(data).hexdigest().encode()
+        digest = hashlib.sha256(data).hexdigest()
         path = self.path(step)
-        # the digest goes first: a checkpoint without one would look damaged
-        write_atomic(_digest(path), digest)
+        for stale in self.folder.glob("*.tmp"):  # of a run that was killed as it wrote
+            stale.unlink(missing_ok=True)
+        # the digest goes first, beside that of the file it may replace: at no moment does a whole one look damaged
+        before = _digest(path).read_text().split()[:1] if path.exists() and _digest(path).exists() else []
+        write_atomic(_digest(path), "\n".join([digest, *before]).encode())
         write_atomic(path, data)
         if best:
             link = self.best.with_name("best.tmp")
@@ -119,12 +177,13 @@ class Checkpoints:
                 self.path(old).unlink(missing_ok=True)
                 _digest(self.path(old)).unlink(missing_ok=True)
 
-    def newest(self) -> tuple[dict[str, Any] | None, list[str]]:
+    def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and a warning for each newer one that is not."""
         warnings: list[str] = []
         for step in reversed(self.steps()):
             try:
-                return read_checkpoint(self.path(step)), warnings
+                read_checkpoint(self.path(step))
+                return self.path(step), warnings
             except UserError as error:
                 warnings.append(f"{error}; using the one before")
         return None, warnings

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -13,8 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
+from .signals import Stopped
+from .watch import Watch
 
 
 def rank() -> int:
@@ -64,13 +70,75 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
+    timeout = timedelta(seconds=timeout_s)
+    store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
+    watch = Watch(store.clone(), number, size)
     dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device if cuda else None
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=number,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if cuda else None,
     )
+    watch.start()
+    failed = True
     try:
         yield device
+        failed = False
+    except Stopped:
+        _meet(store.clone(), size)
+        raise
+    except Exception as error:
+        explained = watch.explain(error)
+        if explained is error:
+            raise
+        raise explained from None
     finally:
-        dist.destroy_process_group()
+        reason = sys.exc_info()[1]
+        if failed:  # exit handlers may wait for ranks that are gone
+            code = reason.number + 128 if isinstance(reason, Stopped) else 1
+            threading.Thread(target=_exit_later, args=(code,), daemon=True).start()
+        watch.stop(failed and not isinstance(reason, Stopped))
+        if not failed:
+            dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, size: int, seconds: float = 20.0) -> None:
+    """Wait until all ranks are here, but not for ever: where the first to leave ends the others, none leaves first."""
+    deadline = time.monotonic() + seconds
+    with suppress(RuntimeError):
+        store.add("leaving", 1)
+        while store.add("leaving", 0) < size and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _exit_later(code: int, seconds: float = 15.0) -> None:
+    time.sleep(seconds)
+    os._exit(code)
+
+
+class Votes:
+    """The most that any rank asks for, agreed on while a step runs: over gloo on the CPU, so that no device waits."""
+
+    def __init__(self, wish: Callable[[], int]) -> None:
+        self.wish = wish
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def cast(self) -> None:
+        """Start to tell this rank's wish."""
+        if self.group is not None:
+            vote = torch.tensor(self.wish())
+            self._pending = (dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.group, async_op=True), vote)
+
+    def result(self) -> int:
+        """The largest wish of all ranks, the same on each."""
+        if self._pending is None:
+            return self.wish()
+        (work, vote), self._pending = self._pending, None
+        work.wait()
+        return int(vote)
 
 
 def barrier() -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .clips import ClipRequest, Failure, Sample
 from .errors import UserError
+from .signals import blocked
 
 
 class ClipDataset(Protocol):
@@ -47,7 +54,33 @@ class LoaderOptions:
     workers: int = 2  # processes; 0 loads in the training process
     prefetch: int = 2  # batches that each worker keeps ready
     start_method: str = "fork"  # fork, forkserver or spawn
-    timeout: float = 600.0  # seconds after which a silent worker counts as hung
+    timeout: float = 45.0  # seconds, and one more a clip, after which a silent worker counts as hung
+
+
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+@contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Workers started inside outlive signals, and leave alone what they inherit.
+
+    A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
+    for threads that were not forked with it.
+    """
+    before = set(active_children())
+    gc.freeze()
+    try:
+        with blocked():
+            yield
+    finally:
+        gc.unfreeze()
+        _workers.update(set(active_children()) - before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    for worker in _workers:  # multiprocessing asks with the signal that they do not see
+        worker.kill()
 
 
 def _worker_init(_: int) -> None:
@@ -78,7 +111,19 @@ def _plainly(batches: Iterator[Batch]) -> Iterator[Batch]:
             raise UserError(
                 str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
             ) from None
+        except RuntimeError as error:
+            raise dead_worker(error) from error
         yield batch
+
+
+def dead_worker(error: Exception) -> Exception:
+    """The line for people where a worker died (torch raises that wherever the training process is) or hangs."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if text.startswith("DataLoader timed out"):
+        return UserError(f"a loader worker hangs ({text}): is the disk slow? Raise loader.timeout or loader.workers")
+    if text.startswith("DataLoader worker") and ("killed" in text or "exited" in text):
+        return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
+    return error
 
 
 class Loader:
@@ -92,6 +137,7 @@ class Loader:
         if not steps:
             return iter(())
         workers = min(self.options.workers, len(steps))
+        largest = max(len(requests(step)) for step in steps[:3])
         dataset: Dataset = self.dataset  # type: ignore[assignment]
         loader = DataLoader(
             dataset,
@@ -99,14 +145,15 @@ class Loader:
             num_workers=workers,
             collate_fn=collate,
             pin_memory=self.pin,
-            timeout=self.options.timeout if workers else 0,
+            timeout=self.options.timeout + largest if workers else 0,
             worker_init_fn=_worker_init,
             prefetch_factor=self.options.prefetch if workers else None,
             multiprocessing_context=self.options.start_method if workers else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        return _plainly(iter(loader))
+        with _starting_workers():
+            return _plainly(iter(loader))
 
     def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
         """One batch a step through consecutive stretches of steps, a new DataLoader for each.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from .checkpoint import write_atomic
 from .clips import Failure
 from .plan import Plan
 
@@ -77,10 +80,11 @@ def frames_as_image(clips: Tensor, count: int = 4) -> np.ndarray:
 class Monitor:
     """Shows and records a run on rank 0; on other ranks it does nothing.
 
-    A resumed run goes on in the same files: what they hold of steps from `step` on is dropped first.
+    A resumed run goes on in the same files: what they hold of later steps than `step` is dropped first, and of `step`
+    itself its evaluation where that is to be repeated.
     """
 
-    def __init__(self, folder: Path, plan: Plan, step: int = 0, active: bool = True) -> None:
+    def __init__(self, folder: Path, plan: Plan, step: int = 0, active: bool = True, *, evaluated: bool = True) -> None:
         self.folder, self.active = folder, active
         self.console = Console(file=sys.stdout, quiet=not active, soft_wrap=True, highlight=False)
         self.eta = Eta(plan)
@@ -92,21 +96,39 @@ class Monitor:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics_path = folder / "metrics.jsonl"
-        self._truncate(step)
+        kept = self._truncate(step, evaluated)
         self._metrics = open(self._metrics_path, "a", buffering=1)  # noqa: SIM115  open for the whole run
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        for record in kept:
+            if record["step"] == step:  # TensorBoard drops whole steps, this one too
+                self._draw(record)
 
-    def _truncate(self, step: int) -> None:
+    def _truncate(self, step: int, evaluated: bool) -> list[dict[str, Any]]:
+        """Rewrite metrics.jsonl and bad_videos.csv as they were at `step`; the records that are left."""
         kept = []
-        if self._metrics_path.exists():
-            lines = self._metrics_path.read_text().splitlines()
-            for line in lines if step else []:
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue  # the half line that a killed run left
-        self._metrics_path.write_text("".join(line + "\n" for line in kept))
+        lines = self._metrics_path.read_text().splitlines() if self._metrics_path.exists() and step else []
+        for line in lines:
+            try:
+                record = json.loads(line)
+                if record["step"] < step or (record["step"] == step and (evaluated or "loss" in record)):
+                    kept.append(record)
+            except (ValueError, KeyError):
+                continue  # the half line that a killed run left
+        write_atomic(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        bad = self.folder / "bad_videos.csv"
+        if bad.exists():
+            with open(bad, newline="") as file:
+                head, *rows = [*csv.reader(file)] or [[]]
+            text = StringIO(newline="")
+            csv.writer(text).writerows([head, *(r for r in rows if len(r) == len(head) and int(r[0]) <= step)])
+            write_atomic(bad, text.getvalue().encode())
+        return kept
+
+    def flush(self) -> None:
+        """Bring to disk what was recorded so far."""
+        if self.active:
+            os.fsync(self._metrics.fileno())
+            self.board.flush()
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -138,20 +160,7 @@ class Monitor:
         if not self.active:
             return
         self._write(record)
-        for name in (
-            "loss",
-            "lr",
-            "batch",
-            "epoch",
-            "phase",
-            "frames",
-            "size",
-            "clips_per_s",
-            "data_wait",
-            "memory_gib",
-        ):
-            self.board.add_scalar(f"train/{name}", record[name], record["step"])
-        self.board.add_scalar("train_by_second/loss", record["loss"], int(record["seconds"]))
+        self._draw(record)
         left = self.eta.left(record["step"])
         status = (
             f"phase {record['phase'] + 1}/{len(self.plan.phases)} · {record['frames']}×{record['size']}² "
@@ -167,10 +176,9 @@ class Monitor:
         """Record and show an evaluation."""
         if not self.active:
             return
-        self._write({"step": step, "seconds": seconds, **{f"val_{name}": value for name, value in metrics.items()}})
-        for name, value in metrics.items():
-            self.board.add_scalar(f"val/{name}", value, step)
-            self.board.add_scalar(f"val_by_second/{name}", value, int(seconds))
+        record = {"step": step, "seconds": seconds, **{f"val_{name}": value for name, value in metrics.items()}}
+        self._write(record)
+        self._draw(record)
         self.say(
             f"step {step}/{self.plan.steps} · validation " + " · ".join(f"{k} {v:.1f}" for k, v in metrics.items())
         )
@@ -193,6 +201,18 @@ class Monitor:
             for failure in failures:
                 writer.writerow([step, failure.index, failure.path, failure.reason])
                 self.say(f"bad video {failure.path}: {failure.reason}")
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        """A record's figures in TensorBoard."""
+        step, second = record["step"], int(record["seconds"])
+        for name, value in record.items():
+            if name.startswith("val_"):
+                self.board.add_scalar(f"val/{name[4:]}", value, step)
+                self.board.add_scalar(f"val_by_second/{name[4:]}", value, second)
+            elif name not in ("step", "seconds"):
+                self.board.add_scalar(f"train/{name}", value, step)
+        if "loss" in record:
+            self.board.add_scalar("train_by_second/loss", record["loss"], second)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(record) + "\n")

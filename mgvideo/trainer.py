@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -19,7 +20,7 @@ from .batches import Batches, Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
 from .checkpoint import Checkpoints
 from .clips import Failure
-from .distributed import gather_objects, neighbours, rank, world_size
+from .distributed import Votes, gather_objects, neighbours, rank, world_size
 from .errors import UserError
 from .evaluate import Evaluator, Views, precise_bn
 from .loader import Batch, Loader
@@ -28,7 +29,12 @@ from .monitor import Monitor
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
 from .schedule import baseline_of
+from .signals import Stopped, deferred, received
 from .tasks import Task
+from .watch import at
+
+_NOTHING, _SAVE, _STOP = range(3)  # what a rank may ask for after a step
+_LAST = 1 << 30  # the last part of a step, after all micro-batches
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,9 @@ class TrainOptions:
     evals_per_phase: int = 1
     precise_bn_batches: int = 200  # 0: none
     checkpoint_every: int = 0  # steps; phase ends always
+    checkpoint_minutes: float = 0.0  # 0: never by time
     max_bad_fraction: float = 0.05  # of the clips read
+    hang_timeout: float = 45.0  # seconds that ranks wait for one of them; 0: for ever
 
 
 @dataclass
@@ -50,7 +58,8 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation
     best: float = -1.0
-    clips: int = 0  # read on this rank
+    evaluated: int = 0  # the step of the last evaluation
+    clips: int = 0  # read up to the last log step
     bad: int = 0  # of them substituted
 
 
@@ -62,8 +71,33 @@ class _Window:
     loss: Tensor | None = None  # sum of step losses, on the device
     steps: int = 0
     clips: int = 0
+    read: int = 0  # clips, on this rank
     waited: float = 0.0
     failures: list[Failure] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
+        loss = torch.zeros(()) if self.loss is None else self.loss.cpu()
+        ranks = gather_objects((loss, self.read, self.waited, [tuple(vars(f).values()) for f in self.failures]))
+        return {
+            "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),
+            "steps": self.steps,
+            "clips": self.clips,
+            "read": sum(r[1] for r in ranks),
+            "waited": max(r[2] for r in ranks),
+            "failures": [failure for r in ranks for failure in r[3]],
+            "seconds": time.perf_counter() - self.since,
+        }
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any], device: torch.device) -> _Window:
+        """The window that `state` was taken of: rank 0 carries what all ranks brought."""
+        window = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
+        if rank() == 0:
+            window.loss = state["loss"].to(device)
+            window.read, window.waited = state["read"], state["waited"]
+            window.failures = [Failure(*values) for values in state["failures"]]
+        return window
 
 
 class Trainer:
@@ -95,10 +129,13 @@ class Trainer:
         self.batches = Batches(plan, len(loader.dataset), seed)
         self.progress = Progress()
         self.device = precision.device
+        self.votes = Votes(self._wish)
+        self.saved = time.monotonic()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.window = _Window()
+        self._window_state: dict[str, Any] | None = None
         self.parallel: nn.Module = model
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -107,12 +144,13 @@ class Trainer:
             )
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """All that a resumed run needs; all ranks call it together."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": dict(vars(self.progress)),
+            "window": self.window.state() if self.window.steps else None,
             "plan": self.plan.to_json(),
         }
 
@@ -122,34 +160,72 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self._window_state = state["window"]
 
     def train(self) -> None:
-        """Train from where the run is to the plan's end."""
+        """Train from where the run is to the plan's end.
+
+        Raises:
+            Stopped: a signal asked for it; the step was finished and its checkpoint is on disk.
+        """
+        evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
+        with deferred():
+            if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
+                self._evaluate()  # stopped in the middle of it
+            self._steps(evaluations)
+        self.monitor.stop_progress()
+        self.checkpoints.wait()
+        at("after training")
+
+    def _steps(self, evaluations: set[int]) -> None:
         start = self.progress.step
         batches = self._stream(start)
-        evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
         phase: Phase | None = None
-        self.window = _Window()
+        state, self._window_state = self._window_state, None
+        self.window = _Window.resumed(state, self.device) if state else _Window()
         self.monitor.start_progress(start)
         for step in range(start, self.plan.steps):
+            self.votes.cast()
+            self._at(step, "waiting for a batch", 0, watched=self.loader.options.workers == 0)
             waiting = time.perf_counter()
             batch = next(batches)
             self.window.waited += time.perf_counter() - waiting
             if phase is not self.plan.phase(step):
                 phase = self.plan.phase(step)
-                self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
+                if step == phase.steps[0]:
+                    self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
             self.step(step, batch)
             done = self.progress.step = step + 1
-            ends = done == phase.steps[1]
-            saves = self.options.checkpoint_every and done % self.options.checkpoint_every == 0
-            # a checkpoint ends a log window, so that a resumed run logs the same windows as an undisturbed one
-            if ends or saves or done in evaluations or done % self.options.log_every == 0:
+            wish = self.votes.result()
+            self._at(step, "logging and writing a checkpoint", _LAST, watched=False)
+            evaluates, ends = done in evaluations, done == phase.steps[1]
+            if ends or evaluates or done % self.options.log_every == 0:
                 self._log(phase)
-            best = done in evaluations and self._evaluate()
-            if ends or best or saves:
-                self._save(best)
+            every = self.options.checkpoint_every
+            if ends or evaluates or wish or (every and done % every == 0):
+                self._save()
+            if wish == _STOP:
+                self._stop()
+            if evaluates:
+                self._evaluate()
+
+    def _wish(self) -> int:
+        """What this rank asks for after the step: nothing, a checkpoint, or to stop."""
+        if received():
+            return _STOP
+        minutes = self.options.checkpoint_minutes
+        return _SAVE if minutes and rank() == 0 and time.monotonic() - self.saved > 60 * minutes else _NOTHING
+
+    def _stop(self) -> None:
         self.monitor.stop_progress()
         self.checkpoints.wait()
+        raise Stopped(received() or signal.SIGTERM)
+
+    def _at(self, step: int, doing: str, part: int, watched: bool = True) -> None:
+        """Tell the other ranks where this one is."""
+        limit = self.options.hang_timeout if watched and self.options.hang_timeout else None
+        phase = self.plan.phases.index(self.plan.phase(step))
+        at(f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit)
 
     def step(self, step: int, batch: Batch) -> None:
         """One optimizer step on this rank's share of the global batch."""
@@ -161,18 +237,19 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence([self.seed, step, rank()]).generate_state(1)[0]))
         clips = self.normalize(batch.clips.to(self.device, non_blocking=True))
         labels = batch.labels.to(self.device, non_blocking=True)
-        total = self._accumulate(part, slot.grid.volume, clips, labels, slot.batch)
+        total = self._accumulate(step, part, clips, labels)
         self._update(step, total)
         window = self.window
         window.loss = total if window.loss is None else window.loss + total
         window.steps += 1
         window.clips += slot.batch
+        window.read += len(batch.labels)
         window.failures += batch.failures
-        self.progress.clips += len(batch.labels)
-        self.progress.bad += len(batch.failures)
 
-    def _accumulate(self, part: Share, volume: int, clips: Tensor, labels: Tensor, batch: int) -> Tensor:
+    def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
+        slot = self.plan.slot(step)
+        volume, batch = slot.grid.volume, slot.batch
         limit = max(1, self.options.max_clips * self.plan.base.frames * self.plan.base.size**2 // volume)
         cuts = pieces(part, limit)
         group = neighbours(len(part.ranks))
@@ -180,7 +257,8 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
-            for piece in cuts:
+            for i, piece in enumerate(cuts):
+                self._at(step, "forward", 2 * i + 1)
                 set_bn_groups(self.model, piece.groups, group)
                 with ExitStack() as stack:
                     if piece is not cuts[-1]:  # ranks exchange gradients once a step
@@ -188,6 +266,7 @@ class Trainer:
                     with self.precision.autocast():
                         logits = self.parallel(clips[piece.start : piece.stop])
                     loss = self.task.loss(logits.to(clips.dtype), labels[piece.start : piece.stop]) / batch
+                    self._at(step, "backward", 2 * i + 2)
                     # DDP averages over ranks, which may hold different numbers of clips: undo it here
                     self.scaler.scale(loss * world_size()).backward()
                 total = total + loss.detach()
@@ -241,8 +320,10 @@ class Trainer:
         self._check_finite()
         elapsed = time.perf_counter() - window.since
         self.progress.seconds += elapsed
-        ranks = gather_objects((loss, window.failures, self.progress.clips, self.progress.bad, window.waited))
+        ranks = gather_objects((loss, window.failures, window.read, window.waited))
         failures = [failure for r in ranks for failure in r[1]]
+        self.progress.clips += sum(r[2] for r in ranks)
+        self.progress.bad += len(failures)
         slot = self.plan.slot(step - 1)
         index = self.plan.phases.index(phase)
         self.monitor.eta.add(index, elapsed, window.steps)
@@ -258,14 +339,14 @@ class Trainer:
                 "lr": self.plan.lr(step - 1),
                 "loss": sum(r[0] for r in ranks),
                 "clips_per_s": round(window.clips / elapsed, 2),
-                "data_wait": round(max(r[4] for r in ranks) / elapsed, 4),
+                "data_wait": round(max(r[3] for r in ranks) / elapsed, 4),
                 "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30 if cuda else _resident_gib(), 3),
                 "seconds": round(self.progress.seconds, 3),
             }
         )
         if failures:
             self.monitor.failures(step, failures)
-        clips, bad = sum(r[2] for r in ranks), sum(r[3] for r in ranks)
+        clips, bad = self.progress.clips, self.progress.bad
         if clips >= 100 and bad > self.options.max_bad_fraction * clips:
             raise UserError(
                 f"{bad} of {clips} clips could not be read, more than dataset.max_bad_fraction="
@@ -273,18 +354,27 @@ class Trainer:
             )
         self.window = _Window()
 
-    def _evaluate(self) -> bool:
-        """Precise BN, then the validation metrics; whether they are the best so far."""
+    def _evaluate(self) -> None:
+        """Precise BN, the validation metrics, and a checkpoint of both; a signal leaves at once."""
         assert self.validate is not None
-        self.precise_bn()
         evaluator, views = self.validate
-        result = evaluator(self.model, views)
+        step, slack = self.progress.step, self.loader.options.timeout + self.options.hang_timeout
+
+        def beat(done: int, of: int) -> None:
+            limit = slack if self.options.hang_timeout else None
+            at(f"after step {step}, validating, batch {done} of {of}", (step, done), limit)
+
+        with deferred(later=False):
+            at(f"after step {step}, in precise BN", (step, 0))
+            self.precise_bn()
+            result = evaluator(self.model, views, beat)
         metrics = self.task.metrics(result.scores, result.labels)
-        self.monitor.validation(self.progress.step, self.progress.seconds, metrics)
+        self.monitor.validation(step, self.progress.seconds, metrics)
         best = metrics[self.task.best] > self.progress.best
         self.progress.best = max(self.progress.best, metrics[self.task.best])
+        self.progress.evaluated = step
+        self._save(best)
         self.window = _Window()  # evaluation is not training time
-        return best
 
     def precise_bn(self) -> None:
         """Exact BN statistics for the weights as they are, from batches that depend on the step alone."""
@@ -296,10 +386,14 @@ class Trainer:
         steps = min(self.options.precise_bn_batches, batches.plan.steps)
         precise_bn(self.model, self.loader, batches, steps, self.normalize, self.precision, self.options.max_clips)
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: bool = False) -> None:
+        """Write a checkpoint in the background; what was logged before it goes to disk before it."""
         self._check_finite()
+        state = self.state()
         if rank() == 0:
-            self.checkpoints.save(self.progress.step, self.state(), best)
+            self.monitor.flush()
+            self.checkpoints.save(self.progress.step, state, best)
+            self.saved = time.monotonic()
 
 
 def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:

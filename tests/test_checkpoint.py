@@ -1,10 +1,11 @@
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from mgvideo.checkpoint import Checkpoints, read_checkpoint
+from mgvideo.checkpoint import Checkpoints, differences, read_checkpoint
 from mgvideo.errors import UserError
 
 
@@ -22,7 +23,7 @@ def test_saves_off_the_path_and_keeps_the_newest_and_the_best(tmp_path: Path) ->
     assert checkpoints.steps() == [10, 30, 40]
     newest, warnings = checkpoints.newest()
     assert newest is not None
-    assert newest["weights"].tolist() == [40.0] * 3
+    assert read_checkpoint(newest)["weights"].tolist() == [40.0] * 3
     assert not warnings
     assert read_checkpoint(checkpoints.best)["progress"]["step"] == 10
 
@@ -43,8 +44,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path: Path, damag
     else:
         path.with_suffix(".sha256").unlink()
     newest, warnings = checkpoints.newest()
-    assert newest is not None
-    assert newest["progress"]["step"] == 10
+    assert newest == checkpoints.path(10)
     assert len(warnings) == 1
     assert path.stem in warnings[0]
 
@@ -68,3 +68,42 @@ def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
     checkpoints.save(1, state(1))
     with pytest.raises(UserError, match="cannot make"):
         checkpoints.wait()
+
+
+def test_a_checkpoint_is_whole_at_every_moment_of_its_replacement(tmp_path: Path) -> None:
+    """As a process that is killed between any two of its writes leaves it."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    files = [checkpoints.path(1), checkpoints.path(1).with_suffix(".sha256")]
+    first = [file.read_bytes() for file in files]
+    checkpoints.save(1, state(2))
+    checkpoints.wait()
+    second = [file.read_bytes() for file in files]
+    for data, digests in ((first[0], first[1]), (first[0], second[1]), (second[0], second[1])):
+        files[0].write_bytes(data)
+        files[1].write_bytes(digests)
+        assert checkpoints.newest() == (files[0], [])
+
+
+def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "step_00000007.pt.tmp").write_bytes(b"half")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(8, state(8))
+    checkpoints.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008.pt", "step_00000008.sha256"]
+
+
+def test_weights_are_no_checkpoint_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"conv.weight": torch.zeros(2)}, path)
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(UserError, match="init_from"):
+        read_checkpoint(path)
+
+
+def test_differences_name_keys_and_values() -> None:
+    assert differences({"base.lr": 0.1, "seed": 0, "gone": 1}, {"base.lr": 0.2, "seed": 0, "new": None}) == [
+        "base.lr was 0.1, is 0.2",
+        "gone was 1, is not there",
+    ]

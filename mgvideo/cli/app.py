@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -14,11 +15,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from mgvideo.errors import UserError
 from mgvideo.schedule import scale_lr
+from mgvideo.watch import RankError
 
 from .help import group_options, help_text
 from .schema import register
@@ -39,16 +42,18 @@ def main(config_name: str, description: str, task: Callable[[DictConfig], None],
             check(config_name, flags.overrides)
 
     def guarded(cfg: DictConfig) -> None:
-        with reported():
+        # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
+        with reported() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             scale_base_lr(config_name, cfg)
             task(cfg)
 
     sys.argv = [sys.argv[0], *arguments]
-    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
+    with reported():
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
 
 
 class reported:  # noqa: N801  a context manager, read as a phrase
-    """Turns a user's error inside it into one line on stderr and exit code 2."""
+    """Turns a user's error inside it into one line on stderr and exit code 2, another rank's into code 1."""
 
     def __enter__(self) -> None: ...
 
@@ -57,7 +62,9 @@ class reported:  # noqa: N801  a context manager, read as a phrase
         if message is not None:
             rank = os.environ.get("RANK")
             print(f"error: {message}" if rank in (None, "0") else f"error (rank {rank}): {message}", file=sys.stderr)
-            raise SystemExit(2) from None
+            raise SystemExit(
+                2 if isinstance(error, UserError | HydraException | OmegaConfBaseException) else 1
+            ) from None
 
 
 def explain(error: BaseException | None) -> str | None:
@@ -66,10 +73,11 @@ def explain(error: BaseException | None) -> str | None:
         error = error.__cause__
         if isinstance(error, TypeError):
             return str(error).splitlines()[0]
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | RankError) or type(error).__module__.startswith("submitit."):
         return " ".join(str(error).split("\n"))
-    if isinstance(error, OmegaConfBaseException) and error.full_key and "issing" in (error.msg or ""):
-        return f"{error.full_key} is not set: add {error.full_key}=… to the command"
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        name = str(error).splitlines()[0].rpartition(" ")[2]  # not full_key, which may only refer to the missing one
+        return f"{name} is not set: add {name}=… to the command"
     if isinstance(error, OmegaConfBaseException | HydraException):
         return str(error).splitlines()[0]
     return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.checkpoint import Checkpoints, read_checkpoint, write_atomic
-from mgvideo.distributed import joined, rank, world_size
+from mgvideo.checkpoint import Checkpoints, differences, read_checkpoint, sole_run, write_atomic
+from mgvideo.distributed import gather_objects, joined, rank, world_size
 from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
-from mgvideo.loader import Loader
+from mgvideo.loader import Loader, dead_worker
 from mgvideo.monitor import Monitor
 from mgvideo.plan import Grid, Plan
 from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
 from mgvideo.report import Report
 from mgvideo.schedule import baseline_of
+from mgvideo.signals import Stopped, listening, requeue
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
 
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def run(cfg: DictConfig) -> None:
     """One run from a composed config; on every rank."""
-    with joined() as device:
+    with listening(), joined() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -50,47 +54,118 @@ def run(cfg: DictConfig) -> None:
         plan = build_plan(cfg, len(data.train))
         precision = choose_precision(cfg.precision, device)
         model = build_model(cfg, precision)
-        folder = output_folder(cfg, plan)
-        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
-        state, warnings = resumed(cfg.resume, checkpoints)
-        step = state["progress"]["step"] if state else 0
-        monitor = Monitor(folder, plan, step, active=rank() == 0)
-        try:
-            for warning in warnings:
-                monitor.say(f"warning: {warning}")
-            announce(cfg, monitor, plan, precision)
-            trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints)
-            if state:
-                trainer.load(state)
-                monitor.say(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
-            if cfg.train.enable:
-                trainer.train()
-            if cfg.test.enable:
-                test(cfg, trainer, data, monitor)
-        finally:
-            monitor.close()
+        folder = Path(cfg.output_dir)
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data))
+        with sole_folder(folder), explained(folder, checkpoints):
+            state, warnings = resumed(cfg, checkpoints)
+            write_plan(cfg, plan, folder)
+            progress = state["progress"] if state else {"step": 0, "evaluated": 0}
+            step = progress["step"]
+            monitor = Monitor(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
+            try:
+                for warning in warnings:
+                    monitor.say(f"warning: {warning}")
+                announce(cfg, monitor, plan, precision)
+                trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints)
+                if state:
+                    trainer.load(state)
+                    monitor.say(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
+                if cfg.train.enable:
+                    trainer.train()
+                if cfg.test.enable:
+                    test(cfg, trainer, data, monitor)
+            finally:
+                monitor.close()
 
 
-def output_folder(cfg: DictConfig, plan: Plan) -> Path:
-    """Make the run's folder, with the composed config and the plan in it."""
-    folder = Path(cfg.output_dir)
-    if rank() == 0:
+@contextmanager
+def sole_folder(folder: Path) -> Iterator[None]:
+    """The run's folder, made and held against other runs by rank 0."""
+    if rank() != 0:
+        yield
+        return
+    with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sole_run(folder))
         except OSError as error:
-            raise UserError(f"cannot make output_dir={folder}: {error.strerror}") from error
+            raise UserError(f"cannot write into output_dir={folder}: {error.strerror}") from error
+        yield
+
+
+@contextmanager
+def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """What ends a run from outside: signals, a disk, a loader worker's death."""
+    try:
+        yield
+    except Stopped as stop:
+        checkpoints.wait()
+        back = rank() == 0 and requeue(stop.number)
+        if rank() == 0:
+            done = f"stopped by {stop.name} with the checkpoint of step {max(checkpoints.steps(), default=0)}"
+            print(f"{done}; {'SLURM starts it again' if back else 'the same command goes on there'}", file=sys.stderr)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f"cannot write into output_dir={folder}: {error.strerror}; the checkpoints written before are intact"
+        ) from error
+    except RuntimeError as error:
+        plain = dead_worker(error)
+        if plain is error:
+            raise
+        raise plain from error
+
+
+def write_plan(cfg: DictConfig, plan: Plan, folder: Path) -> None:
+    """Leave the composed config and the plan in the run's folder."""
+    if rank() == 0:
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
-    return folder
 
 
-def resumed(resume: str, checkpoints: Checkpoints) -> tuple[dict | None, list[str]]:
-    """The state to go on from, and warnings about checkpoints that were passed over."""
-    if resume == "auto":
-        return checkpoints.newest()
-    if resume == "never":
+def made_of(cfg: DictConfig, data: Data) -> dict[str, Any]:
+    """What a resumed run must share with the one that it goes on with: every key that changes steps, and the data."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed")}
+    sections["dataset"] = {
+        "task": cfg.dataset.task,
+        "num_classes": data.classes,
+        **{f"{part}.videos": len(getattr(data, part)) for part in ("train", "val")},
+        **{f"{part}.fingerprint": getattr(data, part).fingerprint() for part in ("train", "val")},
+    }
+    flat: dict[str, Any] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                flatten(f"{prefix}.{name}" if prefix else str(name), inner)
+        else:
+            flat[prefix] = value
+
+    flatten("", sections)
+    return flat
+
+
+def resumed(cfg: DictConfig, checkpoints: Checkpoints) -> tuple[dict | None, list[str]]:
+    """The state to go on from, the same on all ranks, and warnings about checkpoints that were passed over."""
+    if cfg.resume == "never":
         return None, []
-    return read_checkpoint(Path(resume)), []
+    path, warnings = Path(cfg.resume), []
+    if cfg.resume == "auto":
+        newest, warnings = gather_objects(checkpoints.newest() if rank() == 0 else None)[0]
+        if newest is None:
+            return None, warnings
+        path = newest
+    state = read_checkpoint(path)
+    differing = differences(state["made_of"], checkpoints.made_of)
+    if differing and cfg.checkpoint.strict:
+        raise UserError(
+            f"{path} was made by another recipe, model or dataset: {'; '.join(differing)}. Give it back what it had, "
+            "start anew with resume=never or in another output_dir, or go on regardless with checkpoint.strict=false"
+        )
+    return state, warnings
 
 
 def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision) -> None:
@@ -141,7 +216,9 @@ def build_trainer(
             evals_per_phase=cfg.train.evals_per_phase,
             precise_bn_batches=cfg.train.precise_bn_batches,
             checkpoint_every=cfg.checkpoint.every_steps,
+            checkpoint_minutes=cfg.checkpoint.every_minutes,
             max_bad_fraction=cfg.dataset.max_bad_fraction,
+            hang_timeout=cfg.hang_timeout,
         ),
         monitor=monitor,
         checkpoints=checkpoints,

@@ -68,7 +68,7 @@ class LoaderKeys:
     workers: int | None = key(None, "worker processes a rank; null: one a core, shared by the ranks of the node")
     prefetch: int = key(2, "batches that each worker keeps ready")
     start_method: str = key("fork", "fork, forkserver or spawn")
-    timeout: float = key(600.0, "seconds after which a silent worker counts as hung")
+    timeout: float = key(45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung")
     max_clips_per_step: int | None = key(None, "base-grid clips that a rank holds at once; null: measured")
 
 
@@ -76,8 +76,10 @@ class LoaderKeys:
 class CheckpointKeys:
     """Checkpoints are taken at the end of each phase and at each new best; more often with these."""
 
-    every_steps: int = key(0, "steps between two; 0: only at phase ends")
+    every_steps: int = key(0, "steps between two; 0: none by steps")
+    every_minutes: float = key(15.0, "minutes between two; 0: none by time")
     keep: int = key(3, "how many to keep besides the best")
+    strict: bool = key(True, "refuse to resume what another recipe, model or dataset made; false: go on regardless")
 
 
 @dataclass
@@ -105,6 +107,9 @@ class RunKeys:
     normalize: NormalizeKeys = key(NormalizeKeys, "")
     precision: str = key("auto", "auto, fp32, bf16 or fp16; auto says what it chose and why")
     seed: int = key(0, "of weights, order, clips and dropout")
+    hang_timeout: float = key(
+        45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever"
+    )
     deterministic: bool = key(False, "refuse kernels whose result varies from run to run")
     output_dir: str = key(MISSING, "the run's folder")
     resume: str = key("auto", "auto: go on with output_dir's newest checkpoint; never; or a checkpoint's path")

@@ -1,0 +1,101 @@
+"""Being asked to stop: by a scheduler, by a person, and what SLURM expects of a job that leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_ECHO = 1.0  # seconds in which a second Ctrl-C is the same one, passed on by a launcher
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and all that it did is on disk; the exit code is the shell's for that signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+        self.name = signal.Signals(number).name
+
+
+class _State:
+    received = 0  # the first signal that asked
+    at = 0.0
+    deferred = False
+
+
+def received() -> int:
+    """The signal that asked this process to stop, 0 where none did."""
+    return _State.received
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    now = time.monotonic()
+    if _State.received:
+        if number == signal.SIGINT and now - _State.at > _ECHO:
+            os._exit(128 + number)
+        return
+    _State.received, _State.at = number, now
+    if not _State.deferred:
+        raise Stopped(number)
+    if number == signal.SIGINT:
+        os.write(2, b"\nfinishing the step and writing a checkpoint; Ctrl-C again leaves at once\n")
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Inside, the signals of `ASKING` raise Stopped, or are kept for later where `deferred`."""
+    before = {number: signal.signal(number, _handle) for number in ASKING}
+    _State.received = 0
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred(later: bool = True) -> Iterator[None]:
+    """Inside, a signal only shows in `received()`; with `later` false, inside of that, it raises after all."""
+    before, _State.deferred = _State.deferred, later
+    try:
+        if _State.received and not later:
+            raise Stopped(_State.received)
+        yield
+    finally:
+        _State.deferred = before
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Processes started inside never see these signals: a worker outlives them as long as its parent does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def requeue(number: int) -> bool:
+    """Put this SLURM job back into the queue where that is left to us; whether it was.
+
+    A job that is cancelled, or that the scheduler itself puts back, counts as running no more; one that runs and was
+    asked to stop (before its time limit, or to be preempted) would otherwise be over.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or number == signal.SIGINT:
+        return False
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # a bare id may name a whole array
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        shown = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60)
+        if not {"JobState=RUNNING", "BatchFlag=1", "Requeue=1"} <= set(shown.stdout.split()):
+            return False
+        return subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
