@@ -1,0 +1,226 @@
+"""A pyramid: every video of a dataset encoded once more at a few sizes, cheap to read a few frames from.
+
+The levels are H.264 with a keyframe every eight frames and nothing that slows decoding down (x264's `fastdecode`, no
+B-frames); each holds every frame of the original. A reader takes the smallest level that leaves its clip no blurrier
+than the base grid may be when read from the original. What was tried and what it gave: docs/benchmarks/data.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+
+from mgvideo.errors import UserError
+
+from .decoders import DecodeError, Decoder, PyAV, Video
+
+KEYFRAME = 8
+OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": str(KEYFRAME), "bf": "0", "threads": "1"}
+SAMPLE = 16  # videos to encode before saying how much space all will take
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a pyramid is built for: short sides of its levels, and the largest short side that the base grid draws."""
+
+    sides: tuple[int, ...]
+    largest: int
+
+    @classmethod
+    def of(cls, sizes: Iterable[int], scales: tuple[int, int], original: int) -> Layout:
+        """A level for each crop size of a plan, given the base's jitter and the usual short side of the originals."""
+        sizes, top = sorted(set(sizes)), min(original, scales[1])
+        return cls(tuple(2 * math.ceil(top * size / sizes[-1] / 2) for size in sizes), scales[1])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A video in a pyramid's manifest: its short side, frames and bytes, those of its levels, why it has none."""
+
+    path: str
+    short_side: int = 0
+    frames: int = 0
+    bytes: int = 0
+    level_bytes: int = 0
+    failure: str = ""
+
+
+class Pyramid:
+    """A decoder that opens a level of the pyramid in `folder` in place of the original under `root`."""
+
+    def __init__(self, folder: str, root: str, decoder: Decoder) -> None:
+        self.folder, self.root, self.decoder = Path(folder), os.path.abspath(root), decoder
+        self.layout, rows = read_manifest(self.folder)
+        self.short_sides = {row.path: row.short_side for row in rows if not row.failure}
+
+    def open(self, path: str, short_side: int | None = None) -> Video:
+        """See `decoders.Decoder.open`; the level depends on `short_side`."""
+        name = os.path.relpath(os.path.abspath(path), self.root)
+        side = self._side(self.short_sides.get(name), short_side)
+        return self.decoder.open(path if side is None else str(level_path(self.folder, side, name)), short_side)
+
+    def _side(self, original: int | None, drawn: int | None) -> int | None:
+        """The smallest level that is enlarged no more than the base grid enlarges the original at its largest."""
+        if original is None or drawn is None:
+            return None
+        needed = drawn * min(1, original / self.layout.largest)
+        return next((side for side in self.layout.sides if min(side, original) >= needed), None)
+
+
+def build(
+    folder: str,
+    root: str,
+    paths: Sequence[str],
+    layout: Layout,
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    estimate: Callable[[int], None] = lambda level_bytes: None,
+) -> list[Row]:
+    """Encode the videos `paths` (relative to `root`) and return the manifest's rows; goes on where it was stopped.
+
+    `estimate` is told, once a few videos are done, how many bytes all will take; UserError where there is no room.
+    A video that cannot be encoded keeps its place in the manifest, with the reason.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    done = _resume(place, layout)
+    left = sorted({path for path in paths if path not in done})
+    processes = processes or os.cpu_count() or 1
+    encode = partial(encode_video, folder, root, layout)
+    with ExitStack() as stack:
+        manifest = stack.enter_context(open(place / "rows.jsonl", "a", encoding="utf-8"))
+        rows: Iterable[Row] = map(encode, left)
+        if processes > 1 and len(left) > 1:
+            pool = ProcessPoolExecutor(min(processes, len(left)), multiprocessing.get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            rows = pool.map(encode, left)
+        for number, row in enumerate(rows, start=1):
+            manifest.write(json.dumps(asdict(row)) + "\n")
+            manifest.flush()
+            done[row.path] = row
+            progress(number, len(left))
+            if number == min(SAMPLE, len(left)):
+                estimate(_check_room(place, root, left, done))
+    return [done[path] for path in paths if path in done]
+
+
+def level_path(folder: Path, side: int, name: str) -> Path:
+    """Where a level of a video is."""
+    return folder / f"short{side}" / f"{name}.mp4"
+
+
+def read_manifest(folder: Path) -> tuple[Layout, list[Row]]:
+    """A pyramid's layout and rows; raises UserError."""
+    try:
+        layout = json.loads((folder / "layout.json").read_text())
+        lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise UserError(f"dataset.pyramid: no pyramid in {folder}; build it with tools/prepare_data.py") from None
+    rows = {}
+    for line in lines:
+        try:
+            row = Row(**json.loads(line))
+        except ValueError:  # a line that a killed builder did not finish
+            continue
+        rows[row.path] = row
+    return Layout(tuple(layout["sides"]), layout["largest"]), list(rows.values())
+
+
+def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
+    """What is there of a pyramid with this layout; starts its manifest where nothing is."""
+    if not (folder / "layout.json").exists():
+        (folder / "rows.jsonl").touch()
+        (folder / "layout.json").write_text(json.dumps(asdict(layout)) + "\n")
+        return {}
+    old, rows = read_manifest(folder)
+    if old != layout:
+        raise UserError(f"{folder}: holds a pyramid of levels {old.sides}, not {layout.sides}; choose another folder")
+    # rewritten whole, so that what comes next does not continue an unfinished line
+    part = folder / "rows.jsonl.part"
+    part.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    part.replace(folder / "rows.jsonl")
+    return {row.path: row for row in rows if not row.failure}
+
+
+def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, Row]) -> int:
+    """Bytes that the levels of `paths` will take, from those that are done; raises UserError where there is no room."""
+    rows = [done[path] for path in paths if path in done]
+    ratio = sum(row.level_bytes for row in rows) / max(1, sum(row.bytes for row in rows))
+    sizes = [os.path.getsize(file) for path in paths if os.path.isfile(file := os.path.join(root, path))]
+    total, made = round(ratio * sum(sizes)), sum(row.level_bytes for row in rows)
+    free = shutil.disk_usage(folder).free
+    if total - made > free:
+        raise UserError(f"{folder}: the pyramid needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    return total
+
+
+def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
+    """Encode and verify all levels of one video; they appear under their names when they are whole."""
+    source = os.path.join(root, name)
+    parts: dict[Path, Path] = {}
+    try:
+        with PyAV().open(source) as video:
+            short_side, frames = min(video.height, video.width), video.frames
+        for side in layout.sides:
+            final = level_path(Path(folder), side, name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            parts[final] = final.with_name(f".{final.name}.part.mp4")
+        _encode(
+            source, [(part, min(side, short_side)) for part, side in zip(parts.values(), layout.sides, strict=True)]
+        )
+        for part in parts.values():
+            with PyAV().open(str(part)) as level:
+                if level.frames != frames:
+                    raise DecodeError(source, f"{frames} frames became {level.frames}")
+        level_bytes = sum(part.stat().st_size for part in parts.values())
+        for final, part in parts.items():
+            part.replace(final)
+    except (DecodeError, av.FFmpegError, OSError) as error:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        return Row(name, failure=error.reason if isinstance(error, DecodeError) else str(error))
+    return Row(name, short_side, frames, os.path.getsize(source), level_bytes)
+
+
+def _encode(source: str, targets: Sequence[tuple[Path, int]]) -> None:
+    """Decode once, encode at each short side; frames keep their times."""
+    with ExitStack() as stack:
+        container = stack.enter_context(av.open(source))
+        stream: Any = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        outputs: list[tuple[Any, Any]] = []
+        for frame in container.decode(stream):
+            if frame.rotation % 360:
+                raise DecodeError(source, "is rotated, and read from the original")
+            if not outputs:
+                outputs = [_output(stack, stream, frame, *target) for target in targets]
+            for output, encoder in outputs:
+                smaller = frame.reformat(encoder.width, encoder.height, "yuv420p", interpolation="BICUBIC")
+                smaller.pts, smaller.time_base = frame.pts, stream.time_base
+                smaller.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses its own keyframes
+                output.mux(encoder.encode(smaller))
+        for output, encoder in outputs:
+            output.mux(encoder.encode())
+
+
+def _output(stack: ExitStack, stream: Any, frame: Any, path: Path, short_side: int) -> tuple[Any, Any]:
+    output = stack.enter_context(av.open(str(path), "w"))
+    encoder: Any = output.add_stream("libx264", rate=stream.average_rate or 25, options=OPTIONS)
+    scale = short_side / min(frame.height, frame.width)
+    # H.264's colours come in blocks of 2 × 2
+    encoder.height, encoder.width = (max(2, 2 * round(side * scale / 2)) for side in (frame.height, frame.width))
+    encoder.pix_fmt = "yuv420p"
+    encoder.codec_context.time_base = stream.time_base
+    return output, encoder

@@ -1,0 +1,133 @@
+"""Pyramids: the same frames, smaller, in the file that suits the clip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from videos import number_of, write
+
+from mgvideo.clips import ClipRequest, View
+from mgvideo.datasets.decoders import Decord, PyAV
+from mgvideo.datasets.lists import video_list
+from mgvideo.datasets.pyramid import Layout, Pyramid, build, level_path
+from mgvideo.errors import UserError
+from mgvideo.plan import Grid
+
+LAYOUT = Layout(sides=(40, 60, 80), largest=100)
+PATHS = ["deep/a.mp4", "b frames.mkv", "late.mp4", "odd.mp4"]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("originals")
+    write(root / "deep/a.mp4", height=80, width=120)
+    write(root / "b frames.mkv", height=80, width=120, options={"bf": "3", "b_strategy": "0", "g": "250"})
+    write(root / "late.mp4", height=120, width=80, times=lambda i: i + i // 5 + 31)
+    write(root / "odd.mp4", height=51, width=75, pix_fmt="yuv444p")
+    (root / "list.csv").write_text("".join(f"{path} 0\n" for path in PATHS))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pyramid(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pyramid")
+    build(str(folder), str(originals), PATHS, LAYOUT, processes=1)
+    return folder
+
+
+def test_layouts_follow_a_plan() -> None:
+    assert Layout.of([224, 158, 112, 224], (256, 320), original=256) == Layout((128, 182, 256), 320)
+    assert Layout.of([224, 158, 112], (256, 320), original=1080).sides == (160, 226, 320)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, name: str) -> None:
+    with PyAV().open(str(originals / name)) as video:
+        short, fps = min(video.height, video.width), video.fps
+    for side in LAYOUT.sides:
+        with PyAV().open(str(level_path(pyramid, side, name))) as level:
+            assert abs(min(level.height, level.width) - min(side, short)) <= 1
+            assert level.frames == 40
+            assert level.fps == pytest.approx(fps, rel=0.05)
+            assert [number_of(frame) for frame in level.read(range(40))] == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn", "side"),
+    [
+        ("deep/a.mp4", 40, 40),
+        ("deep/a.mp4", 50, 40),  # an original of 80 is enlarged 1.25 times for the base's 100
+        ("deep/a.mp4", 51, 60),
+        ("deep/a.mp4", 100, 80),
+        ("odd.mp4", 100, 60),  # all there is
+        ("deep/a.mp4", 101, None),
+        ("gone.mp4", 40, None),
+    ],
+)
+def test_a_reader_takes_the_smallest_level_that_is_sharp_enough(
+    originals: Path, pyramid: Path, name: str, drawn: int, side: int | None
+) -> None:
+    opened = []
+
+    class Spy(PyAV):
+        def open(self, path: str, short_side: int | None = None):  # type: ignore[no-untyped-def]
+            opened.append(path)
+            return PyAV().open(str(originals / "deep/a.mp4"), short_side)
+
+    path = str(originals / name)
+    Pyramid(str(pyramid), str(originals), Spy()).open(path, drawn)
+    assert opened == [path if side is None else str(level_path(pyramid, side, name))]
+
+
+@pytest.mark.parametrize("decoder", [PyAV(), Decord()])
+def test_clips_show_the_same_with_a_pyramid(originals: Path, pyramid: Path, decoder: PyAV | Decord) -> None:
+    plain = video_list(str(originals), "list.csv", decoder=decoder, flip=False)
+    fast = video_list(str(originals), "list.csv", decoder=Pyramid(str(pyramid), str(originals), decoder), flip=False)
+    grid = Grid(6, 40, (2, 5), (40, 56))
+    for index in range(len(PATHS)):
+        view = ClipRequest(index, grid, 0, View(1, 3, 3))
+        a, b = (dataset[view].clip[1].float() for dataset in (plain, fast))
+        assert (a - b).abs().mean() < 4
+        assert plain[view].failures == fast[view].failures == ()
+
+
+def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tmp_path: Path) -> None:
+    shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
+    kept = level_path(tmp_path, 40, json.loads(lines[0])["path"])
+    before = kept.stat().st_mtime_ns
+    calls: list[tuple[int, int]] = []
+    rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 2), (2, 2)]
+    assert kept.stat().st_mtime_ns == before
+    assert [(row.path, row.frames, row.failure) for row in rows] == [(path, 40, "") for path in PATHS]
+    with pytest.raises(UserError, match=r"holds a pyramid of levels \(40, 60, 80\), not \(30,\)"):
+        build(str(tmp_path), str(originals), PATHS, Layout((30,), 100))
+
+
+def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: Path, tmp_path: Path) -> None:
+    whole = (originals / "deep/a.mp4").read_bytes()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "cut.mp4").write_bytes(whole[:400])
+    (root / "whole.mp4").write_bytes(whole)
+    estimates: list[int] = []
+    folder = tmp_path / "pyramid"
+    rows = build(str(folder), str(root), ["cut.mp4", "gone.mp4", "whole.mp4"], LAYOUT, 2, estimate=estimates.append)
+    assert [bool(row.failure) for row in rows] == [True, True, False]
+    assert "No such file" in rows[1].failure
+    made = sum(level_path(folder, side, "whole.mp4").stat().st_size for side in LAYOUT.sides)
+    assert rows[2].level_bytes == made
+    assert estimates[0] == pytest.approx(made * (len(whole) + 400) / len(whole), rel=0.01)
+    assert {path.name for path in folder.rglob("*.mp4")} == {"whole.mp4.mp4"}
+    with Pyramid(str(folder), str(root), PyAV()).open(str(root / "whole.mp4"), 40) as video:
+        assert min(video.height, video.width) == 40
+
+
+def test_a_folder_without_a_pyramid_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no pyramid in .*; build it with tools/prepare_data\.py"):
+        Pyramid(str(tmp_path), str(tmp_path), PyAV())
