@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decoders import Box, DecodeError, Video, errors_over
+from .videofile import Box, DecodeError, Video, errors_over
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -22,7 +22,7 @@ class FrameFolders:
         self.fps = fps
 
     def open(self, path: str, short_side: int | None = None) -> Video:
-        """See `decoders.Decoder.open`; nothing is shrunk."""
+        """See `videofile.Decoder.open`; nothing is shrunk."""
         with errors_over(path):
             return _FrameFolder(path, self.fps)
 

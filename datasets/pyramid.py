@@ -24,7 +24,8 @@ import av
 
 from mgvideo.errors import UserError
 
-from .decoders import DecodeError, Decoder, PyAV, Video
+from .pyav import PyAV
+from .videofile import DecodeError, Decoder, Video
 
 KEYFRAME = 8
 OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": str(KEYFRAME), "bf": "0", "threads": "1"}
@@ -66,7 +67,7 @@ class Pyramid:
         self.short_sides = {row.path: row.short_side for row in rows if not row.failure}
 
     def open(self, path: str, short_side: int | None = None) -> Video:
-        """See `decoders.Decoder.open`; the level depends on `short_side`."""
+        """See `videofile.Decoder.open`; the level depends on `short_side`."""
         name = os.path.relpath(os.path.abspath(path), self.root)
         side = self._side(self.short_sides.get(name), short_side)
         return self.decoder.open(path if side is None else str(level_path(self.folder, side, name)), short_side)

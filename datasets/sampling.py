@@ -15,7 +15,7 @@ import numpy as np
 from mgvideo.clips import ClipRequest
 from mgvideo.errors import UserError
 
-from .decoders import Box
+from .videofile import Box
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ FILES = {
     "mpeg-4": {"codec": "mpeg4", "options": {"g": "10", "qscale": "2", "flags": "qscale"}},
     "avi.avi": {"codec": "mpeg4", "options": {"g": "10"}},
     "h.265": {"codec": "libx265", "options": {"g": "12", "x265-params": "log-level=none"}},
+    "b-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
+    "stream.ts": {"options": {"bf": "3", "g": "250"}},
+    "av1": {"codec": "libsvtav1", "options": {"preset": "12", "g": "10", "svtav1-params": "lp=1"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
     "mkv.mkv": {"options": {"g": "12"}},
     "large": {"height": 202, "width": 310},
@@ -52,7 +55,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
-    names = {name: name if Path(name).suffix in (".avi", ".webm", ".mkv") else f"{name}.mp4" for name in FILES}
+    names = {name: name if "." in name and name != "h.265" else f"{name}.mp4" for name in FILES}
     return {name: str(write(folder / names[name], **options)) for name, options in FILES.items()}
 
 
