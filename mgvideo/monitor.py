@@ -149,6 +149,17 @@ class Monitor:
             self._task = self._progress.add_task("train", total=self.plan.steps, completed=step, status="starting")
             self._progress.start()
 
+    def tested(self, done: int, total: int) -> None:
+        """Show how far a test is, where there is a terminal."""
+        if not (self.active and self.console.is_terminal):
+            return
+        if not self._progress:
+            columns = TextColumn("{task.percentage:3.0f}%"), BarColumn(24), TextColumn("test")
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._task = self._progress.add_task("test", total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done)
+
     def stop_progress(self) -> None:
         """Leave the terminal as it was."""
         if self._progress:

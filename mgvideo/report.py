@@ -27,6 +27,7 @@ class Report:
     videos: int
     failures: tuple[Failure, ...]
     folder: Path
+    advice: tuple[str, ...] = ()  # commands to try next, with what they do
 
     def markdown(self) -> str:
         """The whole report."""
@@ -53,6 +54,8 @@ class Report:
             f"- everything is in `{self.folder}`",
             f"- curves, clips and the confusion matrix: `tensorboard --logdir {self.folder}`",
         ]
+        if self.advice:
+            lines += ["", "Try next:", "", *(f"- {line}" for line in self.advice)]
         return "\n".join(lines) + "\n"
 
     def write(self) -> None:
