@@ -11,7 +11,7 @@ train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multi
 	$(BIN)/python tools/run_net.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -41,6 +41,6 @@ setup(
     extras_require={
         "torchcodec": ["torchcodec"],
         "slurm": ["hydra-submitit-launcher"],
-        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "build", "setuptools>=77"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"],
     },
 )
