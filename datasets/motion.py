@@ -55,17 +55,17 @@ class Knobs:
     val: int = 256
     frames: int = 48
     height: int = 84
-    width: int = 112
+    width: int = 96
     fps: int = 24
     keyframe: int = 12  # frames from one keyframe to the next
     shapes: int = 1  # blobs in a video, each with another class; with more than one the task is multi-label
-    sizes: tuple[float, float] = (0.22, 0.46)  # of the blob, from its centre to its farthest point
+    sizes: tuple[float, float] = (0.26, 0.5)  # of the blob, from its centre to its farthest point
     speeds: tuple[float, float] = (0.0095, 0.019)  # of a moving blob, per frame
     turning: float = 1.5  # speed of a turning blob's rim against a moving blob's
-    growth: float = 0.35  # speed of a growing blob's rim against a moving blob's
-    contrast: tuple[float, float] = (0.15, 0.3)  # in brightness, between blob and background
-    texture: tuple[float, float] = (0.04, 0.12)  # strength of the background's and the blob's
-    colour: float = 0.12  # strength of tints
+    growth: float = 0.2  # speed of a growing blob's rim against a moving blob's
+    contrast: tuple[float, float] = (0.2, 0.4)  # in brightness, between blob and background
+    texture: tuple[float, float] = (0.03, 0.1)  # strength of the background's and the blob's
+    colour: float = 0.1  # strength of tints
     crf: int = 20  # x264's quality: smaller is better
     seed: int = 0
 
