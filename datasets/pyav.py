@@ -34,32 +34,39 @@ class PyAVVideo(Video):
 
     def __init__(self, path: str, short_side: int | None) -> None:
         self.path = path
-        self._open()
+        self.frame: Any = None  # where the decoder stands
+        self.wanted: set[int] | None = None  # times of frames to decode; None: all
+        self.reformatter = av.video.reformatter.VideoReformatter()
+        self.container = av.open(path)
+        try:
+            self._examine(short_side)
+        except BaseException:
+            self.close()
+            raise
+
+    def _examine(self, short_side: int | None) -> None:
+        self._choose_stream()
         times = [(_time(p), p.is_keyframe) for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         if None in (time for time, _ in times):
-            raise DecodeError(path, "frames without times; put the stream into a container, such as mp4")
+            raise DecodeError(self.path, "frames without times; put the stream into a container, such as mp4")
         self.keys = sorted(time for time, is_key in times if is_key)
         # what comes before the first keyframe cannot be decoded
         self.times = sorted(time for time, _ in times if self.keys and time >= self.keys[0])
         self.frames = len(self.times)
         if not self.frames:
-            raise DecodeError(path, "no frames")
-        self.frame: Any = None  # where the decoder stands
-        self.wanted: set[int] | None = None  # times of frames to decode; None: all
-        self.reformatter = av.video.reformatter.VideoReformatter()
+            raise DecodeError(self.path, "no frames")
         self._seek(self.times[0])
         self.plain = self.frame is not None and self.frame.pts == self.times[0] and not _open_gops(times)
         if self.frame is None or self.frame.pts != self.times[0]:
             self._rewind()
         if self.frame is None:
-            raise DecodeError(path, "no frame can be decoded")
+            raise DecodeError(self.path, "no frame can be decoded")
         self.turns: int = round(self.frame.rotation / 90) % 4
         height, width = read_size(self.frame.height, self.frame.width, short_side)
         self.height, self.width = (width, height) if self.turns % 2 else (height, width)
         self.fps = float(self.stream.average_rate or 0)
 
-    def _open(self) -> None:
-        self.container = av.open(self.path)
+    def _choose_stream(self) -> None:
         if not self.container.streams.video:
             raise DecodeError(self.path, "no video stream")
         self.stream: Any = self.container.streams.video[0]
@@ -67,7 +74,8 @@ class PyAVVideo(Video):
         self.stream.codec_context.thread_count = 1
 
     def close(self) -> None:
-        """Release the file: PyAV's objects refer to each other, so that only a garbage collection would."""
+        """Release file and frames: objects here refer to each other, so that only a garbage collection would."""
+        self.decoded, self.frame = iter(()), None
         self.container.close()
 
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:
@@ -111,7 +119,8 @@ class PyAVVideo(Video):
     def _rewind(self) -> None:
         """To the first frame, whatever the format makes of seeking there."""
         self.container.close()
-        self._open()
+        self.container = av.open(self.path)
+        self._choose_stream()
         self.decoded = self._decode()
         self.frame = next(self.decoded, None)
 
