@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
-from .signals import Stopped
+from .signals import Stopped, defer, requeue
 from .watch import Watch
 
 
@@ -68,7 +68,11 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
+        try:
+            yield device
+        except Stopped as stop:
+            requeue(stop.number)
+            raise
         return
     timeout = timedelta(seconds=timeout_s)
     store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
@@ -86,11 +90,11 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     try:
         yield device
         failed = False
-    except Stopped:
-        _meet(store.clone(), size)
-        raise
-    except Exception as error:
+    except (Exception, Stopped) as error:
+        defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
         explained = watch.explain(error)
+        if isinstance(explained, Stopped):
+            _leave(explained, watch, store.clone(), size)
         if explained is error:
             raise
         raise explained from None
@@ -104,12 +108,20 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _meet(store: dist.Store, size: int, seconds: float = 20.0) -> None:
-    """Wait until all ranks are here, but not for ever: where the first to leave ends the others, none leaves first."""
+def _leave(stop: Stopped, watch: Watch, store: dist.Store, size: int) -> None:
+    """Requeue together: a rank that left first would end the others, and what follows a failure is no reason to."""
+    _meet(store, "asked", size)
+    if rank() == 0 and watch.failure is None:
+        requeue(stop.number)
+    _meet(store, "leaving", size)
+
+
+def _meet(store: dist.Store, name: str, size: int, seconds: float = 15.0) -> None:
+    """Wait until all ranks are here, but not for ever: one may be waiting for another in a collective operation."""
     deadline = time.monotonic() + seconds
     with suppress(RuntimeError):
-        store.add("leaving", 1)
-        while store.add("leaving", 0) < size and time.monotonic() < deadline:
+        store.add(name, 1)
+        while store.add(name, 0) < size and time.monotonic() < deadline:
             time.sleep(0.05)
 
 

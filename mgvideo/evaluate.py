@@ -18,6 +18,7 @@ from .loader import Batch, Loader
 from .microbatch import pieces
 from .plan import Grid
 from .precision import Normalize, Precision
+from .signals import stop_if_asked
 from .tasks import Task
 
 
@@ -73,6 +74,7 @@ class Evaluator:
         model.eval()
         with torch.no_grad():
             for step, batch in enumerate(self.loader.open(requests, steps)):
+                stop_if_asked()
                 indices = batch.indices.to(device)
                 if self.task.reduce == "sum":
                     scores.index_add_(0, indices, self._forward(model, batch))
@@ -120,6 +122,7 @@ def precise_bn(
 
     def inputs() -> Iterator[Tensor]:
         for batch in loader.open(lambda step: batches(step)[part.start : part.stop], range(steps)):
+            stop_if_asked()
             clips = normalize(batch.clips.to(precision.device, non_blocking=True))
             for piece in cuts:
                 set_bn_groups(model, piece.groups, group)

@@ -220,7 +220,7 @@ class Monitor:
             if name.startswith("val_"):
                 self.board.add_scalar(f"val/{name[4:]}", value, step)
                 self.board.add_scalar(f"val_by_second/{name[4:]}", value, second)
-            elif name not in ("step", "seconds"):
+            elif name not in ("step", "seconds") and isinstance(value, int | float):
                 self.board.add_scalar(f"train/{name}", value, step)
         if "loss" in record:
             self.board.add_scalar("train_by_second/loss", record["loss"], second)

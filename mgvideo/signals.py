@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +50,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, the signals of `ASKING` raise Stopped, or are kept for later where `deferred`."""
+    """Inside, the signals of `ASKING` raise Stopped wherever the process is, or are kept for later after `defer`."""
     before = {number: signal.signal(number, _handle) for number in ASKING}
-    _State.received = 0
+    _State.received, _State.deferred = 0, False
     try:
         yield
     finally:
@@ -59,16 +60,18 @@ def listening() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def deferred(later: bool = True) -> Iterator[None]:
-    """Inside, a signal only shows in `received()`; with `later` false, inside of that, it raises after all."""
-    before, _State.deferred = _State.deferred, later
-    try:
-        if _State.received and not later:
-            raise Stopped(_State.received)
-        yield
-    finally:
-        _State.deferred = before
+def defer() -> None:
+    """From here to the end of `listening` a signal only shows in `received()`.
+
+    What a handler raises may be lost in a callback, cut a step, or cut the report of an error.
+    """
+    _State.deferred = True
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped where a signal asked for it: for loops that have nothing to save."""
+    if _State.received:
+        raise Stopped(_State.received)
 
 
 @contextmanager
@@ -81,21 +84,23 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def requeue(number: int) -> bool:
-    """Put this SLURM job back into the queue where that is left to us; whether it was.
+def requeue(number: int) -> None:
+    """Put this SLURM job back into the queue where that is left to us.
 
     A job that is cancelled, or that the scheduler itself puts back, counts as running no more; one that runs and was
     asked to stop (before its time limit, or to be preempted) would otherwise be over.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or number == signal.SIGINT:
-        return False
+        return
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # a bare id may name a whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         shown = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60)
         if not {"JobState=RUNNING", "BatchFlag=1", "Requeue=1"} <= set(shown.stdout.split()):
-            return False
-        return subprocess.run(["scontrol", "requeue", job], timeout=60).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
+            return
+        subprocess.run(["scontrol", "requeue", job], timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"warning: job {job} could not be requeued: {error}", file=sys.stderr)
+    else:
+        print(f"job {job} is back in SLURM's queue", file=sys.stderr)

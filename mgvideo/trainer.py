@@ -29,7 +29,7 @@ from .monitor import Monitor
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
 from .schedule import baseline_of
-from .signals import Stopped, deferred, received
+from .signals import Stopped, received
 from .tasks import Task
 from .watch import at
 
@@ -169,10 +169,9 @@ class Trainer:
             Stopped: a signal asked for it; the step was finished and its checkpoint is on disk.
         """
         evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
-        with deferred():
-            if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
-                self._evaluate()  # stopped in the middle of it
-            self._steps(evaluations)
+        if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
+            self._evaluate()  # stopped in the middle of it
+        self._steps(evaluations)
         self.monitor.stop_progress()
         self.checkpoints.wait()
         at("after training")
@@ -333,6 +332,7 @@ class Trainer:
                 "step": step,
                 "epoch": round(self.plan.epoch(step), 4),
                 "phase": index,
+                "grid": slot.grid.name,
                 "frames": slot.grid.frames,
                 "size": slot.grid.size,
                 "batch": slot.batch,
@@ -364,10 +364,9 @@ class Trainer:
             limit = slack if self.options.hang_timeout else None
             at(f"after step {step}, validating, batch {done} of {of}", (step, done), limit)
 
-        with deferred(later=False):
-            at(f"after step {step}, in precise BN", (step, 0))
-            self.precise_bn()
-            result = evaluator(self.model, views, beat)
+        at(f"after step {step}, in precise BN", (step, 0))
+        self.precise_bn()
+        result = evaluator(self.model, views, beat)
         metrics = self.task.metrics(result.scores, result.labels)
         self.monitor.validation(step, self.progress.seconds, metrics)
         best = metrics[self.task.best] > self.progress.best

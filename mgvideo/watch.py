@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from .errors import UserError
-from .signals import deferred
+from .signals import Stopped, received
 
 # all counted in looks, a second apart, so that a job that SLURM suspended finds nobody missing when it goes on
 SILENT = 10  # looks at a rank that tells nothing new, until it counts as gone
@@ -130,14 +130,17 @@ class Watch(threading.Thread):
         self.failure = Failure(**json.loads(first))
         return self.failure
 
-    def explain(self, error: Exception) -> Exception:
-        """What to raise for an error of the main thread: itself, or what another rank failed of before."""
+    def explain(self, error: BaseException) -> BaseException:
+        """What to raise for what the main thread raised: itself, or what another rank failed of before."""
+        if isinstance(error, Stopped):
+            return error
         if _of_others(error):
             self._suspicious = True
             deadline = time.monotonic() + 3 * SUSPECT
-            with deferred():  # torchrun already asks the survivors to leave
-                while self.failure is None and time.monotonic() < deadline:
-                    time.sleep(0.1)
+            while self.failure is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if self.failure is None and received():
+                return Stopped(received())  # the others were asked to stop as well, and were faster
         first = self.failure
         if first is None:
             with suppress(RuntimeError):
@@ -156,7 +159,7 @@ class Watch(threading.Thread):
             self.store.set(f"rank{self.rank}", json.dumps([-1, "after the end", (sys.maxsize, 0), None]))
 
 
-def _of_others(error: Exception) -> bool:
+def _of_others(error: BaseException) -> bool:
     """Whether an error only says that another rank does not answer."""
     words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
     return isinstance(error, dist.DistError) or (
@@ -164,9 +167,9 @@ def _of_others(error: Exception) -> bool:
     )
 
 
-def _kind(error: Exception) -> str:
+def _kind(error: BaseException) -> str:
     return "" if isinstance(error, UserError) else f"{type(error).__name__}: "
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.checkpoint import Checkpoints
+from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import Knobs, motion
 from mgvideo.distributed import rank
@@ -97,6 +97,18 @@ def metrics(folder: Path, key: str = "loss") -> dict[int, float]:
     found = [(line["step"], line[key]) for line in lines if key in line]
     assert len(dict(found)) == len(found), "a step is recorded twice"
     return dict(found)
+
+
+def end_state(folder: Path) -> dict[str, object]:
+    """What a run's newest checkpoint holds that must not depend on how often it was stopped: comparable by ==."""
+    newest, warnings = Checkpoints(folder / "checkpoints").newest()
+    assert newest is not None
+    assert not warnings
+    state = read_checkpoint(newest)
+    moments = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
+    tensors = [*state["model"].values(), *moments]
+    progress = {key: state["progress"][key] for key in ("step", "best", "evaluated", "clips", "bad")}
+    return {**progress, "tensors": [tensor.numpy().tobytes() for tensor in tensors]}
 
 
 def run_program(*arguments: str, cwd: Path, processes: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:

@@ -134,7 +134,7 @@ def _wrong_override(config_name: str, overrides: Sequence[str], error: Exception
 
 def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every key of a config, dotted."""
-    for name in cfg:
+    for name in map(str, cfg):
         node = cfg._get_node(name)
         yield f"{prefix}{name}"
         if isinstance(node, DictConfig) and not node._is_missing() and not node._is_none():

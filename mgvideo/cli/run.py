@@ -30,7 +30,7 @@ from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
 from mgvideo.report import Report
 from mgvideo.schedule import baseline_of
-from mgvideo.signals import Stopped, listening, requeue
+from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
 
@@ -70,6 +70,7 @@ def run(cfg: DictConfig) -> None:
                 if state:
                     trainer.load(state)
                     monitor.say(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
+                defer()
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
@@ -100,10 +101,9 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
         yield
     except Stopped as stop:
         checkpoints.wait()
-        back = rank() == 0 and requeue(stop.number)
         if rank() == 0:
-            done = f"stopped by {stop.name} with the checkpoint of step {max(checkpoints.steps(), default=0)}"
-            print(f"{done}; {'SLURM starts it again' if back else 'the same command goes on there'}", file=sys.stderr)
+            step = max(checkpoints.steps(), default=0)
+            print(f"stopped by {stop.name}; the same command goes on from step {step}", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -234,7 +234,8 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch)
     started = time.perf_counter()
     monitor.say(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    result = evaluator(trainer.model, views)
+    result = evaluator(trainer.model, views, monitor.tested)
+    monitor.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
     if rank() != 0:
         return
@@ -255,6 +256,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
         videos=len(data.val),
         failures=result.failures,
         folder=monitor.folder,
+        advice=advice(choices, plan_name=trainer.plan.schedule),
     )
     report.write()
     monitor.say("\n" + report.markdown())
@@ -270,6 +272,17 @@ def record_test(trainer: Trainer, data: Data, monitor: Monitor, result: Scores, 
         shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
         monitor.board.add_image("test/confusion", 1 - shares, step, dataformats="HW")
     write_atomic(monitor.folder / "test.json", json.dumps({"step": step, **metrics}).encode())
+
+
+def advice(choices: Any, plan_name: str) -> tuple[str, ...]:
+    """What somebody who has just seen this run may want to do."""
+    same = f"python tools/run_net.py model={choices.model} dataset={choices.dataset}"
+    other = "baseline" if plan_name != "baseline" else "multigrid"
+    return (
+        f"`{same} schedule={other}`: the same recipe under another schedule",
+        "`python tools/run_net.py dataset=folder dataset.root=/path/to/clips`: your own videos, a folder per class",
+        "`python tools/plan.py experiment=kinetics/slowfast_8x8_r50 gpus=8`: what a published recipe would do",
+    )
 
 
 def hardware(device: torch.device) -> str:

@@ -1,0 +1,59 @@
+"""The tests' videos with a fault among them: what one rank, or a loader worker of it, suffers while it reads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from mgvideo.clips import ClipRequest, Sample
+from mgvideo.datasets import motion as real
+
+
+class Faulty:
+    """A dataset that, on one rank and after so many clips, fails as told; once only where `once` names a new file."""
+
+    def __init__(self, dataset: Any, fault: str, rank: int, after: int, once: str | None) -> None:
+        self.dataset, self.fault, self.rank, self.after, self.once = dataset, fault, rank, after, once
+        self.read = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        self.read += 1
+        if os.environ.get("RANK", "0") == str(self.rank) and self.read > self.after and self._due():
+            self._fail()
+        return self.dataset[request]
+
+    def _due(self) -> bool:
+        if self.once is None:
+            return True
+        try:
+            Path(self.once).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _fail(self) -> None:
+        if self.fault == "raise":
+            raise ValueError("a fault made by the tests")
+        if self.fault == "hang":
+            time.sleep(600)
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[self.fault])
+
+
+def motion(fault: str, rank: int = 1, after: int = 60, once: str | None = None, **arguments: Any) -> Faulty:
+    """`mgvideo.datasets.motion.motion` with a fault."""
+    return Faulty(real.motion(**arguments), fault, rank, after, once)
+
+
+def overrides(fault: str, **options: object) -> list[str]:
+    """The same, for the command line of the run program."""
+    extra = {"fault": fault, **options}
+    return ["dataset.train._target_=faults.motion", *(f"+dataset.train.{key}={value}" for key, value in extra.items())]
