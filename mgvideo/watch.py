@@ -74,6 +74,11 @@ class Watch(threading.Thread):
         self._looks = 0
         self._next: tuple[str, int] = ("", 0)  # what the next rank told, and in how many looks nothing else
 
+    def start(self) -> None:
+        """Be known to the others at once, however soon this rank dies."""
+        self._look()
+        super().start()
+
     def run(self) -> None:
         """Look once a second until `stop`."""
         grace = GRACE
@@ -104,6 +109,8 @@ class Watch(threading.Thread):
     def _find_hanging(self, limit: float) -> None:
         """Post the rank that is furthest behind, unless what it does may take its time."""
         keys = [f"rank{r}" for r in range(self.size)]
+        if not self.store.check(keys):
+            return
         places = [json.loads(told) for told in self.store.multi_get(keys)]
         least = min(order for _, _, order, _ in places)
         last = [r for r, (_, _, order, _) in enumerate(places) if order == least]
