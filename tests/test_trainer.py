@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,24 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
 
 def test_loss_falls_and_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan("multigrid", epochs=60, lr_steps=(0, 45), warmup_epochs=4.0, lr=0.1)
-    trainer = tiny_trainer(tmp_path, motion_root, plan, model=i3d_small(8, width=8), workers=2)
+    trainer = tiny_trainer(
+        tmp_path,
+        motion_root,
+        plan,
+        model=i3d_small(8, width=8),
+        workers=2,
+        validate=True,
+        evals_per_phase=0,
+        precise_bn_batches=8,
+    )
     trainer.train()
     losses = list(metrics(tmp_path).values())
     assert sum(losses[:3]) / 3 > 2.0
     assert sum(losses[-3:]) / 3 < 1.4
+    trainer.precise_bn()
+    evaluator, views = trainer.validate
+    result = replace(evaluator, loader=trainer.loader)(trainer.model, views)
+    assert trainer.task.metrics(result.scores, result.labels)["top1"] > 50  # chance is 12.5
 
 
 def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
