@@ -76,6 +76,8 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
         return
     timeout = timedelta(seconds=timeout_s)
     store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
+    # torchrun's store outlives the ranks that it starts again, and what they told of themselves
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     watch = Watch(store.clone(), number, size)
     dist.init_process_group(
         "nccl" if cuda else "gloo",

@@ -1,0 +1,107 @@
+"""What a run says and how it ends when one of its two ranks, or a loader worker, fails; in real processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import overrides
+from training import ROOT, TINY
+
+CASES = {
+    "raise": ["loader.workers=0"],
+    "kill": ["loader.workers=0"],
+    "hang": ["loader.workers=0", "hang_timeout=5"],
+    "freeze": ["loader.workers=0"],
+    "worker": ["loader.workers=1"],
+}
+SAID = {
+    "raise": "waiting for a batch: ValueError: a fault made by the tests",
+    "kill": "it is gone without a word",
+    "hang": "waiting for a batch: it hangs: nothing has happened for 5 s",
+    "freeze": "it is gone without a word",
+    "worker": "a loader worker died (DataLoader worker",
+}
+
+
+class Ranks:
+    """Two ranks of the run program as a launcher starts them, rank 1 with a fault."""
+
+    def __init__(self, folder: Path, fault: str, arguments: list[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.logs = [folder / f"{fault}_{rank}.log" for rank in range(2)]
+        self.processes = []
+        made = overrides("kill" if fault == "worker" else fault)
+        for rank, log in enumerate(self.logs):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment = {**os.environ, **{key: str(value) for key, value in names.items()}, "OMP_NUM_THREADS": "1"}
+            environment["PYTHONPATH"] = str(ROOT / "tests")
+            command = [sys.executable, str(ROOT / "tools/run_net.py"), *TINY, *made, f"output_dir={folder / fault}"]
+            with open(log, "w") as file:
+                process = subprocess.Popen(
+                    [*command, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT
+                )
+            self.processes.append(process)
+
+    def ended(self, rank: int, seconds: float = 150) -> int:
+        """Wait for a rank; its exit code."""
+        return self.processes[rank].wait(timeout=seconds)
+
+    def errors(self, rank: int) -> list[str]:
+        return [line for line in self.logs[rank].read_text().splitlines() if line.startswith("error")]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, motion_root: str):
+    folder = tmp_path_factory.mktemp("faults")
+    started = {}
+    for fault, arguments in CASES.items():
+        started[fault] = Ranks(folder, fault, [*arguments, f"dataset.root={motion_root}"])
+        time.sleep(1)
+    yield started
+    for one in started.values():
+        for process in one.processes:
+            process.kill()
+
+
+@pytest.mark.parametrize("fault", CASES)
+def test_the_rank_that_failed_first_ends_the_others_with_its_message(ranks: dict[str, Ranks], fault: str) -> None:
+    assert ranks[fault].ended(0) != 0
+    errors = ranks[fault].errors(0)
+    assert len(errors) == 1, ranks[fault].logs[0].read_text()
+    assert "rank 1 failed first, " in errors[0]
+    assert SAID[fault] in errors[0]
+    if fault in ("raise", "hang", "worker"):
+        assert "at step 0 (phase 1, " in errors[0]
+        assert ranks[fault].ended(1) != 0
+
+
+def test_torchrun_starts_again_at_the_last_checkpoint(tmp_path: Path, motion_root: str) -> None:
+    made = overrides("kill", rank=1, after=150, once=tmp_path / "fault")
+    run = [*TINY, *made, "loader.workers=0", "checkpoint.every_steps=1", f"dataset.root={motion_root}"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            *torchrun,
+            "--rdzv-endpoint=localhost:0",
+            str(ROOT / "tools/run_net.py"),
+            *run,
+            "output_dir=o",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resumed at step" in done.stdout
+    assert (tmp_path / "o" / "test.json").exists()
