@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .clips import ClipRequest, Failure, Sample
 from .errors import UserError
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples; the crops of a test view become clips of their own, next to each other."""
-    clips = torch.stack([sample.clip for sample in samples])
+    clips = default_collate([sample.clip for sample in samples])  # in a worker, straight into shared memory
     crops = 1 if clips.dim() == 5 else clips.shape[1]
     labels = torch.stack([sample.label for sample in samples]).repeat_interleave(crops, dim=0)
     indices = torch.tensor([sample.index for sample in samples]).repeat_interleave(crops)
@@ -129,8 +129,14 @@ def dead_worker(error: Exception) -> Exception:
 class Loader:
     """Loads what `requests(step)` names, for any range of steps."""
 
-    def __init__(self, dataset: ClipDataset, options: LoaderOptions, pin: bool = False) -> None:
-        self.dataset, self.options, self.pin = dataset, options, pin
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        options: LoaderOptions,
+        pin: bool = False,
+        collate: Callable[[Sequence[Sample]], Batch] = collate,
+    ) -> None:
+        self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
 
     def open(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> Iterator[Batch]:
         """Start the workers on `steps` at once; the iterator yields one batch a step."""
@@ -143,7 +149,7 @@ class Loader:
             dataset,
             batch_sampler=_Steps(requests, steps),  # type: ignore[arg-type]
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=self.collate,
             pin_memory=self.pin,
             timeout=self.options.timeout + largest if workers else 0,
             worker_init_fn=_worker_init,

@@ -1,0 +1,41 @@
+"""Batches made in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from training import KNOBS
+
+from mgvideo.clips import ClipRequest, Failure, Sample, View
+from mgvideo.datasets.decoders import PyAV
+from mgvideo.datasets.motion import motion
+from mgvideo.loader import Batch, Loader, LoaderOptions, collate
+from mgvideo.plan import Grid
+
+GRID = Grid(4, 24, (1, 3), (28, 40))
+
+
+def requests(step: int) -> list[ClipRequest]:
+    view = View(0, 1, 3) if step else None
+    return [ClipRequest(index, GRID, 10 * step + index, view) for index in range(3)]
+
+
+def telling(samples: Sequence[Sample]) -> Batch:
+    """A batch whose failures say whether its clips were in shared memory before they were sent."""
+    batch = collate(samples)
+    return batch._replace(failures=(Failure(0, "", str(batch.clips.is_shared())),))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, method: str) -> None:
+    dataset = motion(motion_root, KNOBS, "train", PyAV())
+    here = list(Loader(dataset, LoaderOptions(workers=0), collate=telling).open(requests, range(2)))
+    there = list(
+        Loader(dataset, LoaderOptions(workers=1, start_method=method), collate=telling).open(requests, range(2))
+    )
+    assert [batch.clips.shape[0] for batch in here] == [3, 9], "a view's crops are clips of their own"
+    for a, b in zip(here, there, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+        assert (a.failures[0].reason, b.failures[0].reason) == ("False", "True")
