@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from hydra.errors import HydraException
@@ -26,7 +26,7 @@ from mgvideo.plan_json import plan_json
 from mgvideo.plan_table import demand_table, plan_table
 from mgvideo.schedule import Schedule, baseline_of, make_plan
 
-from . import app
+from . import app, keys
 from .build import build_plan
 from .schema import key
 
@@ -46,76 +46,67 @@ class PlanKeys:
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo plan` and tools/plan.py."""
-    names = {f.name for f in fields(PlanKeys)}
-    own = [argument for argument in arguments if argument.split("=")[0] in names and "=" in argument]
-    rest = [argument for argument in arguments if argument not in own]
+    own, rest = keys.split(PlanKeys, arguments)
     with app.reported():
-        keys = read_keys(own)
-    app.main("run", _description(), partial(show, keys), rest)
+        given = read_keys(own)
+    app.main("run", _description(), partial(show, given), rest)
 
 
 def _description() -> str:
-    lines = ["Show the plan of a run before paying for it. Takes the groups and keys of a run, and:", ""]
-    for f in fields(PlanKeys):
-        default = getattr(PlanKeys(), f.name)
-        lines.append(f"  {f.name:<10} {f.metadata['help']} [{'null' if default is None else default}]")
-    return "\n".join(lines)
+    intro = "Show the plan of a run before paying for it. Takes the groups and keys of a run, and:"
+    return "\n".join([intro, "", *keys.describe(PlanKeys)])
 
 
 def read_keys(overrides: Sequence[str]) -> PlanKeys:
     """This program's own keys. Raises UserError where a value is of no use."""
-    try:
-        given = OmegaConf.merge(OmegaConf.structured(PlanKeys), OmegaConf.from_dotlist(list(overrides)))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    keys: Any = OmegaConf.to_object(given)
-    require(keys.gpus >= 1, f"gpus={keys.gpus}: give a whole number from 1 up")
-    require(keys.format in ("table", "json", "png"), f"format={keys.format}: choose table, json or png")
-    require(keys.format != "png" or keys.out is not None, "format=png needs a file: add out=plan.png")
-    require(keys.videos is None or keys.videos >= 1, f"videos={keys.videos}: give a whole number from 1 up")
-    require(keys.step_time is None or keys.step_time > 0, f"step_time={keys.step_time}: give seconds above 0")
-    require(keys.step_time is None or keys.benchmark is None, "give step_time or benchmark, not both")
-    return keys
+    given = keys.read(PlanKeys, overrides)
+    require(given.gpus >= 1, f"gpus={given.gpus}: give a whole number from 1 up")
+    require(given.format in ("table", "json", "png"), f"format={given.format}: choose table, json or png")
+    require(given.format != "png" or given.out is not None, "format=png needs a file: add out=plan.png")
+    require(given.videos is None or given.videos >= 1, f"videos={given.videos}: give a whole number from 1 up")
+    require(given.step_time is None or given.step_time > 0, f"step_time={given.step_time}: give seconds above 0")
+    require(given.step_time is None or given.benchmark is None, "give step_time or benchmark, not both")
+    return given
 
 
-def show(keys: PlanKeys, cfg: DictConfig) -> None:
+def show(given: PlanKeys, cfg: DictConfig) -> None:
     """Print or draw the plan that a config composes."""
-    plan = build_plan(cfg, keys.videos or train_videos(cfg))
+    plan = build_plan(cfg, given.videos or train_videos(cfg))
     try:
-        if keys.format == "png":
-            draw_plans(variants(plan, instantiate(cfg.schedule)), str(keys.out))
-        elif keys.out is not None:
-            with open(keys.out, "w", encoding="utf-8") as file:
-                write(keys, cfg, plan, file)
+        if given.format == "png":
+            draw_plans(variants(plan, instantiate(cfg.schedule)), str(given.out))
+        elif given.out is not None:
+            with open(given.out, "w", encoding="utf-8") as file:
+                write(given, cfg, plan, file)
         else:
-            write(keys, cfg, plan, sys.stdout)
+            write(given, cfg, plan, sys.stdout)
     except OSError as error:
-        raise UserError(f"cannot write out={keys.out}: {error.strerror}") from error
+        raise UserError(f"cannot write out={given.out}: {error.strerror}") from error
 
 
-def write(keys: PlanKeys, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
+def write(given: PlanKeys, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
     """Write the plan as a table or as JSON."""
-    benchmark = _benchmark(keys, plan)
-    times = predict(plan, keys.gpus, benchmark) if benchmark else None
-    if keys.format == "json":
-        print(json.dumps(plan_json(plan, keys.gpus, keys.at, clip_flops(cfg), times), indent=1), file=file)
+    benchmark = _benchmark(given, plan)
+    times = predict(plan, given.gpus, benchmark) if benchmark else None
+    if given.format == "json":
+        print(json.dumps(plan_json(plan, given.gpus, given.at, clip_flops(cfg), times), indent=1), file=file)
         return
     console = Console(file=file, soft_wrap=True, highlight=False, markup=False)
-    console.print(plan_table(plan, keys.gpus, clip_flops(cfg), times))
+    console.print(plan_table(plan, given.gpus, clip_flops(cfg), times))
     for note in plan.notes:
         console.print(f"note: {note}")
     if benchmark and times:
-        console.print(demand_table(plan, keys.gpus, benchmark))
+        console.print(demand_table(plan, given.gpus, benchmark))
         for remedy in remedies(plan, times, benchmark.workers):
             console.print(remedy)
 
 
-def _benchmark(keys: PlanKeys, plan: Plan) -> Benchmark | None:
-    if keys.benchmark is not None:
-        return read_benchmark(keys.benchmark)
-    if keys.step_time is None:
+def _benchmark(given: PlanKeys, plan: Plan) -> Benchmark | None:
+    if given.benchmark is not None:
+        return read_benchmark(given.benchmark)
+    if given.step_time is None:
         return None
-    return Benchmark({slot.grid.name: keys.step_time for phase in plan.phases for slot in phase.slots})
+    return Benchmark({slot.grid.name: given.step_time for phase in plan.phases for slot in phase.slots})
 
 
 def variants(plan: Plan, schedule: Schedule) -> list[Plan]:

@@ -1,0 +1,41 @@
+"""Keys that a program takes besides those of a run: typed dataclasses of `schema.key` fields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mgvideo.errors import UserError
+
+Keys = TypeVar("Keys")
+
+
+def split(keys: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that set a key of the dataclass, and all others."""
+    names = {f.name for f in fields(keys)}
+    own = [argument for argument in arguments if argument.split("=")[0] in names and "=" in argument]
+    return own, [argument for argument in arguments if argument not in own]
+
+
+def read(keys: type[Keys], overrides: Sequence[str]) -> Keys:
+    """The dataclass with `key=value` overrides. Raises UserError where a value has the wrong type."""
+    try:
+        given = OmegaConf.merge(OmegaConf.structured(keys), OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(given)  # type: ignore[return-value]
+
+
+def describe(keys: type) -> list[str]:
+    """A line of help for each key, with its default."""
+    defaults = keys()
+    width = max(10, *(len(f.name) for f in fields(keys)))
+    return [f"  {f.name:<{width}} {f.metadata['help']} [{_shown(getattr(defaults, f.name))}]" for f in fields(keys)]
+
+
+def _shown(default: object) -> str:
+    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
