@@ -10,7 +10,7 @@ import mgvideo.configs
 
 from .schema import RunKeys
 
-GROUPS = ("experiment", "model", "dataset", "schedule", "optimizer", "decoder")
+GROUPS = ("experiment", "model", "dataset", "schedule", "optimizer", "decoder", "launcher")
 
 
 def group_options() -> dict[str, list[str]]:

@@ -1,0 +1,109 @@
+"""Kill a run at random moments until it ends, and compare it with one left alone:
+
+    python tools/soak.py --kills 10 --every 60 base.epochs=40
+
+Runs the same arguments (of tools/run_net.py) twice on this machine, in --folder: once undisturbed; once with SIGKILL at
+a random moment, drawn evenly from [0, 2·every] seconds after each start, until the kills are used up, then to its end.
+Reports steps lost, weights that differ and memory, and leaves with 1 where the two runs do not end alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from mgvideo.checkpoint import Checkpoints, read_checkpoint
+
+PROGRAM = Path(__file__).with_name("run_net.py")
+
+
+def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tuple[int | None, float]:
+    """Run to the end, or kill it after `limit` seconds; exit code (None: killed) and peak memory in MiB."""
+    peak, start = 0.0, time.monotonic()
+    with open(log, "a") as file:
+        process = psutil.Popen([sys.executable, str(PROGRAM), *arguments], stdout=file, stderr=subprocess.STDOUT)
+    while process.poll() is None:
+        if limit is not None and time.monotonic() - start > limit:
+            process.kill()
+            process.wait()
+            return None, peak
+        try:
+            peak = max(peak, process.memory_info().rss / 2**20)
+        except psutil.Error:
+            break
+        time.sleep(0.1)
+    return process.wait(), peak
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """Logged steps and losses, in the order of the file."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def final(folder: Path) -> dict:
+    """The newest checkpoint."""
+    newest, _ = Checkpoints(folder / "checkpoints").newest()
+    assert newest is not None, f"no checkpoint in {folder}"
+    return read_checkpoint(newest)
+
+
+def differing(a: Path, b: Path) -> dict[str, int]:
+    """How many steps and tensors of two runs are not the same."""
+    one, two = final(a), final(b)
+    steps = set(losses(a)) ^ set(losses(b))
+    repeated = len(losses(b)) - len(dict(losses(b)))
+    weights = sum(not torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    clips = abs(one["progress"]["clips"] - two["progress"]["clips"])
+    return {
+        "logged steps that differ": len({step for step, _ in steps}),
+        "logged steps repeated": repeated,
+        "clips lost or repeated": clips,
+        f"of {len(one['model'])} tensors, not equal to the last bit": weights,
+    }
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--every", type=float, default=60.0, help="mean seconds from a start to its kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
+    options, arguments = parser.parse_known_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    arguments = ["deterministic=true", "precision=fp32", "test.enable=false", "checkpoint.every_steps=5", *arguments]
+    whole, killed = options.folder / "whole", options.folder / "killed"
+    draw, peaks, begun = random.Random(options.seed), [], time.monotonic()
+    code, calm = run([*arguments, f"output_dir={whole}"], options.folder / "whole.log")
+    assert code == 0, f"the undisturbed run failed: see {options.folder / 'whole.log'}"
+    kills = 0
+    while True:
+        limit = draw.uniform(0, 2 * options.every) if kills < options.kills else None
+        code, peak = run([*arguments, f"output_dir={killed}"], options.folder / "killed.log", limit)
+        peaks.append(peak)
+        if code is not None:
+            break
+        kills += 1
+    assert code == 0, f"the killed run failed: see {options.folder / 'killed.log'}"
+    found = differing(whole, killed)
+    print(f"{kills} kills in {time.monotonic() - begun:.0f} s, {final(whole)['progress']['step']} steps")
+    for what, count in found.items():
+        print(f"{what}: {count}")
+    print(
+        f"peak memory of the training process: {calm:.0f} MiB undisturbed, at most {max(peaks):.0f} MiB between kills"
+    )
+    raise SystemExit(1 if any(found.values()) else 0)
+
+
+if __name__ == "__main__":
+    main()
