@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
+from .parallel import Progress, parallel, silent
 from .pyav import PyAV, PyAVVideo
 from .videofile import DecodeError
 
@@ -35,29 +36,53 @@ def check(
     min_frames: int = 1,
     fully: bool = True,
     processes: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
+    journal: str | None = None,
 ) -> list[Finding]:
     """Decode every frame of every file, or the first, middle and last, and return what is wrong, in the order given.
 
-    `min_frames`: fewer are too short. `progress` is told (files done, files).
+    `min_frames`: fewer are too short. `progress` is told (files done, files). `journal`, a file, takes what is found as
+    it is found: a check that was killed goes on from there, if it asks for the same; remove it when all is done.
     """
     counts = Counter(paths)
-    unique = list(counts)
     findings = [Finding(path, "duplicate", f"listed {n} times") for path, n in counts.items() if n > 1]
-    work = partial(check_file, min_frames=min_frames, fully=fully)
-    processes = min(processes or os.cpu_count() or 1, len(unique))
-    if processes <= 1:
-        return findings + _collected(map(work, unique), len(unique), progress)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return findings + _collected(pool.map(work, unique, chunksize=4), len(unique), progress)
+    asked = {"min_frames": min_frames, "fully": fully}
+    found = _read_journal(journal, asked)
+    left = [path for path in counts if path not in found]
+    with open(journal or os.devnull, "w", encoding="utf-8") as file:
+        # written whole, so that what comes next does not continue an unfinished line
+        for content in (asked, *(_line(path, rows) for path, rows in found.items())):
+            file.write(json.dumps(content) + "\n")
+        for done, rows in enumerate(
+            parallel(partial(check_file, min_frames=min_frames, fully=fully), left, processes), start=1
+        ):
+            path = left[done - 1]
+            found[path] = rows
+            file.write(json.dumps(_line(path, rows)) + "\n")
+            file.flush()
+            progress(done, len(left))
+    return findings + [finding for path in counts for finding in found[path]]
 
 
-def _collected(results: Iterable[list[Finding]], total: int, progress: Callable[[int, int], None]) -> list[Finding]:
-    findings = []
-    for done, found in enumerate(results, start=1):
-        findings += found
-        progress(done, total)
-    return findings
+def _line(path: str, findings: Sequence[Finding]) -> dict[str, object]:
+    return {"path": path, "findings": [asdict(finding) for finding in findings]}
+
+
+def _read_journal(journal: str | None, asked: dict[str, int]) -> dict[str, list[Finding]]:
+    """What a check that asked the same has found."""
+    if journal is None or not os.path.isfile(journal):
+        return {}
+    found = {}
+    for number, line in enumerate(Path(journal).read_text(encoding="utf-8").splitlines()):
+        try:
+            content = json.loads(line)
+        except ValueError:  # a line that a killed check did not finish
+            continue
+        if number == 0 and content != asked:
+            return {}
+        if number:
+            found[content["path"]] = [Finding(**row) for row in content["findings"]]
+    return found
 
 
 def check_file(path: str, min_frames: int, fully: bool) -> list[Finding]:

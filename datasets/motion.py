@@ -10,11 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
-import os
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +24,7 @@ from mgvideo.errors import UserError
 
 from .decoders import Decoder
 from .lists import video_list
+from .parallel import Progress, parallel, silent
 from .video import VideoDataset
 
 CLASSES = (
@@ -89,11 +86,12 @@ class Knobs:
         return f"{self.train}+{self.val}-{self.frames}x{self.width}x{self.height}-{digest[:8]}"
 
 
-def make_motion(root: str, knobs: Knobs, processes: int | None = None) -> Path:
+def make_motion(root: str, knobs: Knobs, processes: int | None = None, progress: Progress = silent) -> Path:
     """Make the dataset under `root` unless it is there, and return its folder.
 
     The folder holds mp4 files, `train.csv` and `val.csv` (`path label`, several labels joined by `;`), `classes.txt`
-    and `knobs.json`. It appears complete or not at all; of several processes one makes it and the others wait.
+    and `knobs.json`. It appears complete or not at all; of several processes one makes it and the others wait. What
+    a killed one has made is kept.
     """
     folder = Path(root) / knobs.name
     if folder.is_dir():
@@ -103,8 +101,7 @@ def make_motion(root: str, knobs: Knobs, processes: int | None = None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             part = folder.with_name(f".{knobs.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            _build(part, knobs, processes or os.cpu_count() or 1)
+            _build(part, knobs, processes, progress)
             part.rename(folder)
     return folder
 
@@ -116,17 +113,14 @@ def motion(root: str, knobs: Knobs, split: str, decoder: Decoder | None = None) 
     )
 
 
-def _build(folder: Path, knobs: Knobs, processes: int) -> None:
+def _build(folder: Path, knobs: Knobs, processes: int | None, progress: Progress) -> None:
     jobs = [(split, i) for split, count in (("train", knobs.train), ("val", knobs.val)) for i in range(count)]
     for split in ("train", "val"):
-        (folder / split).mkdir(parents=True)
-    make = partial(_make_video, folder, knobs)
-    if processes == 1:
-        lines = list(map(make, jobs))
-    else:
-        # spawn: the caller may already hold threads or a CUDA context, which a fork would break
-        with ProcessPoolExecutor(min(processes, len(jobs)), multiprocessing.get_context("spawn")) as pool:
-            lines = list(pool.map(make, jobs, chunksize=max(1, min(16, len(jobs) // processes))))
+        (folder / split).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for line in parallel(partial(_make_video, folder, knobs), jobs, processes):
+        lines.append(line)
+        progress(len(lines), len(jobs))
     for split in ("train", "val"):
         (folder / f"{split}.csv").write_text("".join(x for (s, _), x in zip(jobs, lines, strict=True) if s == split))
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
@@ -134,13 +128,16 @@ def _build(folder: Path, knobs: Knobs, processes: int) -> None:
 
 
 def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
-    """Write one video and return its line for the list file."""
+    """Write one video, unless it is there, and return its line for the list file."""
     split, index = job
     rng = np.random.default_rng((knobs.seed, split == "val", index))
     others = [c for c in rng.permutation(len(CLASSES)).tolist() if c != index % len(CLASSES)]
     labels = [index % len(CLASSES), *others[: knobs.shapes - 1]]
     path = f"{split}/{index:05d}.mp4"
-    write_video(folder / path, draw(labels, knobs, rng), knobs)
+    if not (folder / path).exists():
+        part = (folder / path).with_suffix(".part.mp4")
+        write_video(part, draw(labels, knobs, rng), knobs)
+        part.replace(folder / path)
     return f"{path} {';'.join(map(str, sorted(labels)))}\n"
 
 

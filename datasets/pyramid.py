@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ import av
 
 from mgvideo.errors import UserError
 
+from .parallel import Progress, parallel, silent
 from .pyav import PyAV
 from .videofile import DecodeError, Decoder, Video
 
@@ -68,9 +67,13 @@ class Pyramid:
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `videofile.Decoder.open`; the level depends on `short_side`."""
+        return self.decoder.open(self.locate(path, short_side), short_side)
+
+    def locate(self, path: str, short_side: int | None) -> str:
+        """The file that is read in place of an original for a short side: a level of it, or the original."""
         name = os.path.relpath(os.path.abspath(path), self.root)
         side = self._side(self.short_sides.get(name), short_side)
-        return self.decoder.open(path if side is None else str(level_path(self.folder, side, name)), short_side)
+        return path if side is None else str(level_path(self.folder, side, name))
 
     def _side(self, original: int | None, drawn: int | None) -> int | None:
         """The smallest level that is enlarged no more than the base grid enlarges the original at its largest."""
@@ -86,7 +89,7 @@ def build(
     paths: Sequence[str],
     layout: Layout,
     processes: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     estimate: Callable[[int], None] = lambda level_bytes: None,
 ) -> list[Row]:
     """Encode the videos `paths` (relative to `root`) and return the manifest's rows; goes on where it was stopped.
@@ -95,18 +98,17 @@ def build(
     A video that cannot be encoded keeps its place in the manifest, with the reason.
     """
     place = Path(folder)
+    outside = next((path for path in paths if os.path.normpath(path).split(os.sep)[0] in ("", os.pardir)), None)
+    if outside is not None:
+        raise UserError(f"{outside} is not under {root}: a pyramid holds what is; set dataset.root to a folder above")
     place.mkdir(parents=True, exist_ok=True)
     done = _resume(place, layout)
     left = sorted({path for path in paths if path not in done})
-    processes = processes or os.cpu_count() or 1
     encode = partial(encode_video, folder, root, layout)
-    with ExitStack() as stack:
-        manifest = stack.enter_context(open(place / "rows.jsonl", "a", encoding="utf-8"))
-        rows: Iterable[Row] = map(encode, left)
-        if processes > 1 and len(left) > 1:
-            pool = ProcessPoolExecutor(min(processes, len(left)), multiprocessing.get_context("spawn"))
-            stack.callback(pool.shutdown, cancel_futures=True)
-            rows = pool.map(encode, left)
+    with (
+        open(place / "rows.jsonl", "a", encoding="utf-8") as manifest,
+        closing(parallel(encode, left, processes)) as rows,
+    ):
         for number, row in enumerate(rows, start=1):
             manifest.write(json.dumps(asdict(row)) + "\n")
             manifest.flush()

@@ -59,6 +59,11 @@ class VideoDataset:
         """Where a video is."""
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
+    @property
+    def timed(self) -> bool:
+        """Whether of some videos only a stretch counts."""
+        return bool((self._spans != (0, math.inf)).any())
+
     def fingerprint(self) -> str:
         """A short hash of the list of videos and labels: two datasets that share it serve the same clips."""
         content = b"\n".join([*self._paths.tolist(), self._spans.tobytes(), self.labels.tobytes()])

@@ -14,6 +14,7 @@ warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWar
 PROGRAMS = {
     "run": "train and test a network",
     "plan": "show the plan of a run before paying for it",
+    "prepare": "check a dataset, build its pyramid, list it, or make the embedded one",
 }
 
 

@@ -38,13 +38,23 @@ def build_data(cfg: DictConfig) -> Data:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
         barrier()
-    decoder = instantiate(cfg.decoder)
+    decoder = build_decoder(cfg)
     train = instantiate(cfg.dataset.train, decoder=decoder)
     val = instantiate(cfg.dataset.val, decoder=decoder)
     if cfg.dataset.num_classes is None:
         OmegaConf.set_struct(cfg, False)
         cfg.dataset.num_classes = len(train.class_names)
     return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+
+
+def build_decoder(cfg: DictConfig) -> Any:
+    """The decoder; with `dataset.pyramid`, one that reads the levels of the pyramid there."""
+    decoder = instantiate(cfg.decoder)
+    if cfg.dataset.get("pyramid") is None:
+        return decoder
+    from mgvideo.datasets.pyramid import Pyramid
+
+    return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:

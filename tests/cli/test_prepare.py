@@ -1,0 +1,174 @@
+"""`mgvideo prepare` on small real files, one of them broken."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training import KNOBS, ROOT, TINY, metrics, run_program
+
+from mgvideo.cli import app
+from mgvideo.cli.build import build_decoder
+from mgvideo.cli.prepare import COMMANDS, _motion_overrides, main, read_keys
+from mgvideo.datasets.kinetics import kinetics
+from mgvideo.datasets.motion import make_motion
+from mgvideo.errors import UserError
+
+KINETICS = ["dataset=kinetics400", "dataset.num_classes=8"]
+
+
+def prepare(name: str, own: list[str], overrides: list[str]) -> None:
+    command = COMMANDS[name]
+    command.task(read_keys(command.keys, own), app.compose_config("run", overrides))
+
+
+@pytest.fixture
+def broken(tmp_path: Path, motion_root: str) -> Path:
+    """Eight videos under a folder, of which one is broken and another only listed."""
+    root = tmp_path / "videos"
+    source = make_motion(motion_root, KNOBS)
+    (root / "train").mkdir(parents=True)
+    lines = (source / "train.csv").read_text().splitlines()[:8]
+    for line in lines[:-1]:
+        (root / line.split()[0]).write_bytes((source / line.split()[0]).read_bytes())
+    (root / lines[0].split()[0]).write_bytes(b"not a video")
+    (root / "train.csv").write_text("\n".join(lines))
+    return root
+
+
+def test_check_tells_files_and_classes_and_exits_over_the_threshold(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "found.csv"
+    own = [f"out={out}", "split=train", "min_frames=20", "processes=1"]
+    overrides = [*KINETICS, f"dataset.root={broken}"]
+    with pytest.raises(SystemExit) as stop:
+        prepare("check", own, overrides)
+    assert stop.value.code == 1
+    rows = list(csv.DictReader(out.open()))
+    assert [(Path(row["path"]).name, row["problem"]) for row in rows] == [
+        ("00000.mp4", "unreadable"),
+        ("00007.mp4", "missing"),
+    ]
+    classes = list(csv.DictReader((tmp_path / "found_classes.csv").open()))
+    assert [(row["class"], row["videos"], row["count"]) for row in classes] == [("0", "1", "1"), ("7", "1", "1")]
+    assert "25.00% are missing or unreadable" in capsys.readouterr().out
+    assert not Path(f"{out}.part").exists()
+    prepare("check", [*own, "max_broken=0.25"], overrides)
+
+
+def test_a_killed_check_goes_on_where_it_was(broken: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found.csv"
+    own = [f"out={out}", "split=train", "min_frames=20", "processes=1", "max_broken=1"]
+    asked = {"min_frames": 20, "fully": True}
+    known = str(broken / "train/00001.mp4")
+    told = {"path": known, "problem": "unreadable", "reason": "found before"}
+    journal = f'{json.dumps(asked)}\n{json.dumps({"path": known, "findings": [told]})}\n{{"path": "unfini'
+    Path(f"{out}.part").write_text(journal)
+    prepare("check", own, [*KINETICS, f"dataset.root={broken}"])
+    reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(out.open())}
+    assert reasons.keys() == {"00000.mp4", "00001.mp4", "00007.mp4"}
+    assert reasons["00001.mp4"] == "found before"
+    Path(f"{out}.part").write_text(journal.replace("20", "1"))
+    prepare("check", own, [*KINETICS, f"dataset.root={broken}"])
+    assert "found before" not in out.read_text(), "another check was asked for"
+
+
+def test_a_run_trains_on_a_pyramid_that_a_killed_program_began(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, pyramid = tmp_path / "motion", tmp_path / "pyramid"
+    make_motion(str(root), replace(KNOBS, train=16, val=2), 1)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.mp4")}
+    own = [f"out={pyramid}", "processes=1"]
+    overrides = [*TINY, "dataset.knobs.train=16", "dataset.knobs.val=2", f"dataset.root={root}", "schedule=short"]
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "pyramid", *own, *overrides]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        manifest, deadline = pyramid / "rows.jsonl", time.monotonic() + 60
+        while not (manifest.exists() and manifest.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    prepare("pyramid", own, overrides)
+    told = capsys.readouterr()
+    assert "levels with short sides of 20, 30, 40 pixels for 18 videos" in told.out
+    assert "18 videos: " in told.out
+    assert "0:00:00 left" in told.err
+    assert len(list(pyramid.rglob("*.mp4"))) == 3 * 18
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*.mp4")}
+    result = run_program(
+        *overrides, f"dataset.pyramid={pyramid}", "output_dir=out", "test.enable=false", "train.evals_per_phase=0",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert metrics(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("bad_videos.csv"))
+
+
+def test_a_pyramid_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"dataset\.pyramid: no pyramid in"):
+        build_decoder(app.compose_config("run", [f"dataset.pyramid={tmp_path}"]))
+
+
+def test_list_of_official_annotations_and_what_is_there(broken: Path, tmp_path: Path) -> None:
+    rows = ["label,youtube_id,time_start,time_end,split"]
+    for i, name in enumerate(("tap dancing", "air drumming", "gone")):
+        rows.append(f"{name},video_{i},5,15,train")
+        if name != "gone":
+            (broken / "train" / f"0000{i + 1}.mp4").rename(broken / "train" / f"video_{i}_000005_000015.mp4")
+    (broken / "official.csv").write_text("\n".join(rows))
+    overrides = ["dataset=kinetics400", "dataset.num_classes=3", f"dataset.root={broken}"]
+    out = tmp_path / "lists"
+    prepare("list", [f"out={out}", "split=train"], [*overrides, "dataset.train.list_file=official.csv"])
+    assert (out / "classes.txt").read_text().splitlines() == ["air drumming", "gone", "tap dancing"]
+    listed = kinetics(str(broken), str(out / "train.csv"), 3, str(out / "classes.txt"))
+    assert [(Path(listed.path(i)).name, listed.labels[i]) for i in range(len(listed))] == [
+        ("video_0_000005_000015.mp4", 2),
+        ("video_1_000005_000015.mp4", 0),
+    ]
+    with pytest.raises(UserError, match="is what the list is made from"):
+        prepare("list", [f"out={broken}", "split=train"], [*KINETICS, f"dataset.root={broken}"])
+
+
+def test_motion_like_kinetics(tmp_path: Path) -> None:
+    given = read_keys(COMMANDS["motion"].keys, ["like=kinetics", "processes=1"])
+    words = _motion_overrides(given, ["train=1", "val=1", "frames=3", f"dataset.root={tmp_path}"])
+    cfg = app.compose_config("run", words)
+    assert (cfg.dataset.knobs.width, cfg.dataset.knobs.keyframe, cfg.dataset.knobs.frames) == (340, 250, 3)
+    COMMANDS["motion"].task(given, cfg)
+    assert len(list(tmp_path.rglob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compress"], "there is no 'compress'"),
+        (["pyramid"], "out is not set"),
+        (["check", "split=test"], "split=test"),
+        (["check", "max_broken=2"], "max_broken=2"),
+        (["check", "processes=0"], "processes=0"),
+        (["motion", "like=ucf101"], "like=ucf101"),
+    ],
+)
+def test_senseless_arguments_give_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([name, "--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {key}" in text for key in COMMANDS[name].keys.__annotations__)
