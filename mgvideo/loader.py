@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ def _starting_workers() -> Iterator[None]:
 
 @atexit.register
 def _end_workers() -> None:
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a worker's failure
     for worker in _workers:  # multiprocessing asks with the signal that they do not see
         worker.kill()
 

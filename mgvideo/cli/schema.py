@@ -6,20 +6,58 @@ optimizer, decoder) are documented in their YAML files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig
+
+from mgvideo.errors import UserError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-def key(default: Any, text: str) -> Any:
-    """A documented key; lists and blocks are made anew for each config."""
+def key(default: Any, text: str, **limits: Any) -> Any:
+    """A documented key; lists and blocks are made anew for each config.
+
+    Limits: `least` (a number from there up), `above` (a number above that), `length` (of a list, whose items the others
+    then hold for), `choices`.
+    """
+    about = {"help": text, "limits": limits}
     if isinstance(default, list | type):
-        return field(
-            default_factory=default if isinstance(default, type) else lambda: list(default), metadata={"help": text}
-        )
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default if isinstance(default, type) else lambda: list(default), metadata=about)
+    return field(default=default, metadata=about)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Hold every key against its limits; what its type allows and the recipe forbids, `Base` and others refuse.
+
+    Raises:
+        UserError: the first key that is outside, and what it may be.
+    """
+    for entry in fields(RunKeys):
+        block = entry.default_factory() if callable(entry.default_factory) else None
+        if is_dataclass(block):
+            for inner in fields(block):
+                _check_value(f"{entry.name}.{inner.name}", cfg[entry.name][inner.name], inner.metadata["limits"])
+        elif entry.metadata.get("limits"):
+            _check_value(entry.name, cfg[entry.name], entry.metadata["limits"])
+
+
+def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    items = value if "length" in limits else [value]
+    if "length" in limits and len(value) != limits["length"]:
+        raise UserError(f"{name}={value}: give {limits['length']} numbers")
+    if "choices" in limits and value not in limits["choices"]:
+        raise UserError(f"{name}={value}: choose one of {', '.join(map(str, limits['choices']))}")
+    if "least" in limits and not all(limits["least"] <= item < math.inf for item in items):
+        raise UserError(f"{name}={value}: give {limits['least']} or more")
+    if "above" in limits and not all(limits["above"] < item < math.inf for item in items):
+        raise UserError(f"{name}={value}: give more than {limits['above']}")
 
 
 @dataclass
@@ -45,9 +83,9 @@ class TrainKeys:
     """Around the steps of training."""
 
     enable: bool = key(True, "train at all")
-    log_every: int = key(10, "steps between two lines of metrics.jsonl")
-    evals_per_phase: int = key(1, "evaluations on the validation videos in each phase, its end included; 0: none")
-    precise_bn_batches: int = key(200, "batches for precise BN before each evaluation; 0: none")
+    log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
+    evals_per_phase: int = key(1, "evaluations on the validation videos a phase, its end included; 0: none", least=0)
+    precise_bn_batches: int = key(200, "batches for precise BN before each evaluation; 0: none", least=0)
 
 
 @dataclass
@@ -55,30 +93,32 @@ class TestKeys:
     """The multi-view test after training."""
 
     enable: bool = key(True, "test at all")
-    clips: int = key(10, "uniformly spaced clips a video")
-    crops: int = key(3, "crops a clip along the longer side: 1 or 3")
-    size: int = key(256, "side of the crops, and short side of the frames, pixels")
-    batch: int = key(8, "clips that a rank runs at once, in validation too")
+    clips: int = key(10, "uniformly spaced clips a video", least=1)
+    crops: int = key(3, "crops a clip along the longer side: 1 or 3", choices=(1, 3))
+    size: int = key(256, "side of the crops, and short side of the frames, pixels", least=1)
+    batch: int = key(8, "clips that a rank runs at once, in validation too", least=1)
 
 
 @dataclass
 class LoaderKeys:
     """How clips are loaded; none of it changes which clips a step sees."""
 
-    workers: int | None = key(None, "worker processes a rank; null: one a core, shared by the ranks of the node")
-    prefetch: int = key(2, "batches that each worker keeps ready")
-    start_method: str = key("fork", "fork, forkserver or spawn")
-    timeout: float = key(45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung")
-    max_clips_per_step: int | None = key(None, "base-grid clips that a rank holds at once; null: measured")
+    workers: int | None = key(None, "worker processes a rank; null: one a core, shared by a node's ranks", least=0)
+    prefetch: int = key(2, "batches that each worker keeps ready", least=1)
+    start_method: str = key("fork", "fork, forkserver or spawn", choices=("fork", "forkserver", "spawn"))
+    timeout: float = key(
+        45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung", above=0
+    )
+    max_clips_per_step: int | None = key(None, "base-grid clips that a rank holds at once; null: measured", least=1)
 
 
 @dataclass
 class CheckpointKeys:
     """Checkpoints are taken at the end of each phase and at each new best; more often with these."""
 
-    every_steps: int = key(0, "steps between two; 0: none by steps")
-    every_minutes: float = key(15.0, "minutes between two; 0: none by time")
-    keep: int = key(3, "how many to keep besides the best")
+    every_steps: int = key(0, "steps between two; 0: none by steps", least=0)
+    every_minutes: float = key(15.0, "minutes between two; 0: none by time", least=0)
+    keep: int = key(3, "how many to keep besides the best", least=1)
     strict: bool = key(True, "refuse to resume what another recipe, model or dataset made; false: go on regardless")
 
 
@@ -86,8 +126,8 @@ class CheckpointKeys:
 class NormalizeKeys:
     """Input normalisation: what the weights were trained with."""
 
-    mean: list[float] = key([0.45, 0.45, 0.45], "per channel, of pixels in 0–1")
-    std: list[float] = key([0.225, 0.225, 0.225], "per channel, of pixels in 0–1")
+    mean: list[float] = key([0.45, 0.45, 0.45], "per channel, of pixels in 0–1", length=3, least=0)
+    std: list[float] = key([0.225, 0.225, 0.225], "per channel, of pixels in 0–1", length=3, above=0)
 
 
 @dataclass
@@ -105,10 +145,10 @@ class RunKeys:
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")
-    precision: str = key("auto", "auto, fp32, bf16 or fp16; auto says what it chose and why")
-    seed: int = key(0, "of weights, order, clips and dropout")
+    precision: str = key("auto", "auto, fp32, bf16 or fp16; auto says what it chose and why", choices=PRECISIONS)
+    seed: int = key(0, "of weights, order, clips and dropout", least=0)
     hang_timeout: float = key(
-        45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever"
+        45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever", least=0
     )
     deterministic: bool = key(False, "refuse kernels whose result varies from run to run")
     output_dir: str = key(MISSING, "the run's folder")
