@@ -1,0 +1,152 @@
+"""Where the time of a clip goes, and how fast a library decodes when nothing else is asked of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from mgvideo.clips import ClipRequest, Sample
+
+from .sampling import choose, clip_indices
+from .video import VideoDataset
+from .videofile import Box, Decoder, Video
+
+STAGES = ("open", "decode", "resize", "collate")  # resize: crops, labels and all else of the dataset
+
+
+class Clock:
+    """CPU seconds by stage, counted in every worker and read in the process that started them."""
+
+    def __init__(self, workers: int) -> None:
+        self.seconds = torch.zeros(max(1, workers), len(STAGES), dtype=torch.float64).share_memory_()
+
+    @contextmanager
+    def measure(self, stage: str, without: str | None = None) -> Iterator[None]:
+        """Count what runs inside; `without`, and from there on, stages that it holds and that count for themselves."""
+        info = get_worker_info()
+        row = self.seconds[info.id if info else 0]
+        inner = slice(STAGES.index(without), STAGES.index(stage)) if without else slice(0)
+        before, start = float(row[inner].sum()), time.process_time()
+        try:
+            yield
+        finally:
+            spent = time.process_time() - start - (float(row[inner].sum()) - before)
+            row[STAGES.index(stage)] += spent
+
+    def total(self) -> Tensor:
+        """CPU seconds of all workers so far, by stage: float64 `[stages]`."""
+        return self.seconds.sum(0)
+
+
+class TimedDecoder:
+    """A decoder whose opening and reading a clock measures."""
+
+    def __init__(self, decoder: Decoder, clock: Clock) -> None:
+        self.decoder, self.clock = decoder, clock
+
+    def open(self, path: str, short_side: int | None = None) -> Video:
+        """See `videofile.Decoder.open`."""
+        with self.clock.measure("open"):
+            return _TimedVideo(self.decoder.open(path, short_side), self.clock)
+
+
+class _TimedVideo(Video):
+    def __init__(self, video: Video, clock: Clock) -> None:
+        self.video, self.clock, self.path = video, clock, video.path
+        self.frames, self.fps, self.height, self.width = video.frames, video.fps, video.height, video.width
+
+    def _read(self, indices: np.ndarray, box: Box) -> Tensor:
+        with self.clock.measure("decode"):
+            return self.video.read(indices, box)
+
+    def close(self) -> None:
+        with self.clock.measure("open"):
+            self.video.close()
+
+
+class TimedDataset:
+    """A dataset whose clock counts as resizing what opening and decoding leave."""
+
+    def __init__(self, dataset: VideoDataset, clock: Clock) -> None:
+        self.dataset, self.clock = dataset, clock
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        with self.clock.measure("resize", without="open"):
+            return self.dataset[request]
+
+
+class DecodeOnly:
+    """The same frames of the same files, whole and as they are stored, by the bare library: no clip comes out.
+
+    `locate` names the file to read for a path and a short side; `decode` is one of DECODE.
+    """
+
+    def __init__(
+        self,
+        dataset: VideoDataset,
+        decode: Callable[[str, Callable[[int], np.ndarray]], None],
+        locate: Callable[[str, int], str] | None,
+        clock: Clock,
+    ) -> None:
+        self.dataset, self.decode, self.locate, self.clock = dataset, decode, locate, clock
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        choice = choose(request, self.dataset.sampling)
+        path = self.dataset.path(request.index)
+        if self.locate is not None:
+            path = self.locate(path, choice.short_side)
+        with self.clock.measure("decode"):
+            self.decode(path, lambda frames: clip_indices(request, choice, self.dataset.sampling, 0, frames))
+        return Sample(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(()), request.index)
+
+
+def _decord(path: str, choose: Callable[[int], np.ndarray]) -> None:
+    import decord
+
+    video = decord.VideoReader(path, num_threads=1)
+    video.get_batch(choose(len(video)))
+
+
+def _torchcodec(path: str, choose: Callable[[int], np.ndarray]) -> None:
+    from torchcodec.decoders import VideoDecoder
+
+    video = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+    video.get_frames_at(choose(len(video)).tolist())
+
+
+def _pyav(path: str, choose: Callable[[int], np.ndarray]) -> None:
+    """Seek to the keyframe before the first frame and decode up to the last, as the usual loaders do."""
+    import av
+
+    with av.open(path) as container:
+        stream: Any = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        first = stream.start_time or 0
+        ticks = 1 / (stream.average_rate * stream.time_base)
+        wanted = {first + round(int(index) * ticks) for index in choose(stream.frames)}
+        container.seek(min(wanted), stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                frame.to_ndarray(format="rgb24")
+            if frame.pts is not None and frame.pts >= max(wanted):
+                break
+
+
+DECODE: dict[str, Callable[[str, Callable[[int], np.ndarray]], None]] = {
+    "decord": _decord,
+    "pyav": _pyav,
+    "torchcodec": _torchcodec,
+}

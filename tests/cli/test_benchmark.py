@@ -1,0 +1,112 @@
+"""`mgvideo benchmark loader` on small real files: what it counts and what others can read of it, never how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from training import KNOBS, TINY
+
+from mgvideo.cli import app
+from mgvideo.cli.benchmark import main, read_keys, run
+from mgvideo.cli.build import build_plan
+from mgvideo.clips import ClipRequest
+from mgvideo.datasets.decoders import PyAV
+from mgvideo.datasets.motion import motion
+from mgvideo.datasets.pyramid import Layout, build
+from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
+from mgvideo.errors import UserError
+from mgvideo.forecast import predict, read_benchmark
+from mgvideo.plan import Grid
+
+GRID = Grid(4, 24, (1, 3), (28, 40))
+
+
+@pytest.fixture(scope="module")
+def pyramid(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> str:
+    folder = str(tmp_path_factory.mktemp("pyramid"))
+    names = [str(path.relative_to(motion_root)) for path in Path(motion_root).rglob("train/0000*.mp4")]
+    build(folder, motion_root, names, Layout((20, 40), 40), 1)
+    return folder
+
+
+def test_json_has_a_row_for_each_grid_and_predicts_a_run(tmp_path: Path, motion_root: str, pyramid: str) -> None:
+    out = tmp_path / "loader.json"
+    own = ["seconds=0.05", "rounds=1", "decoders=[pyav]", "format=json", f"out={out}", "step_time=0.5"]
+    cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}", f"dataset.pyramid={pyramid}"])
+    run(read_keys(own), cfg)
+    told = json.loads(out.read_text())
+    grids = {row["grid"] for row in told["rows"]}
+    assert len(told["rows"]) == 2 * len(grids), "a row with and one without a pyramid"
+    assert {"2x16", "8x32"} <= grids
+    assert all(set(row["cpu_milliseconds"]) == set(STAGES) for row in told["rows"])
+    base = [row for row in told["rows"] if row["grid"] == "8x32"]
+    assert [row["against_base"] for row in base if not row["pyramid"]] == [1]
+    assert set(told["whole_plan"]) == {"pyav, original files", "pyav, pyramid"}
+    assert told["conditions"]["workers"] == 1
+    benchmark = read_benchmark(out)
+    assert set(benchmark.clips_per_second) == grids
+    fast = {row["grid"]: row["clips_per_second"] for row in told["rows"] if row["pyramid"]}
+    assert benchmark.clips_per_second == fast
+    assert all(time.loading > 0 for time in predict(build_plan(cfg, KNOBS.train), 1, benchmark))
+
+
+def test_table_of_chosen_grids(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["seconds=0.05", "rounds=1", "decoders=[pyav,decord]", "grids=[8x32]"]
+    run(read_keys(own), app.compose_config("run", [*TINY, f"dataset.root={motion_root}"]))
+    text = capsys.readouterr().out
+    assert "pyav, original files" in text
+    assert "decord, original files" in text
+    assert sum(line.startswith("8x32") for line in text.splitlines()) == 2
+    with pytest.raises(UserError, match=r"grids=1x1: the plan has .*8x32"):
+        run(read_keys(["grids=[1x1]"]), app.compose_config("run", [*TINY, f"dataset.root={motion_root}"]))
+
+
+def test_the_clock_counts_each_stage_once(motion_root: str) -> None:
+    clock = Clock(0)
+    dataset = motion(motion_root, KNOBS, "train", PyAV())
+    plain = dataset[ClipRequest(1, GRID, 1)]
+    dataset.decoder = TimedDecoder(PyAV(), clock)
+    with clock.measure("collate", without="open"):  # counts what the others leave, which is hardly anything
+        timed = TimedDataset(dataset, clock)[ClipRequest(1, GRID, 1)]
+    assert timed.clip.equal(plain.clip)
+    spent = dict(zip(STAGES, clock.total().tolist(), strict=True))
+    assert min(spent["open"], spent["decode"], spent["resize"]) > 0
+    assert 0 <= spent["collate"] < spent["open"] + spent["decode"] + spent["resize"]
+
+
+@pytest.mark.parametrize("name", ["decord", "pyav"])
+def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: str) -> None:
+    dataset, clock, asked = motion(motion_root, KNOBS, "train", PyAV()), Clock(0), []
+
+    def locate(path: str, short_side: int) -> str:
+        asked.append((path, short_side))
+        return path
+
+    sample = DecodeOnly(dataset, DECODE[name], locate, clock)[ClipRequest(3, GRID, 1)]
+    assert asked[0][0] == dataset.path(3)
+    assert 28 <= asked[0][1] <= 40
+    assert sample.index == 3
+    assert clock.total()[STAGES.index("decode")] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model"], "no benchmark of 'model'"),
+        (["loader", "decoders=[opencv]"], "decoders=opencv"),
+        (["loader", "format=png"], "format=png"),
+        (["loader", "seconds=0"], "seconds=0"),
+        (["loader", "rounds=0"], "rounds=0"),
+        (["loader", "batch=0"], "batch=0"),
+    ],
+)
+def test_senseless_arguments_give_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
