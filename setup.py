@@ -32,7 +32,7 @@ setup(
         "decord",
         "hydra-core>=1.3",
         "tensorboard",
-        "av",
+        "av>=17",
         "torchmetrics",
         "rich",
         "matplotlib",

@@ -90,7 +90,9 @@ class PyAVVideo(Video):
     def _picture(self, frame: Any) -> np.ndarray:
         """A frame as stored, in RGB `[h, w, 3]`."""
         height, width = (self.width, self.height) if self.turns % 2 else (self.height, self.width)
-        plane: Any = self.reformatter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR").planes[0]
+        plane: Any = self.reformatter.reformat(
+            frame, width, height, "rgb24", interpolation="BILINEAR", threads=1
+        ).planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
         return rows[:, : width * 3].reshape(height, width, 3)
 
