@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 
+# Threads that wait for each other while spinning would take the cores that loader workers need. Before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # fvcore compiles losses that nobody here uses as it is imported, and torch says at length what it thinks of that
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 # the new name is unknown to torch 2.11
