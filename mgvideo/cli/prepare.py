@@ -200,7 +200,8 @@ def _say_findings(findings: Sequence[Finding], table: dict[str, Counter[str]], t
 def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
     """Build the pyramid of a dataset for the plan that a config composes, and say what it takes."""
     datasets = _datasets(cfg, given.split)
-    plan = build_plan(cfg, len(datasets[0]))
+    # the grids are those of a whole dataset, also where it is a part of one that is prepared
+    plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch))
     root = cfg.dataset.root
     paths = [dataset.path(index) for dataset in datasets for index in range(len(dataset))]
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}
