@@ -34,6 +34,10 @@ class Data:
 
 def build_data(cfg: DictConfig) -> Data:
     """The datasets; one that has to be made first is made once a node. Fills in `dataset.num_classes` where null."""
+    missing = OmegaConf.missing_keys(cfg.dataset)
+    if missing:  # others may refer to the one that is asked for: it has the shortest name
+        key = f"dataset.{min(missing, key=len)}"
+        raise UserError(f"{key} is not set: add {key}=… to the command")
     if "prepare" in cfg.dataset:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)

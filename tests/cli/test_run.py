@@ -126,7 +126,7 @@ def _unreadable_videos(folder: Path) -> list[str]:
         (_unreadable_videos, "cannot be read"),
         (lambda _: ["base.batchh=1"], "did you mean base.batch?"),
         (lambda _: ["dataset=kinetics400"], "dataset.root is not set"),
-        (lambda _: ["precision=fp8"], "use auto, fp32, bf16 or fp16"),
+        (lambda _: ["precision=fp8"], "choose one of auto, fp32, bf16, fp16"),
         (lambda _: ["base.lr_steps=[1,2]"], "base.lr_steps"),
         (lambda _: ["init_from=/nowhere.pyth"], "/nowhere.pyth"),
         (lambda _: ["resume=/nowhere.pt"], "/nowhere.pt"),
