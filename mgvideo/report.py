@@ -34,12 +34,12 @@ class Report:
         plan = self.plan
         grids = " → ".join(dict.fromkeys(phase.grid.name.replace("x", "×") + "²" for phase in plan.phases))
         scores = ", ".join(f"{name} **{value:.2f} %**" for name, value in self.metrics.items())
-        ratio = f"{self.baseline_steps / plan.steps:.2f}×"
+        more = f"; the baseline takes {self.baseline_steps}, {self.baseline_steps / plan.steps:.2f}× as many"
         lines = [
             f"# {self.name}",
             "",
             f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
-            f"in {plan.steps} steps; the baseline takes {self.baseline_steps}, {ratio} as many",
+            f"in {plan.steps} steps{more if plan.steps != self.baseline_steps else ''}",
             f"- training: {duration(self.train_seconds)} on {self.hardware}, {self.precision}",
         ]
         if self.metrics:

@@ -19,6 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from mgvideo.batches import check_shares
 from mgvideo.checkpoint import Checkpoints, differences, read_checkpoint, sole_run, write_atomic
 from mgvideo.distributed import gather_objects, joined, rank, world_size
 from mgvideo.errors import UserError
@@ -54,6 +55,7 @@ def run(cfg: DictConfig) -> None:
             torch.backends.cudnn.benchmark = False
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
+        check_shares(plan, world_size())
         precision = choose_precision(cfg.precision, device)
         model = build_model(cfg, precision)
         folder = Path(cfg.output_dir)

@@ -99,3 +99,11 @@ def test_unknown_number_of_videos_says_how_to_go_on(tmp_path: Path, capsys: pyte
 def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="cannot write out="):
         shown(["videos=1024", f"out={tmp_path / 'none' / 'plan.txt'}"], [], capsys)
+
+
+def test_base_lr_follows_base_batch_unless_it_is_set() -> None:
+    for extra, lr, said in ([], 0.1, True), (["base.lr=0.07"], 0.07, False):
+        own = ["videos=1024", "format=json", "at=[10]", "schedule=baseline", "base.batch=32", *extra]
+        result = subprocess.run([sys.executable, PROGRAM, *own], capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout)["lr_at_epoch"] == [[10, pytest.approx(lr)]]
+        assert ("linear rule" in result.stderr) == said
