@@ -317,6 +317,7 @@ class Trainer:
         assert window.loss is not None
         loss = float(window.loss) / window.steps
         self._check_finite()
+        self.checkpoints.check()  # a full disk is told now, not when the next checkpoint is due
         elapsed = time.perf_counter() - window.since
         self.progress.seconds += elapsed
         ranks = gather_objects((loss, window.failures, window.read, window.waited))
