@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import sys
-import time
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path
@@ -89,7 +88,6 @@ class Monitor:
         self.console = Console(file=sys.stdout, quiet=not active, soft_wrap=True, highlight=False)
         self.eta = Eta(plan)
         self.plan = plan
-        self.started = time.monotonic()
         self._progress: Progress | None = None
         self._task: Any = None
         if not active:
