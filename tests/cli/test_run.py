@@ -13,6 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
+from mgvideo.models.small import r2plus1d_small
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, subprocess.CompletedProcess]:
@@ -156,6 +158,16 @@ def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> No
     assert "00003.mp4" in listed
     assert "00002.mp4" in listed
     assert "counted as wrong" in (tmp_path / "out/report.md").read_text()
+
+
+def test_what_weights_do_not_fit_is_told(tmp_path: Path, motion_root: str) -> None:
+    torch.save({"model": r2plus1d_small(5, width=4).state_dict()}, tmp_path / "five.pt")
+    data = [*TINY, f"dataset.root={motion_root}", "output_dir=out"]
+    result = run_program(*data, "init_from=five.pt", "train.enable=false", "test.enable=false", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip().splitlines() == [
+        "the head in five.pt is for another number of classes: it is left out, ours starts anew"
+    ]
 
 
 @pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
