@@ -1,10 +1,11 @@
 """Kill a run at random moments until it ends, and compare it with one left alone:
 
-    python tools/soak.py --kills 10 --every 60 base.epochs=40
+    python tools/soak.py --kills 10 --every 60 --bad 0.01 base.epochs=40
 
 Runs the same arguments (of tools/run_net.py) twice on this machine, in --folder: once undisturbed; once with SIGKILL at
 a random moment, drawn evenly from [0, 2·every] seconds after each start, until the kills are used up, then to its end.
-Reports steps lost, weights that differ and memory, and leaves with 1 where the two runs do not end alike.
+Reports steps lost, weights that differ and memory, and leaves with 1 where the two runs do not end alike. With --bad,
+both read a copy of Motion in --folder of which that share of the videos is cut to half its bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,19 @@ import torch
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 
 PROGRAM = Path(__file__).with_name("run_net.py")
+PREPARE = Path(__file__).with_name("prepare_data.py")
+
+
+def spoiled(root: Path, share: float, seed: int, overrides: Sequence[str]) -> int:
+    """Make Motion at `root`, unless it is there, and cut a share of its videos to half their bytes; how many."""
+    if not root.exists():
+        data = [argument for argument in overrides if argument.startswith("dataset.")]
+        subprocess.run([sys.executable, str(PREPARE), "motion", *data, f"dataset.root={root}"], check=True)
+    videos = sorted(root.rglob("*.mp4"))
+    chosen = random.Random(seed).sample(videos, round(share * len(videos)))
+    for video in chosen:
+        video.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    return len(chosen)
 
 
 def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tuple[int | None, float]:
@@ -63,7 +77,7 @@ def differing(a: Path, b: Path) -> dict[str, int]:
     steps = set(losses(a)) ^ set(losses(b))
     repeated = len(losses(b)) - len(dict(losses(b)))
     weights = sum(not torch.equal(value, two["model"][name]) for name, value in one["model"].items())
-    clips = abs(one["progress"]["clips"] - two["progress"]["clips"])
+    clips = sum(abs(one["progress"][kind] - two["progress"][kind]) for kind in ("clips", "bad"))
     return {
         "logged steps that differ": len({step for step, _ in steps}),
         "logged steps repeated": repeated,
@@ -78,10 +92,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--every", type=float, default=60.0, help="mean seconds from a start to its kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--bad", type=float, default=0.0, help="share of bad videos")
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"))
     options, arguments = parser.parse_known_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     arguments = ["deterministic=true", "precision=fp32", "test.enable=false", "checkpoint.every_steps=5", *arguments]
+    if options.bad:
+        root = options.folder / "motion"
+        print(f"{spoiled(root, options.bad, options.seed, arguments)} bad videos in {root}", flush=True)
+        arguments.append(f"dataset.root={root}")
     whole, killed = options.folder / "whole", options.folder / "killed"
     draw, peaks, begun = random.Random(options.seed), [], time.monotonic()
     code, calm = run([*arguments, f"output_dir={whole}"], options.folder / "whole.log")
@@ -96,7 +115,9 @@ def main() -> None:
         kills += 1
     assert code == 0, f"the killed run failed: see {options.folder / 'killed.log'}"
     found = differing(whole, killed)
-    print(f"{kills} kills in {time.monotonic() - begun:.0f} s, {final(whole)['progress']['step']} steps")
+    end = final(whole)["progress"]
+    took = time.monotonic() - begun
+    print(f"{kills} kills in {took:.0f} s, {end['step']} steps, {end['clips']} clips, {end['bad']} of them bad")
     for what, count in found.items():
         print(f"{what}: {count}")
     print(
