@@ -1,9 +1,14 @@
-"""The report that a run ends with, on the terminal and as report.md."""
+"""The report that a run ends with: for people on the terminal and as report.md, for programs as report.json."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from .checkpoint import write_atomic
 from .clips import Failure
@@ -58,6 +63,27 @@ class Report:
             lines += ["", "Try next:", "", *(f"- {line}" for line in self.advice)]
         return "\n".join(lines) + "\n"
 
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data, and when and with which torch it was made: what `mgvideo reproduce` reads."""
+        return {
+            "name": self.name,
+            "schedule": self.plan.schedule,
+            "epochs": self.plan.epochs,
+            "steps": self.plan.steps,
+            "baseline_steps": self.baseline_steps,
+            "train_seconds": self.train_seconds,  # without evaluations
+            "test_seconds": self.test_seconds,
+            "metrics": self.metrics,
+            "views": self.views,
+            "videos": self.videos,
+            "bad_videos": len(self.failures),
+            "hardware": self.hardware,
+            "precision": self.precision,
+            "torch": str(torch.__version__),
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+
     def write(self) -> None:
-        """Leave it in the run's folder."""
+        """Leave both in the run's folder."""
         write_atomic(self.folder / "report.md", self.markdown().encode())
+        write_atomic(self.folder / "report.json", json.dumps(self.as_json(), indent=1).encode())
