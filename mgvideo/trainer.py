@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from .batches import Batches, Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
 from .checkpoint import Checkpoints
-from .clips import Failure
 from .distributed import Votes, gather_objects, neighbours, rank, world_size
+from .dropout import dropout_of
 from .errors import UserError
 from .evaluate import Evaluator, Views, precise_bn
 from .loader import Batch, Loader
@@ -28,10 +28,12 @@ from .microbatch import pieces
 from .monitor import Monitor
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
+from .profiling import Profiler
 from .schedule import baseline_of
 from .signals import Stopped, received
 from .tasks import Task
 from .watch import at
+from .window import Progress, Window
 
 _NOTHING, _SAVE, _STOP = range(3)  # what a rank may ask for after a step
 _LAST = 1 << 30  # the last part of a step, after all micro-batches
@@ -49,55 +51,8 @@ class TrainOptions:
     checkpoint_minutes: float = 0.0  # 0: never by time
     max_bad_fraction: float = 0.05  # of the clips read
     hang_timeout: float = 45.0  # seconds that ranks wait for one of them; 0: for ever
-
-
-@dataclass
-class Progress:
-    """Where a run is: what a checkpoint holds besides weights and optimizer."""
-
-    step: int = 0
-    seconds: float = 0.0  # of training, without evaluation
-    best: float = -1.0
-    evaluated: int = 0  # the step of the last evaluation
-    clips: int = 0  # read up to the last log step
-    bad: int = 0  # of them substituted
-
-
-@dataclass
-class _Window:
-    """What happened since the last log step."""
-
-    since: float = field(default_factory=time.perf_counter)
-    loss: Tensor | None = None  # sum of step losses, on the device
-    steps: int = 0
-    clips: int = 0
-    read: int = 0  # clips, on this rank
-    waited: float = 0.0
-    failures: list[Failure] = field(default_factory=list)
-
-    def state(self) -> dict[str, Any]:
-        """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
-        loss = torch.zeros(()) if self.loss is None else self.loss.cpu()
-        ranks = gather_objects((loss, self.read, self.waited, [tuple(vars(f).values()) for f in self.failures]))
-        return {
-            "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),
-            "steps": self.steps,
-            "clips": self.clips,
-            "read": sum(r[1] for r in ranks),
-            "waited": max(r[2] for r in ranks),
-            "failures": [failure for r in ranks for failure in r[3]],
-            "seconds": time.perf_counter() - self.since,
-        }
-
-    @classmethod
-    def resumed(cls, state: dict[str, Any], device: torch.device) -> _Window:
-        """The window that `state` was taken of: rank 0 carries what all ranks brought."""
-        window = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
-        if rank() == 0:
-            window.loss = state["loss"].to(device)
-            window.read, window.waited = state["read"], state["waited"]
-            window.failures = [Failure(*values) for values in state["failures"]]
-        return window
+    compile: str = "off"  # or a mode of torch.compile
+    profile: int = 0  # steps to trace
 
 
 class Trainer:
@@ -134,14 +89,19 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self.window = _Window()
+        self.window = Window()
         self._window_state: dict[str, Any] | None = None
+        self.profiler = Profiler(monitor.folder / "profile", options.profile)
+        # clips travel beside the computation of the step before
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parallel: nn.Module = model
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.parallel = DistributedDataParallel(
                 model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+        if options.compile != "off":
+            self.parallel = compiled(self.parallel, options.compile, plan)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; all ranks call it together."""
@@ -171,7 +131,9 @@ class Trainer:
         evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
         if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
             self._evaluate()  # stopped in the middle of it
+        self.profiler.start()
         self._steps(evaluations)
+        self.profiler.stop()
         self.monitor.stop_progress()
         self.checkpoints.wait()
         at("after training")
@@ -181,7 +143,7 @@ class Trainer:
         batches = self._stream(start)
         phase: Phase | None = None
         state, self._window_state = self._window_state, None
-        self.window = _Window.resumed(state, self.device) if state else _Window()
+        self.window = Window.resumed(state, self.device) if state else Window()
         self.monitor.start_progress(start)
         for step in range(start, self.plan.steps):
             self.votes.cast()
@@ -194,6 +156,7 @@ class Trainer:
                 if step == phase.steps[0]:
                     self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
             self.step(step, batch)
+            self.profiler.step()
             done = self.progress.step = step + 1
             wish = self.votes.result()
             self._at(step, "logging and writing a checkpoint", _LAST, watched=False)
@@ -232,11 +195,7 @@ class Trainer:
         part = share(slot.batch, phase.bn_groups, rank(), world_size())
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(step)
-        # dropout draws from (seed, step, rank): a resumed run needs no generator state
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, rank()]).generate_state(1)[0]))
-        clips = self.normalize(batch.clips.to(self.device, non_blocking=True))
-        labels = batch.labels.to(self.device, non_blocking=True)
-        total = self._accumulate(step, part, clips, labels)
+        total = self._accumulate(step, part, *self._transferred(batch))
         self._update(step, total)
         window = self.window
         window.loss = total if window.loss is None else window.loss + total
@@ -244,6 +203,19 @@ class Trainer:
         window.clips += slot.batch
         window.read += len(batch.labels)
         window.failures += batch.failures
+
+    def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normalised clips and labels, on the device."""
+        if self.copies is None:
+            return self.normalize(batch.clips.to(self.device)), batch.labels.to(self.device)
+        with torch.cuda.stream(self.copies):
+            clips = batch.clips.to(self.device, non_blocking=True)
+            labels = batch.labels.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copies)
+        for tensor in (clips, labels):  # made on one stream, freed on the other
+            tensor.record_stream(computing)
+        return self.normalize(clips), labels
 
     def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
@@ -253,13 +225,18 @@ class Trainer:
         cuts = pieces(part, limit)
         group = neighbours(len(part.ranks))
         total = torch.zeros((), device=self.device)
+        # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state
+        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
             for i, piece in enumerate(cuts):
                 self._at(step, "forward", 2 * i + 1)
                 set_bn_groups(self.model, piece.groups, group)
+                torch.manual_seed(seed)
                 with ExitStack() as stack:
+                    first = part.start + piece.start
+                    stack.enter_context(dropout_of(self.model, batch, first, first + piece.stop - piece.start))
                     if piece is not cuts[-1]:  # ranks exchange gradients once a step
                         stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
                     with self.precision.autocast():
@@ -286,8 +263,6 @@ class Trainer:
         # what the fused kernel reads to skip a step without asking the host
         self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
         self.optimizer.step()
-        if self.device.type == "cpu":
-            self._check_finite()
 
     def _check_finite(self) -> None:
         bad = int(self.bad_step)
@@ -353,7 +328,7 @@ class Trainer:
                 f"{bad} of {clips} clips could not be read, more than dataset.max_bad_fraction="
                 f"{self.options.max_bad_fraction:g}: see {self.monitor.folder / 'bad_videos.csv'}"
             )
-        self.window = _Window()
+        self.window = Window()
 
     def _evaluate(self) -> None:
         """Precise BN, the validation metrics, and a checkpoint of both; a signal leaves at once."""
@@ -374,7 +349,7 @@ class Trainer:
         self.progress.best = max(self.progress.best, metrics[self.task.best])
         self.progress.evaluated = step
         self._save(best)
-        self.window = _Window()  # evaluation is not training time
+        self.window = Window()  # evaluation is not training time
 
     def precise_bn(self) -> None:
         """Exact BN statistics for the weights as they are, from batches that depend on the step alone."""
@@ -394,6 +369,14 @@ class Trainer:
             self.monitor.flush()
             self.checkpoints.save(self.progress.step, state, best)
             self.saved = time.monotonic()
+
+
+def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
+    """`model` through torch.compile, one graph of static shapes for each slot; parameters and buffers are shared."""
+    slots = {(slot, phase.bn_groups) for phase in plan.phases for slot in phase.slots}
+    # micro-batches of a slot may differ by a group
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(slots))
+    return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
 
 
 def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import read_checkpoint
 from mgvideo.errors import UserError
+from mgvideo.loader import Batch
 from mgvideo.models.small import i3d_small
 from mgvideo.trainer import Trainer
 
@@ -109,6 +112,60 @@ def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
     pieces.train()
     assert_equal(weights(pieces), weights(whole), tolerance=1e-9)
     assert metrics(tmp_path / "pieces") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the times that a value is asked of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_ask_nothing_of_the_device(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("short"))
+    whole, in_steps = Syncs(), Syncs()
+    real = trainer.step
+
+    def step(number: int, batch: Batch) -> None:
+        with in_steps:
+            real(number, batch)
+
+    trainer.step = step  # type: ignore[method-assign]
+    with whole:
+        trainer.train()
+    trainer.monitor.close()
+    assert whole.count > 0, "log steps read the loss"
+    assert in_steps.count == 0
+
+
+def test_compiled_training_has_one_graph_a_slot_and_learns_the_same(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny_plan("short", epochs=4, lr_steps=(0, 3))
+    eager = tiny_trainer(tmp_path / "eager", motion_root, plan, double=True)
+    eager.train()
+    graphs = CompileCounterWithBackend("eager")
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: whole(model, backend=graphs, dynamic=dynamic))
+    torch._dynamo.reset()
+    compiled = tiny_trainer(tmp_path / "compiled", motion_root, plan, double=True, compile="default", validate=True)
+    compiled.train()
+    slots = {(slot, phase.bn_groups) for phase in plan.phases for slot in phase.slots}
+    assert graphs.frame_count == len(slots)
+    assert_equal(weights(compiled), weights(eager), tolerance=1e-8)
+
+
+def test_a_trace_of_steps_is_left(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=2)
+    trainer.train()
+    trainer.monitor.close()
+    events = json.loads((tmp_path / "profile/rank0.pt.trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep")}
+    assert len(steps) == 2
+    assert "conv" in (tmp_path / "profile/kernels.txt").read_text()
 
 
 def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path, motion_root: str) -> None:

@@ -17,6 +17,7 @@ from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import Knobs, motion
 from mgvideo.distributed import rank
+from mgvideo.dropout import convert_clip_dropout
 from mgvideo.evaluate import Evaluator, Views
 from mgvideo.loader import Loader, LoaderOptions
 from mgvideo.models.small import r2plus1d_small
@@ -62,12 +63,13 @@ def tiny_trainer(
     workers: int = 0,
     seed: int = 0,
     validate: bool = False,
-    **options: int,
+    **options: int | str,
 ) -> Trainer:
     """A trainer of a small R(2+1)D; in float64 with `double`."""
     torch.manual_seed(seed)
     dtype = torch.float64 if double else torch.float32
-    model = convert_group_batchnorm(model or r2plus1d_small(8, width=4)).to(dtype)
+    model = model or r2plus1d_small(8, width=4, dropout=0.3)
+    model = convert_clip_dropout(convert_group_batchnorm(model)).to(dtype)
     precision = choose_precision("fp32", torch.device("cpu"))
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, dtype)
     loading = LoaderOptions(workers=workers)

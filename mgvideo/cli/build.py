@@ -13,6 +13,7 @@ from torch import nn
 
 from mgvideo.batchnorm import convert_group_batchnorm
 from mgvideo.distributed import barrier, gather_objects, local_rank
+from mgvideo.dropout import convert_clip_dropout
 from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
 from mgvideo.microbatch import clips_that_fit
@@ -69,14 +70,14 @@ def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
 
 
 def build_model(cfg: DictConfig, precision: Precision) -> nn.Module:
-    """The network, its BN able to work in groups, on its device; weights depend on the seed alone."""
+    """The network as the trainer takes it, on its device; weights depend on the seed alone."""
     torch.manual_seed(cfg.seed)
     model: nn.Module = instantiate(cfg.model)
     if cfg.init_from:
         from mgvideo.models.pretrained import load_pretrained
 
         load_pretrained(model, cfg.init_from)
-    return precision.place(convert_group_batchnorm(model))
+    return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
 
 
 def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:

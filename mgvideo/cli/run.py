@@ -223,6 +223,8 @@ def build_trainer(
             checkpoint_minutes=cfg.checkpoint.every_minutes,
             max_bad_fraction=cfg.dataset.max_bad_fraction,
             hang_timeout=cfg.hang_timeout,
+            compile=cfg.compile,
+            profile=cfg.train.profile,
         ),
         monitor=monitor,
         checkpoints=checkpoints,

@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig
 from mgvideo.errors import UserError
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 
 
 def key(default: Any, text: str, **limits: Any) -> Any:
@@ -86,6 +87,7 @@ class TrainKeys:
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
     evals_per_phase: int = key(1, "evaluations on the validation videos a phase, its end included; 0: none", least=0)
     precise_bn_batches: int = key(200, "batches for precise BN before each evaluation; 0: none", least=0)
+    profile: int = key(0, "steps to trace with torch.profiler, after the first few, into output_dir/profile", least=0)
 
 
 @dataclass
@@ -146,6 +148,9 @@ class RunKeys:
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")
     precision: str = key("auto", "auto, fp32, bf16 or fp16; auto says what it chose and why", choices=PRECISIONS)
+    compile: str = key(
+        "off", "off, or torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune", choices=COMPILE
+    )
     seed: int = key(0, "of weights, order, clips and dropout", least=0)
     hang_timeout: float = key(
         45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever", least=0

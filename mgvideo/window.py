@@ -1,0 +1,62 @@
+"""What a training run counts: where it is, and what happened since its last log step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .clips import Failure
+from .distributed import gather_objects, rank
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, without evaluation
+    best: float = -1.0
+    evaluated: int = 0  # the step of the last evaluation
+    clips: int = 0  # read up to the last log step
+    bad: int = 0  # of them substituted
+
+
+@dataclass
+class Window:
+    """What happened since the last log step."""
+
+    since: float = field(default_factory=time.perf_counter)
+    loss: Tensor | None = None  # sum of step losses, on the device
+    steps: int = 0
+    clips: int = 0
+    read: int = 0  # clips, on this rank
+    waited: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
+        loss = torch.zeros(()) if self.loss is None else self.loss.cpu()
+        ranks = gather_objects((loss, self.read, self.waited, [tuple(vars(f).values()) for f in self.failures]))
+        return {
+            "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),
+            "steps": self.steps,
+            "clips": self.clips,
+            "read": sum(r[1] for r in ranks),
+            "waited": max(r[2] for r in ranks),
+            "failures": [failure for r in ranks for failure in r[3]],
+            "seconds": time.perf_counter() - self.since,
+        }
+
+    @classmethod
+    def resumed(cls, state: dict[str, Any], device: torch.device) -> Window:
+        """The window that `state` was taken of: rank 0 carries what all ranks brought."""
+        window = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
+        if rank() == 0:
+            window.loss = state["loss"].to(device)
+            window.read, window.waited = state["read"], state["waited"]
+            window.failures = [Failure(*values) for values in state["failures"]]
+        return window
