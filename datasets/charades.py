@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
+from mgvideo.paths import join
 
 from .decoders import Decoder
 from .frames import FrameFolders
@@ -73,7 +74,7 @@ def charades(
     video_id frame_id path labels`; its videos are folders of images, `root/videos/ID/`. Raises UserError.
     """
     check_root(root)
-    file = os.path.join(root, annotations)
+    file = join(root, annotations)
     header, *lines = read_lines(file) or [""]
     if "actions" in header.split(","):
         actions = _from_csv(file, [header, *lines])
@@ -85,7 +86,7 @@ def charades(
         raise UserError(f"{file}:1: expected the header of Charades_v1_train.csv or of a frame list")
     if not actions:
         raise UserError(f"{file}: no videos in the list")
-    names = [line.partition(" ")[2] for line in read_classes(os.path.join(root, classes_file))]
+    names = [line.partition(" ")[2] for line in read_classes(join(root, classes_file))]
     names = names or [f"c{place:03d}" for place in range(CLASSES)]
     sampling = Sampling(flip=flip, inverse_jitter=True)
     return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling)

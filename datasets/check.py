@@ -12,6 +12,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from mgvideo.paths import is_remote
+
 from .parallel import Progress, parallel, silent
 from .pyav import PyAV, PyAVVideo
 from .videofile import DecodeError
@@ -87,7 +89,7 @@ def _read_journal(journal: str | None, asked: dict[str, int]) -> dict[str, list[
 
 def check_file(path: str, min_frames: int, fully: bool) -> list[Finding]:
     """What is wrong with one file."""
-    if not os.path.exists(path):
+    if not is_remote(path) and not os.path.exists(path):
         return [Finding(path, "missing", "No such file")]
     try:
         with PyAV().open(path, THUMBNAIL) as video:

@@ -27,7 +27,7 @@ class _Other(Video):
     """A video open in another library than PyAV, which stands in where that library fails."""
 
     def __init__(self, like: PyAVVideo, short_side: int | None) -> None:
-        self.path, self.frames, self.fps = like.path, like.frames, like.fps
+        self.path, self.local, self.frames, self.fps = like.path, like.local, like.frames, like.fps
         self.height, self.width, self.short_side = like.height, like.width, short_side
         self.file = self._open()
 
@@ -88,7 +88,7 @@ class _DecordVideo(_Other):
     def _open(self) -> Any:
         import decord
 
-        return decord.VideoReader(self.path, num_threads=1, height=self.height, width=self.width)
+        return decord.VideoReader(self.local, num_threads=1, height=self.height, width=self.width)
 
     def _frames(self, indices: np.ndarray) -> Tensor:
         return from_dlpack(self.file.get_batch(indices).to_dlpack())
@@ -110,7 +110,7 @@ class _TorchCodecVideo(_Other):
         from torchcodec.transforms import Resize
 
         return VideoDecoder(
-            self.path,
+            self.local,
             dimension_order="NHWC",
             num_ffmpeg_threads=1,
             seek_mode="exact",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mgvideo.errors import UserError
+from mgvideo.paths import exists, is_remote, join, plain
 
 from .decoders import Decoder
 from .lists import SUFFIXES, check_root, find_videos, read_lines
@@ -34,7 +35,10 @@ def video_folder(
     is held out for `val`, chosen by the paths and `seed`. Raises UserError.
     """
     check_root(root)
-    splits = {name: rows for name in ("train", "val") if (rows := _table(Path(root), name)) is not None}
+    root = plain(root)
+    splits = {name: rows for name in ("train", "val") if (rows := _table(root, name)) is not None}
+    if not splits and is_remote(root):
+        raise UserError(f"{root}: the folders of a URL cannot be looked through; give tables train.csv and val.csv")
     splits = splits or {name: _tree(Path(root), name) for name in ("train", "val") if (Path(root) / name).is_dir()}
     splits = splits or _held_out(_tree(Path(root), ""), val_share, seed)
     if split not in splits:
@@ -79,25 +83,25 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _table(root: Path, split: str) -> list[Row] | None:
+def _table(root: str, split: str) -> list[Row] | None:
     """Rows of `split.csv` or `split.jsonl`, if there is one; raises UserError."""
     for suffix, read in ((".csv", _read_csv), (".jsonl", _read_jsonl)):
-        file = root / f"{split}{suffix}"
-        if file.is_file():
+        file = join(root, f"{split}{suffix}")
+        if exists(file):
             return [_row(f"{file}:{number}", fields) for number, fields in read(file)]
     return None
 
 
-def _read_csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(read_lines(str(file)), skipinitialspace=True)
+def _read_csv(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(read_lines(file), skipinitialspace=True)
     if not {"path", "label"} <= set(reader.fieldnames or ()):
         raise UserError(f"{file}:1: expected a header with path and label, and start and end if wanted")
     for fields in reader:
         yield reader.line_num, fields
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_lines(str(file)), start=1):
+def _read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(read_lines(file), start=1):
         if line.strip():
             try:
                 fields = json.loads(line)

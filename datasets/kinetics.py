@@ -6,6 +6,7 @@ import csv
 import os
 
 from mgvideo.errors import UserError
+from mgvideo.paths import join
 
 from .decoders import Decoder
 from .lists import check_root, find_videos, read_classes, read_lines, video_list
@@ -29,7 +30,7 @@ def kinetics(
     name them) or `ID`. Clips that are not there are left out and counted in `notes`. Raises UserError.
     """
     check_root(root)
-    file = os.path.join(root, list_file)
+    file = join(root, list_file)
     lines = read_lines(file)
     if not lines or not set(next(csv.reader(lines[:1]), [])) >= COLUMNS:
         return video_list(root, list_file, num_classes, classes_file, decoder=decoder, flip=flip)
@@ -37,7 +38,7 @@ def kinetics(
     for number, row in enumerate(rows, start=2):
         if not row["label"] or not row["youtube_id"] or not (row["time_start"] or "").replace(".", "").isdigit():
             raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {row}")
-    names = read_classes(os.path.join(root, classes_file)) or sorted({row["label"] for row in rows})
+    names = read_classes(join(root, classes_file)) or sorted({row["label"] for row in rows})
     if len(names) != num_classes:
         raise UserError(
             f"{file}: {len(names)} classes, not {num_classes}; name them, one a line, in {classes_file}, "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from mgvideo.errors import UserError
+from mgvideo.paths import exists, is_remote, join, plain, read_bytes
 
 from .decoders import Decoder
 from .sampling import Sampling
@@ -25,16 +25,16 @@ def video_list(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> VideoDataset:
-    """The videos of a list file; paths in it, and the file itself, are relative to `root`.
+    """The videos of a list file; paths in it, and the file itself, are relative to `root`, or absolute, or URLs.
 
     A line is `path label`, separated by spaces, a tab or a comma; the last separator counts, so that paths may hold
     spaces. Several labels are joined by `;`. Class names are the lines of `classes_file`, if it is there. Without
     `num_classes` the names count them, or else the highest label.
     """
     check_root(root)
-    file = os.path.join(root, list_file)
+    file = join(root, list_file)
     entries = read_list(file, multi_label)
-    names = read_classes(os.path.join(root, classes_file))
+    names = read_classes(join(root, classes_file))
     classes = num_classes or len(names) or 1 + max(max(_labels(entry)) for _, entry in entries)
     for number, entry in entries:
         if not 0 <= min(_labels(entry)) <= max(_labels(entry)) < classes:
@@ -66,13 +66,19 @@ def read_list(file: str, multi_label: bool) -> list[tuple[int, Entry]]:
 
 
 def check_root(root: str) -> None:
-    """Raise UserError where a dataset's folder is missing."""
-    if not os.path.isdir(root):
+    """Raise UserError where a dataset's folder is missing; whether a remote one is there, its files will tell."""
+    if not is_remote(root) and not os.path.isdir(plain(root)):
         raise UserError(f"dataset.root: no folder {root}; set dataset.root to where the videos are")
 
 
 def find_videos(root: str, top: str = "") -> list[str]:
-    """Paths under `root`, relative to it, of the video files in its folder `top`, at any depth, sorted."""
+    """Paths under `root`, relative to it, of the video files in its folder `top`, at any depth, sorted.
+
+    Raises UserError where the root is a URL: not every server lists what it has.
+    """
+    if is_remote(root):
+        raise UserError(f"{root}: the files of a URL cannot be looked for; name them in a list file (docs/datasets)")
+    root = plain(root)
     found, seen = [], set()
     for folder, folders, names in os.walk(os.path.join(root, top), followlinks=True):
         place = os.path.realpath(folder)
@@ -87,7 +93,7 @@ def find_videos(root: str, top: str = "") -> list[str]:
 def read_lines(file: str) -> list[str]:
     """Lines of a text file; raises UserError."""
     try:
-        return Path(file).read_text(encoding="utf-8").splitlines()
+        return read_bytes(file).decode("utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -96,7 +102,7 @@ def read_lines(file: str) -> list[str]:
 
 def read_classes(file: str) -> list[str]:
     """Class names, one a line, in the order of their labels; none where there is no such file."""
-    return [line.strip() for line in read_lines(file) if line.strip()] if os.path.isfile(file) else []
+    return [line.strip() for line in read_lines(file) if line.strip()] if exists(file) else []
 
 
 def _labels(entry: Entry) -> Sequence[int]:

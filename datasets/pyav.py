@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgvideo.paths import local
+
 from .videofile import Box, DecodeError, Video, check_file, errors_over, read_size
 
 
@@ -19,25 +21,25 @@ class PyAV:
 
     def open(self, path: str, short_side: int | None = None) -> PyAVVideo:
         """See `Decoder.open`."""
-        check_file(path)
         with errors_over(path):
-            return PyAVVideo(path, short_side)
+            check_file(path, copy := local(path))
+            return PyAVVideo(path, copy, short_side)
 
 
 class PyAVVideo(Video):
-    """A video open in PyAV.
+    """A video open in PyAV: `local` is the file that is read, `path` what it is known by.
 
     `times`: when each frame is displayed, in ticks of the file's clock. `turns`: quarter turns counter-clockwise that
     set the stored picture upright. `plain`: seeking back finds the beginning, and no frame is stored after a keyframe
     that it is shown before.
     """
 
-    def __init__(self, path: str, short_side: int | None) -> None:
-        self.path = path
+    def __init__(self, path: str, local: str, short_side: int | None) -> None:
+        self.path, self.local = path, local
         self.frame: Any = None  # where the decoder stands
         self.wanted: set[int] | None = None  # times of frames to decode; None: all
         self.reformatter = av.video.reformatter.VideoReformatter()
-        self.container = av.open(path)
+        self.container = av.open(local)
         try:
             self._examine(short_side)
         except BaseException:
@@ -121,7 +123,7 @@ class PyAVVideo(Video):
     def _rewind(self) -> None:
         """To the first frame, whatever the format makes of seeking there."""
         self.container.close()
-        self.container = av.open(self.path)
+        self.container = av.open(self.local)
         self._choose_stream()
         self.decoded = self._decode()
         self.frame = next(self.decoded, None)

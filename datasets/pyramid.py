@@ -21,6 +21,7 @@ from typing import Any
 import av
 
 from mgvideo.errors import UserError
+from mgvideo.paths import is_remote, join, plain, read_bytes, relative
 
 from .parallel import Progress, parallel, silent
 from .pyav import PyAV
@@ -61,7 +62,7 @@ class Pyramid:
     """A decoder that opens a level of the pyramid in `folder` in place of the original under `root`."""
 
     def __init__(self, folder: str, root: str, decoder: Decoder) -> None:
-        self.folder, self.root, self.decoder = Path(folder), os.path.abspath(root), decoder
+        self.folder, self.root, self.decoder = folder, root, decoder
         self.layout, rows = read_manifest(self.folder)
         self.short_sides = {row.path: row.short_side for row in rows if not row.failure}
 
@@ -71,9 +72,9 @@ class Pyramid:
 
     def locate(self, path: str, short_side: int | None) -> str:
         """The file that is read in place of an original for a short side: a level of it, or the original."""
-        name = os.path.relpath(os.path.abspath(path), self.root)
+        name = relative(path, self.root)
         side = self._side(self.short_sides.get(name), short_side)
-        return path if side is None else str(level_path(self.folder, side, name))
+        return path if side is None else level_path(self.folder, side, name)
 
     def _side(self, original: int | None, drawn: int | None) -> int | None:
         """The smallest level that is enlarged no more than the base grid enlarges the original at its largest."""
@@ -97,7 +98,9 @@ def build(
     `estimate` is told, once a few videos are done, how many bytes all will take; UserError where there is no room.
     A video that cannot be encoded keeps its place in the manifest, with the reason.
     """
-    place = Path(folder)
+    if is_remote(folder):
+        raise UserError(f"{folder}: build the pyramid in a local folder, and copy it there as it is")
+    place = Path(plain(folder))
     outside = next((path for path in paths if os.path.normpath(path).split(os.sep)[0] in ("", os.pardir)), None)
     if outside is not None:
         raise UserError(f"{outside} is not under {root}: a pyramid holds what is; set dataset.root to a folder above")
@@ -119,16 +122,16 @@ def build(
     return [done[path] for path in paths if path in done]
 
 
-def level_path(folder: Path, side: int, name: str) -> Path:
-    """Where a level of a video is."""
-    return folder / f"short{side}" / f"{name}.mp4"
+def level_path(folder: str, side: int, name: str) -> str:
+    """Where a level of a video is: a file or a URL."""
+    return join(folder, f"short{side}/{name}.mp4")
 
 
-def read_manifest(folder: Path) -> tuple[Layout, list[Row]]:
-    """A pyramid's layout and rows; raises UserError."""
+def read_manifest(folder: str) -> tuple[Layout, list[Row]]:
+    """The layout and rows of a pyramid, in a folder or at a URL; raises UserError."""
     try:
-        layout = json.loads((folder / "layout.json").read_text())
-        lines = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+        layout = json.loads(read_bytes(join(folder, "layout.json")))
+        lines = read_bytes(join(folder, "rows.jsonl")).decode("utf-8").splitlines()
     except OSError:
         raise UserError(f"dataset.pyramid: no pyramid in {folder}; build it with tools/prepare_data.py") from None
     rows = {}
@@ -147,7 +150,7 @@ def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
         (folder / "rows.jsonl").touch()
         (folder / "layout.json").write_text(json.dumps(asdict(layout)) + "\n")
         return {}
-    old, rows = read_manifest(folder)
+    old, rows = read_manifest(str(folder))
     if old != layout:
         raise UserError(f"{folder}: holds a pyramid of levels {old.sides}, not {layout.sides}; choose another folder")
     # rewritten whole, so that what comes next does not continue an unfinished line
@@ -161,8 +164,11 @@ def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, R
     """Bytes that the levels of `paths` will take, from those that are done; raises UserError where there is no room."""
     rows = [done[path] for path in paths if path in done]
     ratio = sum(row.level_bytes for row in rows) / max(1, sum(row.bytes for row in rows))
-    sizes = [os.path.getsize(file) for path in paths if os.path.isfile(file := os.path.join(root, path))]
-    total, made = round(ratio * sum(sizes)), sum(row.level_bytes for row in rows)
+    if is_remote(root):  # not asked of the server for each
+        size = len(paths) * sum(row.bytes for row in rows) // max(1, len(rows))
+    else:
+        size = sum(os.path.getsize(file) for path in paths if os.path.isfile(file := join(root, path)))
+    total, made = round(ratio * size), sum(row.level_bytes for row in rows)
     free = shutil.disk_usage(folder).free
     if total - made > free:
         raise UserError(f"{folder}: the pyramid needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
@@ -171,17 +177,17 @@ def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, R
 
 def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
     """Encode and verify all levels of one video; they appear under their names when they are whole."""
-    source = os.path.join(root, name)
+    source = join(root, name)
     parts: dict[Path, Path] = {}
     try:
         with PyAV().open(source) as video:
-            short_side, frames = min(video.height, video.width), video.frames
+            short_side, frames, original = min(video.height, video.width), video.frames, video.local
         for side in layout.sides:
-            final = level_path(Path(folder), side, name)
+            final = Path(level_path(folder, side, name))
             final.parent.mkdir(parents=True, exist_ok=True)
             parts[final] = final.with_name(f".{final.name}.part.mp4")
         _encode(
-            source, [(part, min(side, short_side)) for part, side in zip(parts.values(), layout.sides, strict=True)]
+            original, [(part, min(side, short_side)) for part, side in zip(parts.values(), layout.sides, strict=True)]
         )
         for part in parts.values():
             with PyAV().open(str(part)) as level:
@@ -194,7 +200,7 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
         for part in parts.values():
             part.unlink(missing_ok=True)
         return Row(name, failure=error.reason if isinstance(error, DecodeError) else str(error))
-    return Row(name, short_side, frames, os.path.getsize(source), level_bytes)
+    return Row(name, short_side, frames, os.path.getsize(original), level_bytes)
 
 
 def _encode(source: str, targets: Sequence[tuple[Path, int]]) -> None:

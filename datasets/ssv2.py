@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from mgvideo.errors import UserError
+from mgvideo.paths import join
 
 from .decoders import Decoder
 from .lists import check_root, read_lines
@@ -28,11 +29,11 @@ def ssv2(
     have a direction. Raises UserError.
     """
     check_root(root)
-    places = {name: int(place) for name, place in _read_json(os.path.join(root, labels), dict).items()}
+    places = {name: int(place) for name, place in _read_json(join(root, labels), dict).items()}
     names = sorted(places, key=places.__getitem__)
     if sorted(places.values()) != list(range(len(places))):
-        raise UserError(f"{os.path.join(root, labels)}: labels must be numbered from 0 to {len(places) - 1}")
-    file = os.path.join(root, annotations)
+        raise UserError(f"{join(root, labels)}: labels must be numbered from 0 to {len(places) - 1}")
+    file = join(root, annotations)
     entries = []
     for number, item in enumerate(_read_json(file, list), start=1):
         if not isinstance(item, dict) or not {"id", "template"} <= set(item):

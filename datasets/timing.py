@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mgvideo.clips import ClipRequest, Sample
+from mgvideo.paths import local
 
 from .sampling import choose, clip_indices
 from .video import VideoDataset
@@ -109,7 +110,7 @@ class DecodeOnly:
         if self.locate is not None:
             path = self.locate(path, choice.short_side)
         with self.clock.measure("decode"):
-            self.decode(path, lambda frames: clip_indices(request, choice, self.dataset.sampling, 0, frames))
+            self.decode(local(path), lambda frames: clip_indices(request, choice, self.dataset.sampling, 0, frames))
         return Sample(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(()), request.index)
 
 

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from mgvideo.clips import ClipRequest, Failure, Sample
 from mgvideo.errors import UserError
+from mgvideo.paths import join
 
 from .decoders import DecodeError, Decoder, Decord
 from .sampling import Sampling, choose, clip_indices, crop_boxes, frame_span
@@ -56,8 +57,8 @@ class VideoDataset:
         return len(self._paths)
 
     def path(self, index: int) -> str:
-        """Where a video is."""
-        return os.path.join(self.root, os.fsdecode(self._paths[index]))
+        """Where a video is: a file or a URL."""
+        return join(self.root, os.fsdecode(self._paths[index]))
 
     @property
     def timed(self) -> bool:

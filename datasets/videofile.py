@@ -113,12 +113,16 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def check_file(path: str) -> None:
-    """Raise DecodeError where there is no file to decode: libraries say less, and some hang on a pipe."""
+def check_file(path: str, local: str | None = None) -> None:
+    """Raise DecodeError where there is no file to decode: libraries say less, and some hang on a pipe.
+
+    `local` is the copy to look at where the path is a URL.
+    """
+    local = local or path
     with errors_over(path):
-        os.stat(path)
-        if not os.path.isfile(path):
+        os.stat(local)
+        if not os.path.isfile(local):
             raise DecodeError(path, "not a file")
-        with open(path, "rb") as file:
+        with open(local, "rb") as file:
             if not file.read(1):
                 raise DecodeError(path, "empty file")

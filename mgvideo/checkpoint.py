@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -18,8 +18,15 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .paths import is_remote, read_bytes
 
 _NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's file name, None for any other file."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def _to_cpu(item: Any) -> Any:
@@ -92,18 +99,19 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors on the CPU.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint, a file or a URL; tensors on the CPU.
 
     Raises:
         UserError: no such file, one that is not what was written, or one with code in it.
     """
     try:
-        path = path.resolve()  # best.pt is a link
-        data = path.read_bytes()
-        expected = _digest(path).read_text().split()
+        if not is_remote(path):
+            path = Path(path).resolve()  # best.pt is a link
+        data = read_bytes(path)
+        expected = read_bytes(re.sub(r"\.pt$", ".sha256", str(path))).decode().split()
     except OSError as error:
-        raise UserError(f"cannot read checkpoint {error.filename}: {error.strerror}") from error
+        raise UserError(f"cannot read checkpoint {error.filename or path}: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest() not in expected:
         raise UserError(f"checkpoint {path} is damaged: its content does not match its checksum")
     try:
@@ -118,18 +126,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of a run: the newest `keep`, and the best, which `best.pt` links to.
 
-    Each holds `made_of`, the flat config that a resumed run must share.
+    Each holds `made_of`, the flat config that a resumed run must share. `written` is called after each.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, made_of: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 3,
+        made_of: Mapping[str, Any] | None = None,
+        written: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.keep, self.made_of = folder.resolve(), keep, dict(made_of or {})
         self.best = self.folder / "best.pt"
+        self.written = written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, in order."""
-        return sorted(int(m[1]) for path in self.folder.glob("step_*.pt") if (m := _NAME.fullmatch(path.name)))
+        return sorted(step for path in self.folder.glob("step_*.pt") if (step := step_of(path.name)) is not None)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
@@ -176,6 +191,7 @@ class Checkpoints:
             if self.path(old) != self.best.resolve():
                 self.path(old).unlink(missing_ok=True)
                 _digest(self.path(old)).unlink(missing_ok=True)
+        self.written()
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and a warning for each newer one that is not."""

@@ -22,6 +22,7 @@ import torchvision
 from torch import Tensor, nn
 
 from mgvideo.errors import UserError
+from mgvideo.paths import local
 
 from .naming import SOURCES, names
 from .r2plus1d import R2Plus1D, R2Plus1DBottleneck
@@ -36,7 +37,7 @@ LISTED = 20  # so many tensors that do not fit are named, the rest are counted
 def load_pretrained(
     model: nn.Module, weights: str | PathLike[str] | Mapping[str, Tensor], source: str = "auto"
 ) -> None:
-    """Set a network's weights from a local file, from tensors by name, or from torchvision's by their own name.
+    """Set a network's weights from a file or a URL, from tensors by name, or from torchvision's by their own name.
 
     `source` says whose names the tensors bear: `mgvideo`, `pyslowfast`, `caffe2`, `pytorchvideo`, `torchvision`, or
     `auto`. torchvision's own weights, as `R2Plus1D_18_Weights.KINETICS400_V1`, are downloaded. An image network's
@@ -114,6 +115,7 @@ def read(path: str | PathLike[str]) -> Any:
     try:
         if re.fullmatch(r"\w+_Weights\.\w+", str(path)):
             return torchvision.models.get_weight(str(path)).get_state_dict(progress=False, check_hash=True)
+        path = local(path)
         with open(path, "rb") as file:
             if not zipfile.is_zipfile(file):
                 file.seek(0)

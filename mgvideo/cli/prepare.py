@@ -25,6 +25,7 @@ from mgvideo.datasets.pyramid import Layout, Row, build
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
+from mgvideo.paths import exists, relative
 from mgvideo.plan import require
 
 from . import app, keys
@@ -213,7 +214,7 @@ def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
     def estimate(level_bytes: int) -> None:
         print(f"the levels of those left will take about {_size(level_bytes)}", flush=True)
 
-    names = [os.path.relpath(path, root) for path in paths]
+    names = [relative(path, root) for path in paths]
     with Progress("pyramid") as progress:
         rows = build(str(given.out), root, names, layout, given.processes, progress, estimate)
     _say_rows(rows, cfg.dataset.max_bad_fraction)
@@ -282,9 +283,9 @@ def _list_lines(dataset: VideoDataset) -> list[str]:
     if dataset.labels.ndim != 1 or dataset.timed:
         raise UserError("a list holds one label a video and no times, and this dataset has more: use it as it is")
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at a time
-        there = list(pool.map(os.path.isfile, map(dataset.path, range(len(dataset)))))
+        there = list(pool.map(exists, map(dataset.path, range(len(dataset)))))
     places = [i for i, found in enumerate(there) if found]
-    return [f"{os.path.relpath(dataset.path(i), dataset.root)} {dataset.labels[i]}\n" for i in places]
+    return [f"{relative(dataset.path(i), dataset.root)} {dataset.labels[i]}\n" for i in places]
 
 
 def _annotation(cfg: DictConfig, split: str) -> str:

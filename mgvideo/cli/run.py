@@ -25,6 +25,7 @@ from mgvideo.distributed import gather_objects, joined, rank, world_size
 from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
 from mgvideo.loader import Loader, dead_worker
+from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
 from mgvideo.plan import Grid, Plan
 from mgvideo.plan_table import plan_table
@@ -58,10 +59,11 @@ def run(cfg: DictConfig) -> None:
         check_shares(plan, world_size())
         precision = choose_precision(cfg.precision, device)
         model = build_model(cfg, precision)
-        folder = Path(cfg.output_dir)
-        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data))
-        with sole_folder(folder), explained(folder, checkpoints):
-            state, warnings = resumed(cfg, checkpoints)
+        mirror = Mirror(cfg.output_dir)
+        folder = mirror.folder
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data), mirror.push)
+        with sole_folder(folder), explained(folder, checkpoints), mirror.kept():
+            state, warnings = resumed(cfg, checkpoints, mirror)
             write_plan(cfg, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
@@ -152,16 +154,16 @@ def made_of(cfg: DictConfig, data: Data) -> dict[str, Any]:
     return flat
 
 
-def resumed(cfg: DictConfig, checkpoints: Checkpoints) -> tuple[dict | None, list[str]]:
+def resumed(cfg: DictConfig, checkpoints: Checkpoints, mirror: Mirror) -> tuple[dict | None, list[str]]:
     """The state to go on from, the same on all ranks, and warnings about checkpoints that were passed over."""
     if cfg.resume == "never":
         return None, []
-    path, warnings = Path(cfg.resume), []
+    path, warnings = cfg.resume, []
     if cfg.resume == "auto":
         newest, warnings = gather_objects(checkpoints.newest() if rank() == 0 else None)[0]
         if newest is None:
             return None, warnings
-        path = newest
+        path = mirror.source(newest)
     state = read_checkpoint(path)
     differing = differences(state["made_of"], checkpoints.made_of)
     if differing and cfg.checkpoint.strict:

@@ -48,7 +48,7 @@ def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, n
     with PyAV().open(str(originals / name)) as video:
         short, fps = min(video.height, video.width), video.fps
     for side in LAYOUT.sides:
-        with PyAV().open(str(level_path(pyramid, side, name))) as level:
+        with PyAV().open(level_path(str(pyramid), side, name)) as level:
             assert abs(min(level.height, level.width) - min(side, short)) <= 1
             assert level.frames == 40
             assert level.fps == pytest.approx(fps, rel=0.05)
@@ -79,7 +79,7 @@ def test_a_reader_takes_the_smallest_level_that_is_sharp_enough(
 
     path = str(originals / name)
     Pyramid(str(pyramid), str(originals), Spy()).open(path, drawn)
-    assert opened == [path if side is None else str(level_path(pyramid, side, name))]
+    assert opened == [path if side is None else level_path(str(pyramid), side, name)]
 
 
 @pytest.mark.parametrize("decoder", [PyAV(), Decord()])
@@ -98,7 +98,7 @@ def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tm
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
-    kept = level_path(tmp_path, 40, json.loads(lines[0])["path"])
+    kept = Path(level_path(str(tmp_path), 40, json.loads(lines[0])["path"]))
     before = kept.stat().st_mtime_ns
     calls: list[tuple[int, int]] = []
     rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total)))
@@ -120,7 +120,7 @@ def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: P
     rows = build(str(folder), str(root), ["cut.mp4", "gone.mp4", "whole.mp4"], LAYOUT, 2, estimate=estimates.append)
     assert [bool(row.failure) for row in rows] == [True, True, False]
     assert "No such file" in rows[1].failure
-    made = sum(level_path(folder, side, "whole.mp4").stat().st_size for side in LAYOUT.sides)
+    made = sum(Path(level_path(str(folder), side, "whole.mp4")).stat().st_size for side in LAYOUT.sides)
     assert rows[2].level_bytes == made
     assert estimates[0] == pytest.approx(made * (len(whole) + 400) / len(whole), rel=0.01)
     assert {path.name for path in folder.rglob("*.mp4")} == {"whole.mp4.mp4"}
