@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TABLES ?= schedules tradeoff generality ablations
 
-.PHONY: train test lint format clean
+.PHONY: train test reproduce lint format clean
 .DEFAULT_GOAL := train
 
 train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multigrid
@@ -12,6 +13,9 @@ train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multi
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+reproduce: $(READY)  ## the paper's tables on Motion, hours on 2 cores: TABLES picks some, ARGS goes to tools/reproduce.py
+	failed=0; for table in $(TABLES); do $(BIN)/python tools/reproduce.py table=$$table $(ARGS) || failed=1; done; exit $$failed
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

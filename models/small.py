@@ -26,6 +26,14 @@ def i3d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> Res
     return ResNet3d(num_classes, 5, ((3,), (3,)), width=width, dropout=dropout, temporal_pool=True)
 
 
+def i3d_nln_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> ResNet3d:
+    """I3D of two stages, a non-local block after the second."""
+    blocks = {"res3": [0]}
+    return ResNet3d(
+        num_classes, 5, ((3,), (3,)), width=width, dropout=dropout, temporal_pool=True, nonlocal_blocks=blocks
+    )
+
+
 def r2plus1d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> R2Plus1D:
     """R(2+1)D of four blocks in three stages."""
     return R2Plus1D(num_classes, (1, 1, 2), width=width, dropout=dropout)

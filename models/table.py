@@ -56,6 +56,7 @@ ROWS = (
     Row("r2plus1d_r50", 16, 256, 28_107_600, gflops=76.45),
     Row("slowfast_small", 16, 64, classes=8),
     Row("i3d_small", 16, 64, classes=8),
+    Row("i3d_nln_small", 16, 64, classes=8),
     Row("r2plus1d_small", 16, 64, classes=8),
 )
 

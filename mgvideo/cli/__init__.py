@@ -18,6 +18,7 @@ PROGRAMS = {
     "run": "train and test a network",
     "plan": "show the plan of a run before paying for it",
     "prepare": "check a dataset, build its pyramid, list it, or make the embedded one",
+    "reproduce": "run a table of the paper and report it",
     "benchmark": "measure what the loader delivers at each grid of a plan",
 }
 

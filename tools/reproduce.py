@@ -1,0 +1,8 @@
+"""Run a table's cells and report them: python tools/reproduce.py table=NAME [preset=NAME] [key=value] …"""
+
+import sys
+
+from mgvideo.cli.reproduce import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
