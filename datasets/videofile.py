@@ -103,10 +103,9 @@ def errors_over(path: str) -> Iterator[None]:
     """Turn whatever a library raises over a file into a DecodeError."""
     try:
         yield
-    except OSError as error:
-        raise DecodeError(path, error.strerror or _first_line(error)) from None
-    except (RuntimeError, ValueError, LookupError, AssertionError) as error:
-        raise DecodeError(path, _first_line(error)) from None
+    except (OSError, RuntimeError, ValueError, LookupError, AssertionError) as error:
+        # FFmpeg's errors, of several kinds, have the words alone there, without path and number
+        raise DecodeError(path, getattr(error, "strerror", None) or _first_line(error)) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -7,11 +7,10 @@ import os
 import random
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
-from videos import number_of, write
+from videos import FILES, bad_files, number_of, odd_files, write, write_turned
 
 from mgvideo.datasets.decoders import Box, DecodeError, Decoder, Decord, PyAV, TorchCodec
 from mgvideo.errors import UserError
@@ -28,36 +27,11 @@ DECODERS = available()
 NAMES = [type(decoder).__name__ for decoder in DECODERS]
 each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
 
-FILES = {
-    "plain": {"options": {"g": "12"}},
-    "b-frames": {"options": {"g": "250", "bf": "3", "b_strategy": "0"}},
-    "open gop": {"options": {"x264-params": "open-gop=1:keyint=10:bframes=3:b-adapt=0"}},
-    "all keyframes": {"options": {"g": "1"}},
-    "no b-frames": {"options": {"g": "8", "bf": "0", "tune": "fastdecode"}},
-    "variable frame rate": {"times": lambda i: i + 2 * (i // 7) + (i > 20) * 13},
-    "late start": {"times": lambda i: i + 37},
-    "odd size": {"height": 61, "width": 83, "pix_fmt": "yuv444p"},
-    "4:4:4": {"pix_fmt": "yuv444p"},
-    "10 bit": {"pix_fmt": "yuv420p10le"},
-    "one frame": {"frames": 1},
-    "mpeg-4": {"codec": "mpeg4", "options": {"g": "10", "qscale": "2", "flags": "qscale"}},
-    "avi.avi": {"codec": "mpeg4", "options": {"g": "10"}},
-    "h.265": {"codec": "libx265", "options": {"g": "12", "x265-params": "log-level=none"}},
-    "b-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
-    "stream.ts": {"options": {"bf": "3", "g": "250"}},
-    "av1": {"codec": "libsvtav1", "options": {"preset": "12", "g": "10", "svtav1-params": "lp=1"}},
-    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
-    "mkv.mkv": {"options": {"g": "12"}},
-    "large": {"height": 202, "width": 310},
-    "spaces and ünïcode 視頻": {},
-}
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
-    names = {name: name if "." in name and name != "h.265" else f"{name}.mp4" for name in FILES}
-    return {name: str(write(folder / names[name], **options)) for name, options in FILES.items()}
+    return {name: str(path) for name, path in odd_files(folder).items()}
 
 
 @each_decoder
@@ -94,38 +68,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 @each_decoder
 def test_a_rotated_video_comes_upright(tmp_path: Path, decoder: Decoder) -> None:
     upright = str(write(tmp_path / "upright.mp4", frames=5))
-    turned = str(tmp_path / "turned.mp4")
-    with av.open(upright) as source, av.open(turned, "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        stream.set_display_rotation(90)
-        for packet in source.demux(video=0):
-            if packet.size:
-                packet.stream = stream
-                target.mux(packet)
+    turned = str(write_turned(tmp_path / "turned.mp4", frames=5))
     with decoder.open(upright, 12) as video:
         expected = torch.rot90(video.read([3]), 1, (1, 2))
     with decoder.open(turned, 12) as video:
         assert (video.height, video.width) == (16, 12)
         assert psnr(video.read([3]).numpy().astype(float), expected.numpy().astype(float)) > 35
-
-
-def bad_files(folder: Path) -> dict[str, Path]:
-    """Paths that hold no readable video."""
-    whole = write(folder / "whole.mp4", options={"g": "12"}).read_bytes()
-    paths = {name: folder / f"{name}.mp4" for name in ("empty", "text", "truncated", "no moov", "audio only", "loop")}
-    paths["empty"].write_bytes(b"")
-    paths["text"].write_text("not a video\n" * 100)
-    paths["truncated"].write_bytes(whole[: len(whole) // 2])
-    paths["no moov"].write_bytes(whole[: whole.index(b"moov") - 4])
-    with av.open(str(paths["audio only"]), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        sound.sample_rate = 16000
-        container.mux(stream.encode(sound))
-        container.mux(stream.encode())
-    paths["loop"].symlink_to(paths["loop"])
-    os.mkfifo(folder / "pipe.mp4")
-    return paths | {"missing": folder / "missing.mp4", "directory": folder, "pipe": folder / "pipe.mp4"}
 
 
 REASONS = {

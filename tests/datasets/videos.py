@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -53,3 +54,68 @@ def write(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_turned(path: Path, **options: Any) -> Path:
+    """Write a video of numbered frames that is to be shown turned by a quarter, as its metadata say."""
+    with av.open(str(write(path.with_suffix(".upright.mp4"), **options))) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.set_display_rotation(90)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    return path
+
+
+# videos that are unusual and in order: arguments of `write`
+FILES: dict[str, dict[str, Any]] = {
+    "plain": {"options": {"g": "12"}},
+    "b-frames": {"options": {"g": "250", "bf": "3", "b_strategy": "0"}},
+    "open gop": {"options": {"x264-params": "open-gop=1:keyint=10:bframes=3:b-adapt=0"}},
+    "all keyframes": {"options": {"g": "1"}},
+    "no b-frames": {"options": {"g": "8", "bf": "0", "tune": "fastdecode"}},
+    "variable frame rate": {"times": lambda i: i + 2 * (i // 7) + (i > 20) * 13},
+    "late start": {"times": lambda i: i + 37},
+    "odd size": {"height": 61, "width": 83, "pix_fmt": "yuv444p"},
+    "4:4:4": {"pix_fmt": "yuv444p"},
+    "10 bit": {"pix_fmt": "yuv420p10le"},
+    "one frame": {"frames": 1},
+    "mpeg-4": {"codec": "mpeg4", "options": {"g": "10", "qscale": "2", "flags": "qscale"}},
+    "avi.avi": {"codec": "mpeg4", "options": {"g": "10"}},
+    "h.265": {"codec": "libx265", "options": {"g": "12", "x265-params": "log-level=none"}},
+    "b-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
+    "stream.ts": {"options": {"bf": "3", "g": "250"}},
+    "av1": {"codec": "libsvtav1", "options": {"preset": "12", "g": "10", "svtav1-params": "lp=1"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},
+    "mkv.mkv": {"options": {"g": "12"}},
+    "large": {"height": 202, "width": 310},
+    "spaces and ünïcode 視頻": {},
+}
+
+
+def odd_files(folder: Path) -> dict[str, Path]:
+    """Write FILES into a folder."""
+    names = {name: name if "." in name and name != "h.265" else f"{name}.mp4" for name in FILES}
+    return {name: write(folder / names[name], **options) for name, options in FILES.items()}
+
+
+def bad_files(folder: Path) -> dict[str, Path]:
+    """Paths that hold no readable video."""
+    whole = write(folder / "whole.mp4", options={"g": "12"}).read_bytes()
+    paths = {name: folder / f"{name}.mp4" for name in ("empty", "text", "truncated", "no moov", "audio only", "loop")}
+    paths["empty"].write_bytes(b"")
+    paths["text"].write_text("not a video\n" * 100)
+    paths["truncated"].write_bytes(whole[: len(whole) // 2])
+    paths["no moov"].write_bytes(whole[: whole.index(b"moov") - 4])
+    with av.open(str(paths["audio only"]), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    paths["loop"].symlink_to(paths["loop"])
+    paths |= {name: folder / f"{name}.mp4" for name in ("missing", "directory", "pipe")}
+    paths["directory"].mkdir()
+    os.mkfifo(paths["pipe"])
+    return paths

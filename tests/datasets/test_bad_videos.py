@@ -1,0 +1,92 @@
+"""The run program over a dataset with everything that may be wrong with a file: what it names, and what it does not."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+from training import TINY
+from videos import bad_files, odd_files, write, write_turned
+
+from mgvideo.cli.run import main
+from mgvideo.datasets.decoders import TorchCodec
+from mgvideo.errors import UserError
+
+PLAIN = 6
+RUN = [
+    *(argument for argument in TINY if "knobs" not in argument),
+    *("dataset=kinetics400", "dataset.num_classes=8", "loader.workers=0", "loader.max_clips_per_step=16"),
+    *("precision=fp32", "train.precise_bn_batches=0", "train.evals_per_phase=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
+    """Files by what they are: `good` and `bad` ones to train on, `missing` ones to test on; lists of them all."""
+    root = tmp_path_factory.mktemp("bad")
+    good = {f"plain {i}": write(root / f"train/plain {i}.mp4", options={"g": "12"}) for i in range(PLAIN)}
+    good |= odd_files(root / "train")
+    good["rotated"] = write_turned(root / "train/rotated.mp4", frames=40)
+    good["five frames"] = write(root / "train/five frames.mp4", frames=5)
+    good["linked"] = root / "train/linked.mp4"
+    good["linked"].symlink_to(good["plain 0"])
+    bad = bad_files(root / "train")
+    forbidden = write(root / "train/forbidden.mp4")
+    forbidden.chmod(0)
+    (good if os.access(forbidden, os.R_OK) else bad)["forbidden"] = forbidden  # root may read anything
+    missing = bad_files(root / "val")
+    twice = [good["plain 0"], good["av1"], bad["text"]]
+    for name, listed in (
+        ("train", [*good.values(), *bad.values(), *twice]),
+        ("val", [*good.values(), *missing.values()]),
+    ):
+        lines = [f"{path.relative_to(root)} {label % 8}\n" for label, path in enumerate(listed)]
+        (root / f"{name}.csv").write_text("".join(lines))
+    return {"root": {"": root}, "good": good, "bad": bad, "missing": missing}
+
+
+def named(folder: Path, root: Path, top: str) -> dict[str, str]:
+    """The paths in bad_videos.csv that lie under a folder of the dataset, and the reasons given."""
+    with open(folder / "bad_videos.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["path"]: row["reason"] for row in rows if Path(row["path"]).is_relative_to(root / top)}
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord", "torchcodec"])
+def test_training_survives_every_file_and_names_the_bad_ones(
+    paths: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+) -> None:
+    if decoder == "torchcodec":
+        try:
+            TorchCodec()
+        except UserError as error:
+            pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    root = paths["root"][""]
+    more = [f"dataset.root={root}", f"decoder={decoder}", "dataset.max_bad_fraction=1", "output_dir=out"]
+    main([*RUN, *more, "base.epochs=4", "base.lr_steps=[0,2]"])
+    found = named(tmp_path / "out", root, "train")
+    assert set(found) == {str(path) for path in paths["bad"].values()}
+    assert all(found.values()), "each with a reason"
+    lost = named(tmp_path / "out", root, "val")
+    assert set(lost) == {str(path) for path in paths["missing"].values()}
+    report = (tmp_path / "out/report.md").read_text()
+    told = [line for line in report.splitlines() if line.startswith("- bad video, counted as wrong: ")]
+    assert sorted(told) == sorted(f"- bad video, counted as wrong: {path}: {reason}" for path, reason in lost.items())
+
+
+def test_too_many_bad_videos_end_the_run_with_one_line(
+    paths: dict[str, dict[str, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main([*RUN, f"dataset.root={paths['root']['']}", "decoder=pyav", "output_dir=out"])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "clips could not be read, more than dataset.max_bad_fraction=0.05: see out/bad_videos.csv" in line
+    assert len(named(tmp_path / "out", paths["root"][""], "train")) > 3
