@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -9,6 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .plan import Grid
+
+WRONG = 0.05  # relative error of a gradient beyond what bf16's eight bits explain: 0.003 was seen
+SLOW = 1.2  # times float32
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,53 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     else:
         dtype, why = dtypes[name], "as asked"
     return Precision(device, dtype, dtype is not None, why)
+
+
+def conv_faults(model: nn.Module, grids: Iterable[Grid], precision: Precision) -> list[str]:
+    """What this torch gets wrong, or does slower than float32, in convolutions of this precision on this device.
+
+    Some releases do: on CPUs, torch 2.15 reads memory that nobody wrote where it sums the weight gradients of a
+    (1, 7, 7) stem of 8 or 16 channels; on GPUs, torch 2.9.0 was slow in bf16. Tries the model's first layers on two
+    clips of each grid, and on a GPU a deeper layer for its speed, against float32.
+    """
+    if precision.dtype is None:
+        return []
+    faults = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stems = [m for m in model.modules() if isinstance(m, nn.Conv3d) and m.in_channels == 3]
+        for conv in {(m.out_channels, m.kernel_size, m.stride, m.padding): m for m in stems}.values():
+            for grid in {grid.name: grid for grid in grids}.values():
+                clips = torch.randn(2, grid.frames, grid.size, grid.size, 3, device=precision.device)
+                clips = clips.permute(0, 4, 1, 2, 3)
+                error = (_gradient(conv, clips, precision) / _gradient(conv, clips, None) - 1).abs()
+                if not error < WRONG:
+                    faults.append(f"wrong weight gradients of {conv} at {grid.name}")
+        if precision.device.type == "cuda":
+            deep = nn.Conv3d(64, 64, 3, padding=1, bias=False).to(precision.device)
+            deep.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            clips = torch.randn(8, 16, 56, 56, 64, device=precision.device).permute(0, 4, 1, 2, 3)
+            reduced, full = (min(_seconds(deep, clips, p) for _ in range(5)) for p in (precision, None))
+            if reduced > SLOW * full:
+                faults.append(f"convolutions {reduced / full:.1f} times as slow as in float32")
+    return faults
+
+
+def _gradient(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Tensor:
+    """Norm of the weight gradient of the mean square of what `conv` makes of the clips."""
+    # freed memory that holds NaN tells of a kernel that reads what nobody wrote
+    torch.full((4 * clips.numel(),), float("nan"), device=clips.device)
+    weight = conv.weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with precision.autocast() if precision else torch.autocast(clips.device.type, enabled=False):
+        output = nn.functional.conv3d(clips, weight, None, conv.stride, conv.padding)
+    (gradient,) = torch.autograd.grad(output.float().square().mean(), weight)
+    return gradient.norm()
+
+
+def _seconds(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> float:
+    start = time.perf_counter()
+    float(_gradient(conv, clips, precision))
+    return time.perf_counter() - start
 
 
 class Normalize:

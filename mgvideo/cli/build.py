@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
 from mgvideo.microbatch import clips_that_fit
 from mgvideo.plan import Base, Grid, Plan
-from mgvideo.precision import Normalize, Precision
+from mgvideo.precision import Normalize, Precision, conv_faults
 from mgvideo.schedule import Schedule, make_plan
 from mgvideo.tasks import TASKS, Task
 
@@ -78,6 +78,20 @@ def build_model(cfg: DictConfig, precision: Precision) -> nn.Module:
 
         load_pretrained(model, cfg.init_from)
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
+
+
+def trusted(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> tuple[Precision, list[str]]:
+    """The precision, or float32 where `precision=auto` chose what this torch gets wrong, and what to warn of."""
+    grids = [slot.grid for phase in plan.phases for slot in phase.slots]
+    faults = [fault for part in gather_objects(conv_faults(model, grids, precision)) for fault in part]
+    if not faults:
+        return precision, []
+    told = f"torch {torch.__version__} in {precision}: {'; '.join(dict.fromkeys(faults))}"
+    if cfg.precision != "auto":
+        return precision, [f"{told}; choose precision=fp32 or another torch"]
+    precision = replace(precision, dtype=None, channels_last=False, why="see the warning")
+    precision.place(model)
+    return precision, [f"{told}; training in float32 instead"]
 
 
 def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:

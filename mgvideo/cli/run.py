@@ -37,7 +37,7 @@ from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
 
 from . import app
-from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips
+from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
 from .schema import check_values
 
 
@@ -59,6 +59,7 @@ def run(cfg: DictConfig) -> None:
         check_shares(plan, world_size())
         precision = choose_precision(cfg.precision, device)
         model = build_model(cfg, precision)
+        precision, faults = trusted(cfg, model, plan, precision)
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data), mirror.push)
@@ -69,7 +70,7 @@ def run(cfg: DictConfig) -> None:
             step = progress["step"]
             monitor = Monitor(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
             try:
-                for warning in warnings:
+                for warning in [*faults, *warnings]:
                     monitor.say(f"warning: {warning}")
                 announce(cfg, monitor, plan, precision)
                 trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints)
