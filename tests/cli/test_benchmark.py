@@ -9,7 +9,8 @@ import pytest
 from training import KNOBS, TINY
 
 from mgvideo.cli import app
-from mgvideo.cli.benchmark import main, read_keys, run
+from mgvideo.cli.benchmark import main
+from mgvideo.cli.benchmark_loader import read_keys, run
 from mgvideo.cli.build import build_plan
 from mgvideo.clips import ClipRequest
 from mgvideo.datasets.decoders import PyAV
