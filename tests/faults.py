@@ -20,6 +20,8 @@ class Faulty:
         self.read = 0
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked by pickle before there is a dataset
+            raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __len__(self) -> int:

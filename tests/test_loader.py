@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from faults import Faulty
 from training import KNOBS
 
 from mgvideo.clips import ClipRequest, Failure, Sample, View
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
-from mgvideo.loader import Batch, Loader, LoaderOptions, collate
+from mgvideo.errors import UserError
+from mgvideo.loader import Batch, Loader, LoaderOptions, collate, dead_worker
 from mgvideo.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
+METHODS = ["fork", "forkserver", "spawn"]
 
 
 def requests(step: int) -> list[ClipRequest]:
@@ -28,7 +31,7 @@ def telling(samples: Sequence[Sample]) -> Batch:
     return batch._replace(failures=(Failure(0, "", str(batch.clips.is_shared())),))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, method: str) -> None:
     dataset = motion(motion_root, KNOBS, "train", PyAV())
     here = list(Loader(dataset, LoaderOptions(workers=0), collate=telling).open(requests, range(2)))
@@ -39,3 +42,32 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
         assert (a.failures[0].reason, b.failures[0].reason) == ("False", "True")
+
+
+@pytest.mark.parametrize(
+    ("method", "fault", "timeout", "said"),
+    [
+        ("fork", "kill", 60, "a loader worker died"),
+        ("forkserver", "kill", 6, "a loader worker died"),  # noticed after the timeout: it is no child of this process
+        ("spawn", "kill", 60, "a loader worker died"),
+        ("fork", "hang", 1, "a loader worker hangs"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_ends_the_reading_with_one_line(
+    motion_root: str, method: str, fault: str, timeout: float, said: str
+) -> None:
+    dataset = Faulty(motion(motion_root, KNOBS, "train", PyAV()), fault, rank=0, after=7, once=None)
+    options = LoaderOptions(workers=1, start_method=method, timeout=timeout)
+    batches = Loader(dataset, options).open(requests, range(10))
+    assert len(next(batches).clips) == 3
+    with pytest.raises(UserError, match=said) as caught:
+        read(batches)
+    assert "\n" not in str(caught.value)
+
+
+def read(batches: Iterator[Batch]) -> None:
+    try:
+        for _ in batches:
+            pass
+    except RuntimeError as error:  # torch tells of a death wherever this process is, as the run program does
+        raise dead_worker(error) from None
