@@ -47,7 +47,7 @@ class Faulty:
             raise ValueError("a fault made by the tests")
         if self.fault == "hang":
             time.sleep(600)
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP}[self.fault])
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "ask": signal.SIGTERM}[self.fault])
 
 
 def motion(fault: str, rank: int = 1, after: int = 60, once: str | None = None, **arguments: Any) -> Faulty:

@@ -167,11 +167,14 @@ def resumed(cfg: DictConfig, checkpoints: Checkpoints, mirror: Mirror) -> tuple[
         path = mirror.source(newest)
     state = read_checkpoint(path)
     differing = differences(state["made_of"], checkpoints.made_of)
-    if differing and cfg.checkpoint.strict:
-        raise UserError(
-            f"{path} was made by another recipe, model or dataset: {'; '.join(differing)}. Give it back what it had, "
-            "start anew with resume=never or in another output_dir, or go on regardless with checkpoint.strict=false"
-        )
+    if differing:
+        told = f"{path} was made by another recipe, model or dataset: {'; '.join(differing)}"
+        if cfg.checkpoint.strict:
+            raise UserError(
+                f"{told}. Give it back what it had, start anew with resume=never or in another output_dir, or go on "
+                "regardless with checkpoint.strict=false"
+            )
+        warnings = [*warnings, f"{told}; going on regardless"]
     return state, warnings
 
 

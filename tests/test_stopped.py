@@ -1,0 +1,156 @@
+"""Runs that are stopped at awkward moments, or whose data change meanwhile: the run program, mostly in this process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faults import overrides
+from training import KNOBS, ROOT, TINY, end_state, metrics
+
+from mgvideo.checkpoint import Checkpoints
+from mgvideo.cli.run import main
+from mgvideo.datasets.motion import make_motion
+
+RUN = [*TINY, "loader.workers=0", "precision=fp32", "test.enable=false", "checkpoint.every_steps=2", "decoder=pyav"]
+RUN += ["base.epochs=4", "base.lr_steps=[0,2]", "loader.max_clips_per_step=16"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
+    """The folder of a run that nothing disturbed."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    main([*RUN, f"dataset.root={motion_root}", f"output_dir={folder}", "checkpoint.keep=100"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
+    """What a run that leaves with this code says on stderr: one line."""
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_signal_in_mid_evaluation_repeats_the_evaluation_and_nothing_else(
+    whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
+    ask = [word.replace("dataset.train.", "dataset.val.") for word in overrides("ask", rank=0, after=5, once="asked")]
+    line = said(capsys, [*run, *ask], 128 + signal.SIGTERM)
+    stopped = int(line.split("goes on from step ")[1])
+    assert stopped == min(metrics(whole, "val_top1")), "where the first evaluation is due"
+    assert not metrics(tmp_path / "out", "val_top1")
+    main(run)
+    assert f"resumed at step {stopped} of" in capsys.readouterr().out
+    assert end_state(tmp_path / "out") == end_state(whole)
+    for key in ("loss", "val_top1"):
+        assert metrics(tmp_path / "out", key) == metrics(whole, key)
+
+
+def die_writing(call: str, name: str, arguments: list[str]) -> None:
+    """Run, with SIGKILL at the moment that `os.fsync` or `os.replace` is called for a file of this name."""
+    torch.set_num_threads(1)
+    real = getattr(os, call)
+
+    def fatal(target: int | str, *more: str) -> None:
+        path = os.readlink(f"/proc/self/fd/{target}") if call == "fsync" else str(more[0])
+        if Path(path).name == name:
+            if call == "fsync":
+                os.ftruncate(target, os.fstat(target).st_size // 2)  # as far as the disk had come
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(target, *more)
+
+    setattr(os, call, fatal)
+    main(arguments)
+
+
+def test_killed_as_it_writes_a_checkpoint_it_goes_on_from_the_one_before(
+    whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
+    checkpoints = Checkpoints(tmp_path / "out/checkpoints")
+    steps = Checkpoints(whole / "checkpoints").steps()
+    moments = [("fsync", steps[2], ".pt.tmp"), ("replace", steps[5], ".pt")]  # half written; all but in its place
+    for call, step, suffix in moments:
+        arguments = (call, f"step_{step:08d}{suffix}", run)
+        process = multiprocessing.get_context("spawn").Process(target=die_writing, args=arguments)
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+        assert list(checkpoints.folder.glob("*.tmp")), "it was at it"
+        assert checkpoints.newest() == (checkpoints.path(steps[steps.index(step) - 1]), [])
+    main(run)
+    assert f"resumed at step {steps[4]} of" in capsys.readouterr().out
+    assert end_state(tmp_path / "out") == end_state(whole)
+    assert metrics(tmp_path / "out") == metrics(whole)
+
+
+def test_ctrl_c_twice_leaves_at_once(motion_root: str, tmp_path: Path) -> None:
+    hang = overrides("hang", rank=0, after=200, once=tmp_path / "hangs")
+    run = [*RUN, *hang, f"dataset.root={motion_root}", "output_dir=out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    with open("log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tools/run_net.py"), *run], env=environment, stdout=log, stderr=log
+        )
+    try:
+        wait_until(lambda: (tmp_path / "hangs").exists(), process)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: "Ctrl-C again leaves at once" in Path("log").read_text(), process)
+        time.sleep(1.2)  # sooner it would count as the same one, passed on by a launcher
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    finally:
+        process.kill()
+    newest, warnings = Checkpoints(tmp_path / "out/checkpoints").newest()
+    assert newest is not None
+    assert not warnings
+
+
+def wait_until(there: object, process: subprocess.Popen, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():  # type: ignore[operator]
+        assert process.poll() is None, Path("log").read_text()
+        assert time.monotonic() < deadline, Path("log").read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("change", ["shrinks", "changes"])
+def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
+    change: str, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(make_motion(motion_root, KNOBS), "data")
+    listed = [*(word for word in RUN if "knobs" not in word), "dataset=kinetics400", "dataset.num_classes=8"]
+    run = [*listed, "dataset.root=data", "output_dir=out", "train.evals_per_phase=0", "checkpoint.keep=100"]
+    main(run)
+    lines = Path("data/train.csv").read_text().splitlines()
+    lines[0] = f"{lines[0].split()[0]} 7"
+    Path("data/train.csv").write_text("\n".join(lines[:-10] if change == "shrinks" else lines))
+    middle = Checkpoints(tmp_path / "out/checkpoints").steps()[2]
+    again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
+    capsys.readouterr()
+    line = said(capsys, again, 2)
+    assert "was made by another recipe, model or dataset: " in line
+    assert "dataset.train.fingerprint was " in line
+    assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")
+    main([*again, "checkpoint.strict=false"])
+    out = capsys.readouterr().out
+    assert f"resumed at step {middle} of" in out
+    assert "warning: out/checkpoints/step_" in out
+    assert max(metrics(tmp_path / "again")) > middle
