@@ -37,8 +37,10 @@ setup(
         "rich",
         "matplotlib",
         "psutil",
+        "pillow",
     ],
     extras_require={
+        "export": ["onnx", "onnxruntime", "onnxscript"],
         "torchcodec": ["torchcodec"],
         "slurm": ["hydra-submitit-launcher"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"],

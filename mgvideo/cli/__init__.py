@@ -19,6 +19,8 @@ PROGRAMS = {
     "plan": "show the plan of a run before paying for it",
     "prepare": "check a dataset, build its pyramid, list it, or make the embedded one",
     "reproduce": "run a table of the paper and report it",
+    "predict": "print the top classes of videos, or draw them in",
+    "export": "write a trained network as a torch.export or ONNX file",
     "benchmark": "measure what the loader delivers at each grid of a plan",
 }
 

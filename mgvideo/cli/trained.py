@@ -1,0 +1,154 @@
+"""From the path of a checkpoint to its network and the recipe that it was trained with."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+from mgvideo.checkpoint import Checkpoints
+from mgvideo.errors import UserError
+from mgvideo.models.naming import names
+from mgvideo.models.pretrained import guess_source, load_pretrained, read, tensors
+
+from . import app
+from .help import GROUPS, group_options
+from .schema import RunKeys, check_values
+
+DOWNLOADED = r"\w+_Weights\.\w+"  # torchvision's names of weights
+HELP = (
+    "A checkpoint in its run's folder brings its recipe along. Weights from elsewhere need their network, model=…, and",
+    "have the Kinetics recipe of that network unless experiment=… or dataset=…, or base.frames=…, base.stride=…,",
+    "test.size=…, normalize.mean=…, normalize.std=… say otherwise. All groups and keys: python tools/run_net.py --help",
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its weights, on the CPU and in evaluation mode, and its run's config."""
+
+    model: nn.Module
+    cfg: DictConfig
+    weights: str
+
+    @property
+    def classes(self) -> int:
+        """How many it tells apart."""
+        return int(self.cfg.model.num_classes)
+
+    def __str__(self) -> str:
+        return f"{type(self.model).__name__} of {self.classes} classes from {self.weights}"
+
+
+def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Trained:
+    """The network of a checkpoint, of the best (else the newest) checkpoint of a run's folder, or of any weights that
+    init_from takes; its number of classes is that of the weights. `own` are the keys that the program takes besides.
+
+    Raises:
+        UserError: no such file, one that does not fit its network, a key that is not known, or no network named.
+    """
+    weights, config = locate(ckpt)
+    cfg = run_config(config, overrides, own) if config else foreign_config(weights, overrides)
+    check_values(cfg)
+    cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
+    model: nn.Module = instantiate(cfg.model)
+    load_pretrained(model, weights)
+    return Trained(model.eval(), cfg, weights)
+
+
+def locate(ckpt: str | None) -> tuple[str, Path | None]:
+    """The file of weights that `ckpt` stands for, and the config of the run that it lies in."""
+    if ckpt is None:
+        raise UserError("ckpt is not set: add ckpt=CHECKPOINT, or a run's folder, to the command")
+    path = Path(ckpt).expanduser()
+    if path.is_dir():
+        path = _checkpoint_in(path)
+    elif not path.exists():
+        if re.fullmatch(DOWNLOADED, ckpt):
+            return ckpt, None
+        raise UserError(f"ckpt={ckpt}: there is no such file or folder")
+    files = [folder / "config.yaml" for folder in (path.parent.parent, path.parent)]
+    return str(path), next(filter(_is_of_a_run, files), None)
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """A run's best checkpoint, or else its newest."""
+    inside = folder / "checkpoints"
+    checkpoints = Checkpoints(inside if inside.is_dir() else folder)
+    found = checkpoints.best if checkpoints.best.exists() else checkpoints.newest()[0]
+    if found is None:
+        raise UserError(f"ckpt={folder}: no checkpoints in this folder; give a run's folder or a file")
+    return found
+
+
+def _is_of_a_run(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    try:
+        return {"model", "dataset", "base", "normalize", "test"} <= OmegaConf.load(file).keys()
+    except Exception:  # whatever a YAML file of somebody else's holds
+        return False
+
+
+def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
+    """A run's own config, changed by `key=value`; how clips are loaded is this machine's matter and starts anew.
+
+    Raises:
+        UserError: a key or a value that does not exist.
+    """
+    for override in overrides:
+        name, is_key, _ = override.partition("=")
+        if not is_key:
+            raise UserError(f"cannot read '{override}': write it as key=value")
+        if name in GROUPS:
+            raise UserError(f"{override}: {file} says that already; groups are for weights that lie in no run's folder")
+    saved: Any = OmegaConf.load(file)
+    try:
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), {key: saved[key] for key in saved if key != "loader"})
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+    keys = list(app.flat_keys(cfg))
+    for name in (override.split("=")[0] for override in overrides):
+        if name not in keys:
+            near = difflib.get_close_matches(name, [*(f.name for f in fields(own)), *keys], n=1, cutoff=0.5)
+            raise UserError(f"{name} is no key here, nor of {file}" + (f": did you mean {near[0]}?" if near else ""))
+    try:
+        return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def foreign_config(weights: str, overrides: Sequence[str]) -> DictConfig:
+    """The config that overrides compose, by default on the Kinetics recipe of the network that they name."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    if not {"model", "experiment"} & given.keys():
+        raise UserError(f"ckpt={weights} lies in no run's folder: say which network it is with model=… or experiment=…")
+    recipe = []
+    if not {"dataset", "experiment"} & given.keys():
+        experiment = f"kinetics/{given['model']}"
+        known = experiment in group_options()["experiment"]
+        recipe = [f"experiment={experiment}" if known else "dataset=kinetics400"]
+    return app.compose_config("run", [*recipe, *overrides])
+
+
+def _classes_in(weights: str, cfg: DictConfig) -> int:
+    """How many classes the classifier in a file of weights tells apart."""
+    given: dict[str, Tensor] = tensors(read(weights), weights)
+    cfg.model.num_classes = cfg.model.num_classes or 1
+    with torch.device("meta"):
+        model: nn.Module = instantiate(cfg.model)
+    classifier = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    theirs = {ours: name for name, ours in names(model, guess_source(model, given, weights)).items()}
+    weight = given.get(theirs[f"{classifier}.weight"])
+    if weight is None:
+        raise UserError(f"{weights} has no classifier: weights to start from, with nothing to predict yet")
+    return len(weight)

@@ -1,0 +1,140 @@
+"""`mgvideo export`: files of every family, run without the network's own code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from mgvideo.cli import export
+from mgvideo.cli.export import main
+from mgvideo.models.small import i3d_nln_small, i3d_small, r2plus1d_small, slowfast_small
+from mgvideo.precision import Normalize
+
+GRID = ["base.frames=8", "base.size=32", "base.jitter=[36,40]", "normalize.mean=[0.4,0.5,0.6]"]
+NETWORKS = {
+    "i3d_small": i3d_small(5, width=4),
+    "i3d_nln_small": i3d_nln_small(5, width=4),
+    "r2plus1d_small": r2plus1d_small(5, width=4),
+    "slowfast_small": slowfast_small(5, width=8),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of weights, NAME.pth."""
+    folder = tmp_path_factory.mktemp("weights")
+    for name, model in NETWORKS.items():
+        model.eval()
+        for module in model.modules():  # new networks say almost the same of all clips
+            if isinstance(module, nn.Linear | nn.BatchNorm3d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+        torch.save(model.state_dict(), folder / f"{name}.pth")
+    return folder
+
+
+def exported(name: str, weights: Path, out: Path, *arguments: str) -> None:
+    width = 8 if name == "slowfast_small" else 4
+    main([f"ckpt={weights / name}.pth", f"model={name}", f"model.width={width}", *GRID, f"out={out}", *arguments])
+
+
+def logits(model: nn.Module, clips: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(clips)
+
+
+@pytest.mark.parametrize("name", ["i3d_small", "r2plus1d_small", "slowfast_small"])
+def test_a_torch_program_of_any_grid(name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    exported(name, weights, tmp_path / "net.pt2", "dynamic=true")
+    told = capsys.readouterr().out
+    assert told.count("check on") == 2
+    assert ("the number of frames is fixed" in told) == (name == "slowfast_small")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    for shape in [(1, 3, 8, 32, 32), (4, 3, 8, 57, 40), (1, 3, 5, 48, 48)]:
+        clips = torch.randn(shape)
+        if name == "slowfast_small" and shape[2] != 8:
+            with pytest.raises(Exception, match="8"):
+                program(clips)
+            continue
+        torch.testing.assert_close(program(clips), logits(NETWORKS[name], clips))
+
+
+def test_a_fixed_torch_program_takes_its_grid_alone(weights: Path, tmp_path: Path) -> None:
+    exported("r2plus1d_small", weights, tmp_path / "net.pt2", "batch=2", "frames=4")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    clips = torch.randn(2, 3, 4, 32, 32)
+    torch.testing.assert_close(program(clips), logits(NETWORKS["r2plus1d_small"], clips))
+    with pytest.raises(Exception, match="32"):
+        program(torch.randn(2, 3, 4, 48, 48))
+
+
+def test_onnx_takes_frames_as_decoders_give_them(weights: Path, tmp_path: Path) -> None:
+    exported("slowfast_small", weights, tmp_path / "net.onnx", "dynamic=true", "normalize=true")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    (taken,), (given,) = session.get_inputs(), session.get_outputs()
+    assert (taken.name, taken.type, given.name) == ("clips", "tensor(uint8)", "logits")
+    assert (taken.shape[1], taken.shape[4]) == (8, 3), "frames and channels are fixed"
+    frames = torch.randint(0, 256, (3, 8, 40, 56, 3), dtype=torch.uint8)
+    normal = Normalize((0.4, 0.5, 0.6), (0.225,) * 3)(frames)
+    found = torch.from_numpy(session.run(None, {"clips": frames.numpy()})[0])
+    torch.testing.assert_close(found, logits(NETWORKS["slowfast_small"], normal), atol=1e-4, rtol=1e-4)
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        session.run(None, {"clips": frames[:, :7].numpy()})
+
+
+def test_onnx_of_attention(weights: Path, tmp_path: Path) -> None:
+    exported("i3d_nln_small", weights, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    clips = torch.randn(1, 3, 8, 32, 32)
+    found = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+    torch.testing.assert_close(found, logits(NETWORKS["i3d_nln_small"], clips), atol=1e-4, rtol=1e-4)
+
+
+def test_what_differs_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit):
+        exported("i3d_small", weights, tmp_path / "net.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(SystemExit) as stop:
+        main(["ckpt=any", f"out={tmp_path}/net.onnx"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ("error: format=onnx needs onnxscript: pip install onnx onnxruntime onnxscript\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "out is not set"),
+        (["out=net.tflite"], "NAME.pt2"),
+        (["out=net.pt2", "format=onnx"], "another suffix"),
+        (["out=net.pt2", "format=pdf"], "choose torch or onnx"),
+        (["out=net.pt2"], "ckpt is not set"),
+        (["out=net.pt2", "ckpt=/nowhere"], "/nowhere"),
+        (["out=net.pt2", "batch=0"], "batch=0"),
+        (["out=net.pt2", "dynamic=maybe"], "dynamic"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+
+
+def test_a_folder_that_cannot_be_written_to(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        exported("i3d_small", weights, Path("/proc/net.pt2"))
+    told = capsys.readouterr()
+    assert "cannot write out=/proc/net.pt2" in told.err
+    assert told.out == "", "told before the work"

@@ -1,0 +1,178 @@
+"""`mgvideo predict` on the checkpoints of a real run and on weights from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training import KNOBS, ROOT, TINY, run_program
+
+from mgvideo.cli.predict import main
+from mgvideo.datasets.decoders import PyAV
+from mgvideo.datasets.motion import CLASSES, make_motion
+from mgvideo.models.small import r2plus1d_small
+
+ONE_VIEW = ["clips=1", "crops=1", "size=32"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
+    """The folder of a run that went well."""
+    folder = tmp_path_factory.mktemp("predict")
+    command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "schedule=baseline", "precision=fp32"]
+    command += ["base.epochs=0.75", "base.lr_steps=[0]"]
+    result = run_program(*command, "test.clips=2", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "out"
+
+
+@pytest.fixture
+def videos(motion_root: str) -> Path:
+    return make_motion(motion_root, KNOBS) / "val"
+
+
+def predicted(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    main([*map(str, arguments), "format=json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_path_is_enough_to_score_as_the_runs_test_did(
+    trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = max((trained / "checkpoints").glob("step_*.pt"))
+    found = predicted([videos, f"ckpt={newest}", "top=8"], capsys)
+    assert [Path(entry["video"]).name for entry in found] == [f"{i:05d}.mp4" for i in range(KNOBS.val)]
+    assert {c["class"] for c in found[0]["classes"]} == set(CLASSES)
+    assert all(sum(c["score"] for c in entry["classes"]) == pytest.approx(1, abs=1e-4) for entry in found)
+    places = [[c["label"] for c in entry["classes"]].index(i % 8) for i, entry in enumerate(found)]
+    test = json.loads((trained / "test.json").read_text())
+    assert 100 * np.mean([place < 1 for place in places]) == pytest.approx(test["top1"])
+    assert 100 * np.mean([place < 5 for place in places]) == pytest.approx(test["top5"])
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint_and_keys_change_the_views(
+    trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video = videos / "00001.mp4"
+    best = predicted([video, f"ckpt={trained / 'checkpoints/best.pt'}"], capsys)
+    assert predicted([video, f"ckpt={trained}"], capsys) == best
+    assert len(best[0]["classes"]) == 5
+    for changed in (["clips=1"], ["crops=1"], ["size=48"], ["base.stride=1"], ["normalize.mean=[0,0,0]"]):
+        assert predicted([video, f"ckpt={trained}", *changed], capsys) != best, changed
+
+
+def test_bad_videos_are_told_and_the_others_go_on(trained: Path, videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "in/deep").mkdir(parents=True)
+    shutil.copy(videos / "00000.mp4", tmp_path / "in/deep/good.mp4")
+    (tmp_path / "in/text.mp4").write_text("this is no video")
+    command = [
+        sys.executable,
+        str(ROOT / "tools/predict.py"),
+        "in",
+        "gone.mp4",
+        f"ckpt={trained}",
+        "top=2",
+        "out=drawn",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in errors] == ["in/text.mp4", "gone.mp4"]
+    assert "No such file" in errors[1]
+    rows = result.stdout.splitlines()
+    assert sum("in/deep/good.mp4" in row for row in rows) == 1
+    assert sum(any(name in row for name in CLASSES) for row in rows) == 2
+    assert [str(path.relative_to(tmp_path)) for path in (tmp_path / "drawn").rglob("*.mp4")] == ["drawn/deep/good.mp4"]
+
+
+def frames_of(path: Path) -> torch.Tensor:
+    with PyAV().open(str(path)) as video:
+        assert (video.height, video.width, video.frames, video.fps) == (48, 64, 20, 24)
+        return video.read(range(video.frames)).float()
+
+
+def test_videos_are_written_with_their_classes_and_a_heat_map(
+    trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = frames_of(videos / "00002.mp4")
+    drawn = {}
+    for cam in ("false", "true"):
+        out = tmp_path / cam
+        predicted([videos / "00002.mp4", f"ckpt={trained}", "top=1", f"out={out}", f"cam={cam}", *ONE_VIEW], capsys)
+        drawn[cam] = (frames_of(out / "00002.mp4") - original).abs().mean(-1)
+    assert drawn["false"][:, :8, 4:40].mean() > 20, "a label"
+    assert drawn["false"][:, 20:].mean() < 5, "and nothing else"
+    assert drawn["true"][:, 20:].amax() > 25, "the hottest place"
+    assert drawn["true"][:, 20:].mean() > 2 * drawn["false"][:, 20:].mean()
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    torch.save(r2plus1d_small(5, width=4).state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+def test_weights_from_elsewhere_say_how_many_classes_there_are(
+    foreign: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    main([str(videos / "00000.mp4"), f"ckpt={foreign}", *network, "format=json"])
+    told = capsys.readouterr()
+    assert {c["class"] for c in json.loads(told.out)[0]["classes"]} == set("01234")
+    assert "classes=FILE" in told.err
+    names = foreign.with_name("names.txt")
+    names.write_text("walk\nrun\njump\nfly\nswim\n")
+    (entry,) = predicted([videos / "00000.mp4", f"ckpt={foreign}", *network, f"classes={names}"], capsys)
+    assert {c["class"] for c in entry["classes"]} == {"walk", "run", "jump", "fly", "swim"}
+
+
+def _renamed(folder: Path) -> str:
+    (folder / "text.mp4").write_text("this is no checkpoint")
+    return f"ckpt={folder}/text.mp4"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (lambda run, folder: [], "ckpt is not set"),
+        (lambda run, folder: ["ckpt=/nowhere.pt"], "/nowhere.pt: there is no such file"),
+        (lambda run, folder: [f"ckpt={folder}"], "no checkpoints in this folder"),
+        (lambda run, folder: [_renamed(folder)], "say which network it is"),
+        (lambda run, folder: [_renamed(folder), "model=i3d_small"], "cannot read weights from"),
+        (lambda run, folder: [f"ckpt={run}", "clip=3"], "did you mean clips?"),
+        (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.stride?"),
+        (lambda run, folder: [f"ckpt={run}", "base.stride=two"], "base.stride"),
+        (lambda run, folder: [f"ckpt={run}", "model=i3d_r50"], "says that already"),
+        (lambda run, folder: [f"ckpt={run}", "crops=2"], "crops=2"),
+        (lambda run, folder: [f"ckpt={run}", "top=0"], "top=0"),
+        (lambda run, folder: [f"ckpt={run}", "cam=true"], "add out=FOLDER"),
+        (lambda run, folder: [f"ckpt={run}", "classes=/nowhere.txt"], "/nowhere.txt"),
+        (lambda run, folder: [f"ckpt={run}", str(folder)], "no videos in this folder"),
+        (lambda run, folder: [f"ckpt={run}", "--fast"], "cannot read '--fast'"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    arguments: Any, told: str, trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(videos / "00000.mp4"), *arguments(trained, tmp_path)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+
+
+def test_no_video_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([f"ckpt={trained}"])
+    assert stop.value.code == 2
+    assert "no video given" in capsys.readouterr().err

@@ -1,0 +1,105 @@
+"""Videos written again with labels and heat in them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from mgvideo.datasets.decoders import DecodeError, PyAV
+from mgvideo.datasets.overlay import Heat, annotate, blend, choose_targets, label_patch
+from mgvideo.errors import UserError
+
+TIMES = [0, 1, 2, 4, 5, 9, 10, 11, 12, 20]
+
+
+def grey(path: Path, height: int = 75, width: int = 101) -> Path:
+    """A video of odd size, grey all over, its frames unevenly in time."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+        stream.codec_context.time_base = Fraction(1, 25)
+        for time in TIMES:
+            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 128, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def seconds(path: Path) -> list[float]:
+    with av.open(str(path)) as container:
+        return [round(float(frame.time), 3) for frame in container.decode(video=0)]
+
+
+def test_size_and_times_stay_and_only_the_label_is_drawn(tmp_path: Path) -> None:
+    source, target = grey(tmp_path / "grey.mp4"), tmp_path / "drawn.mp4"
+    annotate(str(source), target, ["0.93 juggling", "0.02 cartwheeling"])
+    assert seconds(target) == seconds(source) == [time / 25 for time in TIMES]
+    with PyAV().open(str(target)) as video:
+        assert (video.height, video.width, video.frames) == (75, 101, len(TIMES))
+        frames = video.read(range(video.frames)).int()
+    h, w = label_patch(["0.93 juggling", "0.02 cartwheeling"], 75, 101).shape[:2]
+    assert (frames[:, :h, :w].amax((1, 2, 3)) > 200).all(), "letters are light in every frame"
+    assert (frames[:, :h, :w].amin((1, 2, 3)) < 80).all(), "their ground is dark"
+    assert (frames[:, h + 3 :] - 128).abs().max() < 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.mp4", "grey.mp4"]
+
+
+def test_heat_is_where_and_when_the_map_says(tmp_path: Path) -> None:
+    maps = torch.zeros(1, 2, 2, 2)
+    maps[0, 1, 1, 1] = 1
+    source, target = grey(tmp_path / "grey.mp4"), tmp_path / "drawn.mp4"
+    annotate(str(source), target, ["x"], Heat(maps, [0], 10, 10))
+    with PyAV().open(str(target)) as video:
+        frames = video.read(range(video.frames)).float()
+    changed = (frames - 128).abs().sum(-1)
+    assert changed[-1, 60:, 85:].mean() > 60
+    assert changed[-1, 40:, :30].mean() < 12
+    assert changed[0, 60:, 85:].mean() < 12
+
+
+def test_heat_between_steps_and_windows() -> None:
+    maps = torch.tensor([0.0, 1.0, 0.5, 0.5]).view(2, 2, 1, 1)
+    heat = Heat(maps, [0, 4], 8, 12)  # the windows overlap, and share the frames
+    values = [heat.at(number).item() for number in range(12)]
+    assert values[:2] == [0, 0]
+    assert values[2:6] == pytest.approx([0.125, 0.375, 0.625, 0.875])
+    assert values[6:] == [0.5] * 6
+
+
+def test_the_hottest_place_keeps_some_of_the_picture() -> None:
+    dark, light = (blend(np.full((8, 8, 3), value, np.uint8), torch.ones(2, 2)) for value in (0, 255))
+    assert (light > dark).all()
+
+
+def test_labels_are_never_larger_than_the_frame() -> None:
+    for height, width in [(16, 16), (48, 64), (240, 320), (1080, 1920)]:
+        patch = label_patch(["0.99 a very long name of a class indeed"] * 5, height, width)
+        assert patch.shape[0] <= height
+        assert patch.shape[1] <= width
+
+
+def test_videos_of_one_name_do_not_meet_and_originals_are_safe(tmp_path: Path) -> None:
+    videos = {"a/x.avi": "x.avi", "b/x.mp4": "x.mp4", "c/sub/y.webm": "sub/y.webm"}
+    targets = choose_targets(videos, tmp_path / "out")
+    assert list(targets.values()) == [tmp_path / "out" / name for name in ("x.mp4", "x_2.mp4", "sub/y.mp4")]
+    assert (tmp_path / "out/sub").is_dir()
+    (tmp_path / "out/x.mp4").touch()
+    with pytest.raises(UserError, match="is one of the videos"):
+        choose_targets({str(tmp_path / "out/x.mp4"): "x.mp4"}, tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write out="):
+        choose_targets(videos, tmp_path / "file")
+
+
+def test_what_is_no_video_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "bad.mp4").touch()
+    with pytest.raises(DecodeError, match="empty file"):
+        annotate(str(tmp_path / "bad.mp4"), tmp_path / "out.mp4", ["x"])
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.mp4"]
