@@ -18,7 +18,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
+main { max-width: 82rem; margin: 0 auto; padding: 3rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; letter-spacing: -.015em; }
 .about { color: var(--soft); margin: 0 0 1.5rem; font-size: 1.05rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0 0 1.5rem; font-size: .92rem; }
@@ -31,7 +31,7 @@ th { text-align: right; font-weight: 600; color: var(--soft); border-bottom: 2px
 td { text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th.words, td.words { text-align: left; } td.published { color: var(--soft); white-space: normal; min-width: 11rem; }
 tr.baseline td { background: var(--tint); } tbody tr:hover td { color: var(--mark); }
-td.name { font-weight: 600; }
+td.name { font-weight: 600; } td.row, td.on { white-space: normal; min-width: 9rem; }
 figure { margin: 2rem 0; } figure svg { width: 100%; max-width: 52rem; height: auto; display: block; margin: 0 auto; }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
 ul { color: var(--soft); font-size: .9rem; padding-left: 1.2rem; }

@@ -10,7 +10,8 @@ from .errors import UserError
 from .plan import require
 
 Block = TypeVar("Block")
-FIGURES = ("time", "factors", "none")  # accuracy over time: a point a cell, or a line a schedule, or neither
+# accuracy over training time, a point a cell or a line a schedule; accuracy alone; nothing but learning curves
+FIGURES = ("time", "factors", "dots", "none")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,10 +74,11 @@ class Job:
         """The override that gives it another cell's weights, of the same seed."""
         if self.entry.cell.weights_of is None:
             return []
-        made = Checkpoints(self.out / f"{self.entry.cell.weights_of}_seed{self.seed}" / "checkpoints")
+        first = self.out / f"{self.entry.cell.weights_of}_seed{self.seed}"
+        made = Checkpoints(first / "checkpoints")
         steps = made.steps()
-        if not steps:
-            raise UserError(f"{self.name} starts from the weights of {self.entry.cell.weights_of}, which are not there")
+        if not steps or not (first / "report.json").exists():
+            raise UserError(f"it starts from the weights of {first.name}, which is not finished")
         return [f"init_from={quoted(made.path(steps[-1]))}"]
 
     def command(self) -> list[str]:
@@ -97,7 +99,6 @@ class Following:
         self.plan: Plan | None = None
         self.eta: Eta | None = None
         self.last: dict[str, Any] = {"step": 0, "seconds": 0.0}
-        self.first: int | None = None  # step that it started from
         self.score = ""
         self.since = time.time()
 
@@ -110,11 +111,14 @@ class Following:
         metrics = self.job.folder / "metrics.jsonl"
         if self.plan is None or not metrics.exists():
             return
+        if metrics.stat().st_size < self.position:  # cut back to the checkpoint that the run goes on from
+            self.position = 0
         with open(metrics, encoding="utf-8") as file:
             file.seek(self.position)
             while (line := file.readline()).endswith("\n"):
                 self.position = file.tell()
-                self._take(json.loads(line))
+                with suppress(ValueError):
+                    self._take(json.loads(line))
 
     def _take(self, record: dict[str, Any]) -> None:
         score = next((f"{key[4:]} {value:.1f}" for key, value in record.items() if key.startswith("val_")), None)
@@ -186,8 +190,13 @@ def sweep(jobs: Sequence[Job], launcher: str, extra: Sequence[str]) -> list[str]
     before = f"{first.entry.cell.weights_of}_seed"
     run += [given.replace(f"{before}{first.seed}", f"{before}${{seed}}") for given in first.starts_from()]
     run += [f"seed={','.join(str(job.seed) for job in jobs)}", f"output_dir={quoted(f'{folder}${{seed}}')}"]
-    run += [f"hydra.sweep.dir={quoted(first.out.resolve() / '.sweeps' / first.entry.cell.name)}"]
+    run += [f"hydra.sweep.dir={quoted(sweep_folder(first).resolve())}"]
     return [sys.executable, *run]
+
+
+def sweep_folder(job: Job) -> Path:
+    """Where a launcher leaves its own files, and our log of it."""
+    return job.out / ".sweeps" / job.entry.cell.name
 
 
 def _json(path: Path) -> dict[str, Any]:

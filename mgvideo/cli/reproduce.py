@@ -6,30 +6,26 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
-from rich import box
 from rich.console import Console
-from rich.table import Table as Grid
 
 from mgvideo.checkpoint import write_atomic
 from mgvideo.errors import UserError
-from mgvideo.forecast import predict, read_benchmark
+from mgvideo.forecast import read_benchmark
 from mgvideo.monitor import duration
 from mgvideo.plan import require
 from mgvideo.results import Results, Row, read_outcome
 from mgvideo.results_figure import draw_results
 from mgvideo.results_page import page
-from mgvideo.schedule import baseline_of
 from mgvideo.signals import Stopped, defer, listening, stop_if_asked
 from mgvideo.table import Table
 
-from . import app, keys
-from .jobs import Following, Job, start, sweep, wait, why
+from . import app, keys, prices
+from .jobs import LOG, Following, Job, start, sweep, sweep_folder, wait, why
 from .schema import key
 from .tables import Entry, entries, load_table, tables
 
@@ -49,6 +45,7 @@ class ReproduceKeys:
     launcher: str | None = key(None, "a Hydra launcher, such as slurm: all cells at once, a cell's seeds one sweep")
     weights: str | None = key(None, "folder of released weights, as the table names them")
     gpus: int = key(8, "with benchmark: GPUs that the times are for")
+    cells: list[str] | None = key(None, "which cells to run, as in [baseline,multigrid]; null: all of the table")
     benchmark: str | None = key(None, "JSON of measured step times, as mgvideo plan takes: --list gives times")
 
 
@@ -93,48 +90,12 @@ def _description() -> str:
 
 
 def show(given: ReproduceKeys, overrides: Sequence[str]) -> None:
-    """Cells and what they cost by the planner; needs no dataset."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    for name, presets in tables().items():
-        if given.table not in (None, name):
-            continue
-        if given.table is None and given.preset not in presets:
-            console.print(f"\n{name}: has no preset={given.preset}, but {', '.join(presets)}")
-            continue
-        table = load_table(name, given.preset)
-        console.print(_priced(given, table, entries(table, overrides, given.weights)))
-    if given.table is not None and given.table not in tables():
-        load_table(given.table, given.preset)
-
-
-def amount(flops: float) -> str:
-    """Multiply-adds as in 3.2 P."""
-    size, prefix = next((size, prefix) for size, prefix in ((1e18, "E"), (1e15, "P"), (0, "T")) if flops >= size)
-    return f"{flops / (size or 1e12):.3g} {prefix}"
-
-
-def _priced(given: ReproduceKeys, table: Table, cells: Sequence[Entry]) -> Grid:
+    """The table, or all that the preset has, and what it costs."""
     benchmark = read_benchmark(given.benchmark) if given.benchmark else None
-    seeds = len(given.seeds or table.preset.seeds)
-    grid = Grid(title=f"\n{table.name}, preset={table.preset.name}: {table.title} ({table.mirrors})", box=box.SIMPLE)
-    grid.title_justify, grid.title_style, grid.caption_justify = "left", "bold", "left"
-    for heading in ("cell", "what", "epochs", "steps", "FLOPs", "fewer steps", "time"):
-        grid.add_column(heading, justify="left" if heading in ("cell", "what") else "right", no_wrap=True)
-    steps = flops = 0.0
-    for entry in cells:
-        priced = ["–"] * 5
-        if entry.missing is None and entry.config.train.enable:
-            plan = entry.plan
-            own = entry.flops(plan)
-            steps, flops = steps + plan.steps * seeds, flops + own * seeds
-            saved = baseline_of(plan).steps / plan.steps
-            priced = [f"{plan.epochs:g}", f"{plan.steps:,}", amount(own), f"{saved:.2f}×", "–"]
-            if benchmark:
-                with suppress(UserError):  # it has not measured this cell's grids
-                    priced[-1] = duration(sum(time.seconds for time in predict(plan, given.gpus, benchmark)))
-        grid.add_row(entry.cell.name, entry.missing or entry.cell.title, *priced)
-    grid.caption = f"× {seeds} seed{'s' * (seeds > 1)}: {steps:,.0f} steps, {amount(flops)} FLOPs of forward passes"
-    return grid
+    for name in [given.table] if given.table else [name for name, has in tables().items() if given.preset in has]:
+        table = load_table(name, given.preset)
+        cells = entries(table, overrides, given.weights)
+        prices.show(table, cells, len(given.seeds or table.preset.seeds), benchmark, given.gpus)
 
 
 class Reproduction:
@@ -145,12 +106,14 @@ class Reproduction:
         out = Path(given.out or f"runs/tables/{table.preset.name}")
         self.folder = out / table.name
         self.failures: dict[str, str] = {}
+        self._check_cells()
         self.jobs = [
             Job(entry, seed, out / RUNS, entry.cell.processes or given.processes or table.preset.processes)
             for entry in cells
             if entry.missing is None
             for seed in given.seeds or table.preset.seeds
         ]
+        self.chosen = [job for job in self.jobs if given.cells is None or job.entry.cell.name in given.cells]
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
         self.spent: list[tuple[float, float]] = []  # seconds and FLOPs of the runs that were made here
 
@@ -158,7 +121,7 @@ class Reproduction:
         """Do all that is left, and report; True where something failed."""
         self._check()
         todo = [job for job in self._in_order() if not job.finished()]
-        self.console.print(f"{self.table.title}: {len(self.jobs)} runs, {len(self.jobs) - len(todo)} done before")
+        self.console.print(f"{self.table.title}: {len(self.chosen)} runs, {len(self.chosen) - len(todo)} done before")
         for entry in self.cells:
             if entry.missing:
                 self.console.print(f"not run: {entry.cell.title}: {entry.missing}")
@@ -179,18 +142,27 @@ class Reproduction:
         self.console.print(f"report: {self.folder / 'report.html'}, report.md, report.csv")
         return bool(self.failures)
 
+    def _check_cells(self) -> None:
+        names = [cell.name for cell in self.table.cells]
+        unknown = [name for name in self.given.cells or [] if name not in names]
+        require(not unknown, f"cells: table {self.table.name} has no {', '.join(unknown)}, but {', '.join(names)}")
+
     def _check(self) -> None:
         """Refuse before anything starts what cannot end well."""
-        if not self.jobs:
+        if not self.chosen:
             missing = "; ".join(dict.fromkeys(e.missing for e in self.cells if e.missing))
-            raise UserError(f"no cell of table {self.table.name} can run: {missing}; give weights=FOLDER")
+            raise UserError(f"no cell of table {self.table.name} can run: {missing}; give weights=FOLDER with it")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into out={self.folder}: {error.strerror}") from error
         for entry in self.cells:
-            if entry.missing is None:
+            if any(job.entry is entry for job in self.chosen):
                 unset = OmegaConf.missing_keys(entry.config.dataset)
                 name = min(unset, key=len, default="")
                 require(not unset, f"dataset.{name} is not set: add dataset.{name}=… to the command")
                 _ = entry.plan  # recipe, schedule and dataset fit together
-        for job in self.jobs:
+        for job in self.chosen:
             differing = [line for line in job.differing() if not line.startswith("test.")]
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -199,12 +171,12 @@ class Reproduction:
 
     def _in_order(self) -> list[Job]:
         """Cells that others start from come first."""
-        return sorted(self.jobs, key=lambda job: job.entry.cell.weights_of is not None)
+        return sorted(self.chosen, key=lambda job: job.entry.cell.weights_of is not None)
 
     def _in_turn(self, todo: Sequence[Job]) -> None:
         for i, job in enumerate(todo):
             stop_if_asked()
-            place = f"[{len(self.jobs) - len(todo) + i + 1}/{len(self.jobs)}] {job.name}"
+            place = f"[{len(self.chosen) - len(todo) + i + 1}/{len(self.chosen)}] {job.name}"
             try:
                 job.begin()
                 command = job.command()
@@ -212,7 +184,7 @@ class Reproduction:
                 self.failures[job.name] = str(error)
                 continue
             following, began = Following(job), time.monotonic()
-            self.console.print(f"{place} starts, log {job.folder / 'run.log'}")
+            self.console.print(f"{place} starts, log {job.folder / LOG}")
             with Line(self.console) as line:
                 process = start(command, job.folder)
                 wait([process], self._beat(line, place, following, todo[i + 1 :], began))
@@ -260,17 +232,18 @@ class Reproduction:
                     for job in jobs:
                         job.begin()
                     ranks = [f"hydra.launcher.tasks_per_node={jobs[0].processes}"] if launcher == "slurm" else []
-                    processes[name] = start(sweep(jobs, launcher, ranks), self.folder / name)
-                    self.console.print(f"{name}: {len(jobs)} runs, log {self.folder / name / 'run.log'}")
+                    folder = sweep_folder(jobs[0])
+                    processes[name] = start(sweep(jobs, launcher, ranks), folder)
+                    self.console.print(f"{name}: {len(jobs)} runs, log {folder / LOG}")
                 except UserError as error:
-                    self.failures[name] = str(error)
+                    self.failures |= {job.name: str(error) for job in jobs}
             jobs = [job for each in wave.values() for job in each]
             with Line(self.console) as line:
                 wait([*processes.values()], partial(_count, line, jobs), every=2.0)
             for name, process in processes.items():
                 for job in wave[name]:
                     if not job.finished():
-                        self.failures[job.name] = why(process.returncode, self.folder / name)
+                        self.failures[job.name] = why(process.returncode, sweep_folder(job))
             self.report()
 
     def report(self) -> None:
@@ -286,7 +259,6 @@ class Reproduction:
             flops = entry.flops(outcomes[0].plan) if outcomes else 0.0
             rows.append(Row(entry.cell, outcomes, flops, entry.missing or failed or left))
         results = Results(self.table, tuple(rows), self.command)
-        self.folder.mkdir(parents=True, exist_ok=True)
         figures = draw_results(results, self.folder)
         write_atomic(self.folder / "report.md", results.markdown([f"{name}.png" for name in figures]).encode())
         write_atomic(self.folder / "report.csv", results.csv().encode())
@@ -303,7 +275,7 @@ class Line:
 
     def __init__(self, console: Console) -> None:
         self.console, self.told = console, time.monotonic()
-        self.status = console.status("starting") if console.is_terminal else None
+        self.status = console.status("starting", refresh_per_second=2) if console.is_terminal else None
 
     def __enter__(self) -> Line:
         if self.status:

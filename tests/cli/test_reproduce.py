@@ -1,0 +1,221 @@
+"""`mgvideo reproduce`: every table composes, and real runs of one end in a report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from training import TINY
+
+from mgvideo.checkpoint import sole_run
+from mgvideo.cli.reproduce import main
+from mgvideo.cli.tables import Entry, entries, load_table, tables
+from mgvideo.errors import UserError
+from mgvideo.table import read_table
+
+PRESETS = ("motion", "kinetics", "charades", "ssv2")
+# what may be quoted: see the published figures in models/README.md
+PUBLISHED = {
+    "kinetics": {(76.8, 92.7), (76.6, 92.7), (76.58, 92.85), (76.07, 92.21), ()},
+    "charades": {(38.9,), (38.6,)},
+    "ssv2": {(63.0, 88.5), (63.5, 88.7)},
+    "motion": set(),
+}
+FAST = ["train.precise_bn_batches=0", "loader.workers=0", "test.crops=1"]
+SHORT = [*TINY, *FAST, "base.epochs=0.5", "base.lr_steps=[0]", "seeds=[0,1]"]
+
+
+def of_preset(preset: str) -> dict[str, list[Entry]]:
+    return {name: entries(load_table(name, preset), [], None) for name, has in tables().items() if preset in has}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_name_is_one_run(preset: str) -> None:
+    overrides: dict[str, list[str]] = {}
+    for name, cells in of_preset(preset).items():
+        for entry in cells:
+            assert overrides.setdefault(entry.cell.name, entry.overrides) == entry.overrides, name
+
+
+@pytest.mark.parametrize(("table", "preset"), [(name, preset) for name, has in tables().items() for preset in has])
+def test_every_cell_composes_and_plans(table: str, preset: str) -> None:
+    for entry in entries(load_table(table, preset), [], None):
+        shared = entry.cell.name in ("baseline", "multigrid") and table != "schedules"  # the same there
+        same = preset in ("charades", "ssv2") and table in ("tradeoff", "ablations")  # cells are those of kinetics
+        if not (entry.cell.not_run or shared or same):
+            assert entry.plan.steps > 100
+            assert entry.config.schedule.name == entry.plan.schedule
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_nothing_else_is_quoted(preset: str) -> None:
+    cells = [entry.cell for each in of_preset(preset).values() for entry in each]
+    quoted = {tuple(cell.published.metrics.values()) for cell in cells if cell.published}
+    assert quoted == PUBLISHED[preset]
+
+
+def test_released_weights_are_used_where_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "it's here" / "Kinetics" / "SLOWFAST_8x8_R50_stepwise.pkl"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    found = {e.cell.name: e for e in entries(load_table("published", "kinetics"), [], str(tmp_path / "it's here"))}
+    assert found["released_standard"].config.init_from == str(file)
+    told = found["released_multigrid"].missing
+    assert told
+    assert "Kinetics/SLOWFAST_8x8_R50_stepwise_multigrid.pkl from https://" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"cels": []}, "cels is no key"),
+        ({"figure": "pie"}, "figure=pie"),
+        ({"cells": [{"name": "a"}, {"name": "a"}]}, "same name"),
+        ({"cells": [{"overrides": []}]}, "'name'"),
+        ({"cells": [{"name": "a", "weights_of": "b"}]}, "no cell b"),
+        ({"presets": {"motion": {"publishd": {}}}}, "publishd"),
+        ({"presets": {"kinetics": {}}}, "choose one of kinetics"),
+    ],
+)
+def test_a_wrong_table_is_one_clear_line(change: dict, told: str) -> None:
+    right = {"title": "t", "mirrors": "m", "baseline": "a", "figure": "none"}
+    right |= {"cells": [{"name": "a"}], "presets": {"motion": {}}}
+    preset = load_table("schedules", "motion").preset
+    assert read_table("test", right, preset).cells[0].name == "a"
+    with pytest.raises(UserError, match=told) as caught:
+        read_table("test", right | change, preset)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["table=schedule"], "table=schedule does not exist; there are: ablations"),
+        (["table=published"], "no preset=motion: choose one of kinetics"),
+        (["table=schedules", "base.batchh=3"], "did you mean base.batch?"),
+        (["table=schedules", "schedule=long"], "every cell of table schedules sets schedule itself"),
+        (["table=schedules", "seed=3"], "give seeds=[…] instead"),
+        (["table=schedules", "cells=[baselin]"], "has no baselin, but baseline"),
+        (["table=schedules", "preset=kinetics"], "dataset.root is not set"),
+        (["table=schedules", "preset=charades"], "needs kinetics400/SLOWFAST_8x8_R50.pkl from https://"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_it_starts(
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, f"out={tmp_path}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert line.startswith("error: ")
+    assert told in line
+
+
+def test_list_needs_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    benchmark = tmp_path / "benchmark.json"
+    grids = {f"{frames}x{size}": 0.5 for frames in (4, 8, 16) for size in (32, 45, 64)}
+    benchmark.write_text(json.dumps({"step_seconds": grids}))
+    recipe = ["base.epochs=20", "base.lr_steps=[0,12,18]", "base.batch=16", "base.frames=16", "base.size=64"]
+    main(["--list", "table=schedules", f"benchmark={benchmark}", "gpus=1", *recipe])
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if "baseline" in line)
+    assert re.search(r"20 +1,280 +.* 1\.00× +10:40 min", row), "1,280 steps of half a second"
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, list[str]]:
+    """Two seeds of one cell, run through a launcher of Hydra's."""
+    folder = tmp_path_factory.mktemp("tables, here")
+    command = [*SHORT, "table=schedules", f"dataset.root={motion_root}"]
+    main([*command, "cells=[multigrid]", "launcher=basic", f"out={folder}"])
+    return folder, command
+
+
+def test_a_report_says_what_the_runs_measured(finished: tuple[Path, list[str]]) -> None:
+    folder, _ = finished
+    runs = [json.loads((folder / f"runs/multigrid_seed{seed}/report.json").read_text()) for seed in (0, 1)]
+    with open(folder / "schedules/report.csv", newline="") as file:
+        lines = {line["cell"]: line for line in csv.DictReader(file)}
+    assert list(lines) == ["baseline", "short", "long", "multigrid"]
+    mean = sum(run["metrics"]["top1"] for run in runs) / 2
+    assert float(lines["multigrid"]["top1_mean"]) == pytest.approx(mean, abs=1e-3)
+    assert int(lines["multigrid"]["steps"]) == runs[0]["steps"]
+    assert lines["baseline"]["status"] == "2 of 2 runs not made yet"
+    told = (folder / "schedules/report.md").read_text()
+    assert f"{mean:.2f} ± " in told
+    assert runs[0]["hardware"] in told
+    html = (folder / "schedules/report.html").read_text()
+    assert html.count("<svg") == 2
+    assert not re.search(r'(src|href)="(?!#)', html), "the page needs nothing beside it"
+    for name in ("accuracy_over_time", "learning"):
+        assert (folder / f"schedules/{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / f"schedules/{name}.svg").exists()
+
+
+def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, command = tmp_path / "out", finished[1]
+    shutil.copytree(finished[0], out)
+    held = out / "runs/baseline_seed0"
+    held.mkdir()
+    with sole_run(held), pytest.raises(SystemExit) as stop:
+        main([*command, "cells=[baseline,multigrid]", f"out={out}"])
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert "4 runs, 2 done before" in shown.out
+    assert "error: baseline_seed0 failed: output_dir=" in shown.err
+    assert "baseline_seed1 done" in shown.out
+    told = (out / "schedules/report.md").read_text()
+    assert "baseline: baseline_seed0 failed: output_dir=" in told
+    runs = [
+        json.loads((out / f"runs/{name}/report.json").read_text()) for name in ("baseline_seed1", "multigrid_seed0")
+    ]
+    line = next(line for line in told.splitlines() if line.startswith("| long + short"))
+    assert f"| {runs[0]['steps'] / runs[1]['steps']:.2f}× |" in line
+    assert "| 1.00× | 1.00× | 1.00× |" in told, "the baseline against itself: steps, FLOPs, clock"
+
+
+def test_another_recipe_is_refused_by_the_key_that_differs(
+    finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*finished[1], "cells=[multigrid]", f"out={finished[0]}", "base.gamma=0.2"])
+    assert stop.value.code == 2
+    assert "was made by another recipe: base.gamma was 0.1, is 0.2" in capsys.readouterr().err
+    assert (finished[0] / "runs/multigrid_seed0/report.json").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_process(
+    tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs/baseline_seed0"
+
+    def ask() -> None:
+        deadline = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=ask, daemon=True).start()
+    arguments = [*TINY, *FAST, "base.epochs=400", "table=schedules", "cells=[baseline]", f"out={tmp_path}"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, f"dataset.root={motion_root}"])
+    assert stop.value.code == 130
+    assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().out
+    assert list((folder / "checkpoints").glob("step_*.pt"))
+    assert (tmp_path / "schedules/report.html").exists()
+    child = int((folder / ".lock").read_text().split()[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
