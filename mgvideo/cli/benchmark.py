@@ -88,7 +88,7 @@ def plain_table(title: str, *columns: str) -> Table:
 
 def show(file: TextIO, about: dict[str, Any], tables: Sequence[Table]) -> None:
     """Conditions in a line, then the tables."""
-    console = Console(file=file, soft_wrap=True, highlight=False, markup=False)
+    console = Console(file=file, width=160, highlight=False, markup=False)
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items()))
     for table in tables:
         console.print(table)

@@ -53,10 +53,14 @@ def build_data(cfg: DictConfig) -> Data:
 
 
 def build_decoder(cfg: DictConfig) -> Any:
-    """The decoder; with `dataset.pyramid`, one that reads the levels of the pyramid there."""
+    """The decoder; with `dataset.pyramid` or `dataset.frame_cache`, one that reads what is prepared or kept there."""
     decoder = instantiate(cfg.decoder)
     if cfg.dataset.get("pyramid") is None:
-        return decoder
+        if cfg.dataset.get("frame_cache") is None:
+            return decoder
+        from mgvideo.datasets.frame_cache import FrameCache
+
+        return FrameCache(cfg.dataset.frame_cache, decoder, cfg.dataset.frame_cache_gib)
     from mgvideo.datasets.pyramid import Pyramid
 
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from training import KNOBS, TINY
 
-from mgvideo.cli import app
+from mgvideo.cli import app, benchmark_step, benchmark_train
 from mgvideo.cli.benchmark import main
 from mgvideo.cli.benchmark_loader import read_keys, run
 from mgvideo.cli.build import build_plan
@@ -92,9 +92,49 @@ def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: s
     assert clock.total()[STAGES.index("decode")] > 0
 
 
+def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
+    own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,bf16/channels_last/off]"]
+    cfg = app.compose_config("run", TINY)
+    for format in ("table", "json"):
+        benchmark_step.run(benchmark_step.read_keys([*own, f"format={format}", f"out={tmp_path / format}"]), cfg)
+    told = json.loads((tmp_path / "json").read_text())
+    plan = build_plan(cfg, 1000 * cfg.base.batch)
+    grids = {slot.grid.name for phase in plan.phases for slot in phase.slots}
+    assert len(told["rows"]) == 2 * len(grids)
+    assert all(row["seconds"] > 0 and row["warm_up"] > 0 and row["flops"] > 0 for row in told["rows"])
+    shapes = [(row["clips"], *map(int, row["grid"].split("x"))) for row in told["rows"]]
+    volumes = [clips * frames * size**2 for clips, frames, size in shapes]
+    assert max(volumes) <= 1.1 * min(volumes), "steps of equal volume"
+    table = (tmp_path / "table").read_text()
+    assert "slowfast" not in table
+    assert "fp32/contiguous/off" in table
+    assert "steps saved" in table
+    assert all(time.compute > 0 for time in predict(plan, 1, read_benchmark(tmp_path / "json")))
+
+
+def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root: str) -> None:
+    cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}"])
+    for format in ("table", "json"):
+        own = ["visits=1", f"format={format}", f"out={tmp_path / format}"]
+        benchmark_train.run(benchmark_train.read_keys(own), cfg)
+    baseline, multigrid = json.loads((tmp_path / "json").read_text())["runs"]
+    assert (baseline["schedule"], multigrid["schedule"]) == ("baseline", "multigrid")
+    assert baseline["steps"] > multigrid["steps"]
+    plan = build_plan(cfg, 1000 * cfg.base.batch)
+    slots = [(p + 1, slot.grid.name, slot.batch) for p, phase in enumerate(plan.phases) for slot in phase.slots]
+    assert [(row["phase"], row["grid"], row["batch"]) for row in multigrid["slots"]] == slots
+    assert all(row[kind] > 0 for row in multigrid["slots"] for kind in ("loaded", "held", "bare"))
+    assert len(multigrid["boundaries"]) == len(plan.phases) - 1
+    assert "saving" in (tmp_path / "table").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["step", "variants=[fp32]"], "variants=fp32"),
+        (["step", "variants=[]"], "variants=[]"),
+        (["step", "grids=[1x1]"], "grids=1x1"),
+        (["train", "visits=0"], "visits=0"),
         (["model"], "no benchmark of 'model'"),
         (["loader", "decoders=[opencv]"], "decoders=opencv"),
         (["loader", "format=png"], "format=png"),

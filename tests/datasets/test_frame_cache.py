@@ -1,0 +1,78 @@
+"""Decoded frames on disk: the same pixels, decoded once, and never more than there is room for."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training import KNOBS
+
+from mgvideo.clips import ClipRequest, View
+from mgvideo.datasets.decoders import DecodeError, PyAV
+from mgvideo.datasets.frame_cache import FrameCache
+from mgvideo.datasets.motion import motion
+from mgvideo.datasets.videofile import Video
+from mgvideo.errors import UserError
+from mgvideo.plan import Grid
+
+GRID = Grid(4, 24, (1, 3), (28, 40))
+
+
+class Counting(PyAV):
+    """PyAV that counts what it opens."""
+
+    opened = 0
+
+    def open(self, path: str, short_side: int | None = None) -> Video:
+        self.opened += 1
+        return super().open(path, short_side)
+
+
+def test_clips_are_the_same_and_each_file_is_decoded_once(tmp_path: Path, motion_root: str) -> None:
+    plain, counting = motion(motion_root, KNOBS, "train", PyAV()), Counting()
+    kept = motion(motion_root, KNOBS, "train", FrameCache(str(tmp_path / "kept"), counting, 1))
+    requests = [ClipRequest(i % 3, GRID, seed) for i, seed in enumerate(range(12))]
+    requests += [ClipRequest(i, GRID, 0, View(1, 2, 3)) for i in range(3)]
+    for request in requests:
+        ours, theirs = kept[request], plain[request]
+        assert ours.clip.equal(theirs.clip)
+        assert ours.label.equal(theirs.label)
+    assert counting.opened == 3
+
+
+def test_a_replaced_file_is_decoded_anew(tmp_path: Path, motion_root: str) -> None:
+    dataset, counting = motion(motion_root, KNOBS, "train", PyAV()), Counting()
+    cache, video = FrameCache(str(tmp_path / "kept"), counting, 1), tmp_path / "video.mp4"
+    frames = []
+    for index in range(2):
+        shutil.copyfile(dataset.path(index), video)
+        os.utime(video, (index, index))
+        with cache.open(str(video)) as opened:
+            frames.append(opened.read(np.arange(4)))
+    assert counting.opened == 2
+    assert not frames[0].equal(frames[1])
+
+
+def test_what_does_not_fit_is_decoded_each_time(tmp_path: Path, motion_root: str) -> None:
+    counting = Counting()
+    one = KNOBS.frames * KNOBS.height * KNOBS.width * 3
+    dataset = motion(motion_root, KNOBS, "train", FrameCache(str(tmp_path / "kept"), counting, 1.5 * one / 2**30))
+    plain = motion(motion_root, KNOBS, "train", PyAV())
+    for _ in range(2):
+        for index in (0, 1):
+            request = ClipRequest(index, GRID, 5)
+            assert dataset[request].clip.equal(plain[request].clip)
+    assert counting.opened == 3, "the first once, the second twice"
+    assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) < 1.5 * one
+
+
+def test_bad_files_and_folders_are_told(tmp_path: Path) -> None:
+    cache = FrameCache(str(tmp_path / "kept"), PyAV(), 1)
+    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("text.mp4", "missing.mp4"):
+        with pytest.raises(DecodeError, match=name):
+            cache.open(str(tmp_path / name))
+    assert not list((tmp_path / "kept").iterdir())
+    with pytest.raises(UserError, match=r"dataset\.frame_cache"):
+        FrameCache(str(tmp_path / "text.mp4" / "kept"), PyAV(), 1)
