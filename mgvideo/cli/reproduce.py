@@ -63,8 +63,11 @@ def main(arguments: Sequence[str]) -> None:
             show(given, rest)
             return
         table = load_table(given.table, given.preset)
+        queue = [override for override in rest if override.lstrip("+").startswith("hydra")]
+        require(given.launcher is not None or not queue, f"{' '.join(queue)}: is of a launcher, give launcher=… too")
+        cells = entries(table, [override for override in rest if override not in queue], given.weights)
         command = f"python tools/reproduce.py {shlex.join(arguments)}"
-        failed = Reproduction(given, table, entries(table, rest, given.weights), command).run()
+        failed = Reproduction(given, table, cells, command, queue).run()
     if failed:
         raise SystemExit(1)
 
@@ -101,8 +104,10 @@ def show(given: ReproduceKeys, overrides: Sequence[str]) -> None:
 class Reproduction:
     """One call of the program: what is to be done, what failed, and the report of what is there."""
 
-    def __init__(self, given: ReproduceKeys, table: Table, cells: Sequence[Entry], command: str) -> None:
-        self.given, self.table, self.cells, self.command = given, table, cells, command
+    def __init__(
+        self, given: ReproduceKeys, table: Table, cells: Sequence[Entry], command: str, queue: Sequence[str] = ()
+    ) -> None:
+        self.given, self.table, self.cells, self.command, self.queue = given, table, cells, command, queue
         out = Path(given.out or f"runs/tables/{table.preset.name}")
         self.folder = out / table.name
         self.failures: dict[str, str] = {}
@@ -233,7 +238,7 @@ class Reproduction:
                         job.begin()
                     ranks = [f"hydra.launcher.tasks_per_node={jobs[0].processes}"] if launcher == "slurm" else []
                     folder = sweep_folder(jobs[0])
-                    processes[name] = start(sweep(jobs, launcher, ranks), folder)
+                    processes[name] = start(sweep(jobs, launcher, [*ranks, *self.queue]), folder)
                     self.console.print(f"{name}: {len(jobs)} runs, log {folder / LOG}")
                 except UserError as error:
                     self.failures |= {job.name: str(error) for job in jobs}
