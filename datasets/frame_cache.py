@@ -57,7 +57,10 @@ class FrameCache:
         return self.folder / f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.frames"
 
     def _room(self, video: Video) -> bool:
-        used = sum(entry.stat().st_size for entry in os.scandir(self.folder))
+        used = 0
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):  # another process has just put it in its place
+                used += entry.stat().st_size
         self.full = used + video.frames * video.height * video.width * 3 > self.bytes
         return not self.full
 
