@@ -25,6 +25,7 @@ Picture = NDArray[np.uint8]  # RGB [h, w, 3]
 Paint = Callable[[Picture, int], Picture]  # a frame and its number to what takes its place
 
 SMALLEST = 9  # pixels of the smallest letters
+LINE = 1.25  # from one line of letters to the next, in their size
 COLOURS = (255 * matplotlib.colormaps["turbo"](np.arange(256))[:, :3]).astype(np.uint8)
 STRENGTH = 0.6  # of the hottest place's colour
 CODEC = {"crf": "18", "preset": "veryfast"}
@@ -68,13 +69,14 @@ def _encoder(output: Any, stream: Any, picture: Picture) -> Any:
 def label_patch(lines: Sequence[str], height: int, width: int) -> Picture:
     """Lines of text on a dark band, RGBA `[h, w, 4]`, for the upper left corner of frames of this size.
 
-    Letters are as large as the width allows, and of the lines as many are there as a third of the height holds.
+    Letters are as large as all lines allow in the width and a third of the height, down to the smallest: of those, as
+    many lines are there as fit.
     """
     file = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
-    size = max(SMALLEST, min(height, width) // 14)
+    size = max(SMALLEST, min(height // 14, width // 14, int(height / 3 / LINE / len(lines))))
     while size > SMALLEST and max(ImageFont.truetype(file, size).getlength(line) for line in lines) > width - size:
         size -= 1
-    font, spacing = ImageFont.truetype(file, size), round(1.25 * size)
+    font, spacing = ImageFont.truetype(file, size), round(LINE * size)
     shown = lines[: max(1, (height // 3) // spacing)]
     length = max(font.getlength(line) for line in shown)
     patch = Image.new("RGBA", (min(width, round(length) + size), min(height, spacing * len(shown))), (0, 0, 0, 140))

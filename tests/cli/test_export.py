@@ -46,7 +46,7 @@ def logits(model: nn.Module, clips: torch.Tensor) -> torch.Tensor:
         return model(clips)
 
 
-@pytest.mark.parametrize("name", ["i3d_small", "r2plus1d_small", "slowfast_small"])
+@pytest.mark.parametrize("name", ["r2plus1d_small", "slowfast_small"])
 def test_a_torch_program_of_any_grid(name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     exported(name, weights, tmp_path / "net.pt2", "dynamic=true")
     told = capsys.readouterr().out
@@ -86,9 +86,9 @@ def test_onnx_takes_frames_as_decoders_give_them(weights: Path, tmp_path: Path) 
 
 
 def test_onnx_of_attention(weights: Path, tmp_path: Path) -> None:
-    exported("i3d_nln_small", weights, tmp_path / "net.onnx")
+    exported("i3d_nln_small", weights, tmp_path / "net.onnx", "dynamic=true")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
-    clips = torch.randn(1, 3, 8, 32, 32)
+    clips = torch.randn(3, 3, 10, 48, 32)
     found = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
     torch.testing.assert_close(found, logits(NETWORKS["i3d_nln_small"], clips), atol=1e-4, rtol=1e-4)
 

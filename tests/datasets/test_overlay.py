@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from videos import write_turned
 
 from mgvideo.datasets.decoders import DecodeError, PyAV
 from mgvideo.datasets.overlay import Heat, annotate, blend, choose_targets, label_patch
@@ -51,6 +52,18 @@ def test_size_and_times_stay_and_only_the_label_is_drawn(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.mp4", "grey.mp4"]
 
 
+def test_a_rotated_video_is_written_upright(tmp_path: Path) -> None:
+    source, target = write_turned(tmp_path / "turned.mp4", frames=5), tmp_path / "drawn.mp4"
+    annotate(str(source), target, ["x"])
+    with PyAV().open(str(source)) as video, PyAV().open(str(target)) as drawn:
+        assert video.turns
+        assert not drawn.turns
+        assert (drawn.height, drawn.width) == (video.height, video.width)
+        below = slice(video.height // 2, None)
+        off = drawn.read([3]).int()[:, below] - video.read([3]).int()[:, below]
+    assert off.abs().float().mean() < 6
+
+
 def test_heat_is_where_and_when_the_map_says(tmp_path: Path) -> None:
     maps = torch.zeros(1, 2, 2, 2)
     maps[0, 1, 1, 1] = 1
@@ -83,6 +96,8 @@ def test_labels_are_never_larger_than_the_frame() -> None:
         patch = label_patch(["0.99 a very long name of a class indeed"] * 5, height, width)
         assert patch.shape[0] <= height
         assert patch.shape[1] <= width
+    small, large = (label_patch([name], 240, 320).shape for name in ("0.99 a very long name of a class", "0.99 run"))
+    assert small[0] <= large[0]
 
 
 def test_videos_of_one_name_do_not_meet_and_originals_are_safe(tmp_path: Path) -> None:
