@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TABLES ?= schedules tradeoff generality ablations
 
-.PHONY: train test reproduce lint format clean
+.PHONY: train test reproduce bench lint format clean
 .DEFAULT_GOAL := train
 
 train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multigrid
@@ -16,6 +16,10 @@ test: $(READY)
 
 reproduce: $(READY)  ## the paper's tables on Motion, hours on 2 cores: TABLES picks some, ARGS goes to tools/reproduce.py
 	failed=0; for table in $(TABLES); do $(BIN)/python tools/reproduce.py table=$$table $(ARGS) || failed=1; done; exit $$failed
+
+bench: $(READY)  ## a step at each grid of the embedded plan, then the trainer: minutes, on a machine that does nothing else
+	$(BIN)/python tools/benchmark.py step
+	$(BIN)/python tools/benchmark.py train
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> None:
             try:
                 for warning in [*faults, *warnings]:
                     monitor.say(f"warning: {warning}")
-                announce(cfg, monitor, plan, precision)
+                announce(cfg, monitor, plan, precision, data)
                 trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints)
                 if state:
                     trainer.load(state)
@@ -178,13 +178,13 @@ def resumed(cfg: DictConfig, checkpoints: Checkpoints, mirror: Mirror) -> tuple[
     return state, warnings
 
 
-def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision) -> None:
+def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision, data: Data) -> None:
     """The first screen: what will happen."""
     choices: Any = HydraConfig.get().runtime.choices
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     monitor.say(f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}")
     monitor.show(plan_table(plan, gpus=world_size()))
-    for note in plan.notes:
+    for note in (*plan.notes, *data.train.notes, *data.val.notes):
         monitor.say(f"note: {note}")
     monitor.say(f"precision: {precision}")
 
