@@ -62,6 +62,9 @@ def _encoder(output: Any, stream: Any, picture: Picture) -> Any:
     encoder.height, encoder.width = picture.shape[:2]
     # the usual colours come in blocks of 2 × 2
     encoder.pix_fmt = "yuv444p" if encoder.height % 2 or encoder.width % 2 else "yuv420p"
+    encoder.codec_context.colorspace = (
+        6  # ITU-R 601, which pictures are converted to: else players take large ones for 709
+    )
     encoder.codec_context.time_base = stream.time_base
     return encoder
 

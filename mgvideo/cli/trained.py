@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from mgvideo.checkpoint import Checkpoints
+from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.errors import UserError
 from mgvideo.models.naming import names
 from mgvideo.models.pretrained import guess_source, load_pretrained, read, tensors
@@ -57,6 +58,8 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Train
         UserError: no such file, one that does not fit its network, a key that is not known, or no network named.
     """
     weights, config = locate(ckpt)
+    if Path(weights).resolve().with_suffix(".sha256").exists():
+        read_checkpoint(Path(weights))  # which tells a damaged one from one that is not ours
     cfg = run_config(config, overrides, own) if config else foreign_config(weights, overrides)
     check_values(cfg)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
@@ -84,7 +87,9 @@ def _checkpoint_in(folder: Path) -> Path:
     """A run's best checkpoint, or else its newest."""
     inside = folder / "checkpoints"
     checkpoints = Checkpoints(inside if inside.is_dir() else folder)
-    found = checkpoints.best if checkpoints.best.exists() else checkpoints.newest()[0]
+    found, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.newest()
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if found is None:
         raise UserError(f"ckpt={folder}: no checkpoints in this folder; give a run's folder or a file")
     return found

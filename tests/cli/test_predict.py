@@ -171,6 +171,23 @@ def test_bad_input_is_one_line(
     assert told in line
 
 
+def test_a_damaged_checkpoint_is_told_or_passed_over(
+    trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    (run / "checkpoints/best.pt").unlink()
+    newest = max((run / "checkpoints").glob("step_*.pt"))
+    shutil.copy(newest, newest.with_name("step_99999999.pt"))
+    (run / "checkpoints/step_99999999.sha256").write_text("0")
+    main([str(videos / "00000.mp4"), f"ckpt={run}"])
+    told = capsys.readouterr().err
+    assert "warning: " in told
+    assert f"from {newest}" in told
+    with pytest.raises(SystemExit):
+        main([str(videos / "00000.mp4"), f"ckpt={run}/checkpoints/step_99999999.pt"])
+    assert "step_99999999.pt is damaged" in capsys.readouterr().err
+
+
 def test_no_video_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([f"ckpt={trained}"])

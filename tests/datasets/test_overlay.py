@@ -45,6 +45,8 @@ def test_size_and_times_stay_and_only_the_label_is_drawn(tmp_path: Path) -> None
     with PyAV().open(str(target)) as video:
         assert (video.height, video.width, video.frames) == (75, 101, len(TIMES))
         frames = video.read(range(video.frames)).int()
+    with av.open(str(target)) as container:
+        assert next(container.decode(video=0)).colorspace == 6, "players need not guess which colours these are"
     h, w = label_patch(["0.93 juggling", "0.02 cartwheeling"], 75, 101).shape[:2]
     assert (frames[:, :h, :w].amax((1, 2, 3)) > 200).all(), "letters are light in every frame"
     assert (frames[:, :h, :w].amin((1, 2, 3)) < 80).all(), "their ground is dark"
