@@ -240,6 +240,8 @@ def build_trainer(
 
 def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> None:
     """Multi-view test of the model as it is, then the report."""
+    if cfg.train.enable and trainer.progress.evaluated < trainer.progress.step:
+        trainer.precise_bn()  # no evaluation has made them for these weights
     base, size = trainer.plan.base, cfg.test.size
     views = Views(Grid(base.frames, size, (base.stride, base.stride), (size, size)), cfg.test.clips, cfg.test.crops)
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin)

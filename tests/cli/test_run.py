@@ -160,6 +160,17 @@ def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> No
     assert "counted as wrong" in (tmp_path / "out/report.md").read_text()
 
 
+def test_a_test_without_validation_has_precise_statistics_too(tmp_path: Path, motion_root: str) -> None:
+    command = [*TINY, f"dataset.root={motion_root}", "precision=fp32", "base.epochs=4", "base.lr_steps=[0,2]"]
+    scores = {}
+    for evaluations in (0, 1):
+        out = f"output_dir=evals{evaluations}"
+        result = run_program(*command, out, f"train.evals_per_phase={evaluations}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        scores[evaluations] = json.loads((tmp_path / f"evals{evaluations}/report.json").read_text())["metrics"]
+    assert scores[0] == scores[1]
+
+
 def test_what_weights_do_not_fit_is_told(tmp_path: Path, motion_root: str) -> None:
     torch.save({"model": r2plus1d_small(5, width=4).state_dict()}, tmp_path / "five.pt")
     data = [*TINY, f"dataset.root={motion_root}", "output_dir=out"]
