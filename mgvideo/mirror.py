@@ -123,7 +123,10 @@ class Mirror:
         for name in (*old.files, *old.links):
             (self.folder / name).unlink()
         with reaching(f"{self.address}/") as manager:
-            for name, (_, time) in self._there.files.items():
+            for name, (_, time) in list(self._there.files.items()):
+                if not manager.exists(f"{self.address}/{name}"):  # somebody took it away
+                    del self._there.files[name]
+                    continue
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(manager.open(f"{self.address}/{name}", "rb")) as source, open(path, "wb") as copy:
