@@ -13,6 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 # the new name is unknown to torch 2.11
 warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+# several labels: the largest score over views, which a test holds to what it should be
+warnings.filterwarnings("ignore", "index_reduce", UserWarning)
 
 PROGRAMS = {
     "run": "train and test a network",
