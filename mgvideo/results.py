@@ -224,5 +224,5 @@ def _published(published: Published | None) -> str:
     if published is None:
         return "–"
     figures = " / ".join(f"{value:g}" for value in published.metrics.values())
-    words = [figures, published.setting, f"({published.source})"]
-    return " ".join(word for word in words if word)
+    told = ", ".join(part for part in (figures, published.setting) if part)
+    return f"{told} ({published.source})"

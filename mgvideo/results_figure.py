@@ -140,11 +140,12 @@ def _axes(rows: list[Row]) -> tuple[Figure, Axes, float]:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     unit, name = _unit(max(row.seconds for row in rows))
     times = [row.seconds / unit for row in rows]
+    near = max(times) < 6 * min(times)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if near else (1, 2, 5)))
     axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
     axes.set_xlabel(f"training time, {name} (log scale)", color=INK)
     axes.set_ylabel(f"{METRICS[str(rows[0].metric)]}, %", color=INK)

@@ -25,7 +25,7 @@ FOLDER = "table"  # of mgvideo.configs
 # keys that change neither what is trained nor what is measured
 BESIDES = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
 _BESIDES_TOO = ("train.log_every", "train.evals_per_phase")
-PLACES = ("root", "pyramid")
+PLACES = ("root", "pyramid", "frame_cache", "frame_cache_gib")
 INSTEAD = {"seed": "seeds=[…]", "output_dir": "out=FOLDER", "experiment": "preset=NAME"}
 
 
