@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import overrides
+from refusals import said
 from training import KNOBS, ROOT, TINY, end_state, metrics
 
 from mgvideo.checkpoint import Checkpoints
@@ -38,21 +39,12 @@ def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def said(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
-    """What a run that leaves with this code says on stderr: one line."""
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    assert left.value.code == code
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def test_a_signal_in_mid_evaluation_repeats_the_evaluation_and_nothing_else(
     whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
     ask = [word.replace("dataset.train.", "dataset.val.") for word in overrides("ask", rank=0, after=5, once="asked")]
-    line = said(capsys, [*run, *ask], 128 + signal.SIGTERM)
+    line = said(main, [*run, *ask], capsys, 128 + signal.SIGTERM)
     stopped = int(line.split("goes on from step ")[1])
     assert stopped == min(metrics(whole, "val_top1")), "where the first evaluation is due"
     assert not metrics(tmp_path / "out", "val_top1")
@@ -145,7 +137,7 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     middle = Checkpoints(tmp_path / "out/checkpoints").steps()[2]
     again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
     capsys.readouterr()
-    line = said(capsys, again, 2)
+    line = said(main, again, capsys)
     assert "was made by another recipe, model or dataset: " in line
     assert "dataset.train.fingerprint was " in line
     assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import said
 from training import KNOBS, ROOT, TINY, run_program
 
 from mgvideo.cli.predict import main
@@ -163,10 +164,7 @@ def _renamed(folder: Path) -> str:
 def test_bad_input_is_one_line(
     arguments: Any, told: str, trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([str(videos / "00000.mp4"), *arguments(trained, tmp_path)])
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = said(main, [str(videos / "00000.mp4"), *arguments(trained, tmp_path)], capsys)
     assert line.startswith("error: ")
     assert told in line
 
@@ -189,7 +187,4 @@ def test_a_damaged_checkpoint_is_told_or_passed_over(
 
 
 def test_no_video_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([f"ckpt={trained}"])
-    assert stop.value.code == 2
-    assert "no video given" in capsys.readouterr().err
+    assert "no video given" in said(main, [f"ckpt={trained}"], capsys)

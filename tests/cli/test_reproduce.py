@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from refusals import said
 from training import TINY
 
 from mgvideo.checkpoint import sole_run
@@ -111,10 +112,7 @@ def test_a_wrong_table_is_one_clear_line(change: dict, told: str) -> None:
 def test_what_cannot_end_well_is_refused_before_it_starts(
     arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, f"out={tmp_path}"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
+    line = said(main, [*arguments, f"out={tmp_path}"], capsys)
     assert line.startswith("error: ")
     assert told in line
 
