@@ -106,6 +106,10 @@ def check(config_name: str, overrides: Sequence[str]) -> None:
             raise UserError(_unknown_option(error)) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_wrong_override(config_name, overrides, error)) from error
+        except ValueError as error:  # what Hydra says of a group that is set to nothing
+            name, _, value = next(o for o in overrides if o.split("=")[-1] in ("null", "")).partition("=")
+            options = ", ".join(group_options().get(name, []))
+            raise UserError(f"{name}={value}: choose one of {options}, or leave it out with ~{name}") from error
 
 
 def _unknown_option(error: MissingConfigException) -> str:

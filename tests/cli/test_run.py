@@ -127,6 +127,7 @@ def _unreadable_videos(folder: Path) -> list[str]:
         (_label_out_of_range, "train.csv:1"),
         (_unreadable_videos, "cannot be read"),
         (lambda _: ["base.batchh=1"], "did you mean base.batch?"),
+        (lambda _: ["decoder=null"], "decoder=null: choose one of decord, pyav, torchcodec"),
         (lambda _: ["dataset=kinetics400"], "dataset.root is not set"),
         (lambda _: ["precision=fp8"], "choose one of auto, fp32, bf16, fp16"),
         (lambda _: ["base.lr_steps=[1,2]"], "base.lr_steps"),
