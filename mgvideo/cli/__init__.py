@@ -7,8 +7,10 @@ import os
 import sys
 import warnings
 
-# Threads that wait for each other while spinning would take the cores that loader workers need. Before torch is loaded.
+# Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
+# the cores: docs/benchmarks/speed.md. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # fvcore compiles losses that nobody here uses as it is imported, and torch says at length what it thinks of that
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 # the new name is unknown to torch 2.11

@@ -7,11 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import hydra
 from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
@@ -91,13 +92,20 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """
     register()
     check(config_name, overrides)
-    with initialize_config_module(CONFIGS, version_base="1.3"):
+    with _initialized():
         return compose(config_name, overrides=list(overrides), return_hydra_config=True)
+
+
+def _initialized() -> AbstractContextManager:
+    """Hydra with our configs: the one that already runs a program, or one for a while."""
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    return initialize_config_module(CONFIGS, version_base="1.3")
 
 
 def check(config_name: str, overrides: Sequence[str]) -> None:
     """Raise UserError where the overrides do not compose, with the nearest key or value that would."""
-    with initialize_config_module(CONFIGS, version_base="1.3"):
+    with _initialized():
         try:
             compose(config_name, overrides=list(overrides))
         except OverrideParseException as error:
