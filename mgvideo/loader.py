@@ -116,6 +116,10 @@ def _plainly(batches: Iterator[Batch]) -> Iterator[Batch]:
             ) from None
         except RuntimeError as error:
             raise dead_worker(error) from error
+        except (ConnectionError, EOFError) as error:  # it died while a batch was being fetched from it
+            raise UserError(
+                f"a loader worker died ({error}): out of memory? Lower loader.workers or loader.prefetch"
+            ) from error
         yield batch
 
 

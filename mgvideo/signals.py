@@ -58,6 +58,7 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _State.received, _State.deferred = 0, False
 
 
 def defer() -> None:
