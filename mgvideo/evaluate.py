@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
 from .batches import Batches, share
@@ -20,10 +20,6 @@ from .plan import Grid
 from .precision import Normalize, Precision
 from .signals import stop_if_asked
 from .tasks import Task
-
-with warnings.catch_warnings():  # fvcore scripts a loss that nobody here uses, which newer torch deprecates
-    warnings.simplefilter("ignore", FutureWarning)
-    from fvcore.nn.precise_bn import update_bn_stats
 
 
 @dataclass(frozen=True)

@@ -114,12 +114,8 @@ def _plainly(batches: Iterator[Batch]) -> Iterator[Batch]:
             raise UserError(
                 str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
             ) from None
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             raise dead_worker(error) from error
-        except (ConnectionError, EOFError) as error:  # it died while a batch was being fetched from it
-            raise UserError(
-                f"a loader worker died ({error}): out of memory? Lower loader.workers or loader.prefetch"
-            ) from error
         yield batch
 
 
@@ -128,7 +124,8 @@ def dead_worker(error: Exception) -> Exception:
     text = str(error).splitlines()[0] if str(error) else ""
     if text.startswith("DataLoader timed out"):
         return UserError(f"a loader worker hangs ({text}): is the disk slow? Raise loader.timeout or loader.workers")
-    if text.startswith("DataLoader worker") and ("killed" in text or "exited" in text):
+    told = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
+    if told or isinstance(error, (ConnectionError, EOFError)):  # the latter: while a batch was being fetched from it
         return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
     return error
 

@@ -25,7 +25,7 @@ PROGRAMS = {
     "reproduce": "run a table of the paper and report it",
     "predict": "print the top classes of videos, or draw them in",
     "export": "write a trained network as a torch.export or ONNX file",
-    "benchmark": "measure what the loader delivers at each grid of a plan",
+    "benchmark": "measure the loader, a step at each grid of a plan, or the trainer",
 }
 
 

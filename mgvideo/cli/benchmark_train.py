@@ -84,7 +84,7 @@ class HeldBatches(Loader):
         for steps in stretches:
             for step in steps:
                 wanted = requests(step)
-                yield self.held[f"{wanted[0].grid.name}x{len(wanted)}"]
+                yield self.held[_name(wanted[0].grid.name, len(wanted))]
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
