@@ -8,6 +8,7 @@ Turn DDP's `broadcast_buffers` off: every rank computes the same running statist
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,22 +49,18 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
                 f"batch norm: {input.shape[0]} clips cannot be cut into {self.groups} equal groups; "
                 "make the (micro-)batch of every rank a multiple of its number of groups"
             )
-        ranks = 1
-        if self.process_group is not None:
-            ranks = dist.get_world_size(self.process_group)
-            parts = [
-                _SharedNormalise.apply(x, self.weight, self.bias, self.eps, self.process_group)
-                for x in input.chunk(self.groups)
-            ]
-            outputs, means, variances = zip(*parts, strict=True)
-            output = outputs[0] if self.groups == 1 else torch.cat(outputs)
-            mean, var = torch.stack(means), torch.stack(variances)
+        fold = _fold(input, self.groups)
+        if self.process_group is not None or fold > 1:
+            output, mean, var = _MergedNormalise.apply(
+                input, self.weight, self.bias, self.groups, fold, self.eps, self.process_group
+            )
         elif self.groups > 1:
             output, mean, var = _GroupNormalise.apply(input, self.weight, self.bias, self.groups, self.eps)
         else:
             # With momentum 1, running statistics become the batch's own.
             mean, var = torch.zeros((2, 1, self.num_features), dtype=_stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
+        ranks = _ranks(self.process_group)
         if self.pending is not None:
             self.pending.add_(_sums(mean, var, ranks))
         elif self.track_running_stats:
@@ -204,55 +201,112 @@ class _GroupNormalise(torch.autograd.Function):
         return dx, torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0), None, None
 
 
-class _SharedNormalise(torch.autograd.Function):
-    """One group, spread over the ranks of a process group: one collective forward, one backward.
+def _fold(x: Tensor, groups: int) -> int:
+    """How many neighbouring positions to take as channels of their own, so that few channels fill a CPU's registers.
 
-    Returns the output for this rank's part, and the whole group's mean and unbiased variance `[channels]`.
+    On two cores torch's channels_last kernels take 5 to 9 ns a value for 8 channels, and 0.6 for 32 (bf16, both ways).
+    """
+    channels, values = x.shape[1], x.numel() // groups
+    layout = x.is_contiguous(memory_format=torch.channels_last_3d)
+    if x.device.type != "cpu" or not layout or channels >= 16 or values < 2**14:
+        return 1  # nothing gained
+    return math.gcd(32 // channels, values // channels)
+
+
+def _parts(x: Tensor, groups: int, fold: int) -> Sequence[Tensor]:
+    """Views of the groups of x: `[n / groups, channels, t, h, w]`, or `[1, fold · channels, positions / fold, 1]`."""
+    if fold == 1:
+        return x.chunk(groups)
+    return x.movedim(1, -1).view(groups, 1, -1, 1, fold * x.shape[1]).movedim(-1, 2).unbind()
+
+
+def _folded(fold: int, *maps: Any) -> list[Any]:
+    """Values per channel `[…, channels]` or None, once for each of the positions that are folded into channels."""
+    return [t if t is None or fold == 1 else t.repeat(*[1] * (t.dim() - 1), fold) for t in maps]
+
+
+def _ranks(process_group: dist.ProcessGroup | None) -> int:
+    return 1 if process_group is None else dist.get_world_size(process_group)
+
+
+class _MergedNormalise(torch.autograd.Function):
+    """Groups whose statistics are merged from parts: those of several ranks, and of positions folded into channels.
+
+    One collective forward and one backward where there is a process group. Returns the output for this rank's part,
+    and the whole groups' means and unbiased variances `[groups, channels]`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, process_group: dist.ProcessGroup
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        fold: int,
+        eps: float,
+        process_group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _stats_dtype(x)
+        x, dtype = _dense(x, like=x), _stats_dtype(x)
+        parts = _parts(x, groups, fold)
         # The kernel's precision is that of the running statistics it is given; momentum 0 leaves them as they are.
-        zeros = x.new_zeros(x.shape[1], dtype=dtype)
-        mean, var = torch.batch_norm_update_stats(x, zeros, zeros, 0.0)
-        mean, var, size = _merge(mean, var, x.numel() // len(mean), process_group)
+        zeros = x.new_zeros(fold * x.shape[1], dtype=dtype)
+        stats = [torch.stack(torch.batch_norm_update_stats(part, zeros, zeros, 0.0)) for part in parts]
+        means, variances = torch.stack(stats, 1).double().unflatten(2, (fold, -1))
+        mean = means.mean(1)
+        var = (variances + (means - mean[:, None]).square()).mean(1)
+        mean, var, size = _merge(mean, var, x.numel() // mean.numel(), process_group)
         unbiased = var * (size / (size - 1))
         mean, var = mean.to(dtype), var.to(dtype)
         ctx.save_for_backward(x, weight, mean, var, size)
-        ctx.eps, ctx.process_group = eps, process_group
+        ctx.fold, ctx.eps, ctx.process_group = fold, eps, process_group
         ctx.mark_non_differentiable(mean, unbiased)
-        return _affine(x, mean, var, eps, weight, bias), mean, unbiased
+        y = torch.empty_like(x)
+        weight, bias, mean_f, var_f = _folded(fold, weight, bias, mean, var)
+        for part, y_i, mean_i, var_i in zip(parts, _parts(y, groups, fold), mean_f, var_f, strict=True):
+            _affine(part, mean_i, var_i, eps, weight, bias, out=y_i)
+        return y, mean, unbiased
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, size = ctx.saved_tensors
-        dy = _dense(dy, like=x)
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        gain = one if weight is None else weight
-        invstd = (var + ctx.eps).rsqrt()
-        _, dweight, dbias = aten.native_batch_norm_backward.default(
-            dy, x, gain, None, None, mean, invstd, True, ctx.eps, (False, True, True)
-        )
-        sums = torch.stack((dweight, dbias))  # of dy·x̂ and of dy
-        dist.all_reduce(sums, group=ctx.process_group)
-        # dx = scale · (dy − x̂ · mean(dy·x̂) − mean(dy)): an affine map of dy and one of x̂.
-        scale = invstd * gain
-        slope, offset = (-scale * sums / size).to(mean.dtype)
-        dx = _affine(dy, zero, one, 0.0, scale, offset)
-        dx += _affine(x, mean, var, ctx.eps, slope, zero)
-        return (dx, None, None, None, None) if weight is None else (dx, dweight, dbias, None, None)
+        groups, fold = len(mean), ctx.fold
+        gain = torch.ones_like(mean[0]) if weight is None else weight
+        x_parts, dy_parts = (_parts(tensor, groups, fold) for tensor in (x, _dense(dy, like=x)))
+        gain_f, mean_f, var_f = _folded(fold, gain, mean, var)
+        scaled, sums = [], []  # dy · scale; of dy·x̂ and of dy
+        for x_i, dy_i, mean_i, var_i in zip(x_parts, dy_parts, mean_f, var_f, strict=True):
+            gradient, *both = aten.native_batch_norm_backward.default(
+                dy_i, x_i, gain_f, mean_i, var_i, None, None, False, ctx.eps, (True, True, True)
+            )
+            scaled.append(gradient)
+            sums.append(torch.stack(both))
+        own = torch.stack(sums, 1).unflatten(2, (fold, -1)).sum(2)
+        whole = own.clone()
+        if ctx.process_group is not None:
+            dist.all_reduce(whole, group=ctx.process_group)
+        # dx = scale · (dy − x̂ · mean(dy·x̂) − mean(dy)): an affine map of dy and one of x.
+        maps = _folded(fold, *(-(var + ctx.eps).rsqrt() * gain * whole / size).to(mean.dtype))
+        dx = torch.empty_like(x)
+        for dx_i, x_i, scaled_i, mean_i, var_i, slope, offset in zip(
+            _parts(dx, groups, fold), x_parts, scaled, mean_f, var_f, *maps, strict=True
+        ):
+            _affine(x_i, mean_i, var_i, ctx.eps, slope, offset, out=dx_i).add_(scaled_i)
+        dweight, dbias = own.sum(1) if weight is not None else (None, None)
+        return dx, dweight, dbias, None, None, None, None
 
 
-def _merge(mean: Tensor, var: Tensor, size: int, process_group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, biased variance and size of a group from those of its ranks' parts, all float64 `[channels]`.
+def _merge(
+    mean: Tensor, var: Tensor, size: int, process_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, biased variances and sizes of groups from those of their ranks' parts, all float64 `[groups, channels]`.
 
     Sizes are numbers of values per channel. Variances merge around the common mean (Chan, Golub and LeVeque 1979).
     """
-    mine = torch.stack((mean, var, torch.full_like(mean, size))).double()
+    mine = torch.stack((mean, var, torch.full_like(mean, size)))
+    if process_group is None:
+        return mine.unbind()  # type: ignore[return-value]
     ranks = dist.get_world_size(process_group)
     gathered = mine.new_empty(ranks * mine.numel())
     dist.all_gather_into_tensor(gathered, mine.flatten(), group=process_group)
@@ -263,6 +317,11 @@ def _merge(mean: Tensor, var: Tensor, size: int, process_group: dist.ProcessGrou
     return mean, var, total
 
 
-def _affine(x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """(x − mean) / √(var + eps) · weight + bias in one pass, in x's dtype and memory format."""
-    return aten.native_batch_norm.default(x, weight, bias, mean, var, False, 0.0, eps)[0]
+def _affine(
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    """(x − mean) / √(var + eps) · weight + bias in one pass, from x to `out` of the same dtype and memory format."""
+    saved = mean.new_empty((2, 0))
+    return aten.native_batch_norm.out(
+        x, weight, bias, mean, var, False, 0.0, eps, out=out, save_mean=saved[0], save_invstd=saved[1]
+    )[0]

@@ -123,6 +123,26 @@ def test_without_affine_parameters_and_running_statistics():
     torch.testing.assert_close(y, torch.cat([nn.BatchNorm3d(CHANNELS).double()(x_i) for x_i in x.chunk(2)]))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("channels", [2, 8, 10])
+def test_few_channels(channels: int, groups: int):
+    # positions are folded into channels here: fewer than 16 channels, many positions, channels_last
+    many = torch.randn(8, channels, 4, 32, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
+    gradient, layout = many.roll(1, 0).square(), torch.channels_last_3d
+    want, got = nn.BatchNorm3d(channels).double(), convert_group_batchnorm(nn.BatchNorm3d(channels).double())
+    set_bn_groups(got, groups)
+    results = []
+    for bn, xs in ((want, many.chunk(groups)), (got, [many.to(memory_format=layout)])):
+        xs = [x.detach().requires_grad_() for x in xs]
+        y = torch.cat([bn(x) for x in xs])
+        y.backward(gradient)
+        results.append((y.detach(), torch.cat([x.grad for x in xs]), bn.weight.grad, bn.bias.grad))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    assert y.is_contiguous(memory_format=layout)
+    fresh = nn.BatchNorm3d(channels, momentum=got.momentum).double()
+    torch.testing.assert_close(got.state_dict()["running_var"], after(fresh, many, groups)["running_var"])
+
+
 @pytest.mark.parametrize("strange", [lambda x: x[..., :2, 1:], lambda x: x.transpose(3, 4), lambda x: x[::2]])
 def test_any_strides(strange: Callable[[Tensor], Tensor]):
     x = strange(clips(8))
@@ -263,6 +283,10 @@ def test_compiles_into_one_graph(groups: int):
     torch.testing.assert_close(got, want)
 
 
+def few_channels() -> Tensor:
+    return torch.randn(8, 4, 2, 32, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
+
+
 SHARES = {"even": (4, 4), "uneven": (6, 2)}
 
 
@@ -300,6 +324,12 @@ def rank_steps(rank: int, folder: Path) -> None:
     y.backward(clips(8, seed=1).chunk(2)[rank].to(torch.bfloat16))
     assert y.stride() == low.grad.stride() == low.stride()
     results["bfloat16"] = y.detach(), low.grad, bn.weight.grad, bn.bias.grad, bn.running_var
+    few = few_channels().split((6, 2))[rank].to(memory_format=torch.channels_last_3d).requires_grad_()
+    bn = convert_group_batchnorm(nn.BatchNorm3d(few.shape[1]).double())
+    set_bn_groups(bn, 1, dist.group.WORLD)
+    y = bn(few)
+    y.backward(few_channels().flip(0).split((6, 2))[rank])
+    results["few channels"] = y.detach(), few.grad, bn.weight.grad, bn.running_var
     bn = grouped((3, 1)[rank])
     with deferred_running_stats(bn):
         bn(clips(8).split((6, 2))[rank])
@@ -359,6 +389,16 @@ def test_shared_groups_in_bfloat16(two_ranks: list[dict]):
         torch.testing.assert_close(actual.double(), want, rtol=0.03, atol=0.03 * want.abs().max().item())
     want = after(plain(), clips(8), 1)["running_var"].float()
     torch.testing.assert_close(running_var, (want, want), rtol=0.01, atol=0)
+
+
+def test_shared_groups_of_few_channels(two_ranks: list[dict]):
+    y, dx, dweight, running_var = zip(*(rank["few channels"] for rank in two_ranks), strict=True)
+    x, bn = few_channels().requires_grad_(), nn.BatchNorm3d(4).double()
+    want = bn(x)
+    want.backward(few_channels().flip(0))
+    want_var = after(nn.BatchNorm3d(4).double(), x.detach(), 1)["running_var"]
+    got = torch.cat(y), torch.cat(dx), sum(dweight), running_var[0]
+    torch.testing.assert_close(got, (want.detach(), x.grad, bn.weight.grad, want_var), rtol=1e-9, atol=1e-9)
 
 
 def test_running_statistics_do_not_depend_on_ranks(two_ranks: list[dict]):

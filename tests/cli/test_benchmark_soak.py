@@ -31,7 +31,7 @@ class Leaky:
         return len(self.dataset)
 
     def __getitem__(self, request: Any) -> Any:
-        self.kept.append((open(os.devnull), os.urandom(1 << 20)))  # noqa: SIM115
+        self.kept.append((open(os.devnull), os.urandom(4 << 20)))  # noqa: SIM115
         return self.dataset[request]
 
 
