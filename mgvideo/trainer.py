@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from .batches import Batches, Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
 from .checkpoint import Checkpoints
+from .clips import Failure
 from .distributed import Votes, gather_objects, neighbours, rank, world_size
 from .dropout import dropout_of
 from .errors import UserError
@@ -89,6 +90,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.not_validated: set[Failure] = set()  # named once, however often validation meets them
         self.window = Window()
         self._window_state: dict[str, Any] | None = None
         self.profiler = Profiler(monitor.folder / "profile", options.profile)
@@ -345,6 +347,10 @@ class Trainer:
         result = evaluator(self.model, views, beat)
         metrics = self.task.metrics(result.scores, result.labels)
         self.monitor.validation(step, self.progress.seconds, metrics)
+        new = [failure for failure in result.failures if failure not in self.not_validated]
+        if new:
+            self.monitor.failures(step, new)
+            self.not_validated.update(new)
         best = metrics[self.task.best] > self.progress.best
         self.progress.best = max(self.progress.best, metrics[self.task.best])
         self.progress.evaluated = step

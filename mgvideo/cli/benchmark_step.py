@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -43,11 +44,10 @@ class Keys:
     grids: list[str] = key([], "such as 8x112,32x224; none: all of the plan's")
     variants: list[str] = key(
         [REFERENCE, "auto/channels_last/off"],
-        "precision/memory format/compilation; the first is what the others are compared with",
+        "precision/memory format/compilation[/BN groups]; the first is what the others are compared with",
     )
     clips: int = key(4, "clips of the base grid in a step; a smaller grid has as many more as its volume allows")
     batch: int | None = key(None, "instead: clips in a step, the same at every grid")
-    bn_groups: int = key(1, "groups of clips that batch norm works in")
     seconds: float = key(3.0, "to measure each cell, in each round; one step at least")
     rounds: int = key(2, "times round all of them, so that a change of the machine's load meets all alike")
     format: str = key("table", "table or json, which mgvideo plan benchmark=… reads")
@@ -77,6 +77,7 @@ class Variant:
     name: str
     precision: Precision
     compile: str
+    bn_groups: int = 1  # of clips
 
 
 class Bench:
@@ -98,9 +99,9 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def measure(self, grid: Grid, cell: Cell, seconds: float, groups: int) -> None:
+    def measure(self, grid: Grid, cell: Cell, seconds: float) -> None:
         """Add steps to a cell; the first of all is its warm-up."""
-        set_bn_groups(self.model, groups if cell.clips % groups == 0 else 1)
+        set_bn_groups(self.model, math.gcd(self.variant.bn_groups, cell.clips))
         shape = (cell.clips, grid.frames, grid.size, grid.size, 3)
         # permuted frames are channels_last_3d already, as from the loader; the other variant pays for its copy
         clips = torch.randn(shape, device=self.device).permute(0, 4, 1, 2, 3)
@@ -147,22 +148,24 @@ def read_keys(overrides: Sequence[str]) -> Keys:
     given = keys.read(Keys, overrides)
     require(given.format in ("table", "json"), f"format={given.format}: choose table or json")
     require(given.seconds > 0, f"seconds={given.seconds}: give a number above 0")
-    for name in ("rounds", "clips", "bn_groups"):
+    for name in ("rounds", "clips"):
         require(getattr(given, name) >= 1, f"{name}={getattr(given, name)}: give a whole number from 1 up")
     require(given.batch is None or given.batch >= 1, f"batch={given.batch}: give a whole number from 1 up")
     require(bool(given.variants), f"variants=[]: give some, such as {REFERENCE}")
     for name in given.variants:
-        parts = name.split("/")
-        valid = len(parts) == 3 and parts[1] in ("contiguous", "channels_last") and parts[2] in COMPILE
-        require(valid, f"variants={name}: write precision/contiguous or channels_last/{' or '.join(COMPILE)}")
+        parts = [*name.split("/"), "1"]
+        valid = len(parts) in (4, 5) and parts[1] in ("contiguous", "channels_last") and parts[2] in COMPILE
+        valid = valid and parts[3].isdecimal() and int(parts[3]) >= 1
+        form = f"precision/contiguous or channels_last/{' or '.join(COMPILE)}, and /BN groups if more than 1"
+        require(valid, f"variants={name}: write {form}")
     return given
 
 
 def variant(name: str, device: torch.device) -> Variant:
-    """Read `precision/memory format/compilation`."""
-    precision, layout, mode = name.split("/")
+    """Read `precision/memory format/compilation[/BN groups]`."""
+    precision, layout, mode, *groups = name.split("/")
     chosen = replace(choose_precision(precision, device), channels_last=layout == "channels_last")
-    return Variant(name, chosen, mode)
+    return Variant(name, chosen, mode, *map(int, groups))
 
 
 def run(given: Keys, cfg: DictConfig) -> None:
@@ -171,7 +174,7 @@ def run(given: Keys, cfg: DictConfig) -> None:
     plan = build_plan(cfg, 1000 * cfg.base.batch)
     grids = choose_grids(plan, given.grids)
     variants = [variant(name, device) for name in given.variants]
-    about = {**conditions(device), "threads": torch.get_num_threads(), "bn_groups": given.bn_groups}
+    about = {**conditions(device), "threads": torch.get_num_threads()}
     own = cfg.model._target_.rpartition(".")[2]
     models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in given.models}
     cells = {name: measure(given, model, plan, grids, variants) for name, model in (models or {own: cfg}).items()}
@@ -207,7 +210,7 @@ def measure(
         for _ in range(given.rounds):
             for grid in grids:
                 for v in variants:
-                    benches[v.name].measure(grid, cells[v.name][grid.name], given.seconds, given.bn_groups)
+                    benches[v.name].measure(grid, cells[v.name][grid.name], given.seconds)
                     done += 1
                     progress(done, total)
     return cells

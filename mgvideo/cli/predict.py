@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,6 @@ from torch.nn.functional import interpolate
 
 from mgvideo.datasets.decoders import DecodeError, PyAV
 from mgvideo.datasets.lists import find_videos, read_classes
-from mgvideo.datasets.motion import CLASSES
 from mgvideo.datasets.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.sampling import Sampling
 from mgvideo.datasets.video import Entry, VideoDataset
@@ -56,7 +54,7 @@ class PredictKeys:
     crops: int | None = key(None, "crops of each clip, 1 or 3; null: test.crops")
     size: int | None = key(None, "side of the crops in pixels; null: test.size")
     classes: str | None = key(
-        None, "file of class names, one a line; null: the run's dataset says, or they are numbers"
+        None, "file of class names, one a line; null: the run says, or its dataset, or they are numbers"
     )
     format: str = key("table", "table or json")
     out: str | None = key(None, "folder to write the videos to once more, their top classes drawn in")
@@ -192,12 +190,15 @@ def build(given: PredictKeys, trained: Trained) -> Predictor:
     views = Views(grid, given.clips or cfg.test.clips, given.crops or cfg.test.crops)
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     precision.place(trained.model)
-    names = class_names(given.classes, cfg, trained.classes)
+    names = class_names(given.classes, trained)
     return Predictor(trained, views, precision, build_normalize(cfg, precision), names)
 
 
-def class_names(file: str | None, cfg: DictConfig, classes: int) -> list[str]:
-    """Names from a file, from the run's dataset where it is at hand, or numbers."""
+def class_names(file: str | None, trained: Trained) -> list[str]:
+    """Names from a file, from the run's folder, from the dataset where it is at hand, or numbers."""
+    cfg, classes = trained.cfg, trained.classes
+    if file is None and trained.folder and (trained.folder / "classes.txt").exists():
+        file = str(trained.folder / "classes.txt")
     if file is not None:
         require(os.path.isfile(file), f"classes={file}: there is no such file")
         names = read_classes(file)
@@ -205,8 +206,7 @@ def class_names(file: str | None, cfg: DictConfig, classes: int) -> list[str]:
         return names
     try:
         _ = cfg.dataset.root  # other keys refer to it: the one to name where it is missing
-        # the embedded dataset would be made to ask it
-        names = list(CLASSES) if "prepare" in cfg.dataset else instantiate(cfg.dataset.val, decoder=PyAV()).class_names
+        names = instantiate(cfg.dataset.val, decoder=PyAV()).class_names
         reason = f"it has {len(names)} classes, the network {classes}"
     except (UserError, HydraException, OmegaConfBaseException) as error:
         names, reason = [], str(app.explain(error))

@@ -40,6 +40,7 @@ class Trained:
     model: nn.Module
     cfg: DictConfig
     weights: str
+    folder: Path | None  # of its run
 
     @property
     def classes(self) -> int:
@@ -65,7 +66,7 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Train
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)
     load_pretrained(model, weights)
-    return Trained(model.eval(), cfg, weights)
+    return Trained(model.eval(), cfg, weights, config.parent if config else None)
 
 
 def locate(ckpt: str | None) -> tuple[str, Path | None]:

@@ -94,7 +94,7 @@ def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: s
 
 
 def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
-    own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,bf16/channels_last/off]"]
+    own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,bf16/channels_last/off/2]"]
     cfg = app.compose_config("run", TINY)
     for format in ("table", "json"):
         benchmark_step.run(benchmark_step.read_keys([*own, f"format={format}", f"out={tmp_path / format}"]), cfg)
@@ -133,6 +133,7 @@ def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root
     ("arguments", "words"),
     [
         (["step", "variants=[fp32]"], "variants=fp32"),
+        (["step", "variants=[fp32/contiguous/off/0]"], "variants=fp32/contiguous/off/0"),
         (["step", "variants=[]"], "variants=[]"),
         (["step", "grids=[1x1]"], "grids=1x1"),
         (["train", "visits=0"], "visits=0"),

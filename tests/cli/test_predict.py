@@ -51,6 +51,7 @@ def test_a_path_is_enough_to_score_as_the_runs_test_did(
     found = predicted([videos, f"ckpt={newest}", "top=8"], capsys)
     assert [Path(entry["video"]).name for entry in found] == [f"{i:05d}.mp4" for i in range(KNOBS.val)]
     assert {c["class"] for c in found[0]["classes"]} == set(CLASSES)
+    assert (trained / "classes.txt").read_text().splitlines() == list(CLASSES)
     assert all(sum(c["score"] for c in entry["classes"]) == pytest.approx(1, abs=1e-4) for entry in found)
     places = [[c["label"] for c in entry["classes"]].index(i % 8) for i, entry in enumerate(found)]
     test = json.loads((trained / "test.json").read_text())
