@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import gc
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children
+from multiprocessing import active_children, forkserver
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 from weakref import WeakSet
@@ -54,28 +55,30 @@ class LoaderOptions:
 
     workers: int = 2  # processes; 0 loads in the training process
     prefetch: int = 2  # batches that each worker keeps ready
-    start_method: str = "fork"  # fork, forkserver or spawn
-    timeout: float = 45.0  # seconds, and one more a clip, after which a silent worker counts as hung
+    start_method: str = "forkserver"  # fork, forkserver or spawn
+    timeout: float = 45.0  # seconds, and one more a clip, after which silent workers count as hung
 
 
 _workers: WeakSet[BaseProcess] = WeakSet()
 
 
 @contextmanager
-def _starting_workers() -> Iterator[None]:
-    """Workers started inside outlive signals, and leave alone what they inherit.
+def _starting_workers() -> Iterator[list[BaseProcess]]:
+    """Workers started inside, which the list then holds, outlive signals, and leave alone what they inherit.
 
     A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
     for threads that were not forked with it.
     """
     before = set(active_children())
+    started: list[BaseProcess] = []
     gc.freeze()
     try:
         with blocked():
-            yield
+            yield started
     finally:
         gc.unfreeze()
-        _workers.update(set(active_children()) - before)
+        started += set(active_children()) - before
+        _workers.update(started)
 
 
 @atexit.register
@@ -84,6 +87,16 @@ def _end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a worker's failure
     for worker in _workers:  # multiprocessing asks with the signal that they do not see
         worker.kill()
+
+
+def _start_server(dataset: ClipDataset) -> None:
+    """Start the small process that workers are forked from, once; it imports what they need while this one goes on.
+
+    Forked from this process they would be as quick to start, but every page that it writes then is copied first.
+    """
+    forkserver.set_forkserver_preload(["__main__", __name__, type(dataset).__module__])
+    with blocked():
+        forkserver.ensure_running()
 
 
 def _worker_init(_: int) -> None:
@@ -103,9 +116,23 @@ class _Steps:
         return len(self.steps)
 
 
-def _plainly(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; a worker's error for people loses the traceback that torch wraps it in."""
+def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float) -> Iterator[Batch]:
+    """The same batches; a worker's error for people loses the traceback that torch wraps it in.
+
+    Workers that let nothing be heard for `timeout` seconds are killed, which torch notices within five more; with a
+    timeout of its own it would not look for dead workers before that is over.
+    """
+    hung = threading.Event()
+
+    def give_up() -> None:
+        hung.set()
+        for worker in workers:
+            worker.kill()
+
     while True:
+        timer = threading.Timer(timeout, give_up)
+        timer.daemon = True
+        timer.start()
         try:
             batch = next(batches)
         except StopIteration:
@@ -115,15 +142,18 @@ def _plainly(batches: Iterator[Batch]) -> Iterator[Batch]:
                 str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
             ) from None
         except (RuntimeError, ConnectionError, EOFError) as error:
+            if hung.is_set():
+                told = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
+                raise UserError(f"{told} Raise loader.timeout or loader.workers") from error
             raise dead_worker(error) from error
+        finally:
+            timer.cancel()
         yield batch
 
 
 def dead_worker(error: Exception) -> Exception:
-    """The line for people where a worker died (torch raises that wherever the training process is) or hangs."""
+    """The line for people where a worker died; of forked ones torch tells wherever the training process is."""
     text = str(error).splitlines()[0] if str(error) else ""
-    if text.startswith("DataLoader timed out"):
-        return UserError(f"a loader worker hangs ({text}): is the disk slow? Raise loader.timeout or loader.workers")
     told = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
     if told or isinstance(error, (ConnectionError, EOFError)):  # the latter: while a batch was being fetched from it
         return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
@@ -141,6 +171,8 @@ class Loader:
         collate: Callable[[Sequence[Sample]], Batch] = collate,
     ) -> None:
         self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
+        if options.workers and options.start_method == "forkserver":
+            _start_server(dataset)
 
     def open(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> Iterator[Batch]:
         """Start the workers on `steps` at once; the iterator yields one batch a step."""
@@ -155,15 +187,15 @@ class Loader:
             num_workers=workers,
             collate_fn=self.collate,
             pin_memory=self.pin,
-            timeout=self.options.timeout + largest if workers else 0,
             worker_init_fn=_worker_init,
             prefetch_factor=self.options.prefetch if workers else None,
             multiprocessing_context=self.options.start_method if workers else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        with _starting_workers():
-            return _plainly(iter(loader))
+        with _starting_workers() as started:
+            batches = iter(loader)
+        return _plainly(batches, started, self.options.timeout + largest) if workers else batches
 
     def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
         """One batch a step through consecutive stretches of steps, a new DataLoader for each.

@@ -52,9 +52,10 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
     ("method", "fault", "timeout", "said"),
     [
         ("fork", "kill", 60, "a loader worker died"),
-        ("forkserver", "kill", 6, "a loader worker died"),  # noticed after the timeout: it is no child of this process
+        ("forkserver", "kill", 60, "a loader worker died"),
         ("spawn", "kill", 60, "a loader worker died"),
         ("fork", "hang", 1, "a loader worker hangs"),
+        ("forkserver", "hang", 1, "a loader worker hangs"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_ends_the_reading_with_one_line(

@@ -39,6 +39,7 @@ TINY = [
     *("base.frames=8", "base.size=32", "base.jitter=[36,40]", "base.batch=8", "base.epochs=2", "base.lr=0.05"),
     *("base.lr_steps=[0,1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_batches=2"),
     *("test.size=32", "test.clips=1", "loader.workers=1", "train.log_every=2"),
+    "loader.start_method=fork",  # no second import of everything for every small run
 ]
 BASE = Base(
     batch=8, frames=8, size=32, stride=2, jitter=(36, 40), epochs=2, lr=0.05, lr_steps=(0, 1), gamma=0.1,

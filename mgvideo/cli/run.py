@@ -65,7 +65,7 @@ def run(cfg: DictConfig) -> None:
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data), mirror.push)
         with sole_folder(folder), explained(folder, checkpoints), mirror.kept():
             state, warnings = resumed(cfg, checkpoints, mirror)
-            write_plan(cfg, plan, folder)
+            write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
             monitor = Monitor(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
@@ -125,10 +125,11 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
         raise plain from error
 
 
-def write_plan(cfg: DictConfig, plan: Plan, folder: Path) -> None:
-    """Leave the composed config and the plan in the run's folder."""
+def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
+    """Leave the composed config, the plan and the names of the classes in the run's folder."""
     if rank() == 0:
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
+        write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 
@@ -201,6 +202,7 @@ def build_trainer(
     """The trainer, its optimizer and its validation."""
     options = loader_options(cfg)
     pin = precision.device.type == "cuda"
+    loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
     fits = max_clips(cfg, model, plan, precision)
     largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
@@ -216,7 +218,7 @@ def build_trainer(
         plan,
         data.task,
         instantiate(cfg.optimizer, model, lr=base.lr),
-        Loader(data.train, options, pin),
+        loader,
         seed=cfg.seed,
         normalize=normalize,
         precision=precision,

@@ -107,7 +107,7 @@ class LoaderKeys:
 
     workers: int | None = key(None, "worker processes a rank; null: one a core, shared by a node's ranks", least=0)
     prefetch: int = key(2, "batches that each worker keeps ready", least=1)
-    start_method: str = key("fork", "fork, forkserver or spawn", choices=("fork", "forkserver", "spawn"))
+    start_method: str = key("forkserver", "forkserver, fork or spawn", choices=("fork", "forkserver", "spawn"))
     timeout: float = key(
         45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung", above=0
     )
