@@ -200,7 +200,7 @@ class Trainer:
         total = self._accumulate(step, part, *self._transferred(batch))
         self._update(step, total)
         window = self.window
-        window.loss = total if window.loss is None else window.loss + total
+        window.loss = total.double() if window.loss is None else window.loss + total
         window.steps += 1
         window.clips += slot.batch
         window.read += len(batch.labels)
@@ -292,7 +292,7 @@ class Trainer:
         """Bring the window's figures to the host, record them, and start a new one."""
         window, step = self.window, self.progress.step
         assert window.loss is not None
-        loss = float(window.loss) / window.steps
+        loss = float(window.loss)
         self._check_finite()
         self.checkpoints.check()  # a full disk is told now, not when the next checkpoint is due
         elapsed = time.perf_counter() - window.since
@@ -315,7 +315,7 @@ class Trainer:
                 "size": slot.grid.size,
                 "batch": slot.batch,
                 "lr": self.plan.lr(step - 1),
-                "loss": sum(r[0] for r in ranks),
+                "loss": sum(r[0] for r in ranks) / window.steps,
                 "clips_per_s": round(window.clips / elapsed, 2),
                 "data_wait": round(max(r[3] for r in ranks) / elapsed, 4),
                 "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30 if cuda else _resident_gib(), 3),

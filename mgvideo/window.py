@@ -30,7 +30,7 @@ class Window:
     """What happened since the last log step."""
 
     since: float = field(default_factory=time.perf_counter)
-    loss: Tensor | None = None  # sum of step losses, on the device
+    loss: Tensor | None = None  # sum of step losses, on the device; in float64 it is exact, in whatever order
     steps: int = 0
     clips: int = 0
     read: int = 0  # clips, on this rank
@@ -39,7 +39,7 @@ class Window:
 
     def state(self) -> dict[str, Any]:
         """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
-        loss = torch.zeros(()) if self.loss is None else self.loss.cpu()
+        loss = torch.zeros((), dtype=torch.float64) if self.loss is None else self.loss.cpu()
         ranks = gather_objects((loss, self.read, self.waited, [tuple(vars(f).values()) for f in self.failures]))
         return {
             "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),

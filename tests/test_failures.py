@@ -18,7 +18,7 @@ CASES = {
     "kill": ["loader.workers=0"],
     "hang": ["loader.workers=0", "hang_timeout=5"],
     "freeze": ["loader.workers=0"],
-    "worker": ["loader.workers=1"],
+    "worker": ["loader.workers=1", "loader.start_method=forkserver"],
 }
 SAID = {
     "raise": "waiting for a batch: ValueError: a fault made by the tests",
