@@ -113,6 +113,8 @@ def _learning(results: Results, rows: list[Row]) -> Figure:
         unit, name = _unit(max(row.seconds for row in members))
         for row in members:
             seconds, values = _mean_curve(row)
+            if len(values) < 2:
+                continue  # no curve: validated at the end alone, or never
             axes.plot(seconds / unit, values, color=colours[row.cell.name], linewidth=1.8, marker="o", markersize=3.5)
             axes.plot([], [], color=colours[row.cell.name], label=row.cell.column or row.cell.name)
         _plain(axes)
