@@ -2,7 +2,7 @@
 
 import sys
 
-if __name__ == "__main__":  # loader workers import this file, and need no more of it
-    from mgvideo.cli.plan import main
+from mgvideo.cli.plan import main
 
+if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import sys
 
-if __name__ == "__main__":  # loader workers import this file, and need no more of it
+if __name__ == "__main__":  # worker processes import this file, and need no more of it
     from mgvideo.cli.predict import main
 
     main(sys.argv[1:])
