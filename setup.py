@@ -43,6 +43,10 @@ setup(
         "export": ["onnx", "onnxruntime", "onnxscript"],
         "torchcodec": ["torchcodec"],
         "slurm": ["hydra-submitit-launcher"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"],
+        "s3": ["boto3"],
+        "dev": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"),
+            *("boto3", "moto[s3]", "flask", "flask-cors"),  # an S3 for the tests
+        ],
     },
 )

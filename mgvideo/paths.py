@@ -99,7 +99,7 @@ def reaching(path: str) -> Iterator[Any]:
     if scheme == "s3://" and scheme not in _prefixes and importlib.util.find_spec("boto3"):
         _register_s3()
     if scheme not in _prefixes:
-        more = "; s3:// needs boto3 (pip install boto3)" if scheme == "s3://" else ""
+        more = "; s3:// needs boto3 (pip install 'mgvideo[s3]')" if scheme == "s3://" else ""
         raise UserError(f"{path}: {scheme} is not served; there are {', '.join(_prefixes)} and file://{more}")
     try:
         yield _manager
@@ -124,6 +124,8 @@ def _line(error: Exception) -> str:
         return "no such file"
     if isinstance(error, URLError) and isinstance(error.reason, OSError):
         error = error.reason
+    if isinstance(error.__cause__, Exception):  # iopath's S3 says of every failure that it was in making a client
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

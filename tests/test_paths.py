@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,13 +81,13 @@ def test_what_cannot_be_fetched_leaves_a_reason_and_no_copy(server: tuple[str, l
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_a_scheme_that_nobody_serves_is_one_line() -> None:
+def test_a_scheme_that_nobody_serves_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"gopher://x/y: gopher:// is not served; there are http://") as caught:
         local("gopher://x/y")
     assert "\n" not in str(caught.value)
-    if importlib.util.find_spec("boto3") is None:
-        with pytest.raises(UserError, match="needs boto3"):
-            read_bytes("s3://bucket/x")
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(UserError, match=r"s3:// needs boto3 \(pip install 'mgvideo\[s3\]'\)"):
+        read_bytes("s3://bucket/x")
 
 
 def test_paths_in_a_list_are_relative_absolute_or_urls() -> None:

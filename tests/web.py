@@ -1,4 +1,4 @@
-"""A real web server of a folder, and an iopath handler of another scheme that writes."""
+"""A real web server of a folder, S3 as moto imitates it, and an iopath handler of another scheme that writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 from iopath.common.file_io import PathHandler
+from moto.server import ThreadedMotoServer
 
 
 class _Files(SimpleHTTPRequestHandler):
@@ -43,6 +45,23 @@ def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def s3(bucket: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A client of an S3 that holds an empty bucket, and the environment in which a process finds it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    client = boto3.client("s3", "us-east-1", endpoint_url=address, **keys)
+    client.create_bucket(Bucket=bucket)
+    try:
+        environment = {name.upper(): value for name, value in keys.items()}
+        yield client, {**environment, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": address}
+    finally:
+        server.stop()
 
 
 class Bucket(PathHandler):
