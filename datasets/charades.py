@@ -50,6 +50,9 @@ class TimedDataset(VideoDataset):
         self._actions = np.array([action for group in actions for action in group]).reshape(-1, 3)
         self._bounds = np.cumsum([0, *(len(group) for group in actions)])
 
+    def _listed(self) -> list[bytes]:
+        return [*super()._listed(), self._actions.tobytes(), self._bounds.tobytes()]
+
     def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
         """Multi-hot labels of the actions that touch the stretch, or of all."""
         if seconds is None:

@@ -36,7 +36,11 @@ def kinetics(
         return video_list(root, list_file, num_classes, classes_file, decoder=decoder, flip=flip)
     rows = list(csv.DictReader(lines))
     for number, row in enumerate(rows, start=2):
-        if not row["label"] or not row["youtube_id"] or not (row["time_start"] or "").replace(".", "").isdigit():
+        try:
+            named = bool(row["label"] and row["youtube_id"] and _clip_name(row))
+        except (TypeError, ValueError, OverflowError):
+            named = False
+        if not named:
             raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {row}")
     names = read_classes(join(root, classes_file)) or sorted({row["label"] for row in rows})
     if len(names) != num_classes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Sequence
@@ -74,13 +75,13 @@ def check_root(root: str) -> None:
 def find_videos(root: str, top: str = "") -> list[str]:
     """Paths under `root`, relative to it, of the video files in its folder `top`, at any depth, sorted.
 
-    Raises UserError where the root is a URL: not every server lists what it has.
+    Raises UserError where a folder cannot be looked into, or the root is a URL: not every server lists what it has.
     """
     if is_remote(root):
         raise UserError(f"{root}: the files of a URL cannot be looked for; name them in a list file (docs/datasets)")
     root = plain(root)
     found, seen = [], set()
-    for folder, folders, names in os.walk(os.path.join(root, top), followlinks=True):
+    for folder, folders, names in os.walk(os.path.join(root, top), onerror=_refuse, followlinks=True):
         place = os.path.realpath(folder)
         if place in seen:  # links may lead in circles
             folders.clear()
@@ -90,14 +91,19 @@ def find_videos(root: str, top: str = "") -> list[str]:
     return sorted(os.path.relpath(path, root) for path in found)
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be looked into: {error.strerror}") from error
+
+
 def read_lines(file: str) -> list[str]:
     """Lines of a text file; raises UserError."""
     try:
-        return read_bytes(file).decode("utf-8").splitlines()
+        text = read_bytes(file).decode("utf-8-sig")  # some programs begin a table with a byte order mark
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{file}: is not a UTF-8 text file") from None
+    return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
 
 
 def read_classes(file: str) -> list[str]:

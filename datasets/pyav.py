@@ -72,6 +72,8 @@ class PyAVVideo(Video):
         if not self.container.streams.video:
             raise DecodeError(self.path, "no video stream")
         self.stream: Any = self.container.streams.video[0]
+        if self.stream.codec_context is None:
+            raise DecodeError(self.path, "no decoder for its codec")
         self.stream.thread_type = "NONE"
         self.stream.codec_context.thread_count = 1
 

@@ -63,8 +63,8 @@ def choose(request: ClipRequest, sampling: Sampling) -> Choice:
 
 
 def frame_span(seconds: Sequence[float] | np.ndarray, fps: float, frames: int) -> tuple[int, int]:
-    """First frame, and one past the last, of a stretch in seconds: at least one frame of the `frames` there are."""
-    first = min(int(seconds[0] * fps), frames - 1)
+    """First frame, and one past the last, of a stretch in seconds: none where it begins after all `frames`."""
+    first = int(seconds[0] * fps)
     if math.isinf(seconds[1]):
         return first, frames
     return first, min(max(round(seconds[1] * fps), first + 1), frames)

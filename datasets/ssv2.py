@@ -29,14 +29,15 @@ def ssv2(
     have a direction. Raises UserError.
     """
     check_root(root)
-    places = {name: int(place) for name, place in _read_json(join(root, labels), dict).items()}
+    numbers = _read_json(join(root, labels), dict)
+    places = {name: int(number) for name, number in numbers.items() if str(number).isdecimal()}
     names = sorted(places, key=places.__getitem__)
-    if sorted(places.values()) != list(range(len(places))):
-        raise UserError(f"{join(root, labels)}: labels must be numbered from 0 to {len(places) - 1}")
+    if sorted(places.values()) != list(range(len(numbers))):
+        raise UserError(f"{join(root, labels)}: labels must be numbered from 0 to {len(numbers) - 1}")
     file = join(root, annotations)
     entries = []
     for number, item in enumerate(_read_json(file, list), start=1):
-        if not isinstance(item, dict) or not {"id", "template"} <= set(item):
+        if not isinstance(item, dict) or not {"id", "template"} <= set(item) or not isinstance(item["template"], str):
             raise UserError(f"{file}: item {number}: expected an id and a template, found {str(item)[:80]}")
         template = re.sub(r"[\[\]]", "", item["template"])
         if template not in places:

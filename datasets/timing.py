@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,7 @@ class DecodeOnly:
         path = self.dataset.path(request.index)
         if self.locate is not None:
             path = self.locate(path, choice.short_side)
-        with self.clock.measure("decode"):
+        with self.clock.measure("decode"), suppress(Exception):  # a bad video, which the loader beside it names
             self.decode(local(path), lambda frames: clip_indices(request, choice, self.dataset.sampling, 0, frames))
         return Sample(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(()), request.index)
 
@@ -137,7 +137,8 @@ def _pyav(path: str, choose: Callable[[int], np.ndarray]) -> None:
         stream.thread_type, stream.codec_context.thread_count = "NONE", 1
         first = stream.start_time or 0
         ticks = 1 / (stream.average_rate * stream.time_base)
-        wanted = {first + round(int(index) * ticks) for index in choose(stream.frames)}
+        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)  # webm does not say
+        wanted = {first + round(int(index) * ticks) for index in choose(frames)}
         container.seek(min(wanted), stream=stream)
         for frame in container.decode(stream):
             if frame.pts in wanted:

@@ -67,8 +67,11 @@ class VideoDataset:
 
     def fingerprint(self) -> str:
         """A short hash of the list of videos and labels: two datasets that share it serve the same clips."""
-        content = b"\n".join([*self._paths.tolist(), self._spans.tobytes(), self.labels.tobytes()])
-        return hashlib.sha256(content).hexdigest()[:16]
+        return hashlib.sha256(b"\n".join(self._listed())).hexdigest()[:16]
+
+    def _listed(self) -> list[bytes]:
+        """All that a list says."""
+        return [*self._paths.tolist(), self._spans.tobytes(), self.labels.tobytes()]
 
     def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
         """Label of a video, or of the stretch of it that a training clip covers: see `mgvideo.clips.Sample`."""
@@ -113,6 +116,8 @@ class VideoDataset:
         choice = choose(request, self.sampling)
         with self.decoder.open(self.path(index), choice.short_side) as video:
             first, stop = frame_span(self._spans[index], video.fps, video.frames)
+            if first >= stop:
+                raise DecodeError(video.path, f"ends before {self._spans[index][0]:g} s, where its stretch begins")
             indices = clip_indices(request, choice, self.sampling, first, stop)
             boxes = crop_boxes(request, choice, video.height, video.width)
             frames = video.read(indices, boxes[0] if request.view is None else None)

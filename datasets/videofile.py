@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgvideo.errors import UserError
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -20,6 +22,8 @@ class DecodeError(Exception):
     """A video that cannot be read: `path` and `reason`."""
 
     def __init__(self, path: str, reason: str) -> None:
+        # a name that is not UTF-8 must not end the run that writes it down
+        path, reason = (os.fsencode(text).decode("utf-8", "backslashreplace") for text in (path, reason))
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
@@ -100,10 +104,12 @@ def read_size(height: int, width: int, short_side: int | None) -> tuple[int, int
 
 @contextmanager
 def errors_over(path: str) -> Iterator[None]:
-    """Turn whatever a library raises over a file into a DecodeError."""
+    """Turn whatever a library raises over a file into a DecodeError; damaged ones meet with all kinds of errors."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, LookupError, AssertionError) as error:
+    except (DecodeError, UserError):
+        raise
+    except Exception as error:
         # FFmpeg's errors, of several kinds, have the words alone there, without path and number
         raise DecodeError(path, getattr(error, "strerror", None) or _first_line(error)) from None
 

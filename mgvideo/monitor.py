@@ -90,6 +90,7 @@ class Monitor:
         self.plan = plan
         self._progress: Progress | None = None
         self._task: Any = None
+        self._named: set[str] = set()  # bad videos that the terminal has been told
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ class Monitor:
             self.board.add_image(f"clips/phase_{phase:02d}", frames_as_image(clips), step, dataformats="HWC")
 
     def failures(self, step: int, failures: Iterable[Failure]) -> None:
-        """Name bad videos in bad_videos.csv and on the terminal."""
+        """Name bad videos: in bad_videos.csv each time that one is met, on the terminal the first time."""
         if not self.active:
             return
         path = self.folder / "bad_videos.csv"
@@ -209,7 +210,9 @@ class Monitor:
                 writer.writerow(["step", "index", "path", "reason"])
             for failure in failures:
                 writer.writerow([step, failure.index, failure.path, failure.reason])
-                self.say(f"bad video {failure.path}: {failure.reason}")
+                if failure.path not in self._named:
+                    self._named.add(failure.path)
+                    self.say(f"bad video {failure.path}: {failure.reason}")
 
     def _draw(self, record: dict[str, Any]) -> None:
         """A record's figures in TensorBoard."""

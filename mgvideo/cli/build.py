@@ -46,9 +46,15 @@ def build_data(cfg: DictConfig) -> Data:
     decoder = build_decoder(cfg)
     train = instantiate(cfg.dataset.train, decoder=decoder)
     val = instantiate(cfg.dataset.val, decoder=decoder)
+    classes = len(train.class_names)
     if cfg.dataset.num_classes is None:
         OmegaConf.set_struct(cfg, False)
-        cfg.dataset.num_classes = len(train.class_names)
+        cfg.dataset.num_classes = classes
+    if cfg.dataset.num_classes != classes:
+        raise UserError(f"dataset.num_classes={cfg.dataset.num_classes}: {train.root} has {classes} classes")
+    if train.class_names != val.class_names:
+        other = sorted({*train.class_names} ^ {*val.class_names}) or ["their order"]
+        raise UserError(f"{train.root}: classes of training and of validation differ, in {other[0]!r} say")
     return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
 
 
