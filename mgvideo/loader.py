@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children, forkserver
+from multiprocessing import active_children, forkserver, parent_process
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Protocol
 from weakref import WeakSet
@@ -101,6 +102,15 @@ def _start_server(dataset: ClipDataset) -> None:
 
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this worker with the training process; torch looks for that in the server's stead, which lives on."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Steps:

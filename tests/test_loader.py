@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import active_children
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from faults import Faulty
@@ -62,15 +66,38 @@ def test_a_worker_that_dies_or_hangs_ends_the_reading_with_one_line(
     motion_root: str, method: str, fault: str, timeout: float, said: str
 ) -> None:
     # in a process of its own: torch's handler raises again, wherever that process is, for every worker that dies
-    call = f"last_words({motion_root!r}, {method!r}, {fault!r}, {timeout})"
-    command = f"from test_loader import last_words; print({call}, flush=True)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    result = subprocess.run(
-        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = in_a_process(f"print(last_words({motion_root!r}, {method!r}, {fault!r}, {timeout}), flush=True)")
     lines = result.stdout.splitlines()
     assert len(lines) == 1, result.stdout + result.stderr
     assert said in lines[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_end_with_a_training_process_that_is_killed(motion_root: str, method: str) -> None:
+    result = in_a_process(f"die_reading({motion_root!r}, {method!r})")
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    workers = [int(pid) for pid in result.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while alive := [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
+
+
+def in_a_process(call: str) -> subprocess.CompletedProcess:
+    """What a function of this file says in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", f"from test_loader import *; {call}"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def die_reading(motion_root: str, method: str) -> None:
+    """Names its workers, which have batches ready, and is killed."""
+    options = LoaderOptions(workers=2, start_method=method)
+    batches = Loader(motion(motion_root, KNOBS, "train", PyAV()), options).open(requests, range(10))
+    next(batches)
+    print(*(child.pid for child in active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def last_words(motion_root: str, method: str, fault: str, timeout: float) -> str:
