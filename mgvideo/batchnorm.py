@@ -276,9 +276,10 @@ class _MergedNormalise(torch.autograd.Function):
         x_parts, dy_parts = (_parts(tensor, groups, fold) for tensor in (x, _dense(dy, like=x)))
         gain_f, mean_f, var_f = _folded(fold, gain, mean, var)
         scaled, sums = [], []  # dy · scale; of dy·x̂ and of dy
+        unused = mean.new_empty(0)  # statistics of this very batch, for which CUDA's kernels insist on a tensor
         for x_i, dy_i, mean_i, var_i in zip(x_parts, dy_parts, mean_f, var_f, strict=True):
             gradient, *both = aten.native_batch_norm_backward.default(
-                dy_i, x_i, gain_f, mean_i, var_i, None, None, False, ctx.eps, (True, True, True)
+                dy_i, x_i, gain_f, mean_i, var_i, unused, unused, False, ctx.eps, (True, True, True)
             )
             scaled.append(gradient)
             sums.append(torch.stack(both))
@@ -321,7 +322,8 @@ def _affine(
     x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> Tensor:
     """(x − mean) / √(var + eps) · weight + bias in one pass, from x to `out` of the same dtype and memory format."""
-    saved = mean.new_empty((2, 0))
+    # CUDA's kernels fill these two, so that they must not share memory
+    save_mean, save_invstd = mean.new_empty(0), mean.new_empty(0)
     return aten.native_batch_norm.out(
-        x, weight, bias, mean, var, False, 0.0, eps, out=out, save_mean=saved[0], save_invstd=saved[1]
+        x, weight, bias, mean, var, False, 0.0, eps, out=out, save_mean=save_mean, save_invstd=save_invstd
     )[0]

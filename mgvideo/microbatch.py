@@ -68,6 +68,7 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
     clip_bytes = sum(size for pointer, size in saved.items() if pointer not in kept) / 2
     del output
     if precision.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the probes are done with counts as taken otherwise
         free = torch.cuda.mem_get_info(precision.device)[0]
     else:
         free = psutil.virtual_memory().available // processes

@@ -207,9 +207,9 @@ class Trainer:
         window.failures += batch.failures
 
     def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Normalised clips and labels, on the device."""
+        """Clips, uint8 still, and labels, on the device."""
         if self.copies is None:
-            return self.normalize(batch.clips.to(self.device)), batch.labels.to(self.device)
+            return batch.clips.to(self.device), batch.labels.to(self.device)
         with torch.cuda.stream(self.copies):
             clips = batch.clips.to(self.device, non_blocking=True)
             labels = batch.labels.to(self.device, non_blocking=True)
@@ -217,7 +217,7 @@ class Trainer:
         computing.wait_stream(self.copies)
         for tensor in (clips, labels):  # made on one stream, freed on the other
             tensor.record_stream(computing)
-        return self.normalize(clips), labels
+        return clips, labels
 
     def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
@@ -241,9 +241,10 @@ class Trainer:
                     stack.enter_context(dropout_of(self.model, batch, first, first + piece.stop - piece.start))
                     if piece is not cuts[-1]:  # ranks exchange gradients once a step
                         stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
+                    pixels = self.normalize(clips[piece.start : piece.stop])
                     with self.precision.autocast():
-                        logits = self.parallel(clips[piece.start : piece.stop])
-                    loss = self.task.loss(logits.to(clips.dtype), labels[piece.start : piece.stop]) / batch
+                        logits = self.parallel(pixels)
+                    loss = self.task.loss(logits.to(pixels.dtype), labels[piece.start : piece.stop]) / batch
                     self._at(step, "backward", 2 * i + 2)
                     # DDP averages over ranks, which may hold different numbers of clips: undo it here
                     self.scaler.scale(loss * world_size()).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -171,6 +172,7 @@ def variant(name: str, device: torch.device) -> Variant:
 def run(given: Keys, cfg: DictConfig) -> None:
     """Measure and report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # as a run has it
     plan = build_plan(cfg, 1000 * cfg.base.batch)
     grids = choose_grids(plan, given.grids)
     variants = [variant(name, device) for name in given.variants]
@@ -200,7 +202,7 @@ def measure(
         torch.manual_seed(0)
         benches[v.name] = Bench(instantiate(cfg.model), v, plan)
         for fault in conv_faults(benches[v.name].model, grids, v.precision):
-            print(f"warning: torch {torch.__version__} in {v.precision}: {fault}")
+            print(f"warning: torch {torch.__version__} in {v.precision}: {fault}", file=sys.stderr)
         cells[v.name] = {}
         for grid in grids:
             clips = given.batch or max(1, round(given.clips * volume / grid.volume))
@@ -217,8 +219,9 @@ def measure(
 
 
 def peak(precision: Precision, seconds: float = 1.0) -> float:
-    """FLOPs a second of a large matrix product in the same precision."""
+    """FLOPs a second of a large matrix product in the same precision; on a GPU float32 is TF32, as in convolutions."""
     cuda = precision.device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     n = 8192 if cuda else 2048
     a = torch.randn(n, n, device=precision.device, dtype=precision.dtype or torch.float32)
     best, begun = float("inf"), time.perf_counter()

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,10 +16,12 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
+from mgvideo.batches import share
 from mgvideo.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.checkpoint import Checkpoints
 from mgvideo.clips import ClipRequest
 from mgvideo.loader import Batch, Loader
+from mgvideo.microbatch import pieces
 from mgvideo.monitor import Monitor
 from mgvideo.plan import Plan, require
 from mgvideo.precision import choose_precision
@@ -98,6 +101,7 @@ def read_keys(overrides: Sequence[str]) -> Keys:
 def run(given: Keys, cfg: DictConfig) -> None:
     """Measure and report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True  # as a run has it
     data = build_data(cfg)
     videos = len(data.train)  # a few may stand for a dataset: the plan is then a long one
     plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch)
@@ -162,49 +166,63 @@ def _name(grid: str, batch: int) -> str:
 
 def timed(trainer: Trainer, held: dict[str, Batch]) -> list[tuple[float, float]]:
     """Run a trainer's whole plan: seconds of each step, from the end of the one before, and its wait for data."""
-    times: list[tuple[float, float]] = []
-    real, last = trainer.step, time.perf_counter()
+    real, marks, waits = trainer.step, [mark(trainer.device)], []
     window, waited = trainer.window, 0.0
 
     def step(number: int, batch: Batch) -> None:
-        nonlocal last, window, waited
+        nonlocal window, waited
         slot = trainer.plan.slot(number)
         held.setdefault(_name(slot.grid.name, slot.batch), batch)
         before, window = window, trainer.window  # a log step starts a new one
-        wait = window.waited - (waited if window is before else 0.0)
+        waits.append(window.waited - (waited if window is before else 0.0))
         waited = window.waited
         real(number, batch)
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
-        now = time.perf_counter()
-        times.append((now - last, wait))
-        last = now
+        marks.append(mark(trainer.device))
 
     trainer.step = step  # type: ignore
     try:
         trainer.train()
     finally:
         trainer.step = real  # type: ignore
-    return times
+    return list(zip(between(marks), waits, strict=True))
 
 
 def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float]:
-    """Seconds of steps that do what must be done: transfer, normalise, forward, loss, backward, optimizer."""
-    model, device = trainer.model.train(), trainer.device
-    set_bn_groups(model, groups)
-    times = []
-    for _ in range(visits + 1):
-        start = time.perf_counter()
-        clips, labels = trainer.normalize(batch.clips.to(device)), batch.labels.to(device)
+    """Seconds of steps that do what must be done: transfer; normalise, forward, loss, backward by pieces; optimizer."""
+    model, device, clips = trainer.model.train(), trainer.device, len(batch.labels)
+    plan, grid = trainer.plan, batch.clips.shape[1:4].numel()
+    limit = max(1, trainer.options.max_clips * plan.base.frames * plan.base.size**2 // grid)
+    cuts = pieces(share(clips, groups, 0, 1), limit)
+    marks = []
+    for _ in range(visits + 2):
+        marks.append(mark(device))
+        pixels, labels = batch.clips.to(device), batch.labels.to(device)
         trainer.optimizer.zero_grad(set_to_none=True)
-        with trainer.precision.autocast(), deferred_running_stats(model):
-            logits = trainer.parallel(clips)
-        trainer.task.loss(logits.float(), labels).div(len(labels)).backward()
+        with deferred_running_stats(model):
+            for piece in cuts:
+                set_bn_groups(model, piece.groups)
+                with trainer.precision.autocast():
+                    logits = trainer.parallel(trainer.normalize(pixels[piece.start : piece.stop]))
+                trainer.task.loss(logits.float(), labels[piece.start : piece.stop]).div(clips).backward()
         trainer.optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times[1:]
+    return between(marks)[1:]
+
+
+def mark(device: torch.device) -> Any:
+    """A point in time, of the device's where it works beside this process, which need not wait for it then."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(marks: Sequence[Any]) -> list[float]:
+    """Seconds from each mark to the next."""
+    if isinstance(marks[0], float):
+        return [b - a for a, b in pairwise(marks)]
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
 
 
 def table(run: Run) -> Table:

@@ -52,8 +52,9 @@ def run(cfg: DictConfig) -> None:
     with listening(), joined() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
+            # on GPUs some gradients, such as max pooling's, have no deterministic kernel: torch names them then
+            torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+        torch.backends.cudnn.benchmark = not cfg.deterministic  # shapes are few and come again
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
         check_shares(plan, world_size())
