@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
+from mgvideo.paths import to_write
 
 from .videofile import Box, Decoder, Video
 
@@ -28,7 +29,8 @@ class FrameCache:
     """
 
     def __init__(self, folder: str, decoder: Decoder, gib: float) -> None:
-        self.folder, self.decoder, self.bytes = Path(folder), decoder, int(gib * 2**30)
+        self.folder = Path(to_write("dataset.frame_cache", folder))
+        self.decoder, self.bytes = decoder, int(gib * 2**30)
         self.full = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

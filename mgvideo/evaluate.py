@@ -76,10 +76,8 @@ class Evaluator:
             for step, batch in enumerate(self.loader.open(requests, steps)):
                 stop_if_asked()
                 indices = batch.indices.to(device)
-                if self.task.reduce == "sum":
-                    scores.index_add_(0, indices, self._forward(model, batch))
-                else:
-                    scores.index_reduce_(0, indices, self._forward(model, batch), "amax")
+                rows, how = indices[:, None].expand(-1, self.classes), "sum" if self.task.reduce == "sum" else "amax"
+                scores.scatter_reduce_(0, rows, self._forward(model, batch), how)
                 seen.index_add_(0, indices, torch.ones_like(indices, dtype=seen.dtype))
                 labels[indices] = batch.labels.to(device)
                 failures += batch.failures

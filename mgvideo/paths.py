@@ -62,6 +62,13 @@ def relative(path: str, root: str) -> str:
     return path.removeprefix(f"{root.rstrip('/')}/")
 
 
+def to_write(key: str, path: str) -> str:
+    """The local path that a key names to write to; raises UserError for a URL."""
+    if is_remote(path):
+        raise UserError(f"{key}={path}: only output_dir may be a URL; write to a local path and copy it")
+    return plain(path)
+
+
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """A file's content as it is now: nothing is cached. Raises OSError; UserError where nobody serves its scheme."""
     path = plain(os.fspath(path))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgvideo.errors import UserError
+from mgvideo.paths import to_write
 
 Keys = TypeVar("Keys")
 
@@ -22,12 +23,15 @@ def split(keys: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read(keys: type[Keys], overrides: Sequence[str]) -> Keys:
-    """The dataclass with `key=value` overrides. Raises UserError where a value has the wrong type."""
+    """The dataclass with `key=value` overrides. Raises UserError for a value of the wrong type, and a URL as `out`."""
     try:
         given = OmegaConf.merge(OmegaConf.structured(keys), OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    return OmegaConf.to_object(given)  # type: ignore[return-value]
+    read: Any = OmegaConf.to_object(given)
+    if getattr(read, "out", None) is not None:
+        read.out = to_write("out", read.out)
+    return read
 
 
 def describe(keys: type) -> list[str]:

@@ -96,6 +96,8 @@ def test_unknown_number_of_videos_says_how_to_go_on(tmp_path: Path, capsys: pyte
 def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="cannot write out="):
         shown(["videos=1024", f"out={tmp_path / 'none' / 'plan.txt'}"], [], capsys)
+    with pytest.raises(UserError, match="only output_dir may be a URL"):
+        read_keys(["videos=1024", "out=s3://bucket/plan.txt"])
 
 
 def test_base_lr_follows_base_batch_unless_it_is_set() -> None:

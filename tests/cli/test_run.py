@@ -110,6 +110,13 @@ def _label_out_of_range(folder: Path) -> list[str]:
     return ["dataset=kinetics400", f"dataset.root={folder}"]
 
 
+def _other_classes(folder: Path) -> list[str]:
+    for path in ("train/run/a.mp4", "train/walk/a.mp4", "val/run/b.mp4"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    return ["dataset=folder", f"dataset.root={folder}", "dataset.num_classes=3"]
+
+
 def _unreadable_videos(folder: Path) -> list[str]:
     for split in ("train", "val"):
         (folder / f"{split}.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(64)))
@@ -125,6 +132,7 @@ def _unreadable_videos(folder: Path) -> list[str]:
         (_empty_list, "train.csv"),
         (_malformed_line, "train.csv:2"),
         (_label_out_of_range, "train.csv:1"),
+        (_other_classes, "dataset.num_classes=3: "),
         (_unreadable_videos, "cannot be read"),
         (lambda _: ["base.batchh=1"], "did you mean base.batch?"),
         (lambda _: ["decoder=null"], "decoder=null: choose one of decord, pyav, torchcodec"),

@@ -112,6 +112,31 @@ def test_a_forbidden_file_says_so(tmp_path: Path, decoder: Decoder) -> None:
         os.seteuid(user)
 
 
+def test_flipped_bytes_are_a_bad_video_and_nothing_worse(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.mp4", frames=12, options={"g": "6"}).read_bytes()
+    rng, damaged, reasons = np.random.default_rng(0), tmp_path / "damaged.mp4", []
+    for _ in range(200):
+        content = np.frombuffer(whole, np.uint8).copy()
+        places = rng.integers(len(content), size=8)
+        content[places] = rng.integers(256, size=8)
+        damaged.write_bytes(content.tobytes())
+        try:
+            with PyAV().open(str(damaged)) as video:
+                video.read(range(video.frames))
+        except DecodeError as error:
+            reasons.append(error.reason)
+    assert len(reasons) > 50
+    assert all(reasons)
+
+
+def test_a_name_that_is_not_utf8_can_be_written_down(tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
+    Path(name).write_bytes(b"")
+    with pytest.raises(DecodeError) as caught:
+        PyAV().open(name)
+    assert f"{caught.value}".encode() == f"{tmp_path}/caf\\xe9.mp4: empty file".encode()
+
+
 @each_decoder
 def test_a_video_cut_short_gives_what_it_has_and_an_error_beyond(tmp_path: Path, decoder: Decoder) -> None:
     whole = write(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})

@@ -55,6 +55,11 @@ def test_a_bad_list_is_refused_with_its_line(tmp_path: Path, text: str, options:
         listed(tmp_path, text, **options)
 
 
+def test_marks_and_line_ends_of_other_programs_are_no_part_of_a_path(tmp_path: Path) -> None:
+    text = "\ufeffa.mp4 0\r\nb\u2028c.mp4 1\r\n"
+    assert listed(tmp_path, text) == [("a.mp4", 0), ("b\u2028c.mp4", 1)]
+
+
 def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.root: no folder .*gone; set dataset\.root"):
         video_list(str(tmp_path / "gone"), "list.csv")
@@ -120,6 +125,10 @@ def test_tables_name_classes_and_stretches(tmp_path: Path) -> None:
     assert torch.equal(first[1], frames[1])
     assert torch.equal(last[0], frames[2]), "the one frame that is left is repeated"
     assert torch.equal(last[1], frames[2])
+    (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 4}\n')
+    request = ClipRequest(0, grid, 0, View(0, 1, 1))
+    (failure,) = video_folder(str(tmp_path), "val")[request].failures
+    assert failure.reason == "ends before 4 s, where its stretch begins"
 
 
 def crop(dataset: VideoDataset, place: int, grid: Grid) -> torch.Tensor:

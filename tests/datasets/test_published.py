@@ -70,6 +70,8 @@ def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
         (KINETICS, 3, r"none of its 4 clips is under .*expected, say, aaa-bbb_ccc_000010_000020\.mp4"),
         (KINETICS + ",fff,1,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
         (KINETICS + "abseiling,fff,soon,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
+        (KINETICS + "abseiling,fff,1,,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
+        (KINETICS + "abseiling,fff,1,1.2.3,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
     ],
 )
 def test_kinetics_refuses_what_it_cannot_use(tmp_path: Path, text: str, classes: int, message: str) -> None:
@@ -109,6 +111,8 @@ def test_charades_labels_a_clip_by_what_it_shows(tmp_path: Path) -> None:
     assert seen == {(147,), (92, 147)}
     assert hot(dataset[ClipRequest(0, GRID, 0, View(1, 3, 1))].label) == [92, 147], "all of the video's in testing"
     assert hot(dataset[ClipRequest(1, GRID, 0)].label) == []
+    files(tmp_path, **{"train.csv": CHARADES.replace("3.50", "3.60")})
+    assert charades(str(tmp_path), "train.csv").fingerprint() != dataset.fingerprint(), "times are part of the labels"
 
 
 def test_charades_reads_frame_lists(tmp_path: Path) -> None:
@@ -177,6 +181,8 @@ def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> N
         ([{"id": "1"}], LABELS, r"train\.json: item 1: expected an id and a template"),
         ([{**ITEM, "template": "Eating [something]"}], LABELS, r"'Eating something' is not a label of labels\.json"),
         ([ITEM], {"Pushing something from left to right": "3"}, r"labels must be numbered from 0 to 0"),
+        ([ITEM], {"Pushing something from left to right": "zero"}, r"labels must be numbered from 0 to 0"),
+        ([{"id": "1", "template": 5}], LABELS, r"train\.json: item 1: expected an id and a template"),
         ([], LABELS, r"train\.json: no videos in the list"),
         ({}, LABELS, r"train\.json: expected a JSON list"),
     ],
