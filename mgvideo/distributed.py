@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,7 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
         return
     timeout = timedelta(seconds=timeout_s)
     store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
-    # torchrun's store outlives the ranks that it starts again, and what they told of themselves
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(_meeting(store, number, size, timeout), store)
     watch = Watch(store.clone(), number, size)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -108,6 +108,29 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
         watch.stop(failed and not isinstance(reason, Stopped))
         if not failed:
             dist.destroy_process_group()
+
+
+def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
+    """A new name, the same on all ranks of this start, for what they tell each other.
+
+    torchrun's store outlives ranks that are started again and what they told; their restarts each node counts for
+    itself. So rank 0 answers whom it finds there, until all of now have heard it.
+    """
+    own, deadline = uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if number > 0:
+        store.set(f"here{number}", own)
+        name = store.get(own).decode()
+        store.add(f"{name}heard", 1)
+        return name
+    callers = [f"here{other}" for other in range(1, size)]
+    while store.add(f"{own}heard", 0) < len(callers):
+        if time.monotonic() > deadline:
+            raise UserError(f"not all of {size} ranks have come within {timeout.total_seconds():g} s")
+        for caller in callers:
+            if store.check([caller]):
+                store.set(store.get(caller).decode(), own)
+        time.sleep(0.05)
+    return own
 
 
 def _leave(stop: Stopped, watch: Watch, store: dist.Store, size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults import overrides
-from training import ROOT, TINY
+from training import ROOT, TINY, free_port
 
 CASES = {
     "raise": ["loader.workers=0"],
@@ -33,9 +32,7 @@ class Ranks:
     """Two ranks of the run program as a launcher starts them, rank 1 with a fault."""
 
     def __init__(self, folder: Path, fault: str, arguments: list[str]) -> None:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.logs = [folder / f"{fault}_{rank}.log" for rank in range(2)]
         self.processes = []
         made = overrides("kill" if fault == "worker" else fault)
@@ -83,25 +80,25 @@ def test_the_rank_that_failed_first_ends_the_others_with_its_message(ranks: dict
         assert ranks[fault].ended(1) != 0
 
 
-def test_torchrun_starts_again_at_the_last_checkpoint(tmp_path: Path, motion_root: str) -> None:
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_torchrun_starts_again_at_the_last_checkpoint(nodes: int, tmp_path: Path, motion_root: str) -> None:
     made = overrides("kill", rank=1, after=150, once=tmp_path / "fault")
-    run = [*TINY, *made, "loader.workers=0", "checkpoint.every_steps=1", f"dataset.root={motion_root}"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--rdzv-backend=c10d"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            *torchrun,
-            "--rdzv-endpoint=localhost:0",
-            str(ROOT / "tools/run_net.py"),
-            *run,
-            "output_dir=o",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed at step" in done.stdout
+    run = [*TINY, *made, "loader.workers=0", "checkpoint.every_steps=1", "train.evals_per_phase=0", "output_dir=o"]
+    run += [f"dataset.root={motion_root}"]
+    # each node's agent counts its own restarts: of two, that of the killed rank alone
+    torchrun = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"]
+    torchrun += ["--max-restarts=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    command = [sys.executable, *torchrun, "--local-addr=localhost", str(ROOT / "tools/run_net.py"), *run]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        agents = [
+            subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file) for _ in range(nodes)
+        ]
+    try:
+        assert [agent.wait(timeout=240) for agent in agents] == [0] * nodes, log.read_text()
+    finally:
+        for agent in agents:
+            agent.terminate()  # which ends its ranks
+    assert "resumed at step" in log.read_text()
     assert (tmp_path / "o" / "test.json").exists()
