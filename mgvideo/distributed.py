@@ -92,11 +92,13 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     try:
         yield device
         failed = False
-    except (Exception, Stopped) as error:
+    except (Exception, SystemExit) as error:
         defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
         explained = watch.explain(error)
         if isinstance(explained, Stopped):
             _leave(explained, watch, store.clone(), size)
+        elif isinstance(explained, SystemExit):  # its code may be 0
+            raise RuntimeError(f"a rank has left by sys.exit({explained.code!r})") from explained
         if explained is error:
             raise
         raise explained from None
