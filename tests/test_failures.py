@@ -17,6 +17,7 @@ CASES = {
     "exit": [*overrides("exit"), "loader.workers=0"],
     "kill": [*overrides("kill"), "loader.workers=0"],
     "hang": [*overrides("hang"), "loader.workers=0", "hang_timeout=5"],
+    "test": [*overrides("hang", "val", after=2), "loader.workers=0", "hang_timeout=5", "train.enable=false"],
     "freeze": [*overrides("freeze"), "loader.workers=0"],
     "worker": [*overrides("kill"), "loader.workers=1", "loader.start_method=forkserver"],
 }
@@ -25,6 +26,7 @@ SAID = {
     "exit": "waiting for a batch: SystemExit: 0",
     "kill": "it is gone without a word",
     "hang": "waiting for a batch: it hangs: nothing has happened for 5 s",
+    "test": "after step 0, testing, batch 0 of 1: it hangs: nothing has happened for 5 s",
     "freeze": "it is gone without a word",
     "worker": "a loader worker died (DataLoader worker",
 }
@@ -77,7 +79,7 @@ def test_the_rank_that_failed_first_ends_the_others_with_its_message(ranks: dict
     assert "rank 1 failed first, " in errors[0]
     assert SAID[fault] in errors[0]
     if fault not in ("kill", "freeze"):
-        assert "at step 0 (phase 1, " in errors[0]
+        assert ("at step 0 (phase 1, " in errors[0]) == (fault != "test")
         assert ranks[fault].ended(1) != 0
 
 

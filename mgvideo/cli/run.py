@@ -35,6 +35,7 @@ from mgvideo.schedule import baseline_of
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
+from mgvideo.watch import at
 
 from . import app
 from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
@@ -250,7 +251,14 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch)
     started = time.perf_counter()
     monitor.say(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    result = evaluator(trainer.model, views, monitor.tested)
+    beat = trainer.beat("testing", -1)
+
+    def tell(done: int, of: int, waiting: bool) -> None:
+        beat(done, of, waiting)
+        monitor.tested(done, of)
+
+    result = evaluator(trainer.model, views, tell)
+    at("after the test")
     monitor.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
     if rank() != 0:
