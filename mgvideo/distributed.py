@@ -21,7 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
 from .signals import Stopped, defer, requeue
-from .watch import Watch
+from .watch import LEAVING, Watch, at
+
+PATIENCE = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
 
 
 def rank() -> int:
@@ -96,7 +98,7 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
         defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
         explained = watch.explain(error)
         if isinstance(explained, Stopped):
-            _leave(explained, watch, store.clone(), size)
+            _leave(explained, watch, store.clone())
         elif isinstance(explained, SystemExit):  # its code may be 0
             raise RuntimeError(f"a rank has left by sys.exit({explained.code!r})") from explained
         if explained is error:
@@ -135,25 +137,35 @@ def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> s
     return own
 
 
-def _leave(stop: Stopped, watch: Watch, store: dist.Store, size: int) -> None:
+def _leave(stop: Stopped, watch: Watch, store: dist.Store) -> None:
     """Requeue together: a rank that left first would end the others, and what follows a failure is no reason to."""
-    _meet(store, "asked", size)
-    if rank() == 0 and watch.failure is None:
-        requeue(stop.number)
-    _meet(store, "leaving", size)
+    at(LEAVING)
+    if watch.rank == 0:
+        _meet(store, "asked", watch)
+        if watch.failure is None:
+            requeue(stop.number)
+    else:
+        with suppress(RuntimeError):
+            store.add("asked", 1)
+    _meet(store, "leaving", watch)
 
 
-def _meet(store: dist.Store, name: str, size: int, seconds: float = 15.0) -> None:
-    """Wait until all ranks are here, but not for ever: one may be waiting for another in a collective operation."""
-    deadline = time.monotonic() + seconds
+def _meet(store: dist.Store, name: str, watch: Watch) -> None:
+    """Wait until all ranks are here, for rank 0 as long as it is on its way, since it may have a checkpoint to write.
+
+    But not for ever: a rank may be waiting for another in a collective operation.
+    """
+    deadline = time.monotonic() + PATIENCE
     with suppress(RuntimeError):
         store.add(name, 1)
-        while store.add(name, 0) < size and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while store.add(name, 0) < watch.size and watch.failure is None and time.monotonic() < deadline:
+            if watch.rank > 0 and watch.leaves(0):
+                deadline = time.monotonic() + PATIENCE
+            time.sleep(0.1)
 
 
-def _exit_later(code: int, seconds: float = 15.0) -> None:
-    time.sleep(seconds)
+def _exit_later(code: int) -> None:
+    time.sleep(PATIENCE)
     os._exit(code)
 
 

@@ -20,7 +20,7 @@ from .batches import Batches, Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
 from .checkpoint import Checkpoints
 from .clips import Failure
-from .distributed import Votes, gather_objects, neighbours, rank, world_size
+from .distributed import Votes, barrier, gather_objects, neighbours, rank, world_size
 from .dropout import dropout_of
 from .errors import UserError
 from .evaluate import Beat, Evaluator, Views, precise_bn
@@ -184,6 +184,7 @@ class Trainer:
     def _stop(self) -> None:
         self.monitor.stop_progress()
         self.checkpoints.wait()
+        barrier()  # launchers end the others when one has left, rank 0 as it writes too
         raise Stopped(received() or signal.SIGTERM)
 
     def _at(self, step: int, doing: str, part: int, watched: bool = True) -> None:

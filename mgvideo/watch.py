@@ -24,6 +24,8 @@ SILENT = 10  # looks at a rank that tells nothing new, until it counts as gone
 SUSPECT = 4  # the same, where a collective operation has failed already
 GRACE = 8  # looks that the main thread has to raise, before the process ends under it
 
+LEAVING = "on its way out, as it was asked to"  # a place, which rank 0 may be at for long: it has a checkpoint to write
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -137,6 +139,11 @@ class Watch(threading.Thread):
         first = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
         self.failure = Failure(**json.loads(first))
         return self.failure
+
+    def leaves(self, rank: int) -> bool:
+        """Whether a rank has told that it is on its way out."""
+        key = f"rank{rank}"
+        return self.store.check([key]) and json.loads(self.store.get(key))[1] == LEAVING
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for what the main thread raised: itself, or what another rank failed of before."""
