@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
-from .signals import Stopped, defer, requeue
+from .signals import Stopped, defer, heed, requeue
 from .watch import LEAVING, Watch, at
 
 PATIENCE = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
@@ -59,7 +59,10 @@ def ranks_from_slurm() -> None:
 
 @contextmanager
 def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
-    """The device of this process, ranks joined where a launcher such as torchrun or srun started several."""
+    """The device of this process, ranks joined where a launcher such as torchrun or srun started several.
+
+    Inside, a signal raises Stopped; where that ends it, the job goes back into SLURM's queue.
+    """
     ranks_from_slurm()
     cuda = torch.cuda.is_available()
     if cuda and local_rank() >= torch.cuda.device_count():
@@ -70,29 +73,40 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        try:
-            yield device
-        except Stopped as stop:
-            requeue(stop.number)
-            raise
-        return
-    timeout = timedelta(seconds=timeout_s)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    with _alone() if alone else _together(device, timedelta(seconds=timeout_s)):
+        heed()
+        yield device
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    try:
+        yield
+    except Stopped as stop:
+        requeue(stop.number)
+        raise
+
+
+@contextmanager
+def _together(device: torch.device, timeout: timedelta) -> Iterator[None]:
+    """Inside, ranks are joined and watch each other; a signal that comes before waits until they can leave together."""
     store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
     store = dist.PrefixStore(_meeting(store, number, size, timeout), store)
     watch = Watch(store.clone(), number, size)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=store,
-        rank=number,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if cuda else None,
-    )
     watch.start()
     failed = True
     try:
-        yield device
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=number,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if cuda else None,
+        )
+        yield
         failed = False
     except (Exception, SystemExit) as error:
         defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from training import free_port, tiny_plan, tiny_trainer
+from training import ROOT, TINY, free_port, tiny_plan, tiny_trainer
 
 from mgvideo import distributed
 from mgvideo.signals import Stopped, defer, listening
@@ -55,3 +57,37 @@ def leave(rank: int, port: int, folder: Path, motion_root: str) -> None:
 
 def test_ranks_wait_for_what_rank_0_writes(tmp_path: Path, motion_root: str) -> None:
     mp.spawn(leave, (free_port(), tmp_path, motion_root), nprocs=2)
+
+
+SLURM = """#!/bin/sh
+echo "$@" >> requeued
+echo JobState=RUNNING BatchFlag=1 Requeue=1
+"""
+# as a scheduler may do: each rank is asked while it imports torch
+ASKED = """
+import os, signal, sys
+
+class Asked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and "RANK" in os.environ:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+sys.meta_path.insert(0, Asked())
+"""
+
+
+def test_a_job_that_is_asked_to_stop_while_it_starts_goes_back_into_the_queue(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ASKED)
+    (tmp_path / "scontrol").write_text(SLURM)
+    (tmp_path / "scontrol").chmod(0o755)
+    port, command = free_port(), [sys.executable, str(ROOT / "tools/run_net.py"), *TINY, "output_dir=out"]
+    more = {"SLURM_JOB_ID": "7", "PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env={**environment(rank, port), **more}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=120)[1].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [128 + signal.SIGUSR1] * 2, said
+    assert (tmp_path / "requeued").read_text().splitlines() == ["-o show job 7", "requeue 7"]
+    assert not (tmp_path / "out").exists()
