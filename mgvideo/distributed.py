@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,10 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
-from .signals import Stopped, defer, requeue
-from .watch import Watch
+from .signals import Stopped, defer, heed, requeue
+from .watch import LEAVING, Watch, at
+
+PATIENCE = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
 
 
 def rank() -> int:
@@ -56,7 +59,10 @@ def ranks_from_slurm() -> None:
 
 @contextmanager
 def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
-    """The device of this process, ranks joined where a launcher such as torchrun or srun started several."""
+    """The device of this process, ranks joined where a launcher such as torchrun or srun started several.
+
+    Inside, a signal raises Stopped; where that ends it, the job goes back into SLURM's queue.
+    """
     ranks_from_slurm()
     cuda = torch.cuda.is_available()
     if cuda and local_rank() >= torch.cuda.device_count():
@@ -67,36 +73,48 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        try:
-            yield device
-        except Stopped as stop:
-            requeue(stop.number)
-            raise
-        return
-    timeout = timedelta(seconds=timeout_s)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    with _alone() if alone else _together(device, timedelta(seconds=timeout_s)):
+        heed()
+        yield device
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    try:
+        yield
+    except Stopped as stop:
+        requeue(stop.number)
+        raise
+
+
+@contextmanager
+def _together(device: torch.device, timeout: timedelta) -> Iterator[None]:
+    """Inside, ranks are joined and watch each other; a signal that comes before waits until they can leave together."""
     store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
-    # torchrun's store outlives the ranks that it starts again, and what they told of themselves
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(_meeting(store, number, size, timeout), store)
     watch = Watch(store.clone(), number, size)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=store,
-        rank=number,
-        world_size=size,
-        timeout=timeout,
-        device_id=device if cuda else None,
-    )
     watch.start()
     failed = True
     try:
-        yield device
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=number,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if cuda else None,
+        )
+        yield
         failed = False
-    except (Exception, Stopped) as error:
+    except (Exception, SystemExit) as error:
         defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
         explained = watch.explain(error)
         if isinstance(explained, Stopped):
-            _leave(explained, watch, store.clone(), size)
+            _leave(explained, watch, store.clone())
+        elif isinstance(explained, SystemExit):  # its code may be 0
+            raise RuntimeError(f"a rank has left by sys.exit({explained.code!r})") from explained
         if explained is error:
             raise
         raise explained from None
@@ -110,25 +128,58 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _leave(stop: Stopped, watch: Watch, store: dist.Store, size: int) -> None:
+def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
+    """A new name, the same on all ranks of this start, for what they tell each other.
+
+    torchrun's store outlives ranks that are started again and what they told; their restarts each node counts for
+    itself. So rank 0 answers whom it finds there, until all of now have heard it.
+    """
+    own, deadline = uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if number > 0:
+        store.set(f"here{number}", own)
+        name = store.get(own).decode()
+        store.add(f"{name}heard", 1)
+        return name
+    callers = [f"here{other}" for other in range(1, size)]
+    while store.add(f"{own}heard", 0) < len(callers):
+        if time.monotonic() > deadline:
+            raise UserError(f"not all of {size} ranks have come within {timeout.total_seconds():g} s")
+        for caller in callers:
+            if store.check([caller]):
+                store.set(store.get(caller).decode(), own)
+        time.sleep(0.05)
+    return own
+
+
+def _leave(stop: Stopped, watch: Watch, store: dist.Store) -> None:
     """Requeue together: a rank that left first would end the others, and what follows a failure is no reason to."""
-    _meet(store, "asked", size)
-    if rank() == 0 and watch.failure is None:
-        requeue(stop.number)
-    _meet(store, "leaving", size)
+    at(LEAVING)
+    if watch.rank == 0:
+        _meet(store, "asked", watch)
+        if watch.failure is None:
+            requeue(stop.number)
+    else:
+        with suppress(RuntimeError):
+            store.add("asked", 1)
+    _meet(store, "leaving", watch)
 
 
-def _meet(store: dist.Store, name: str, size: int, seconds: float = 15.0) -> None:
-    """Wait until all ranks are here, but not for ever: one may be waiting for another in a collective operation."""
-    deadline = time.monotonic() + seconds
+def _meet(store: dist.Store, name: str, watch: Watch) -> None:
+    """Wait until all ranks are here, for rank 0 as long as it is on its way, since it may have a checkpoint to write.
+
+    But not for ever: a rank may be waiting for another in a collective operation.
+    """
+    deadline = time.monotonic() + PATIENCE
     with suppress(RuntimeError):
         store.add(name, 1)
-        while store.add(name, 0) < size and time.monotonic() < deadline:
-            time.sleep(0.05)
+        while store.add(name, 0) < watch.size and watch.failure is None and time.monotonic() < deadline:
+            if watch.rank > 0 and watch.leaves(0):
+                deadline = time.monotonic() + PATIENCE
+            time.sleep(0.1)
 
 
-def _exit_later(code: int, seconds: float = 15.0) -> None:
-    time.sleep(seconds)
+def _exit_later(code: int) -> None:
+    time.sleep(PATIENCE)
     os._exit(code)
 
 

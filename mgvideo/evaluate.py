@@ -21,6 +21,9 @@ from .precision import Normalize, Precision
 from .signals import stop_if_asked
 from .tasks import Task
 
+# told (batches done, of how many, whether the next is being waited for, or the other ranks, not computed)
+Beat = Callable[[int, int, bool], None]
+
 
 @dataclass(frozen=True)
 class Views:
@@ -51,11 +54,11 @@ class Evaluator:
     precision: Precision
     batch: int = 8  # clips before cropping that a rank runs at once
 
-    def __call__(self, model: nn.Module, views: Views, progress: Callable[[int, int], None] | None = None) -> Scores:
+    def __call__(self, model: nn.Module, views: Views, beat: Beat = lambda *_: None) -> Scores:
         """Run every view of every video once, whatever the number of ranks; all ranks get all scores.
 
         Views are dealt out among ranks, and per-video sums (or maxima) meet in one reduction, so that an uneven tail
-        needs no padding. `progress` is told (batches done, batches) on every rank.
+        needs no padding. `beat` is told of each batch on every rank.
         """
         videos = len(self.loader.dataset)
         mine = range(rank(), videos * views.clips, world_size())
@@ -72,17 +75,18 @@ class Evaluator:
         labels = self.task.no_labels(videos, self.classes).to(device)
         failures: list[Failure] = []
         model.eval()
+        beat(0, len(steps), True)
         with torch.no_grad():
             for step, batch in enumerate(self.loader.open(requests, steps)):
                 stop_if_asked()
+                beat(step, len(steps), False)
                 indices = batch.indices.to(device)
                 rows, how = indices[:, None].expand(-1, self.classes), "sum" if self.task.reduce == "sum" else "amax"
                 scores.scatter_reduce_(0, rows, self._forward(model, batch), how)
                 seen.index_add_(0, indices, torch.ones_like(indices, dtype=seen.dtype))
                 labels[indices] = batch.labels.to(device)
                 failures += batch.failures
-                if progress:
-                    progress(step + 1, len(steps))
+                beat(step + 1, len(steps), True)
         all_reduce(scores, dist.ReduceOp.SUM if self.task.reduce == "sum" else dist.ReduceOp.MAX)
         all_reduce(labels, dist.ReduceOp.MAX)
         if self.task.reduce == "sum":
@@ -107,6 +111,7 @@ def precise_bn(
     normalize: Normalize,
     precision: Precision,
     max_clips: int,
+    beat: Beat = lambda *_: None,
 ) -> None:
     """Replace BN's running statistics by those of `steps` batches of the base grid (fvcore), equal on all ranks.
 
@@ -119,12 +124,15 @@ def precise_bn(
     group = neighbours(len(part.ranks))
 
     def inputs() -> Iterator[Tensor]:
-        for batch in loader.open(lambda step: batches(step)[part.start : part.stop], range(steps)):
+        beat(0, steps, True)
+        for done, batch in enumerate(loader.open(lambda step: batches(step)[part.start : part.stop], range(steps))):
             stop_if_asked()
             clips = normalize(batch.clips.to(precision.device, non_blocking=True))
             for piece in cuts:
+                beat(done, steps, False)
                 set_bn_groups(model, piece.groups, group)
                 yield clips[piece.start : piece.stop]
+            beat(done + 1, steps, True)
 
     model.train()
     with precision.autocast():

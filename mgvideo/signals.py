@@ -48,17 +48,31 @@ def _handle(number: int, frame: FrameType | None) -> None:
         os.write(2, b"\nfinishing the step and writing a checkpoint; Ctrl-C again leaves at once\n")
 
 
+def note() -> None:
+    """Keep in mind until `listening` what a scheduler asks: by default its signals would end this process."""
+    _State.deferred = True
+    for number in ASKING:
+        if number != signal.SIGINT:  # a person may end what has not begun
+            signal.signal(number, _handle)
+
+
 @contextmanager
 def listening() -> Iterator[None]:
-    """Inside, the signals of `ASKING` raise Stopped wherever the process is, or are kept for later after `defer`."""
+    """Inside, the signals of `ASKING` show in `received()`; from `heed` to `defer` they raise Stopped at any place."""
+    _State.deferred = True
     before = {number: signal.signal(number, _handle) for number in ASKING}
-    _State.received, _State.deferred = 0, False
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _State.received, _State.deferred = 0, False
+
+
+def heed() -> None:
+    """From here to `defer` a signal raises Stopped wherever the process is; here, where one came before."""
+    _State.deferred = False
+    stop_if_asked()
 
 
 def defer() -> None:

@@ -20,14 +20,14 @@ from .batches import Batches, Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
 from .checkpoint import Checkpoints
 from .clips import Failure
-from .distributed import Votes, gather_objects, neighbours, rank, world_size
+from .distributed import Votes, barrier, gather_objects, neighbours, rank, world_size
 from .dropout import dropout_of
 from .errors import UserError
-from .evaluate import Evaluator, Views, precise_bn
+from .evaluate import Beat, Evaluator, Views, precise_bn
 from .loader import Batch, Loader
 from .microbatch import pieces
 from .monitor import Monitor
-from .plan import Phase, Plan
+from .plan import Phase, Plan, Slot
 from .precision import Normalize, Precision
 from .profiling import Profiler
 from .schedule import baseline_of
@@ -94,6 +94,7 @@ class Trainer:
         self.window = Window()
         self._window_state: dict[str, Any] | None = None
         self.profiler = Profiler(monitor.folder / "profile", options.profile)
+        self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
         # clips travel beside the computation of the step before
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parallel: nn.Module = model
@@ -158,10 +159,10 @@ class Trainer:
                 if step == phase.steps[0]:
                     self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
             self.step(step, batch)
-            self.profiler.step()
             done = self.progress.step = step + 1
             wish = self.votes.result()
             self._at(step, "logging and writing a checkpoint", _LAST, watched=False)
+            self.profiler.step()  # which may write a trace
             evaluates, ends = done in evaluations, done == phase.steps[1]
             if ends or evaluates or done % self.options.log_every == 0:
                 self._log(phase)
@@ -183,6 +184,7 @@ class Trainer:
     def _stop(self) -> None:
         self.monitor.stop_progress()
         self.checkpoints.wait()
+        barrier()  # launchers end the others when one has left, rank 0 as it writes too
         raise Stopped(received() or signal.SIGTERM)
 
     def _at(self, step: int, doing: str, part: int, watched: bool = True) -> None:
@@ -229,11 +231,13 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state
         seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        graph = (slot, self.plan.phase(step).bn_groups)
+        watched = self.options.compile == "off" or graph in self.compiled  # compiling may take minutes
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
             for i, piece in enumerate(cuts):
-                self._at(step, "forward", 2 * i + 1)
+                self._at(step, "forward", 2 * i + 1, watched)
                 set_bn_groups(self.model, piece.groups, group)
                 torch.manual_seed(seed)
                 with ExitStack() as stack:
@@ -245,10 +249,11 @@ class Trainer:
                     with self.precision.autocast():
                         logits = self.parallel(pixels)
                     loss = self.task.loss(logits.to(pixels.dtype), labels[piece.start : piece.stop]) / batch
-                    self._at(step, "backward", 2 * i + 2)
+                    self._at(step, "backward", 2 * i + 2, watched)
                     # DDP averages over ranks, which may hold different numbers of clips: undo it here
                     self.scaler.scale(loss * world_size()).backward()
                 total = total + loss.detach()
+        self.compiled.add(graph)
         return total
 
     def _update(self, step: int, loss: Tensor) -> None:
@@ -337,15 +342,10 @@ class Trainer:
         """Precise BN, the validation metrics, and a checkpoint of both; a signal leaves at once."""
         assert self.validate is not None
         evaluator, views = self.validate
-        step, slack = self.progress.step, self.loader.options.timeout + self.options.hang_timeout
-
-        def beat(done: int, of: int) -> None:
-            limit = slack if self.options.hang_timeout else None
-            at(f"after step {step}, validating, batch {done} of {of}", (step, done), limit)
-
-        at(f"after step {step}, in precise BN", (step, 0))
+        step = self.progress.step
         self.precise_bn()
-        result = evaluator(self.model, views, beat)
+        result = evaluator(self.model, views, self.beat("validating", -2))
+        at(f"after step {step}, recording its evaluation", (step, -1))
         metrics = self.task.metrics(result.scores, result.labels)
         self.monitor.validation(step, self.progress.seconds, metrics)
         new = [failure for failure in result.failures if failure not in self.not_validated]
@@ -358,6 +358,17 @@ class Trainer:
         self._save(best)
         self.window = Window()  # evaluation is not training time
 
+    def beat(self, doing: str, part: int) -> Beat:
+        """Tells the other ranks of each batch outside of training; `part`, below 0, orders what follows on a step."""
+        step, limit = self.progress.step, self.options.hang_timeout or None
+        loads = self.loader.options.workers == 0  # workers have a limit of their own
+
+        def tell(done: int, of: int, waiting: bool) -> None:
+            watched = not waiting or (loads and done < of)
+            at(f"after step {step}, {doing}, batch {done} of {of}", (step, part, done), limit if watched else None)
+
+        return tell
+
     def precise_bn(self) -> None:
         """Exact BN statistics for the weights as they are, from batches that depend on the step alone."""
         if not self.options.precise_bn_batches:
@@ -366,7 +377,8 @@ class Trainer:
         plan = baseline_of(self.plan)
         batches = Batches(plan, len(self.loader.dataset), seed)
         steps = min(self.options.precise_bn_batches, batches.plan.steps)
-        precise_bn(self.model, self.loader, batches, steps, self.normalize, self.precision, self.options.max_clips)
+        beat, clips = self.beat("in precise BN", -3), self.options.max_clips
+        precise_bn(self.model, self.loader, batches, steps, self.normalize, self.precision, clips, beat)
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; what was logged before it goes to disk before it."""

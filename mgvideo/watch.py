@@ -24,6 +24,8 @@ SILENT = 10  # looks at a rank that tells nothing new, until it counts as gone
 SUSPECT = 4  # the same, where a collective operation has failed already
 GRACE = 8  # looks that the main thread has to raise, before the process ends under it
 
+LEAVING = "on its way out, as it was asked to"  # a place, which rank 0 may be at for long: it has a checkpoint to write
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -44,7 +46,7 @@ class RankError(Exception):
 @dataclass
 class _Place:
     where: str = "before the first step"
-    order: tuple[int, int] = (-1, 0)  # step, and what of it
+    order: tuple[int, ...] = (-1,)  # step, and what of it
     limit: float | None = None  # seconds that this may take
     looks: int = 0  # since the main thread came here
 
@@ -52,10 +54,10 @@ class _Place:
 _place = _Place()
 
 
-def at(where: str, order: tuple[int, int] = (-1, 0), limit: float | None = None) -> None:
+def at(where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -> None:
     """Note where the main thread is, and in how many seconds it should be elsewhere (None: whenever).
 
-    The order, (step, part of the step), tells who of several waiting ranks the others are waiting for.
+    The order, (step, part of the step, …), tells who of several waiting ranks the others are waiting for.
     """
     global _place
     _place = _Place(where, order, limit)
@@ -98,27 +100,28 @@ class Watch(threading.Thread):
         place = _place
         place.looks += 1
         self._looks += 1
-        self.store.set(f"rank{self.rank}", json.dumps([self._looks, place.where, place.order, place.limit]))
+        told = [self._looks, place.where, place.order, place.limit, place.looks]
+        self.store.set(f"rank{self.rank}", json.dumps(told))
         if self.store.check(["failure"]):
             self.failure = Failure(**json.loads(self.store.get("failure")))
             return
         self._look_at_next()
         if place.limit is not None and place.looks > place.limit:
-            self._find_hanging(place.limit)
+            self._find_hanging()
 
-    def _find_hanging(self, limit: float) -> None:
-        """Post the rank that is furthest behind, unless what it does may take its time."""
+    def _find_hanging(self) -> None:
+        """Post the rank that is furthest behind, unless it came there lately or what it does may take its time."""
         keys = [f"rank{r}" for r in range(self.size)]
         if not self.store.check(keys):
             return
         places = [json.loads(told) for told in self.store.multi_get(keys)]
-        least = min(order for _, _, order, _ in places)
-        last = [r for r, (_, _, order, _) in enumerate(places) if order == least]
-        if any(places[r][3] is None for r in last):
+        least = min(order for _, _, order, *_ in places)
+        last = [r for r, (_, _, order, *_) in enumerate(places) if order == least]
+        if any(limit is None or looks <= limit for *_, limit, looks in (places[r] for r in last)):
             return
         others = f", or rank {', '.join(map(str, last[1:]))}," if len(last) > 1 else ""
-        text = f"it{others} hangs: nothing has happened for {limit:g} s (hang_timeout)"
-        self.post(Failure(last[0], places[last[0]][1], text))
+        _, where, _, limit, _ = places[last[0]]
+        self.post(Failure(last[0], where, f"it{others} hangs: nothing has happened for {limit:g} s (hang_timeout)"))
 
     def _look_at_next(self) -> None:
         key = f"rank{(self.rank + 1) % self.size}"
@@ -136,6 +139,11 @@ class Watch(threading.Thread):
         first = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
         self.failure = Failure(**json.loads(first))
         return self.failure
+
+    def leaves(self, rank: int) -> bool:
+        """Whether a rank has told that it is on its way out."""
+        key = f"rank{rank}"
+        return self.store.check([key]) and json.loads(self.store.get(key))[1] == LEAVING
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise for what the main thread raised: itself, or what another rank failed of before."""
@@ -163,7 +171,7 @@ class Watch(threading.Thread):
         self._done.set()
         self.join()
         with suppress(RuntimeError):
-            self.store.set(f"rank{self.rank}", json.dumps([-1, "after the end", (sys.maxsize, 0), None]))
+            self.store.set(f"rank{self.rank}", json.dumps([-1, "after the end", (sys.maxsize,), None, 0]))
 
 
 def _of_others(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Faulty:
             raise ValueError("a fault made by the tests")
         if self.fault == "hang":
             time.sleep(600)
+        if self.fault == "exit":
+            sys.exit(0)
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "ask": signal.SIGTERM}[self.fault])
 
 
@@ -55,7 +58,8 @@ def motion(fault: str, rank: int = 1, after: int = 60, once: str | None = None, 
     return Faulty(real.motion(**arguments), fault, rank, after, once)
 
 
-def overrides(fault: str, **options: object) -> list[str]:
+def overrides(fault: str, videos: str = "train", **options: object) -> list[str]:
     """The same, for the command line of the run program."""
     extra = {"fault": fault, **options}
-    return ["dataset.train._target_=faults.motion", *(f"+dataset.train.{key}={value}" for key, value in extra.items())]
+    given = [f"+dataset.{videos}.{key}={value}" for key, value in extra.items()]
+    return [f"dataset.{videos}._target_=faults.motion", *given]

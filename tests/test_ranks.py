@@ -1,12 +1,11 @@
 """The same training on one rank and on several: real processes over gloo, in float64 to tell rounding from error."""
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from training import metrics, tiny_plan, tiny_trainer
+from training import free_port, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.distributed import joined
@@ -40,9 +39,7 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
 
 
 def test_two_ranks_train_as_one_does_also_from_the_middle_on(tmp_path: Path, motion_root: str) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     train(0, 1, port, tmp_path, motion_root, [("one", batch, None) for batch in BATCHES])
     jobs: list[Job] = [*(("two", batch, None) for batch in BATCHES), ("one_then_two", 8, "one")]
     mp.spawn(train, (2, port, tmp_path, motion_root, jobs), nprocs=2)

@@ -43,7 +43,7 @@ def test_a_signal_in_mid_evaluation_repeats_the_evaluation_and_nothing_else(
     whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
-    ask = [word.replace("dataset.train.", "dataset.val.") for word in overrides("ask", rank=0, after=5, once="asked")]
+    ask = overrides("ask", "val", rank=0, after=5, once="asked")
     line = said(main, [*run, *ask], capsys, 128 + signal.SIGTERM)
     stopped = int(line.split("goes on from step ")[1])
     assert stopped == min(metrics(whole, "val_top1")), "where the first evaluation is due"

@@ -182,3 +182,33 @@ def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path, motion_root: st
     with pytest.raises(UserError, match=r"step 3 \(phase 1, 8×32².*step_00000002.pt"):
         trainer.train()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values() if value.is_floating_point())
+
+
+def limits(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
+    """Places where the trainer comes by, and the seconds that it may be there."""
+    told: list[tuple[str, float | None]] = []
+    monkeypatch.setattr("mgvideo.trainer.at", lambda where, order=(), limit=None: told.append((where, limit)))
+    trainer.train()
+    trainer.monitor.close()
+    return told
+
+
+def test_a_hang_is_noticed_in_precise_bn_and_in_validation(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"precise_bn_batches": 2, "hang_timeout": 7}
+    told = limits(tiny_trainer(tmp_path, motion_root, tiny_plan(), validate=True, **options), monkeypatch)
+    for doing in ("in precise BN", "validating"):
+        assert {limit for where, limit in told if doing in where} == {7, None}  # None: waiting for other ranks
+
+
+def test_a_step_that_compiles_may_take_its_time(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgvideo.trainer.compiled", lambda model, mode, plan: model)
+    plan = tiny_plan(epochs=4)
+    told = limits(tiny_trainer(tmp_path, motion_root, plan, compile="default", hang_timeout=7), monkeypatch)
+    forward = [limit for where, limit in told if "forward" in where]
+    graphs = [(plan.slot(step), plan.phase(step).bn_groups) for step in range(plan.steps)]
+    assert forward == [7 if graph in graphs[:step] else None for step, graph in enumerate(graphs)]
+    assert 7 in forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -112,6 +113,13 @@ def end_state(folder: Path) -> dict[str, object]:
     tensors = [*state["model"].values(), *moments]
     progress = {key: state["progress"][key] for key in ("step", "best", "evaluated", "clips", "bad")}
     return {**progress, "tensors": [tensor.numpy().tobytes() for tensor in tensors]}
+
+
+def free_port() -> int:
+    """A port for ranks to meet at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def run_program(*arguments: str, cwd: Path, processes: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:

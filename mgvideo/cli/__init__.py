@@ -6,6 +6,9 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+
+from mgvideo.signals import note
 
 # Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
 # the cores: docs/benchmarks/speed.md. Before torch is loaded.
@@ -29,10 +32,13 @@ PROGRAMS = {
 }
 
 
-def main() -> None:
-    """Entry point of the installed command `mgvideo PROGRAM …`."""
-    program, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+def main(words: Sequence[str] | None = None) -> None:
+    """Entry point of the installed command `mgvideo PROGRAM …`, and of tools/run_net.py."""
+    words = sys.argv[1:] if words is None else words
+    program, arguments = (words[:1] or ["--help"])[0], words[1:]
     if program in PROGRAMS:
+        if program == "run" and not {"--multirun", "-m"} & set(arguments):
+            note()  # imports take a while, in which a job may be asked to stop
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
     usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())

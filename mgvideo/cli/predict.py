@@ -90,7 +90,7 @@ class Predictor:
         loader = Loader(dataset, loader_options(cfg), self.precision.device.type == "cuda")
         evaluator = Evaluator(loader, self.task, len(self.names), self.normalize, self.precision, cfg.test.batch)
         with Progress("predict") as progress:
-            return evaluator(self.trained.model, self.views, progress)
+            return evaluator(self.trained.model, self.views, lambda done, of, _: progress(done, of))
 
     def heat(self, path: str, label: int) -> Heat:
         """Where and when a class is seen, relative to the hottest place of the video: whole frames, not crops.

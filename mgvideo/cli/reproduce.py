@@ -21,7 +21,7 @@ from mgvideo.plan import require
 from mgvideo.results import Results, Row, read_outcome
 from mgvideo.results_figure import draw_results
 from mgvideo.results_page import page
-from mgvideo.signals import Stopped, defer, listening, stop_if_asked
+from mgvideo.signals import Stopped, listening, stop_if_asked
 from mgvideo.table import Table
 
 from . import app, keys, prices
@@ -131,7 +131,6 @@ class Reproduction:
             if entry.missing:
                 self.console.print(f"not run: {entry.cell.title}: {entry.missing}")
         with listening():
-            defer()
             try:
                 if self.given.launcher:
                     self._all_at_once(todo)

@@ -35,6 +35,7 @@ from mgvideo.schedule import baseline_of
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
+from mgvideo.watch import LEAVING, at
 
 from . import app
 from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
@@ -64,7 +65,7 @@ def run(cfg: DictConfig) -> None:
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data), mirror.push)
-        with sole_folder(folder), explained(folder, checkpoints), mirror.kept():
+        with sole_folder(folder), mirror.kept(), explained(folder, checkpoints):
             state, warnings = resumed(cfg, checkpoints, mirror)
             write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
@@ -108,6 +109,7 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
+        at(LEAVING)
         checkpoints.wait()
         if rank() == 0:
             step = max(checkpoints.steps(), default=0)
@@ -251,7 +253,14 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch)
     started = time.perf_counter()
     monitor.say(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    result = evaluator(trainer.model, views, monitor.tested)
+    beat = trainer.beat("testing", -1)
+
+    def tell(done: int, of: int, waiting: bool) -> None:
+        beat(done, of, waiting)
+        monitor.tested(done, of)
+
+    result = evaluator(trainer.model, views, tell)
+    at("after the test")
     monitor.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
     if rank() != 0:
