@@ -4,8 +4,8 @@
 
 Runs the same arguments (of tools/run_net.py) twice on this machine, in --folder: once undisturbed; once with SIGKILL at
 a random moment, drawn evenly from [0, 2·every] seconds after each start, until the kills are used up, then to its end.
-Reports steps lost, weights that differ and memory, and leaves with 1 where the two runs do not end alike. With --bad,
-both read a copy of Motion in --folder of which that share of the videos is cut to half its bytes.
+Reports steps lost, weights that differ, memory and processes left behind, and leaves with 1 where the two runs do not end
+alike or a process outlives a kill. With --bad, both read a copy of Motion in --folder of which that share of the videos is cut to half its bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import psutil
 import torch
@@ -40,22 +41,31 @@ def spoiled(root: Path, share: float, seed: int, overrides: Sequence[str]) -> in
     return len(chosen)
 
 
-def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tuple[int | None, float]:
-    """Run to the end, or kill it after `limit` seconds; exit code (None: killed) and peak memory in MiB."""
+def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tuple[int | None, float, int]:
+    """Run to the end, or kill it after `limit` seconds; exit code (None: killed), peak memory in MiB, processes left."""
     peak, start = 0.0, time.monotonic()
     with open(log, "a") as file:
         process = psutil.Popen([sys.executable, str(PROGRAM), *arguments], stdout=file, stderr=subprocess.STDOUT)
     while process.poll() is None:
         if limit is not None and time.monotonic() - start > limit:
+            children = process.children(recursive=True)
             process.kill()
             process.wait()
-            return None, peak
+            return None, peak, len(psutil.wait_procs(children, timeout=30)[1])
         try:
             peak = max(peak, process.memory_info().rss / 2**20)
         except psutil.Error:
             break
         time.sleep(0.1)
-    return process.wait(), peak
+    return process.wait(), peak, 0
+
+
+def memory(folder: Path) -> tuple[float, float]:
+    """MiB of the training process, means of the second and of the last quarter of the logged steps."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    held = [1024 * line["memory_gib"] for line in lines if "loss" in line]
+    quarter = max(1, len(held) // 4)
+    return mean(held[quarter : 2 * quarter] or held), mean(held[-quarter:])
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -103,13 +113,14 @@ def main() -> None:
         arguments.append(f"dataset.root={root}")
     whole, killed = options.folder / "whole", options.folder / "killed"
     draw, peaks, begun = random.Random(options.seed), [], time.monotonic()
-    code, calm = run([*arguments, f"output_dir={whole}"], options.folder / "whole.log")
+    code, calm, _ = run([*arguments, f"output_dir={whole}"], options.folder / "whole.log")
     assert code == 0, f"the undisturbed run failed: see {options.folder / 'whole.log'}"
-    kills = 0
+    kills = orphans = 0
     while True:
         limit = draw.uniform(0, 2 * options.every) if kills < options.kills else None
-        code, peak = run([*arguments, f"output_dir={killed}"], options.folder / "killed.log", limit)
+        code, peak, left = run([*arguments, f"output_dir={killed}"], options.folder / "killed.log", limit)
         peaks.append(peak)
+        orphans += left
         if code is not None:
             break
         kills += 1
@@ -123,7 +134,9 @@ def main() -> None:
     print(
         f"peak memory of the training process: {calm:.0f} MiB undisturbed, at most {max(peaks):.0f} MiB between kills"
     )
-    raise SystemExit(1 if any(found.values()) else 0)
+    print("undisturbed, in the second quarter {:.0f} MiB, in the last {:.0f}".format(*memory(whole)))
+    print(f"processes that outlived a kill by 30 seconds: {orphans}")
+    raise SystemExit(1 if any(found.values()) or orphans else 0)
 
 
 if __name__ == "__main__":
