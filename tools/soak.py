@@ -4,8 +4,9 @@
 
 Runs the same arguments (of tools/run_net.py) twice on this machine, in --folder: once undisturbed; once with SIGKILL at
 a random moment, drawn evenly from [0, 2·every] seconds after each start, until the kills are used up, then to its end.
-Reports steps lost, weights that differ, memory and processes left behind, and leaves with 1 where the two runs do not end
-alike or a process outlives a kill. With --bad, both read a copy of Motion in --folder of which that share of the videos is cut to half its bytes.
+Reports steps lost, weights that differ, memory and processes left behind, and leaves with 1 where the two runs do not
+end alike or a process outlives a kill. With --bad, both read a copy of Motion in --folder of which that share of the
+videos is cut to half its bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def spoiled(root: Path, share: float, seed: int, overrides: Sequence[str]) -> in
 
 
 def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tuple[int | None, float, int]:
-    """Run to the end, or kill it after `limit` seconds; exit code (None: killed), peak memory in MiB, processes left."""
+    """Run to the end, or kill it after `limit` seconds: exit code (None: killed), peak memory (MiB), processes left."""
     peak, start = 0.0, time.monotonic()
     with open(log, "a") as file:
         process = psutil.Popen([sys.executable, str(PROGRAM), *arguments], stdout=file, stderr=subprocess.STDOUT)
