@@ -4,33 +4,73 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import IO, NamedTuple
 
-from mgvideo.paths import is_remote
+from mgvideo.paths import is_remote, join
 
 from .parallel import Progress, parallel, silent
 from .pyav import PyAV, PyAVVideo
-from .videofile import DecodeError
+from .video import VideoDataset
+from .videofile import DecodeError, Decoder, Video
 
 BROKEN = ("missing", "unreadable")  # problems that cost a video; the others are worth a look
+AGAIN = (*BROKEN, "too short")  # those that another copy of the file would mend
 CHUNK = 64  # frames decoded at once
 THUMBNAIL = 64  # short side that they are shrunk to where they are large
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a video: `problem` is one of missing, unreadable, too short, rotated, variable frame rate,
-    zero duration and duplicate."""
+    """What is wrong with a video: `problem` is one of missing, unreadable, too short, rotated, variable frame rate and
+    zero duration, or, over its lines in the lists, duplicate, conflicting labels and overlap."""
 
     path: str
     problem: str
     reason: str
+
+
+class Line(NamedTuple):
+    """A line of a list: the video, the part of the dataset that lists it, its classes, the seconds that count."""
+
+    path: str
+    part: str
+    classes: tuple[str, ...]
+    span: tuple[float, float] = (0, math.inf)
+
+
+def listed(dataset: VideoDataset, part: str) -> list[Line]:
+    """What a dataset lists, with the videos that it has left out because they are not there."""
+    lines = []
+    for entry in (*map(dataset.entry, range(len(dataset))), *dataset.missing):
+        labels = entry.label if isinstance(entry.label, tuple) else (entry.label,)
+        classes = tuple(dataset.class_names[label] for label in labels)
+        lines.append(Line(join(dataset.root, entry.path), part, classes, entry.span))
+    return lines
+
+
+def repeated(lines: Iterable[Line]) -> list[Finding]:
+    """Videos listed twice, under different labels, or in two parts; stretches of one video are as many videos."""
+    groups: dict[tuple[str, tuple[float, float]], list[Line]] = {}
+    for line in lines:
+        groups.setdefault((line.path, line.span), []).append(line)
+    findings = []
+    for (path, _), group in groups.items():
+        parts = Counter(line.part for line in group)
+        labels = dict.fromkeys("; ".join(line.classes) for line in group)
+        findings += [Finding(path, "duplicate", f"listed {n} times in {part}") for part, n in parts.items() if n > 1]
+        if len(labels) > 1:
+            findings.append(Finding(path, "conflicting labels", " or ".join(labels)))
+        if len(parts) > 1:
+            findings.append(Finding(path, "overlap", f"listed in {' and '.join(parts)}"))
+    return findings
 
 
 def check(
@@ -40,38 +80,46 @@ def check(
     processes: int | None = None,
     progress: Progress = silent,
     journal: str | None = None,
+    decoder: Decoder | None = None,
 ) -> list[Finding]:
     """Decode every frame of every file, or the first, middle and last, and return what is wrong, in the order given.
 
     `min_frames`: fewer are too short. `progress` is told (files done, files). `journal`, a file, takes what is found as
-    it is found: a check that was killed goes on from there, if it asks for the same; remove it when all is done.
+    it is found: a check that was killed goes on from there, if it asks for the same, and looks again at what another
+    copy may have mended; remove it when all is done. `decoder` opens the files: PyAV, or one of folders of images.
     """
-    counts = Counter(paths)
-    findings = [Finding(path, "duplicate", f"listed {n} times") for path, n in counts.items() if n > 1]
     asked = {"min_frames": min_frames, "fully": fully}
     found = _read_journal(journal, asked)
-    left = [path for path in counts if path not in found]
-    with open(journal or os.devnull, "w", encoding="utf-8") as file:
-        # written whole, so that what comes next does not continue an unfinished line
-        for content in (asked, *(_line(path, rows) for path, rows in found.items())):
-            file.write(json.dumps(content) + "\n")
-        for done, rows in enumerate(
-            parallel(partial(check_file, min_frames=min_frames, fully=fully), left, processes), start=1
-        ):
-            path = left[done - 1]
+    every = list(dict.fromkeys(paths))
+    left = [path for path in every if path not in found]
+    work = partial(check_file, min_frames=min_frames, fully=fully, decoder=decoder or PyAV())
+    with _begin_journal(journal, asked, found) as file:
+        for done, (path, rows) in enumerate(zip(left, parallel(work, left, processes), strict=True), start=1):
             found[path] = rows
-            file.write(json.dumps(_line(path, rows)) + "\n")
+            file.write(_row(path, rows))
             file.flush()
             progress(done, len(left))
-    return findings + [finding for path in counts for finding in found[path]]
+    return [finding for path in every for finding in found[path]]
 
 
-def _line(path: str, findings: Sequence[Finding]) -> dict[str, object]:
-    return {"path": path, "findings": [asdict(finding) for finding in findings]}
+def _row(path: str, findings: Sequence[Finding]) -> str:
+    return json.dumps({"path": path, "findings": [asdict(finding) for finding in findings]}) + "\n"
+
+
+def _begin_journal(journal: str | None, asked: dict[str, int], found: dict[str, list[Finding]]) -> IO[str]:
+    """The journal, open to be continued: written anew, since a killed check may have left an unfinished line."""
+    if journal is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    part = f"{journal}.new"
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(json.dumps(asked) + "\n")
+        file.writelines(_row(path, rows) for path, rows in found.items())
+    os.replace(part, journal)
+    return open(journal, "a", encoding="utf-8")
 
 
 def _read_journal(journal: str | None, asked: dict[str, int]) -> dict[str, list[Finding]]:
-    """What a check that asked the same has found."""
+    """What a check that asked the same has found, and need not look at again."""
     if journal is None or not os.path.isfile(journal):
         return {}
     found = {}
@@ -82,17 +130,17 @@ def _read_journal(journal: str | None, asked: dict[str, int]) -> dict[str, list[
             continue
         if number == 0 and content != asked:
             return {}
-        if number:
+        if number and not any(row["problem"] in AGAIN for row in content["findings"]):
             found[content["path"]] = [Finding(**row) for row in content["findings"]]
     return found
 
 
-def check_file(path: str, min_frames: int, fully: bool) -> list[Finding]:
+def check_file(path: str, min_frames: int, fully: bool, decoder: Decoder) -> list[Finding]:
     """What is wrong with one file."""
     if not is_remote(path) and not os.path.exists(path):
         return [Finding(path, "missing", "No such file")]
     try:
-        with PyAV().open(path, THUMBNAIL) as video:
+        with decoder.open(path, THUMBNAIL) as video:
             findings = [Finding(path, problem, reason) for problem, reason in _oddities(video, min_frames)]
             every = range(video.frames) if fully else sorted({0, video.frames // 2, video.frames - 1})
             for start in range(0, len(every), CHUNK):
@@ -102,9 +150,11 @@ def check_file(path: str, min_frames: int, fully: bool) -> list[Finding]:
     return findings
 
 
-def _oddities(video: PyAVVideo, min_frames: int) -> Iterable[tuple[str, str]]:
+def _oddities(video: Video, min_frames: int) -> Iterable[tuple[str, str]]:
     if video.frames < min_frames:
         yield "too short", f"{video.frames} frames, fewer than {min_frames}"
+    if not isinstance(video, PyAVVideo):  # images have neither rotation nor times
+        return
     if video.turns:
         yield "rotated", f"by {90 * video.turns} degrees; decord leaves it to PyAV"
     gaps = {after - before for before, after in pairwise(video.times)}
@@ -123,11 +173,12 @@ def write_findings(file: str, findings: Sequence[Finding]) -> None:
         rows.writerows((finding.path, finding.problem, finding.reason) for finding in findings)
 
 
-def summary(findings: Sequence[Finding], labels: dict[str, str]) -> dict[str, Counter[str]]:
-    """How often each problem occurs, in all (key "") and in each class; `labels` names the class of each path."""
+def summary(findings: Sequence[Finding], classes: Mapping[str, Collection[str]]) -> dict[str, Counter[str]]:
+    """How often each problem occurs, in all (key "") and in each class; `classes` are those of each path."""
     table: dict[str, Counter[str]] = {"": Counter(finding.problem for finding in findings)}
     for finding in findings:
-        table.setdefault(labels[finding.path], Counter())[finding.problem] += 1
+        for name in classes[finding.path]:
+            table.setdefault(name, Counter())[finding.problem] += 1
     return table
 
 

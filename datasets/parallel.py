@@ -8,13 +8,17 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from mgvideo.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # told (done, of how many)
+
+
+_busy: Any = None  # in a worker: a flag for each item, set while it is worked on
 
 
 def silent(done: int, total: int) -> None:
@@ -24,19 +28,42 @@ def silent(done: int, total: int) -> None:
 def parallel(
     work: Callable[[Item], Result], items: Sequence[Item], processes: int | None = None
 ) -> Generator[Result, None, None]:
-    """`work` on every item, in order; `processes` None is one a core. Raises UserError where a process dies."""
+    """`work` on every item, in order; `processes` None is one a core.
+
+    Raises UserError where a process dies, with the items that were being worked on, one of which may have killed it.
+    """
     processes = min(processes or len(os.sched_getaffinity(0)), len(items))
     if processes <= 1:
         yield from map(work, items)
         return
     # spawn: the caller may already hold threads or a CUDA context, which a fork would break
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent)
+    context = multiprocessing.get_context("spawn")
+    busy = context.RawArray("b", len(items))
+    pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
+    chunk = max(1, min(4, len(items) // (4 * processes)))
     try:
-        yield from pool.map(work, items, chunksize=max(1, min(4, len(items) // (4 * processes))))
+        yield from pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
     except BrokenProcessPool:
-        raise UserError("a worker process died, out of memory? Give fewer with processes=…; a repeat goes on") from None
+        at = " or ".join(str(item) for item, is_busy in zip(items, busy, strict=True) if is_busy) or "its start"
+        raise UserError(
+            f"a worker process died at {at}: out of memory, or a file that crashes its decoder? Give fewer with "
+            "processes=…, or leave the file out; a repeat goes on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(busy: Any) -> None:
+    global _busy
+    _busy = busy
+    _end_with_parent()
+
+
+def _noted(work: Callable[[Item], Result], place: int, item: Item) -> Result:
+    _busy[place] = True
+    result = work(item)
+    _busy[place] = False
+    return result
 
 
 def _end_with_parent() -> None:

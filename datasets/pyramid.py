@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,12 @@ from mgvideo.paths import is_remote, join, plain, read_bytes, relative
 
 from .parallel import Progress, parallel, silent
 from .pyav import PyAV
-from .videofile import DecodeError, Decoder, Video
+from .videofile import DecodeError, Decoder, Video, errors_over
 
 KEYFRAME = 8
 OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": str(KEYFRAME), "bf": "0", "threads": "1"}
+COLOURS = ("colorspace", "color_range", "color_primaries", "color_trc")  # what a decoder has to know of a picture's
+ROTATED = "is rotated, and read from the original"  # a reason to have no levels that is no failure
 SAMPLE = 16  # videos to encode before saying how much space all will take
 
 
@@ -57,6 +59,11 @@ class Row:
     level_bytes: int = 0
     failure: str = ""
 
+    @property
+    def failed(self) -> bool:
+        """Whether levels were wanted, and could not be made."""
+        return self.failure not in ("", ROTATED)
+
 
 class Pyramid:
     """A decoder that opens a level of the pyramid in `folder` in place of the original under `root`."""
@@ -67,8 +74,12 @@ class Pyramid:
         self.short_sides = {row.path: row.short_side for row in rows if not row.failure}
 
     def open(self, path: str, short_side: int | None = None) -> Video:
-        """See `videofile.Decoder.open`; the level depends on `short_side`."""
-        return self.decoder.open(self.locate(path, short_side), short_side)
+        """See `videofile.Decoder.open`; the level depends on `short_side`, and one that was lost is the original."""
+        file = self.locate(path, short_side)
+        if file != path:
+            with suppress(DecodeError):
+                return self.decoder.open(file, short_side)
+        return self.decoder.open(path, short_side)
 
     def locate(self, path: str, short_side: int | None) -> str:
         """The file that is read in place of an original for a short side: a level of it, or the original."""
@@ -107,6 +118,9 @@ def build(
     place.mkdir(parents=True, exist_ok=True)
     done = _resume(place, layout)
     left = sorted({path for path in paths if path not in done})
+    sample = min(SAMPLE, len(left))
+    # those that the estimate is made from stand for all: files that are neighbours are alike
+    left = list(dict.fromkeys([*(left[i * len(left) // sample] for i in range(sample)), *left]))
     encode = partial(encode_video, folder, root, layout)
     with (
         open(place / "rows.jsonl", "a", encoding="utf-8") as manifest,
@@ -117,9 +131,9 @@ def build(
             manifest.flush()
             done[row.path] = row
             progress(number, len(left))
-            if number == min(SAMPLE, len(left)):
+            if number == sample:
                 estimate(_check_room(place, root, left, done))
-    return [done[path] for path in paths if path in done]
+    return [done[path] for path in dict.fromkeys(paths)]
 
 
 def level_path(folder: str, side: int, name: str) -> str:
@@ -157,7 +171,7 @@ def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
     part = folder / "rows.jsonl.part"
     part.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
     part.replace(folder / "rows.jsonl")
-    return {row.path: row for row in rows if not row.failure}
+    return {row.path: row for row in rows if not row.failed}
 
 
 def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, Row]) -> int:
@@ -180,27 +194,28 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
     source = join(root, name)
     parts: dict[Path, Path] = {}
     try:
-        with PyAV().open(source) as video:
-            short_side, frames, original = min(video.height, video.width), video.frames, video.local
-        for side in layout.sides:
-            final = Path(level_path(folder, side, name))
-            final.parent.mkdir(parents=True, exist_ok=True)
-            parts[final] = final.with_name(f".{final.name}.part.mp4")
-        _encode(
-            original, [(part, min(side, short_side)) for part, side in zip(parts.values(), layout.sides, strict=True)]
-        )
-        for part in parts.values():
-            with PyAV().open(str(part)) as level:
-                if level.frames != frames:
-                    raise DecodeError(source, f"{frames} frames became {level.frames}")
-        level_bytes = sum(part.stat().st_size for part in parts.values())
-        for final, part in parts.items():
-            part.replace(final)
-    except (DecodeError, av.FFmpegError, OSError) as error:
+        with errors_over(source):
+            with PyAV().open(source) as video:
+                short_side, frames, original = min(video.height, video.width), video.frames, video.local
+            for side in layout.sides:
+                final = Path(level_path(folder, side, name))
+                final.parent.mkdir(parents=True, exist_ok=True)
+                parts[final] = final.with_name(f".{final.name}.part.mp4")
+            sides = (min(side, short_side) for side in layout.sides)
+            _encode(original, list(zip(parts.values(), sides, strict=True)))
+            for part in parts.values():
+                with PyAV().open(str(part)) as level:
+                    if level.frames != frames:
+                        raise DecodeError(source, f"{frames} frames became {level.frames}")
+            level_bytes = sum(part.stat().st_size for part in parts.values())
+            for final, part in parts.items():
+                part.replace(final)
+            return Row(name, short_side, frames, os.path.getsize(original), level_bytes)
+    except DecodeError as error:
+        return Row(name, failure=error.reason)
+    finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-        return Row(name, failure=error.reason if isinstance(error, DecodeError) else str(error))
-    return Row(name, short_side, frames, os.path.getsize(original), level_bytes)
 
 
 def _encode(source: str, targets: Sequence[tuple[Path, int]]) -> None:
@@ -212,7 +227,7 @@ def _encode(source: str, targets: Sequence[tuple[Path, int]]) -> None:
         outputs: list[tuple[Any, Any]] = []
         for frame in container.decode(stream):
             if frame.rotation % 360:
-                raise DecodeError(source, "is rotated, and read from the original")
+                raise DecodeError(source, ROTATED)
             if not outputs:
                 outputs = [_output(stack, stream, frame, *target) for target in targets]
             for output, encoder in outputs:
@@ -232,4 +247,6 @@ def _output(stack: ExitStack, stream: Any, frame: Any, path: Path, short_side: i
     encoder.height, encoder.width = (max(2, 2 * round(side * scale / 2)) for side in (frame.height, frame.width))
     encoder.pix_fmt = "yuv420p"
     encoder.codec_context.time_base = stream.time_base
+    for field in COLOURS:
+        setattr(encoder.codec_context, field, getattr(frame, field))
     return output, encoder

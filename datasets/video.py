@@ -34,7 +34,8 @@ class Entry(NamedTuple):
 class VideoDataset:
     """Videos with labels; `dataset[request]` is a pure function of the request and the files.
 
-    A label that is a tuple makes the dataset multi-label. `notes` are what whoever starts a run should know.
+    A label that is a tuple makes the dataset multi-label. `notes` are what whoever starts a run should know, `missing`
+    the videos that the annotations list but that are not there, and so no part of the dataset.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class VideoDataset:
         decoder: Decoder | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
         notes: Sequence[str] = (),
+        missing: Sequence[Entry] = (),
     ) -> None:
-        self.root, self.class_names, self.notes = root, list(class_names), list(notes)
+        self.root, self.class_names, self.notes, self.missing = root, list(class_names), list(notes), list(missing)
         self.decoder, self.sampling = Decord() if decoder is None else decoder, sampling
         # arrays, not lists: workers forked from this process would copy a list by counting its references
         self._paths = np.array([os.fsencode(entry.path) for entry in entries])
@@ -59,6 +61,12 @@ class VideoDataset:
     def path(self, index: int) -> str:
         """Where a video is: a file or a URL."""
         return join(self.root, os.fsdecode(self._paths[index]))
+
+    def entry(self, index: int) -> Entry:
+        """A video as it is listed."""
+        label, (start, end) = self.labels[index], self._spans[index].tolist()
+        labels = tuple(label.nonzero()[0].tolist()) if label.ndim else int(label)
+        return Entry(os.fsdecode(self._paths[index]), labels, (start, end))
 
     @property
     def timed(self) -> bool:

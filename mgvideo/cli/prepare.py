@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from mgvideo.datasets.check import Finding, broken_share, check, summary, write_findings
+from mgvideo.datasets.check import Finding, broken_share, check, listed, repeated, summary, write_findings
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import Layout, Row, build
+from mgvideo.datasets.pyramid import ROTATED, Layout, Row, build
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
@@ -45,7 +45,7 @@ class CheckKeys:
 
     split: str = key("both", "train, val or both")
     fully: bool = key(True, "decode every frame; false: the first, the middle and the last")
-    min_frames: int | None = key(None, "fewer are too short; null: those that a clip of the base grid spans")
+    min_frames: int | None = key(None, "fewer are too short; null: those that a clip of the base grid needs")
     max_broken: float | None = key(
         None, "exit with 1 over this share of missing and unreadable files; null: dataset.max_bad_fraction"
     )
@@ -131,37 +131,37 @@ def read_keys(kind: type, overrides: Sequence[str]) -> Any:
 
 def check_files(given: CheckKeys, cfg: DictConfig) -> None:
     """Decode a dataset's files, write what is wrong and sum it up; exits with 1 over the threshold."""
-    names = _class_of_each(cfg, given.split)
-    base = cfg.base
-    least = given.min_frames or (base.frames - 1) * base.stride + 1
+    datasets = dict(zip(SPLITS[given.split], _datasets(cfg, given.split), strict=True))
+    first = next(iter(datasets.values()))
+    require(
+        all(type(dataset.decoder) is type(first.decoder) for dataset in datasets.values()),
+        "one part of the dataset is videos, the other images: check each by itself, with split=train and split=val",
+    )
+    lines = [line for part, dataset in datasets.items() for line in listed(dataset, part)]
+    classes: dict[str, set[str]] = {}
+    for line in lines:
+        classes.setdefault(line.path, set()).update(line.classes)
+    # where a clip has a frame of each segment of its video, a short one gives the same frame for several
+    span = 1 if first.sampling.segments else (cfg.base.frames - 1) * cfg.base.stride + 1
+    least = given.min_frames or span
     journal = f"{given.out}.part"
     try:
         with Progress("check") as progress:
-            findings = check(list(names), least, given.fully, given.processes, progress, journal)
+            found = check(list(classes), least, given.fully, given.processes, progress, journal, first.decoder)
+        findings = repeated(lines) + found
         write_findings(given.out, findings)
-        table = summary(findings, names)
+        table = summary(findings, classes)
         file = f"{os.path.splitext(given.out)[0]}_classes.csv"
-        _write_classes(file, table, Counter(names.values()))
+        _write_classes(file, table, Counter(name for names in classes.values() for name in names))
         os.remove(journal)
     except OSError as error:
         raise UserError(f"cannot write out={given.out}: {error.strerror}") from error
-    share = broken_share(findings, len(names))
+    share = broken_share(findings, len(classes))
     allowed = cfg.dataset.max_bad_fraction if given.max_broken is None else given.max_broken
-    _say_findings(findings, table, len(names))
+    _say_findings(findings, table, len(classes))
     print(f"{share:.2%} are missing or unreadable, {allowed:.2%} are allowed; see {given.out} and {file}")
     if share > allowed:
         raise SystemExit(1)
-
-
-def _class_of_each(cfg: DictConfig, split: str) -> dict[str, str]:
-    """The class, or classes, of each file of a dataset."""
-    names = {}
-    for dataset in _datasets(cfg, split):
-        for index in range(len(dataset)):
-            label = dataset.labels[index]
-            places = [int(label)] if dataset.labels.ndim == 1 else label.nonzero()[0].tolist()
-            names[dataset.path(index)] = "; ".join(dataset.class_names[place] for place in places)
-    return names
 
 
 def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
@@ -201,10 +201,14 @@ def _say_findings(findings: Sequence[Finding], table: dict[str, Counter[str]], t
 def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
     """Build the pyramid of a dataset for the plan that a config composes, and say what it takes."""
     datasets = _datasets(cfg, given.split)
+    require(
+        all(isinstance(dataset.decoder, PyAV) for dataset in datasets),
+        f"dataset {cfg.dataset.name}: frames are images, no video to encode",
+    )
     # the grids are those of a whole dataset, also where it is a part of one that is prepared
     plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch))
     root = cfg.dataset.root
-    paths = [dataset.path(index) for dataset in datasets for index in range(len(dataset))]
+    paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}
     layout = Layout.of(sizes, plan.base.jitter, _short_side(paths))
     print(
@@ -236,12 +240,15 @@ def _short_side(paths: Sequence[str]) -> int:
 
 
 def _say_rows(rows: Sequence[Row], allowed: float) -> None:
-    failed = [row for row in rows if row.failure]
+    failed = [row for row in rows if row.failed]
+    rotated = sum(row.failure == ROTATED for row in rows)
     before, levels = sum(row.bytes for row in rows), sum(row.level_bytes for row in rows)
     print(
-        f"{len(rows) - len(failed)} videos: {_size(levels)} beside {_size(before)} of originals "
+        f"{len(rows) - len(failed) - rotated} videos: {_size(levels)} beside {_size(before)} of originals "
         f"({levels / max(1, before):.2f} times), {_size(before + levels)} in all"
     )
+    if rotated:
+        print(f"{rotated} are rotated, and read from the original")
     if failed:
         print(
             f"{len(failed)} are left to be read from the original, for instance {failed[0].path}: {failed[0].failure}"

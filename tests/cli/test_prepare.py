@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from refusals import said
 from training import KNOBS, ROOT, TINY, metrics, run_program
+from videos import numbered, write, write_turned
 
 from mgvideo.cli import app
 from mgvideo.cli.build import build_decoder
@@ -65,12 +67,93 @@ def test_check_tells_files_and_classes_and_exits_over_the_threshold(
     prepare("check", [*own, "max_broken=0.25"], overrides)
 
 
+def test_check_tells_of_lines_that_repeat(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (broken / "train.csv").write_text("train/00001.mp4 1\ntrain/00001.mp4 2\ntrain/00002.mp4 2\n")
+    (broken / "val.csv").write_text("train/00001.mp4 1\n")
+    out = tmp_path / "found.csv"
+    prepare("check", [f"out={out}", "min_frames=1", "processes=1"], [*KINETICS, f"dataset.root={broken}"])
+    assert [(Path(row["path"]).name, row["problem"], row["reason"]) for row in csv.DictReader(out.open())] == [
+        ("00001.mp4", "duplicate", "listed 2 times in train"),
+        ("00001.mp4", "conflicting labels", "1 or 2"),
+        ("00001.mp4", "overlap", "listed in train and val"),
+    ]
+    assert "2 videos, 1 with something to say about" in capsys.readouterr().out
+
+
+def test_check_counts_what_official_annotations_list_and_is_not_there(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["label,youtube_id,time_start,time_end,split", "run,00001,0,10,train", "walk,gone,5,15,train"]
+    rows += ["walk,00002,0,10,validate", "run,unheard,5,15,test"]
+    (broken / "all.csv").write_text("\n".join(rows))
+    out = tmp_path / "found.csv"
+    files = [f"dataset.{part}.list_file=all.csv" for part in ("train", "val")]
+    overrides = ["dataset=kinetics400", "dataset.num_classes=2", f"dataset.root={broken}", *files]
+    with pytest.raises(SystemExit):
+        prepare("check", [f"out={out}", "min_frames=1", "processes=1", "max_broken=0.3"], overrides)
+    (row,) = csv.DictReader(out.open())
+    assert (Path(row["path"]).name, row["problem"]) == ("gone_000005_000015.mp4", "missing")
+    classes = list(csv.DictReader((tmp_path / "found_classes.csv").open()))
+    assert [(row["class"], row["videos"], row["problem"]) for row in classes] == [("walk", "2", "missing")]
+    assert "33.33% are missing or unreadable" in capsys.readouterr().out
+
+
+def test_videos_sampled_by_segments_are_long_enough_with_one_frame(tmp_path: Path) -> None:
+    write(tmp_path / "20bn-something-something-v2/1.webm", 3, codec="libvpx-vp9", options={"deadline": "realtime"})
+    (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "0"}')
+    item = {"id": "1", "label": "holding a cup", "template": "Holding [something]"}
+    (tmp_path / "something-something-v2-train.json").write_text(json.dumps([item]))
+    out = tmp_path / "found.csv"
+    prepare("check", [f"out={out}", "split=train", "processes=1"], ["dataset=ssv2", f"dataset.root={tmp_path}"])
+    assert not list(csv.DictReader(out.open()))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[str]:
+    """Overrides for a dataset of two folders of images with two labels each, one of them too short."""
+    lines = ["original_vido_id video_id frame_id path labels"]
+    for name, frames in (("AAAAA", 4), ("BBBBB", 2)):
+        for i in range(frames):
+            path = tmp_path / f"frames/{name}/{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(numbered(i, 60, 80)).save(path)
+            lines.append(f'{name} 0 {i} {name}/{path.name} "3,5"')
+    (tmp_path / "frames.csv").write_text("\n".join(lines))
+    (tmp_path / "videos.csv").write_text("id,actions\nCCCCC,c001 0 1\n")
+    own = ["dataset.train.annotations=frames.csv", "dataset.train.videos=frames", "dataset.val.annotations=videos.csv"]
+    return ["dataset=charades", f"dataset.root={tmp_path}", *own]
+
+
+def test_folders_of_images_are_checked_and_each_label_is_counted(images: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "found.csv"
+    own = [f"out={out}", "min_frames=3", "processes=1"]
+    prepare("check", [*own, "split=train"], images)
+    assert [(Path(row["path"]).name, row["problem"]) for row in csv.DictReader(out.open())] == [("BBBBB", "too short")]
+    classes = list(csv.DictReader((tmp_path / "found_classes.csv").open()))
+    assert [(row["class"], row["videos"], row["count"]) for row in classes] == [("c003", "2", "1"), ("c005", "2", "1")]
+    with pytest.raises(UserError, match="check each by itself, with split=train and split=val"):
+        prepare("check", own, images)
+    with pytest.raises(UserError, match="dataset charades: frames are images, no video to encode"):
+        prepare("pyramid", [f"out={tmp_path / 'pyramid'}", "split=train"], images)
+
+
+def test_a_pyramid_of_rotated_videos_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "upright.mp4")
+    write_turned(tmp_path / "turned.mp4")
+    (tmp_path / "train.csv").write_text("upright.mp4 0\nturned.mp4 1\nturned.mp4 1\n")
+    own = [f"out={tmp_path / 'pyramid'}", "split=train", "processes=1"]
+    prepare("pyramid", own, [*KINETICS, f"dataset.root={tmp_path}"])
+    told = capsys.readouterr().out
+    assert "1 videos: " in told
+    assert "1 are rotated, and read from the original" in told
+
+
 def test_a_killed_check_goes_on_where_it_was(broken: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.csv"
     own = [f"out={out}", "split=train", "min_frames=20", "processes=1", "max_broken=1"]
     asked = {"min_frames": 20, "fully": True}
     known = str(broken / "train/00001.mp4")
-    told = {"path": known, "problem": "unreadable", "reason": "found before"}
+    told = {"path": known, "problem": "rotated", "reason": "found before"}
     journal = f'{json.dumps(asked)}\n{json.dumps({"path": known, "findings": [told]})}\n{{"path": "unfini'
     Path(f"{out}.part").write_text(journal)
     prepare("check", own, [*KINETICS, f"dataset.root={broken}"])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
-from videos import write
+from PIL import Image
+from videos import numbered, write
 
-from mgvideo.datasets.check import broken_share, check, summary, write_findings
+from mgvideo.datasets import check as check_module
+from mgvideo.datasets.check import Line, broken_share, check, repeated, summary, write_findings
+from mgvideo.datasets.decoders import PyAV, Video
+from mgvideo.datasets.frames import FrameFolders
+from mgvideo.errors import UserError
 
 
 @pytest.fixture
@@ -31,14 +39,13 @@ def test_each_problem_is_named(paths: dict[str, str], processes: int) -> None:
     listed = [*paths.values(), paths["whole.mp4"]]
     findings = check(listed, 8, processes=processes, progress=lambda done, total: calls.append((done, total)))
     assert [(Path(finding.path).name, finding.problem) for finding in findings] == [
-        ("whole.mp4", "duplicate"),
         ("cut.mp4", "unreadable"),
         ("text.mp4", "unreadable"),
         ("short.mp4", "too short"),
         ("uneven.mp4", "variable frame rate"),
         ("gone.mp4", "missing"),
     ]
-    assert findings[3].reason == "5 frames, fewer than 8"
+    assert findings[2].reason == "5 frames, fewer than 8"
     assert calls[-1] == (7, 7)
     assert broken_share(findings, 7) == pytest.approx(3 / 7)
 
@@ -54,7 +61,85 @@ def test_findings_are_written_and_counted_per_class(paths: dict[str, str], tmp_p
     write_findings(str(tmp_path / "bad.csv"), findings)
     rows = list(csv.DictReader((tmp_path / "bad.csv").open()))
     assert [(row["path"], row["problem"]) for row in rows] == [(f.path, f.problem) for f in findings]
-    labels = {paths["text.mp4"]: "run", paths["gone.mp4"]: "walk", paths["short.mp4"]: "run"}
-    table = summary(findings, labels)
+    classes = {paths["text.mp4"]: ["run", "sit"], paths["gone.mp4"]: ["walk"], paths["short.mp4"]: ["run"]}
+    table = summary(findings, classes)
     assert table[""] == {"unreadable": 1, "missing": 1, "too short": 1}
     assert table["run"] == {"unreadable": 1, "too short": 1}
+    assert table["sit"] == {"unreadable": 1}
+
+
+def test_lines_that_repeat_or_contradict_each_other_are_named() -> None:
+    lines = [
+        *(Line("twice.mp4", "train", ("run",)), Line("twice.mp4", "train", ("run",))),
+        *(Line("both.mp4", "train", ("run", "sit")), Line("both.mp4", "val", ("walk",))),
+        *(Line("cut.mp4", "train", ("run",), (0, 2)), Line("cut.mp4", "train", ("walk",), (2, 4))),
+        Line("once.mp4", "train", ("run",)),
+    ]
+    assert [(finding.path, finding.problem, finding.reason) for finding in repeated(lines)] == [
+        ("twice.mp4", "duplicate", "listed 2 times in train"),
+        ("both.mp4", "conflicting labels", "run; sit or walk"),
+        ("both.mp4", "overlap", "listed in train and val"),
+    ]
+
+
+def test_folders_of_images_are_checked_as_such(tmp_path: Path) -> None:
+    for name in ("whole", "cut", "short"):
+        (tmp_path / name).mkdir()
+        for i in range(2 if name == "short" else 4):
+            Image.fromarray(numbered(i, 60, 80)).save(tmp_path / name / f"{i}.png")
+    last = tmp_path / "cut/3.png"
+    last.write_bytes(last.read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+    paths = [str(tmp_path / name) for name in ("whole", "cut", "short", "empty", "gone")]
+    found = check(paths, 3, processes=1, decoder=FrameFolders(24))
+    assert [(Path(finding.path).name, finding.problem) for finding in found] == [
+        ("cut", "unreadable"),
+        ("short", "too short"),
+        ("empty", "unreadable"),
+        ("gone", "missing"),
+    ]
+
+
+def test_a_repeat_looks_again_at_what_may_have_been_mended(paths: dict[str, str], tmp_path: Path) -> None:
+    journal = str(tmp_path / "journal")
+
+    def problems() -> list[str]:
+        return [finding.problem for finding in check(list(paths.values()), 8, processes=1, journal=journal)]
+
+    assert problems() == ["unreadable", "unreadable", "too short", "variable frame rate", "missing"]
+    for name in ("cut.mp4", "text.mp4", "short.mp4", "gone.mp4"):
+        Path(paths[name]).write_bytes(Path(paths["whole.mp4"]).read_bytes())
+    assert problems() == ["variable frame rate"]
+
+
+def test_a_check_killed_while_it_starts_keeps_what_was_found(
+    paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "journal"
+    check(list(paths.values()), 8, processes=1, journal=str(journal))
+    before = journal.read_text()
+    dumps, calls = json.dumps, iter(range(10))
+
+    def killed(content: object) -> str:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return dumps(content)
+
+    monkeypatch.setattr(check_module.json, "dumps", killed)
+    with pytest.raises(KeyboardInterrupt):
+        check(list(paths.values()), 8, processes=1, journal=str(journal))
+    assert journal.read_text() == before
+
+
+class Crashing(PyAV):
+    """Dies over one file, as a library may."""
+
+    def open(self, path: str, short_side: int | None = None) -> Video:  # type: ignore[override]
+        if path.endswith("text.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().open(path, short_side)
+
+
+def test_a_file_that_kills_a_worker_is_named(paths: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"a worker process died at .*text\.mp4.*out of memory, or a file that crashes"):
+        check(list(paths.values()), 8, processes=2, decoder=Crashing())

@@ -53,8 +53,32 @@ def test_kinetics_finds_the_clips_of_an_official_csv(tmp_path: Path) -> None:
         "train/eee_000007_000017.mp4",
     ]
     assert dataset.labels.tolist() == [1, 2, 0]
+    assert [(entry.path, entry.label) for entry in dataset.missing] == [("gone_000005_000015.mp4", 1)]
     assert dataset.notes == [f"train.csv: 1 of 4 clips are not under {tmp_path} and left out"]
     assert dataset[ClipRequest(1, GRID, 0)].clip.shape == (4, 60, 60, 3)
+
+
+def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
+    rows = ["label,youtube_id,time_start,time_end,split"]
+    for i, split in enumerate(("train", "validate", "val", "test", "")):
+        write(tmp_path / f"v{i}.mp4", frames=2)
+        rows.append(f"class {i},v{i},0,10,{split}")
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+
+    def of(split: str | None) -> Any:
+        return kinetics(str(tmp_path), "all.csv", num_classes=5, split=split)
+
+    assert [paths(of(split), tmp_path) for split in ("train", "val", "validate", "test")] == [
+        ["v0.mp4", "v4.mp4"],
+        ["v1.mp4", "v2.mp4", "v4.mp4"],
+        ["v1.mp4", "v2.mp4", "v4.mp4"],
+        ["v3.mp4", "v4.mp4"],
+    ]
+    assert len(of(None)) == 5
+    assert of("val").labels.tolist() == [1, 2, 4], "numbered alike in each"
+    (tmp_path / "all.csv").write_text("\n".join(rows[:3]))
+    with pytest.raises(UserError, match=r"all\.csv: no clips of split=test, but of train, val; choose one of them"):
+        kinetics(str(tmp_path), "all.csv", num_classes=2, split="test")
 
 
 def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:

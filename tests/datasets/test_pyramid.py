@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from videos import number_of, write
+import torch
+from videos import number_of, write, write_turned
 
 from mgvideo.clips import ClipRequest, View
-from mgvideo.datasets.decoders import Decord, PyAV
+from mgvideo.datasets import pyramid as pyramid_module
+from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.lists import video_list
 from mgvideo.datasets.pyramid import Layout, Pyramid, build, level_path
 from mgvideo.errors import UserError
@@ -94,6 +97,71 @@ def test_clips_show_the_same_with_a_pyramid(originals: Path, pyramid: Path, deco
         assert plain[view].failures == fast[view].failures == ()
 
 
+BT709 = {"colorspace": 1, "color_range": 1, "color_primaries": 1, "color_trc": 1}
+FULL = {"color_range": 2}
+
+
+def vivid(number: int, height: int, width: int) -> np.ndarray:
+    """A frame of one strong colour: those that BT.709 and BT.601 differ in."""
+    return np.full((height, width, 3), [(220, 30, 30), (30, 200, 30), (30, 30, 220), (245, 245, 245)][number], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("colours", "pix_fmt"),
+    [(BT709, "yuv420p"), (BT709, "yuv444p"), (FULL, "yuv420p"), (FULL, "yuvj420p"), ({**BT709, **FULL}, "yuvj420p")],
+)
+@pytest.mark.parametrize("decoder", [PyAV(), Decord(), TorchCodec()])
+def test_colours_are_the_same_with_a_pyramid(
+    tmp_path: Path, colours: dict[str, int], pix_fmt: str, decoder: PyAV | Decord | TorchCodec
+) -> None:
+    root, folder = str(tmp_path / "root"), str(tmp_path / "pyramid")
+    name = "a.mp4"
+    written = {"pix_fmt": pix_fmt, "options": {"crf": "5"}, "colours": colours, "picture": vivid}
+    write(tmp_path / "root" / name, 4, 100, 150, **written)  # type: ignore[arg-type]
+    build(folder, root, [name], Layout(sides=(100,), largest=100), processes=1)
+    pictures = []
+    for opener in (decoder, Pyramid(folder, root, decoder)):
+        with opener.open(str(tmp_path / "root" / name), 100) as video:
+            pictures.append(video.read(range(4)).float().mean((1, 2)))
+    torch.testing.assert_close(*pictures, rtol=0, atol=3)
+    with PyAV().open(level_path(folder, 100, name)) as video:
+        fields = {field: getattr(video.frame, field) for field in colours}
+    assert fields == colours
+
+
+def test_a_rotated_video_is_no_failure_and_comes_upright(tmp_path: Path) -> None:
+    root, folder = tmp_path / "root", str(tmp_path / "pyramid")
+    root.mkdir()
+    write_turned(root / "a.mp4", height=80, width=120)
+    for _ in range(2):
+        (row,) = build(folder, str(root), ["a.mp4"], LAYOUT, processes=1)
+        assert (row.failure, row.failed) == ("is rotated, and read from the original", False)
+    with Pyramid(folder, str(root), PyAV()).open(str(root / "a.mp4"), 40) as video:
+        assert (video.path, video.height, video.width) == (str(root / "a.mp4"), 120, 80)
+
+
+def test_a_level_that_was_lost_is_read_from_the_original(originals: Path, pyramid: Path, tmp_path: Path) -> None:
+    shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
+    Path(level_path(str(tmp_path), 40, "deep/a.mp4")).unlink()
+    with Pyramid(str(tmp_path), str(originals), PyAV()).open(str(originals / "deep/a.mp4"), 40) as video:
+        assert min(video.height, video.width) == 80
+
+
+def test_the_estimate_is_made_from_videos_of_all_folders(originals: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i in range(16):
+            (root / name / f"{i}.mp4").symlink_to(originals / "deep/a.mp4" if name == "a" else originals / "odd.mp4")
+    names = [f"{name}/{i}.mp4" for name in ("a", "b") for i in range(16)]
+    estimates: list[int] = []
+    rows = build(
+        str(tmp_path / "pyramid"), str(root), [*names, names[0]], LAYOUT, processes=1, estimate=estimates.append
+    )
+    assert [row.path for row in rows] == names, "once each"
+    assert estimates == [pytest.approx(sum(row.level_bytes for row in rows), rel=0.001)]
+
+
 def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tmp_path: Path) -> None:
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
@@ -126,6 +194,17 @@ def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: P
     assert {path.name for path in folder.rglob("*.mp4")} == {"whole.mp4.mp4"}
     with Pyramid(str(folder), str(root), PyAV()).open(str(root / "whole.mp4"), 40) as video:
         assert min(video.height, video.width) == 40
+
+
+def test_whatever_a_library_raises_over_a_video_is_a_failure(
+    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(source: str, targets: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'thread_count'")
+
+    monkeypatch.setattr(pyramid_module, "_encode", encode)
+    rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, processes=1)
+    assert {row.failure for row in rows} == {"'NoneType' object has no attribute 'thread_count'"}
 
 
 def test_a_folder_without_a_pyramid_says_so(tmp_path: Path) -> None:

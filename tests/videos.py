@@ -41,15 +41,25 @@ def write(
     options: dict[str, str] | None = None,
     times: Callable[[int], int] = lambda number: number,
     fps: int = 25,
+    colours: dict[str, int] | None = None,
+    picture: Callable[[int, int, int], np.ndarray] = numbered,
 ) -> Path:
-    """Write a video of numbered frames; `times` gives each frame's time of display in units of 1 / fps."""
+    """Write a video of frames `picture(number, height, width)`; `times` gives when each is displayed, in 1 / fps.
+
+    `colours`: the `colorspace`, `color_range`, `color_primaries` and `color_trc` that its pictures are stored in.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=fps, options=options or {})
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.time_base = Fraction(1, fps)
+        for field, value in (colours or {}).items():
+            setattr(stream.codec_context, field, value)
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(numbered(number, height, width), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(number, height, width), format="rgb24")
+            if colours:
+                space, span = colours.get("colorspace"), colours.get("color_range")
+                frame = frame.reformat(format=pix_fmt, dst_colorspace=space, dst_color_range=span)
             frame.pts, frame.time_base = times(number), Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
