@@ -38,6 +38,7 @@ from mgvideo.trainer import Trainer, TrainOptions
 
 from . import app
 from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
+from .groups import check_groups
 from .resume import beginning, made_of, resumed, set_aside
 from .schema import check_values
 
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(cfg: DictConfig) -> None:
     """One run from a composed config; on every rank."""
     check_values(cfg)
+    check_groups(cfg)
     with listening(), joined() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
