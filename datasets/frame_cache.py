@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from mgvideo.paths import to_write
 
 from .videofile import Box, Decoder, Video
 
+STALE = 3600  # seconds after which a file that is half written is taken to be a killed run's
 HEADER = 4  # float64 numbers before the pixels: frames, height, width, frames a second
 
 
@@ -36,12 +38,17 @@ class FrameCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make dataset.frame_cache={folder}: {error.strerror}") from error
+        for part in self.folder.glob("tmp*"):
+            with suppress(OSError):  # another process may clear it as well
+                if time.time() - part.stat().st_mtime > STALE:
+                    part.unlink()
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `videofile.Decoder.open`."""
         place = self._place(path)
         if place is not None and place.exists():
-            return _Kept(path, place)
+            with suppress(OSError):  # not all there: decoded anew
+                return _Kept(path, place)
         video = self.decoder.open(path, None)
         if place is None or self.full or not self._room(video):
             return video
@@ -81,11 +88,14 @@ class FrameCache:
 
 
 class _Kept(Video):
-    """A video whose frames are on disk."""
+    """A video whose frames are on disk. Raises OSError where not all are, as a power cut leaves them."""
 
     def __init__(self, path: str, place: Path) -> None:
         self.path, self.place = path, place
-        *shape, self.fps = np.fromfile(place, np.float64, HEADER).tolist()
+        header = np.fromfile(place, np.float64, HEADER)
+        if len(header) < HEADER or 8 * HEADER + 3 * header[:3].prod() != place.stat().st_size:
+            raise OSError(f"{place} is not what was written")
+        *shape, self.fps = header.tolist()
         self.frames, self.height, self.width = map(int, shape)
 
     def _read(self, indices: Sequence[int] | np.ndarray, box: Box) -> Tensor:

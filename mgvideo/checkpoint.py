@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -109,17 +110,22 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if not is_remote(path):
             path = Path(path).resolve()  # best.pt is a link
         data = read_bytes(path)
-        expected = read_bytes(re.sub(r"\.pt$", ".sha256", str(path))).decode().split()
+        expected = read_bytes(re.sub(r"\.pt$", ".sha256", str(path))).split() if str(path).endswith(".pt") else None
     except OSError as error:
         raise UserError(f"cannot read checkpoint {error.filename or path}: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() not in expected:
+    foreign = f"{path} is no checkpoint of a run: init_from=… starts from its weights, resume cannot"
+    if expected is None:
+        raise UserError(foreign)
+    if hashlib.sha256(data).hexdigest().encode() not in expected:
         raise UserError(f"checkpoint {path} is damaged: its content does not match its checksum")
     try:
         state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"checkpoint {path} holds more than tensors and plain values: it was not read") from error
+    except Exception as error:  # what torch raises over a file that it did not write varies
+        raise UserError(f"checkpoint {path} is damaged: {type(error).__name__}") from error
     if not isinstance(state, dict) or not {"made_of", "progress"} <= state.keys():
-        raise UserError(f"{path} is no checkpoint of a run: init_from=… starts from its weights, resume cannot")
+        raise UserError(foreign)
     return state
 
 
@@ -178,20 +184,46 @@ class Checkpoints:
         path = self.path(step)
         for stale in self.folder.glob("*.tmp"):  # of a run that was killed as it wrote
             stale.unlink(missing_ok=True)
-        # the digest goes first, beside that of the file it may replace: at no moment does a whole one look damaged
-        before = _digest(path).read_text().split()[:1] if path.exists() and _digest(path).exists() else []
-        write_atomic(_digest(path), "\n".join([digest, *before]).encode())
+        # the digest goes first, beside those of the file it may replace: at no moment does a whole one look damaged,
+        # not even where the last replacement was cut short as well
+        before = _digest(path).read_bytes().split() if path.exists() and _digest(path).exists() else []
+        write_atomic(_digest(path), b"\n".join([digest.encode(), *before]))
         write_atomic(path, data)
         if best:
-            link = self.best.with_name("best.tmp")
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, self.best)
+            self._link_best(step)
         for old in self.steps()[: -self.keep]:
             if self.path(old) != self.best.resolve():
                 self.path(old).unlink(missing_ok=True)
                 _digest(self.path(old)).unlink(missing_ok=True)
         self.written()
+
+    def _link_best(self, step: int) -> None:
+        link = self.best.with_name("best.tmp")
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path(step).name)
+        os.replace(link, self.best)
+
+    def rewind(self, step: int, best_step: int = 0) -> str | None:
+        """Leave what a run that goes on from `step` made: later checkpoints are moved aside, and told of.
+
+        Among them the newest by step would not be the newest by time. `best.pt` leads to `best_step` again, where the
+        run was killed before it did; 0 where there is none yet.
+        """
+        later = [self.path(other) for other in self.steps() if other > step]
+        moved = [file for path in later for file in (path, _digest(path)) if file.exists()]
+        if self.best.resolve() in later:
+            moved.append(self.best)
+        told = None
+        if moved:
+            aside = next(place for n in count(1) if not (place := self.folder / f"aside_{n}").exists())
+            aside.mkdir()
+            for file in moved:
+                os.replace(file, aside / file.name)
+            names = ", ".join(path.name for path in later)
+            told = f"moved into {aside}, since this run does not go on from them: {names}"
+        if best_step and self.path(best_step).exists() and self.best.resolve() != self.path(best_step):
+            self._link_best(best_step)
+        return told
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and a warning for each newer one that is not."""

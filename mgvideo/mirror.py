@@ -137,6 +137,6 @@ class Mirror:
 
 
 def _newest(names: Iterable[str]) -> int:
-    """The newest checkpoint's step among file names, -1 for none."""
-    steps = [step_of(PurePosixPath(name).name) for name in names]
+    """The newest checkpoint's step among file names, -1 for none; those that were moved aside do not count."""
+    steps = [step_of(PurePosixPath(name).name) for name in names if PurePosixPath(name).parent.name == "checkpoints"]
     return max((step for step in steps if step is not None), default=-1)

@@ -22,6 +22,8 @@ from .checkpoint import write_atomic
 from .clips import Failure
 from .plan import Plan
 
+BAD_VIDEOS = ("step", "index", "path", "reason")  # columns of bad_videos.csv
+
 
 def duration(seconds: float) -> str:
     """Seconds as people read them: 47 s, 3:20 min, 5:03 h, 2 d 4 h."""
@@ -91,21 +93,29 @@ class Monitor:
         self._progress: Progress | None = None
         self._task: Any = None
         self._named: set[str] = set()  # bad videos that the terminal has been told
+        self.listed: set[Failure] = set()  # in bad_videos.csv before this process
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics_path = folder / "metrics.jsonl"
         kept = self._truncate(step, evaluated)
+        self._truncate_bad_videos(step)
         self._metrics = open(self._metrics_path, "a", buffering=1)  # noqa: SIM115  open for the whole run
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        second = int(kept[-1]["seconds"]) if kept else 0
+        # TensorBoard drops what a folder holds from a step on: figures by second need a folder of their own
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self.board_by_second = SummaryWriter(str(folder / "tensorboard/by_second"), purge_step=second)
         for record in kept:
-            if record["step"] == step:  # TensorBoard drops whole steps, this one too
+            if record["step"] == step:  # it drops whole steps, this one too
                 self._draw(record)
+            if int(record["seconds"]) >= second:
+                self._draw_by_second(record)
 
     def _truncate(self, step: int, evaluated: bool) -> list[dict[str, Any]]:
-        """Rewrite metrics.jsonl and bad_videos.csv as they were at `step`; the records that are left."""
+        """Rewrite metrics.jsonl as it was at `step`; the records that are left."""
         kept = []
-        lines = self._metrics_path.read_text().splitlines() if self._metrics_path.exists() and step else []
+        there = self._metrics_path.exists() and step
+        lines = self._metrics_path.read_text(errors="replace").splitlines() if there else []
         for line in lines:
             try:
                 record = json.loads(line)
@@ -114,20 +124,27 @@ class Monitor:
             except (ValueError, KeyError):
                 continue  # the half line that a killed run left
         write_atomic(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        bad = self.folder / "bad_videos.csv"
-        if bad.exists():
-            with open(bad, newline="") as file:
-                head, *rows = [*csv.reader(file)] or [[]]
-            text = StringIO(newline="")
-            csv.writer(text).writerows([head, *(r for r in rows if len(r) == len(head) and int(r[0]) <= step)])
-            write_atomic(bad, text.getvalue().encode())
         return kept
+
+    def _truncate_bad_videos(self, step: int) -> None:
+        """Rewrite bad_videos.csv as it was at `step`, without what a killed run or a failing disk left half written."""
+        path = self.folder / "bad_videos.csv"
+        if not path.exists():
+            return
+        lines = path.read_bytes().decode(errors="replace").replace("\0", "")
+        rows = [row for row in csv.reader(StringIO(lines, newline="")) if len(row) == len(BAD_VIDEOS)]
+        kept = [row for row in rows if row[0].isdecimal() and row[1].isdecimal() and int(row[0]) <= step]
+        self.listed = {Failure(int(index), where, reason) for _, index, where, reason in kept}
+        text = StringIO(newline="")
+        csv.writer(text).writerows([BAD_VIDEOS, *kept])
+        write_atomic(path, text.getvalue().encode())
 
     def flush(self) -> None:
         """Bring to disk what was recorded so far."""
         if self.active:
             os.fsync(self._metrics.fileno())
             self.board.flush()
+            self.board_by_second.flush()
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -169,8 +186,7 @@ class Monitor:
         """Record the metrics of a log step, and show where the run is."""
         if not self.active:
             return
-        self._write(record)
-        self._draw(record)
+        self._record(record)
         left = self.eta.left(record["step"])
         status = (
             f"phase {record['phase'] + 1}/{len(self.plan.phases)} · {record['frames']}×{record['size']}² "
@@ -187,8 +203,7 @@ class Monitor:
         if not self.active:
             return
         record = {"step": step, "seconds": seconds, **{f"val_{name}": value for name, value in metrics.items()}}
-        self._write(record)
-        self._draw(record)
+        self._record(record)
         self.say(
             f"step {step}/{self.plan.steps} · validation " + " · ".join(f"{k} {v:.1f}" for k, v in metrics.items())
         )
@@ -207,27 +222,33 @@ class Monitor:
         with open(path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(["step", "index", "path", "reason"])
+                writer.writerow(BAD_VIDEOS)
             for failure in failures:
                 writer.writerow([step, failure.index, failure.path, failure.reason])
                 if failure.path not in self._named:
                     self._named.add(failure.path)
                     self.say(f"bad video {failure.path}: {failure.reason}")
 
+    def _record(self, record: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(record) + "\n")
+        self._draw(record)
+        self._draw_by_second(record)
+
     def _draw(self, record: dict[str, Any]) -> None:
         """A record's figures in TensorBoard."""
-        step, second = record["step"], int(record["seconds"])
         for name, value in record.items():
             if name.startswith("val_"):
-                self.board.add_scalar(f"val/{name[4:]}", value, step)
-                self.board.add_scalar(f"val_by_second/{name[4:]}", value, second)
+                self.board.add_scalar(f"val/{name[4:]}", value, record["step"])
             elif name not in ("step", "seconds") and isinstance(value, int | float):
-                self.board.add_scalar(f"train/{name}", value, step)
-        if "loss" in record:
-            self.board.add_scalar("train_by_second/loss", record["loss"], second)
+                self.board.add_scalar(f"train/{name}", value, record["step"])
 
-    def _write(self, record: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(record) + "\n")
+    def _draw_by_second(self, record: dict[str, Any]) -> None:
+        """Those of them that are compared over time: the loss, and validation's."""
+        for name, value in record.items():
+            if name.startswith("val_"):
+                self.board_by_second.add_scalar(f"val_by_second/{name[4:]}", value, int(record["seconds"]))
+        if "loss" in record:
+            self.board_by_second.add_scalar("train_by_second/loss", record["loss"], int(record["seconds"]))
 
     def close(self) -> None:
         """Flush everything."""
@@ -235,3 +256,4 @@ class Monitor:
         if self.active:
             self._metrics.close()
             self.board.close()
+            self.board_by_second.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import SGD
 
+from .errors import UserError
+
 
 def sgd(
     model: nn.Module,
@@ -18,6 +20,8 @@ def sgd(
 
     The fused kernel also skips a step on the device when told so, which is how a non-finite step is kept out.
     """
+    if weight_decay < 0:  # which SGD looks at for all parameters alike only
+        raise UserError(f"optimizer.weight_decay={weight_decay}: give 0 or more")
     decayed = [p for p in model.parameters() if p.requires_grad and (decay_norm_and_bias or p.dim() > 1)]
     plain = [p for p in model.parameters() if p.requires_grad and not (decay_norm_and_bias or p.dim() > 1)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

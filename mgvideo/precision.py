@@ -35,10 +35,14 @@ class Precision:
         memory_format = torch.channels_last_3d if self.channels_last else torch.contiguous_format
         return model.to(device=self.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
+    @property
+    def name(self) -> str:
+        """`fp32`, `bf16` or `fp16`."""
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
     def __str__(self) -> str:
-        name = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         layout = "channels_last_3d" if self.channels_last else "contiguous"
-        return f"{name}, {layout} ({self.why})"
+        return f"{self.name}, {layout} ({self.why})"
 
 
 def _auto(device: torch.device) -> tuple[torch.dtype | None, str]:

@@ -90,7 +90,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self.not_validated: set[Failure] = set()  # named once, however often validation meets them
+        self.not_validated: set[Failure] = set(monitor.listed)  # named once, however often validation meets them
         self.window = Window()
         self._window_state: dict[str, Any] | None = None
         self.profiler = Profiler(monitor.folder / "profile", options.profile)
@@ -115,13 +115,26 @@ class Trainer:
             "progress": dict(vars(self.progress)),
             "window": self.window.state() if self.window.steps else None,
             "plan": self.plan.to_json(),
+            "max_clips": {"ranks": world_size(), "clips": self.options.max_clips},
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Go on where a checkpoint was taken; the optimizer's settings are those it was made with, not the saved ones.
+
+        Raises:
+            UserError: the checkpoint is of another network.
+        """
+        settings = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
+            raise UserError(f"the checkpoint does not fit this network and optimizer: {reason}") from error
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if state["scaler"]:  # of a run in fp16
+            self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self._window_state = state["window"]
 
@@ -353,7 +366,8 @@ class Trainer:
             self.monitor.failures(step, new)
             self.not_validated.update(new)
         best = metrics[self.task.best] > self.progress.best
-        self.progress.best = max(self.progress.best, metrics[self.task.best])
+        if best:
+            self.progress.best, self.progress.best_step = metrics[self.task.best], step
         self.progress.evaluated = step
         self._save(best)
         self.window = Window()  # evaluation is not training time

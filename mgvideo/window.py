@@ -20,6 +20,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # of training, without evaluation
     best: float = -1.0
+    best_step: int = 0
     evaluated: int = 0  # the step of the last evaluation
     clips: int = 0  # read up to the last log step
     bad: int = 0  # of them substituted

@@ -28,7 +28,7 @@ def test_saves_off_the_path_and_keeps_the_newest_and_the_best(tmp_path: Path) ->
     assert read_checkpoint(checkpoints.best)["progress"]["step"] == 10
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no digest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no digest", "digest of bytes", "no archive"])
 def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path: Path, damage: str) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (10, 20):
@@ -41,6 +41,11 @@ def test_a_damaged_newest_is_named_and_the_one_before_used(tmp_path: Path, damag
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+    elif damage == "digest of bytes":
+        path.with_suffix(".sha256").write_bytes(b"\xff" * 64)
+    elif damage == "no archive":
+        path.write_bytes(b"\x80\x02")
+        path.with_suffix(".sha256").write_text(hashlib.sha256(b"\x80\x02").hexdigest())
     else:
         path.with_suffix(".sha256").unlink()
     newest, warnings = checkpoints.newest()
@@ -80,7 +85,12 @@ def test_a_checkpoint_is_whole_at_every_moment_of_its_replacement(tmp_path: Path
     checkpoints.save(1, state(2))
     checkpoints.wait()
     second = [file.read_bytes() for file in files]
-    for data, digests in ((first[0], first[1]), (first[0], second[1]), (second[0], second[1])):
+    files[0].write_bytes(first[0])  # killed before the new one was in its place, and once more when it is repeated
+    checkpoints.save(1, state(3))
+    checkpoints.wait()
+    third = [file.read_bytes() for file in files]
+    moments = [(first[0], first[1]), (first[0], second[1]), (second[0], second[1])]
+    for data, digests in (*moments, (first[0], third[1]), (third[0], third[1])):
         files[0].write_bytes(data)
         files[1].write_bytes(digests)
         assert checkpoints.newest() == (files[0], [])
@@ -94,12 +104,43 @@ def test_what_a_killed_writer_left_is_cleared(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000008.pt", "step_00000008.sha256"]
 
 
+def test_what_a_run_does_not_go_on_from_is_moved_aside(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for step in (10, 20, 30):
+        checkpoints.save(step, state(step), best=step == 20)
+    checkpoints.wait()
+    assert checkpoints.rewind(30, 20) is None
+    told = checkpoints.rewind(10)
+    assert "step_00000020.pt, step_00000030.pt" in str(told)
+    assert checkpoints.steps() == [10]
+    checkpoints.save(15, state(15), best=True)
+    checkpoints.wait()
+    assert checkpoints.steps() == [10, 15], "none that is newer by step alone takes its place"
+    old = Checkpoints(tmp_path / "checkpoints/aside_1")
+    assert old.steps() == [20, 30]
+    assert read_checkpoint(old.best)["progress"]["step"] == 20
+    assert "aside_2" in str(checkpoints.rewind(0))
+    assert not checkpoints.steps()
+    assert not checkpoints.best.exists()
+
+
+def test_a_link_to_the_best_that_a_kill_came_before_is_made_good(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20):
+        checkpoints.save(step, state(step), best=step == 10)
+    checkpoints.wait()
+    checkpoints.rewind(20, best_step=20)
+    assert checkpoints.best.resolve() == checkpoints.path(20)
+
+
 def test_weights_are_no_checkpoint_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save({"conv.weight": torch.zeros(2)}, path)
     path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="init_from"):
         read_checkpoint(path)
+    with pytest.raises(UserError, match="init_from"):
+        read_checkpoint(path.rename(tmp_path / "weights.pth"))
 
 
 def test_differences_name_keys_and_values() -> None:

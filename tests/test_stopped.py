@@ -17,9 +17,10 @@ from faults import overrides
 from refusals import said
 from training import KNOBS, ROOT, TINY, end_state, metrics
 
-from mgvideo.checkpoint import Checkpoints
+from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.cli.run import main
 from mgvideo.datasets.motion import make_motion
+from mgvideo.models.small import r2plus1d_small
 
 RUN = [*TINY, "loader.workers=0", "precision=fp32", "test.enable=false", "checkpoint.every_steps=2", "decoder=pyav"]
 RUN += ["base.epochs=4", "base.lr_steps=[0,2]", "loader.max_clips_per_step=16"]
@@ -146,3 +147,40 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     assert f"resumed at step {middle} of" in out
     assert "warning: out/checkpoints/step_" in out
     assert max(metrics(tmp_path / "again")) > middle
+
+
+def test_begun_anew_in_a_used_folder_it_keeps_its_own_and_goes_on_when_started_again(
+    whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, "out", symlinks=True)
+    torch.save({"model": r2plus1d_small(8, width=4).state_dict()}, "weights.pt")
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "resume=never", "init_from=weights.pt"]
+    said(main, [*run, *overrides("ask", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
+    before, checkpoints = Checkpoints(whole / "checkpoints").steps(), Checkpoints(tmp_path / "out/checkpoints")
+    assert Checkpoints(checkpoints.folder / "aside_1").steps() == before
+    stopped = checkpoints.steps()[-1]
+    assert 0 < stopped < before[-1]
+    Path("weights.pt").unlink()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    main(run)
+    assert f"resumed at step {stopped} of" in capsys.readouterr().out
+    assert checkpoints.steps()[-1] == before[-1]
+    assert not (checkpoints.folder / "aside_2").exists()
+
+
+def test_what_changes_the_result_is_kept_or_refused(
+    whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(whole / "checkpoints")
+    path = checkpoints.path(checkpoints.steps()[-2])
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"]
+    line = said(main, [*run, "precision=bf16", "train.precise_bn_batches=3", "decoder=decord"], capsys)
+    for told in ("precision was fp32, is bf16", "train.precise_bn_batches was 2, is 3", "decoder._target_ was "):
+        assert told in line
+    line = said(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
+    assert "does not fit this network" in line
+    main([*run, "loader.max_clips_per_step=null"])
+    newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
+    assert newest is not None
+    assert read_checkpoint(newest)["max_clips"] == {"ranks": 1, "clips": 16}, "not as many as memory holds today"
+    assert end_state(tmp_path / "out") == end_state(whole)

@@ -212,3 +212,24 @@ def test_a_step_that_compiles_may_take_its_time(
     graphs = [(plan.slot(step), plan.phase(step).bn_groups) for step in range(plan.steps)]
     assert forward == [7 if graph in graphs[:step] else None for step, graph in enumerate(graphs)]
     assert 7 in forward
+
+
+def test_another_optimizer_keeps_its_settings_and_another_precision_its_scale(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan("baseline")
+    first = tiny_trainer(tmp_path / "first", motion_root, plan)
+    first.train()
+    first.monitor.close()
+    state = read_checkpoint(first.checkpoints.path(plan.steps))
+    again = tiny_trainer(tmp_path / "again", motion_root, plan)
+    again.optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.3)
+    again.scaler = torch.amp.GradScaler("cpu")  # as in fp16
+    again.load(state)
+    again.monitor.close()
+    group = again.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.3)
+    assert again.optimizer.state_dict()["state"].keys() == state["optimizer"]["state"].keys()
+    assert again.scaler.is_enabled()
+    other = tiny_trainer(tmp_path / "other", motion_root, plan, model=i3d_small(8, width=8))
+    with pytest.raises(UserError, match="does not fit this network"):
+        other.load(state)
+    other.monitor.close()

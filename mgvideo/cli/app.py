@@ -71,9 +71,11 @@ class reported:  # noqa: N801  a context manager, read as a phrase
 def explain(error: BaseException | None) -> str | None:
     """The line to print for an error that the user can put right, None for any other."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        node = re.search(r"full_key: (\S+)", str(error))
         error = error.__cause__
-        if isinstance(error, TypeError):
-            return str(error).splitlines()[0]
+        if not isinstance(error, UserError | HydraException | OmegaConfBaseException):
+            kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
+            return f"{node[1] if node else 'config'}: {kind}{(str(error).splitlines() or [''])[0]}"
     if isinstance(error, UserError | RankError) or type(error).__module__.startswith("submitit."):
         return " ".join(str(error).split("\n"))
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):

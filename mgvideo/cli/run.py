@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mgvideo.batches import check_shares
-from mgvideo.checkpoint import Checkpoints, differences, read_checkpoint, sole_run, write_atomic
-from mgvideo.distributed import gather_objects, joined, rank, world_size
+from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
+from mgvideo.distributed import joined, rank, world_size
 from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
 from mgvideo.loader import Loader, dead_worker
@@ -39,6 +39,8 @@ from mgvideo.watch import LEAVING, at
 
 from . import app
 from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
+from .groups import check_groups
+from .resume import beginning, made_of, resumed, set_aside
 from .schema import check_values
 
 
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 def run(cfg: DictConfig) -> None:
     """One run from a composed config; on every rank."""
     check_values(cfg)
+    check_groups(cfg)
     with listening(), joined() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -60,25 +63,29 @@ def run(cfg: DictConfig) -> None:
         plan = build_plan(cfg, len(data.train))
         check_shares(plan, world_size())
         precision = choose_precision(cfg.precision, device)
-        model = build_model(cfg, precision)
-        precision, faults = trusted(cfg, model, plan, precision)
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
-        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, made_of(cfg, data), mirror.push)
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
         with sole_folder(folder), mirror.kept(), explained(folder, checkpoints):
-            state, warnings = resumed(cfg, checkpoints, mirror)
+            path, warnings = beginning(cfg, checkpoints, mirror)
+            model = build_model(cfg, precision, anew=path is None)
+            precision, faults = trusted(cfg, model, plan, precision)
+            checkpoints.made_of = made_of(cfg, data, precision)
+            state, told = resumed(cfg, path, checkpoints.made_of) if path else (None, [])
             write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
             monitor = Monitor(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
             try:
-                for warning in [*faults, *warnings]:
+                for warning in [*faults, *warnings, *told]:
                     monitor.say(f"warning: {warning}")
                 announce(cfg, monitor, plan, precision, data)
-                trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints)
+                trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints, state)
                 if state:
                     trainer.load(state)
                     monitor.say(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
+                if cfg.train.enable and (moved := set_aside(path, state, checkpoints, mirror)):
+                    monitor.say(f"warning: {moved}")
                 defer()
                 if cfg.train.enable:
                     trainer.train()
@@ -136,52 +143,6 @@ def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 
-def made_of(cfg: DictConfig, data: Data) -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on with: every key that changes steps, and the data."""
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed")}
-    sections["dataset"] = {
-        "task": cfg.dataset.task,
-        "num_classes": data.classes,
-        **{f"{part}.videos": len(getattr(data, part)) for part in ("train", "val")},
-        **{f"{part}.fingerprint": getattr(data, part).fingerprint() for part in ("train", "val")},
-    }
-    flat: dict[str, Any] = {}
-
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                flatten(f"{prefix}.{name}" if prefix else str(name), inner)
-        else:
-            flat[prefix] = value
-
-    flatten("", sections)
-    return flat
-
-
-def resumed(cfg: DictConfig, checkpoints: Checkpoints, mirror: Mirror) -> tuple[dict | None, list[str]]:
-    """The state to go on from, the same on all ranks, and warnings about checkpoints that were passed over."""
-    if cfg.resume == "never":
-        return None, []
-    path, warnings = cfg.resume, []
-    if cfg.resume == "auto":
-        newest, warnings = gather_objects(checkpoints.newest() if rank() == 0 else None)[0]
-        if newest is None:
-            return None, warnings
-        path = mirror.source(newest)
-    state = read_checkpoint(path)
-    differing = differences(state["made_of"], checkpoints.made_of)
-    if differing:
-        told = f"{path} was made by another recipe, model or dataset: {'; '.join(differing)}"
-        if cfg.checkpoint.strict:
-            raise UserError(
-                f"{told}. Give it back what it had, start anew with resume=never or in another output_dir, or go on "
-                "regardless with checkpoint.strict=false"
-            )
-        warnings = [*warnings, f"{told}; going on regardless"]
-    return state, warnings
-
-
 def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision, data: Data) -> None:
     """The first screen: what will happen."""
     choices: Any = HydraConfig.get().runtime.choices
@@ -201,13 +162,14 @@ def build_trainer(
     precision: Precision,
     monitor: Monitor,
     checkpoints: Checkpoints,
+    state: dict[str, Any] | None = None,
 ) -> Trainer:
     """The trainer, its optimizer and its validation."""
     options = loader_options(cfg)
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
-    fits = max_clips(cfg, model, plan, precision)
+    fits = max_clips(cfg, model, plan, precision, state.get("max_clips") if state else None)
     largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
     base_volume = plan.base.frames * plan.base.size**2
     if fits * base_volume * world_size() < largest:

@@ -42,12 +42,13 @@ def check_values(cfg: DictConfig) -> None:
         block = entry.default_factory() if callable(entry.default_factory) else None
         if is_dataclass(block):
             for inner in fields(block):
-                _check_value(f"{entry.name}.{inner.name}", cfg[entry.name][inner.name], inner.metadata["limits"])
+                check_value(f"{entry.name}.{inner.name}", cfg[entry.name][inner.name], inner.metadata["limits"])
         elif entry.metadata.get("limits"):
-            _check_value(entry.name, cfg[entry.name], entry.metadata["limits"])
+            check_value(entry.name, cfg[entry.name], entry.metadata["limits"])
 
 
-def _check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+def check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    """Hold one value against its limits. Raises UserError."""
     if value is None:
         return
     items = value if "length" in limits else [value]

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from mgvideo import configs
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.errors import UserError
 from mgvideo.models.naming import names
@@ -59,7 +61,8 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Train
         UserError: no such file, one that does not fit its network, a key that is not known, or no network named.
     """
     weights, config = locate(ckpt)
-    if Path(weights).resolve().with_suffix(".sha256").exists():
+    file = Path(weights).resolve()
+    if file.suffix == ".pt" and file.with_suffix(".sha256").exists():
         read_checkpoint(Path(weights))  # which tells a damaged one from one that is not ours
     cfg = run_config(config, overrides, own) if config else foreign_config(weights, overrides)
     check_values(cfg)
@@ -118,6 +121,7 @@ def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
         if name in GROUPS:
             raise UserError(f"{override}: {file} says that already; groups are for weights that lie in no run's folder")
     saved: Any = OmegaConf.load(file)
+    _check_trust(file, OmegaConf.to_container(saved), overrides)
     try:
         cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), {key: saved[key] for key in saved if key != "loader"})
     except OmegaConfBaseException as error:
@@ -131,6 +135,28 @@ def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
         return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _check_trust(file: Path, saved: Any, overrides: Sequence[str], prefix: str = "") -> None:
+    """Raise UserError where a config that came with weights would have us call what no config of ours names."""
+    for name, value in saved.items() if isinstance(saved, dict) else enumerate(saved):
+        key = f"{prefix}{name}"
+        if isinstance(value, dict | list):
+            _check_trust(file, value, overrides, f"{key}.")
+        elif name == "_target_" and value not in own_targets() and f"{key}={value}" not in overrides:
+            raise UserError(
+                f"{file} wants {key}={value} called, which no config of mgvideo's does: nothing was. "
+                "Add that to the command if you trust it"
+            )
+        elif isinstance(value, str) and "${" in value:  # which could make a target of something else
+            raise UserError(f"{file}: {key}={value} refers to another value, as no run leaves it")
+
+
+@cache
+def own_targets() -> set[str]:
+    """All that the configs of mgvideo name to be called."""
+    texts = [file.read_text() for file in Path(str(configs.__file__)).parent.rglob("*.yaml")]
+    return {target for text in texts for target in re.findall(r"\b_target_: ([\w.]+)", text)}
 
 
 def foreign_config(weights: str, overrides: Sequence[str]) -> DictConfig:

@@ -36,6 +36,37 @@ TYPES = {
 }
 
 
+# keys of the groups: wrong types, which are held against what the group's target declares, and wrong values
+GROUP_VALUES = [
+    *("model.dropout=x", "model.dropout=2", "model.dropout=nan", "model.width=x", "model.width=2.5"),
+    *(
+        "model=i3d_r50 model.depth=51",
+        "model=slowfast_4x16_r50 model.alpha=x",
+        "model=i3d_nln_r50 model.nonlocal_mode=7",
+    ),
+    *("model=slowfast_4x16_r50 model.beta_inv=true", "model=slowfast_4x16_r50 model.fusion_kernel=x"),
+    *("model._target_=mgvideo.nowhere", "model.num_classes=x"),
+    *("optimizer.momentum=x", "optimizer.momentum=-1", "optimizer.nesterov=maybe", "optimizer.nesterov=1"),
+    *(
+        "optimizer.momentum=0",
+        "optimizer.weight_decay=x",
+        "optimizer.weight_decay=-1",
+        "optimizer.decay_norm_and_bias=x",
+    ),
+    *("dataset.task=x", "dataset.max_bad_fraction=x", "dataset.max_bad_fraction=-1", "dataset.frame_cache_gib=x"),
+    *("dataset.frame_cache_gib=-1", "dataset.num_classes=x", "dataset.num_classes=0", "dataset.num_classes=9"),
+    *("dataset.pyramid=7", "dataset.pyramid=/nowhere", "dataset.frame_cache=7", "dataset.frame_cache=/proc/none"),
+    *(
+        "dataset.root=7",
+        "dataset.knobs.train=x",
+        "dataset.knobs.crf=x",
+        "dataset.knobs.turning=x",
+    ),
+    *("dataset.train.split=7", "dataset.val.split=7", "dataset=kinetics400 dataset.train.flip=x"),
+    *("dataset=folder dataset.train.val_share=x", "dataset=hmdb51 dataset.train.fold=x"),
+]
+
+
 def test_every_key_has_a_wrong_value_or_a_wrong_type() -> None:
     tried = {wrong.split("=")[0] for wrong in WRONG_VALUES}
     typed = {name for name, kind in TYPES.items() if kind.removesuffix(" | None") in WRONG_TYPE}
@@ -56,3 +87,14 @@ def test_a_wrong_value_is_one_line(
     key, value = wrong.split("=")
     line = said(main, [*TINY, f"dataset.root={motion_root}", "output_dir=out", wrong], capsys)
     assert key in line or value in line
+
+
+@pytest.mark.parametrize("wrong", GROUP_VALUES)
+def test_a_wrong_value_in_a_group_is_one_line(
+    wrong: str, capsys: pytest.CaptureFixture, tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    *group, override = wrong.split()
+    tiny = [word for word in TINY if not group or not word.startswith(group[0].split("=")[0])]
+    line = said(main, [*tiny, f"dataset.root={motion_root}", "output_dir=out", *group, override], capsys)
+    assert line.startswith(f"error: {override.split('.')[0]}") or override.split("=")[1] in line

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from refusals import said
 from training import KNOBS, ROOT, TINY, run_program
 
@@ -185,6 +186,26 @@ def test_a_damaged_checkpoint_is_told_or_passed_over(
     with pytest.raises(SystemExit):
         main([str(videos / "00000.mp4"), f"ckpt={run}/checkpoints/step_99999999.pt"])
     assert "step_99999999.pt is damaged" in capsys.readouterr().err
+
+
+def test_what_a_config_beside_the_weights_may_call_is_ours_or_asked_for(
+    trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    config = OmegaConf.load(run / "config.yaml")
+    stolen = tmp_path / "stolen"
+    for copies in ("shutil.copyfile", "mgvideo.paths.shutil.copyfile", "${dataset.name}"):
+        config.model.dropout = {"_target_": copies, "src": str(videos / "00000.mp4"), "dst": str(stolen)}
+        OmegaConf.save(config, run / "config.yaml")
+        line = said(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
+        assert f"model.dropout._target_={copies}" in line
+    assert not stolen.exists()
+    config.model.dropout = 0.0
+    config.model._target_ = own = "mgvideo.models.small.R2Plus1D"
+    OmegaConf.save(config, run / "config.yaml")
+    assert own in said(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
+    line = said(main, [str(videos / "00000.mp4"), f"ckpt={run}", f"model._target_={own}"], capsys)
+    assert line.startswith("error: model: "), "it was called, though not with what it takes"
 
 
 def test_no_video_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,24 @@ def test_bad_files_and_folders_are_told(tmp_path: Path) -> None:
     assert not list((tmp_path / "kept").iterdir())
     with pytest.raises(UserError, match=r"dataset\.frame_cache"):
         FrameCache(str(tmp_path / "text.mp4" / "kept"), PyAV(), 1)
+
+
+def test_kept_frames_that_are_not_all_there_are_decoded_anew(tmp_path: Path, motion_root: str) -> None:
+    dataset, counting = motion(motion_root, KNOBS, "train", PyAV()), Counting()
+    cache = FrameCache(str(tmp_path / "kept"), counting, 1)
+    frames = []
+    for length in (None, 1000, 7, 0):
+        for kept in (tmp_path / "kept").iterdir():
+            os.truncate(kept, length or 0)
+        with cache.open(dataset.path(0)) as video:
+            frames.append(video.read(np.arange(4)))
+    assert counting.opened == 4
+    assert all(each.equal(frames[0]) for each in frames)
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+    for name, age in (("tmpold", 7200), ("tmpnew", 0)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    FrameCache(str(tmp_path), PyAV(), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["tmpnew"], "which another process may be writing"
