@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,8 +97,18 @@ def _start_server(dataset: ClipDataset) -> None:
     Forked from this process they would be as quick to start, but every page that it writes then is copied first.
     """
     forkserver.set_forkserver_preload(["__main__", __name__, type(dataset).__module__])
-    with blocked():
-        forkserver.ensure_running()
+    # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the folder
+    # that it starts in, which may be a checkout of something else than what is installed
+    paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
+    before = dict(os.environ)
+    os.environ.update(paths)
+    try:
+        with blocked():
+            forkserver.ensure_running()
+    finally:
+        for name in paths:
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 def _worker_init(_: int) -> None:

@@ -84,6 +84,26 @@ def test_workers_end_with_a_training_process_that_is_killed(motion_root: str, me
         time.sleep(0.1)
 
 
+def test_workers_find_modules_where_this_process_does(motion_root: str, tmp_path: Path) -> None:
+    (tmp_path / "mgvideo").mkdir()  # in the folder that it starts in, but not on its path
+    (tmp_path / "mgvideo/__init__.py").touch()
+    program = tmp_path / "tools/program.py"
+    program.parent.mkdir()
+    program.write_text(f"from test_loader import *\nif __name__ == '__main__': print(batches_read({motion_root!r}))\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(program)]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.stdout == "3\n", result.stderr
+
+
+def batches_read(motion_root: str) -> int:
+    """How many batches a server's worker gives."""
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(workers=1))
+    return len(list(loader.open(requests, range(3))))
+
+
 def in_a_process(call: str) -> subprocess.CompletedProcess:
     """What a function of this file says in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
