@@ -97,8 +97,8 @@ def _start_server(dataset: ClipDataset) -> None:
     Forked from this process they would be as quick to start, but every page that it writes then is copied first.
     """
     forkserver.set_forkserver_preload(["__main__", __name__, type(dataset).__module__])
-    # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the folder
-    # that it starts in, which may be a checkout of something else than what is installed
+    # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the
+    # folder that it starts in, which may be a checkout of something else than what is installed
     paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
     before = dict(os.environ)
     os.environ.update(paths)
