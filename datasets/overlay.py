@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mgvideo.errors import UserError
+from mgvideo.paths import local
 
-from .videofile import check_file
+from .videofile import check_file, errors_over
 
 Picture = NDArray[np.uint8]  # RGB [h, w, 3]
 Paint = Callable[[Picture, int], Picture]  # a frame and its number to what takes its place
@@ -36,10 +37,11 @@ def rewrite(source: str, target: Path, paint: Paint) -> None:
 
     The file appears under its name when it is whole. Raises DecodeError, or what PyAV raises.
     """
-    check_file(source)
+    with errors_over(source):
+        check_file(source, copy := local(source))
     part = target.with_name(f".{target.name}.part.mp4")
     try:
-        with av.open(source) as container, av.open(str(part), "w") as output:
+        with av.open(copy) as container, av.open(str(part), "w") as output:
             stream: Any = container.streams.video[0]
             encoder: Any = None
             first = 0

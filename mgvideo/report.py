@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from .checkpoint import write_atomic
 from .clips import Failure
+from .distributed import world_size
 from .monitor import duration
 from .plan import Plan
 
@@ -25,6 +27,7 @@ class Report:
     baseline_steps: int
     hardware: str
     precision: str
+    date: str  # of the training, in ISO 8601
     train_seconds: float
     test_seconds: float
     metrics: dict[str, float]
@@ -64,7 +67,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain data, and when and with which torch it was made: what `mgvideo reproduce` reads."""
+        """The same as plain data, the date, and the torch that it was tested with: what `mgvideo reproduce` reads."""
         return {
             "name": self.name,
             "schedule": self.plan.schedule,
@@ -80,10 +83,18 @@ class Report:
             "hardware": self.hardware,
             "precision": self.precision,
             "torch": str(torch.__version__),
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "date": self.date,
         }
 
     def write(self) -> None:
         """Leave both in the run's folder."""
         write_atomic(self.folder / "report.md", self.markdown().encode())
         write_atomic(self.folder / "report.json", json.dumps(self.as_json(), indent=1).encode())
+
+
+def hardware(device: torch.device) -> str:
+    """What the run ran on, in words."""
+    if device.type == "cuda":
+        return f"{world_size()} × {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    return f"{len(os.sched_getaffinity(0))} CPU cores ({name}), {world_size()} rank{'s' * (world_size() > 1)}"

@@ -148,8 +148,10 @@ class Trainer:
         if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
             self._evaluate()  # stopped in the middle of it
         self.profiler.start()
-        self._steps(evaluations)
-        self.profiler.stop()
+        try:
+            self._steps(evaluations)
+        finally:
+            self.profiler.stop()  # a run that is stopped early leaves what it traced
         self.monitor.stop_progress()
         self.checkpoints.wait()
         at("after training")

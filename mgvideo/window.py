@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -24,6 +25,20 @@ class Progress:
     evaluated: int = 0  # the step of the last evaluation
     clips: int = 0  # read up to the last log step
     bad: int = 0  # of them substituted
+    hardware: str = ""  # that it trains on, in words; all of it, where it moved
+    precision: str = ""  # the same
+    date: str = ""  # on which it last began or went on
+
+    def begins(self, hardware: str, precision: str) -> None:
+        """Note what the steps from here on run on: whoever tests the run later tells of these, not of its own."""
+        self.hardware = _with(self.hardware, hardware)
+        self.precision = _with(self.precision, precision)
+        self.date = datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _with(known: str, more: str) -> str:
+    """Both in words, each once."""
+    return "; ".join(dict.fromkeys([*filter(None, known.split("; ")), more]))
 
 
 @dataclass

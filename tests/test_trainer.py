@@ -1,4 +1,5 @@
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mgvideo.checkpoint import read_checkpoint
 from mgvideo.errors import UserError
 from mgvideo.loader import Batch
 from mgvideo.models.small import i3d_small
+from mgvideo.signals import Stopped
 from mgvideo.trainer import Trainer
 
 
@@ -166,6 +168,29 @@ def test_a_trace_of_steps_is_left(tmp_path: Path, motion_root: str) -> None:
     steps = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep")}
     assert len(steps) == 2
     assert "conv" in (tmp_path / "profile/kernels.txt").read_text()
+
+
+def test_a_run_that_is_stopped_leaves_what_it_traced(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=1000)
+    monkeypatch.setattr("mgvideo.trainer.received", lambda: signal.SIGTERM if trainer.progress.step == 6 else None)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert "ProfilerStep#6" in (tmp_path / "profile/rank0.pt.trace.json").read_text()
+
+
+def test_a_training_that_moves_keeps_all_it_ran_on(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"))
+    state = trainer.state()
+    for key in ("hardware", "precision", "date"):  # as checkpoints were before they held these
+        del state["progress"][key]
+    trainer.load(state)
+    for hardware in ("a GPU", "two GPUs", "a GPU"):
+        trainer.progress.begins(hardware, "bf16")
+        trainer.load(trainer.state())
+    trainer.monitor.close()
+    assert (trainer.progress.hardware, trainer.progress.precision) == ("a GPU; two GPUs", "bf16")
 
 
 def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path, motion_root: str) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 from mgvideo.checkpoint import Checkpoints, write_atomic
 from mgvideo.errors import UserError
 from mgvideo.monitor import Eta, duration
-from mgvideo.plan import Plan
+from mgvideo.plan import Plan, require
 from mgvideo.signals import received, stop_if_asked
 
 from .help import group_options
-from .tables import Entry, quoted
+from .tables import Entry, key_of, merged, quoted
 
 LOG = "run.log"  # in a run's folder: all that it printed
+LAUNCHER = "hydra.launcher"
 
 
 @dataclass
@@ -181,12 +182,39 @@ def why(code: int, folder: Path) -> str:
     return told[-1].removeprefix("error: ") if told else f"it ended with code {code}"
 
 
-def sweep(jobs: Sequence[Job], launcher: str, extra: Sequence[str]) -> list[str]:
+def placed(job: Job, launcher: str, queue: Sequence[str]) -> list[str]:
+    """A launcher's overrides that give a run its processes: on LAUNCHER spread over the nodes asked for, a GPU each.
+
+    Raises UserError where the launcher would start another number of them.
+    """
+    name, processes = job.entry.cell.name, job.processes
+    if launcher != "slurm":
+        told = f"cell {name} takes {processes} processes, launcher={launcher} starts one"
+        require(processes == 1, f"{told}: give launcher=slurm or none, processes=1, or other cells=[…]")
+        return list(queue)
+    given = {key_of(override): override.partition("=")[2] for override in queue}
+    require(
+        f"{LAUNCHER}.tasks_per_node" not in given, f"{LAUNCHER}.tasks_per_node: give processes=…, those of all nodes"
+    )
+    asked = given.get(f"{LAUNCHER}.nodes", "1")
+    require(asked.isdecimal() and int(asked) > 0, f"{LAUNCHER}.nodes={asked}: give a whole number from 1 up")
+    nodes = min(int(asked), processes)  # a cell of one process needs no second node
+    require(
+        processes % nodes == 0,
+        f"{LAUNCHER}.nodes={asked}: {processes} processes of cell {name} do not share them evenly",
+    )
+    sizes = {"nodes": nodes, "tasks_per_node": processes // nodes}
+    sizes["gpus_per_node"] = given.get(f"{LAUNCHER}.gpus_per_node", processes // nodes)  # 0 where there are none
+    return merged(queue, [f"{LAUNCHER}.{key}={size}" for key, size in sizes.items()])
+
+
+def sweep(jobs: Sequence[Job], launcher: str, queue: Sequence[str]) -> list[str]:
     """The command that runs one cell's seeds through a Hydra launcher."""
     first = jobs[0]
     group = "launcher" if launcher in group_options()["launcher"] else "hydra/launcher"
     folder = first.out.resolve() / f"{first.entry.cell.name}_seed"
-    run = ["-m", "mgvideo.cli", "run", "--multirun", f"{group}={launcher}", *first.entry.overrides, *extra]
+    run = ["-m", "mgvideo.cli", "run", "--multirun", f"{group}={launcher}", *first.entry.overrides]
+    run += placed(first, launcher, queue)
     before = f"{first.entry.cell.weights_of}_seed"
     run += [given.replace(f"{before}{first.seed}", f"{before}${{seed}}") for given in first.starts_from()]
     run += [f"seed={','.join(str(job.seed) for job in jobs)}", f"output_dir={quoted(f'{folder}${{seed}}')}"]

@@ -31,6 +31,7 @@ from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
 from mgvideo.loader import Loader
 from mgvideo.models.cam import class_maps, joined
+from mgvideo.paths import exists, is_remote, plain
 from mgvideo.plan import Grid, require
 from mgvideo.precision import Normalize, Precision, choose_precision
 from mgvideo.tasks import TASKS
@@ -124,17 +125,22 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(_help())
         return
-    videos = [word for word in arguments if os.path.exists(word) or not ("=" in word or word.startswith("-"))]
+    videos = [word for word in arguments if is_video(word)]
     own, rest = keys.split(PredictKeys, [word for word in arguments if word not in videos])
     with app.reported():
         given = read_keys(own)
         run(given, find(videos), rest)
 
 
+def is_video(word: str) -> bool:
+    """Whether an argument is a path or a URL of videos; either may have `=` in it, as keys have."""
+    return os.path.exists(word) or is_remote(word) or not ("=" in word or word.startswith("-"))
+
+
 def _help() -> str:
     lines = ["Print the top classes of videos: python tools/predict.py VIDEO… ckpt=PATH [key=value] …", ""]
     lines += [
-        "A VIDEO is a file, or a folder: all videos in it, at any depth. The exit code is 1 where one cannot be read."
+        "A VIDEO is a file, a URL, or a folder: all videos in it, at any depth. Exit code 1: one could not be read."
     ]
     return "\n".join([*lines, *HELP, "", *keys.describe(PredictKeys)])
 
@@ -155,7 +161,7 @@ def find(words: Sequence[str]) -> dict[str, str]:
     """Videos by their path, with what they are called under `out`: those named, and all in the folders named."""
     require(bool(words), "no video given: python tools/predict.py VIDEO… ckpt=PATH")
     found: dict[str, str] = {}
-    for word in words:
+    for word in map(plain, words):
         inside = find_videos(word) if os.path.isdir(word) else None
         require(inside != [], f"{word}: no videos in this folder")
         found |= {word: os.path.basename(word)} if inside is None else {os.path.join(word, v): v for v in inside}
@@ -200,7 +206,7 @@ def class_names(file: str | None, trained: Trained) -> list[str]:
     if file is None and trained.folder and (trained.folder / "classes.txt").exists():
         file = str(trained.folder / "classes.txt")
     if file is not None:
-        require(os.path.isfile(file), f"classes={file}: there is no such file")
+        require(exists(file), f"classes={file}: there is no such file")
         names = read_classes(file)
         require(len(names) == classes, f"classes={file}: {len(names)} names for {classes} classes")
         return names

@@ -25,7 +25,7 @@ from mgvideo.signals import Stopped, listening, stop_if_asked
 from mgvideo.table import Table
 
 from . import app, keys, prices
-from .jobs import LOG, Following, Job, start, sweep, sweep_folder, wait, why
+from .jobs import LOG, Following, Job, placed, start, sweep, sweep_folder, wait, why
 from .schema import key
 from .tables import Entry, entries, load_table, tables
 
@@ -167,6 +167,8 @@ class Reproduction:
                 require(not unset, f"dataset.{name} is not set: add dataset.{name}=… to the command")
                 _ = entry.plan  # recipe, schedule and dataset fit together
         for job in self.chosen:
+            if self.given.launcher:
+                placed(job, self.given.launcher, self.queue)
             differing = [line for line in job.differing() if not line.startswith("test.")]
             if differing:
                 more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -235,9 +237,8 @@ class Reproduction:
                 try:
                     for job in jobs:
                         job.begin()
-                    ranks = [f"hydra.launcher.tasks_per_node={jobs[0].processes}"] if launcher == "slurm" else []
                     folder = sweep_folder(jobs[0])
-                    processes[name] = start(sweep(jobs, launcher, [*ranks, *self.queue]), folder)
+                    processes[name] = start(sweep(jobs, launcher, self.queue), folder)
                     self.console.print(f"{name}: {len(jobs)} runs, log {folder / LOG}")
                 except UserError as error:
                     self.failures |= {job.name: str(error) for job in jobs}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from mgvideo.monitor import Monitor
 from mgvideo.plan import Grid, Plan
 from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
-from mgvideo.report import Report
+from mgvideo.report import Report, hardware
 from mgvideo.schedule import baseline_of
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
@@ -87,6 +86,8 @@ def run(cfg: DictConfig) -> None:
                 if cfg.train.enable and (moved := set_aside(path, state, checkpoints, mirror)):
                     monitor.say(f"warning: {moved}")
                 defer()
+                if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
+                    trainer.progress.begins(hardware(device), str(precision))
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
@@ -235,8 +236,9 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
         name=f"{choices.model} on {choices.dataset}, {trainer.plan.schedule}",
         plan=trainer.plan,
         baseline_steps=baseline_of(trainer.plan).steps,
-        hardware=hardware(trainer.precision.device),
-        precision=str(trainer.precision),
+        hardware=trainer.progress.hardware,
+        precision=trainer.progress.precision,
+        date=trainer.progress.date,
         train_seconds=trainer.progress.seconds,
         test_seconds=time.perf_counter() - started,
         metrics=metrics,
@@ -271,11 +273,3 @@ def advice(choices: Any, plan_name: str) -> tuple[str, ...]:
         "`python tools/run_net.py dataset=folder dataset.root=/path/to/clips`: your own videos, a folder per class",
         "`python tools/plan.py experiment=kinetics/slowfast_8x8_r50 gpus=8`: what a published recipe would do",
     )
-
-
-def hardware(device: torch.device) -> str:
-    """What the run ran on, in words."""
-    if device.type == "cuda":
-        return f"{world_size()} × {torch.cuda.get_device_name(device)}"
-    name = platform.processor() or platform.machine()
-    return f"{len(os.sched_getaffinity(0))} CPU cores ({name}), {world_size()} rank{'s' * (world_size() > 1)}"

@@ -22,6 +22,7 @@ from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.errors import UserError
 from mgvideo.models.naming import names
 from mgvideo.models.pretrained import guess_source, load_pretrained, read, tensors
+from mgvideo.paths import is_remote, plain
 
 from . import app
 from .help import GROUPS, group_options
@@ -73,10 +74,12 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Train
 
 
 def locate(ckpt: str | None) -> tuple[str, Path | None]:
-    """The file of weights that `ckpt` stands for, and the config of the run that it lies in."""
+    """The file or URL of weights that `ckpt` stands for, and the config of the run that it lies in on this machine."""
     if ckpt is None:
         raise UserError("ckpt is not set: add ckpt=CHECKPOINT, or a run's folder, to the command")
-    path = Path(ckpt).expanduser()
+    if is_remote(ckpt):  # what lies beside it is not looked for: not every server lists what it has
+        return ckpt, None
+    path = Path(plain(ckpt)).expanduser()
     if path.is_dir():
         path = _checkpoint_in(path)
     elif not path.exists():

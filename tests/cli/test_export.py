@@ -86,6 +86,17 @@ def test_onnx_takes_frames_as_decoders_give_them(weights: Path, tmp_path: Path) 
         session.run(None, {"clips": frames[:, :7].numpy()})
 
 
+def test_a_fixed_onnx_file_takes_its_grid_alone(weights: Path, tmp_path: Path) -> None:
+    exported("slowfast_small", weights, tmp_path / "net.onnx", "format=onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [1, 3, 8, 32, 32]
+    clips = torch.randn(1, 3, 8, 32, 32)
+    found = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+    torch.testing.assert_close(found, logits(NETWORKS["slowfast_small"], clips), atol=1e-4, rtol=1e-4)
+    with pytest.raises(Exception, match="INVALID_ARGUMENT"):
+        session.run(None, {"clips": clips.repeat(2, 1, 1, 1, 1).numpy()})
+
+
 def test_onnx_of_attention(weights: Path, tmp_path: Path) -> None:
     exported("i3d_nln_small", weights, tmp_path / "net.onnx", "dynamic=true")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 from refusals import said
 from training import KNOBS, ROOT, TINY, run_program
+from web import served
 
+from mgvideo.cli import predict
 from mgvideo.cli.predict import main
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import CLASSES, make_motion
-from mgvideo.models.small import r2plus1d_small
+from mgvideo.datasets.overlay import Heat
+from mgvideo.datasets.video import resize
+from mgvideo.datasets.videofile import Box
+from mgvideo.models.naming import names
+from mgvideo.models.small import r2plus1d_small, slowfast_small
+from mgvideo.precision import Normalize
 
 ONE_VIEW = ["clips=1", "crops=1", "size=32"]
 
@@ -98,8 +107,18 @@ def test_bad_videos_are_told_and_the_others_go_on(trained: Path, videos: Path, t
 
 def frames_of(path: Path) -> torch.Tensor:
     with PyAV().open(str(path)) as video:
-        assert (video.height, video.width, video.frames, video.fps) == (48, 64, 20, 24)
+        assert (video.height, video.width, video.fps) == (48, 64, 24)
+        assert video.frames in (20, 40)
         return video.read(range(video.frames)).float()
+
+
+def write_frames(path: Path, frames: torch.Tensor) -> None:
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=24, options={"crf": "1"})
+        stream.height, stream.width = frames.shape[1:3]
+        for frame in frames.byte().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def test_videos_are_written_with_their_classes_and_a_heat_map(
@@ -115,6 +134,50 @@ def test_videos_are_written_with_their_classes_and_a_heat_map(
     assert drawn["false"][:, 20:].mean() < 5, "and nothing else"
     assert drawn["true"][:, 20:].amax() > 25, "the hottest place"
     assert drawn["true"][:, 20:].mean() > 2 * drawn["false"][:, 20:].mean()
+
+
+@pytest.fixture
+def heats(monkeypatch: pytest.MonkeyPatch) -> list[Heat]:
+    """The heat maps that are drawn, as they come."""
+    found: list[Heat] = []
+    draw = predict.annotate
+
+    def annotate(source: str, target: Path, lines: list[str], heat: Heat) -> None:
+        found.append(heat)
+        draw(source, target, lines, heat)
+
+    monkeypatch.setattr(predict, "annotate", annotate)
+    return found
+
+
+def test_every_window_of_a_long_video_has_its_own_heat(
+    trained: Path, videos: Path, tmp_path: Path, heats: list[Heat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = frames_of(videos / "00002.mp4")
+    twice = tmp_path / "twice.mp4"
+    write_frames(twice, torch.cat([original, original]))
+    windows = [f"out={tmp_path / 'out'}", "base.frames=5", "top=1", "cam=true", *ONE_VIEW]  # of 10 frames
+    predicted([videos / "00002.mp4", twice, f"ckpt={trained}", *windows], capsys)
+    once, both = heats
+    assert (once.starts, both.starts) == ([0, 10], [0, 10, 20, 30])
+    assert (once.maps[0] - once.maps[1]).abs().mean() > 0.02, "windows differ"
+    torch.testing.assert_close(both.maps, once.maps.repeat(2, 1, 1, 1), atol=0.1, rtol=0)
+    painted = (frames_of(tmp_path / "out/twice.mp4") - original.repeat(2, 1, 1, 1))[:, 20:].abs().mean((1, 2, 3))
+    assert len(painted) == 40
+    assert painted.min() > 5
+
+
+def test_several_labels_are_sigmoids_of_which_views_give_the_largest(
+    trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def scores(*arguments: str) -> torch.Tensor:
+        (entry,) = predicted([videos / "00003.mp4", f"ckpt={trained}", "top=8", "clips=1", *arguments], capsys)
+        return torch.tensor([c["score"] for c in sorted(entry["classes"], key=lambda c: c["label"])])
+
+    one, several = (scores("dataset.task=multi_label", f"crops={crops}") for crops in (1, 3))
+    torch.testing.assert_close(one.logit().softmax(0), scores("crops=1"), atol=1e-4, rtol=1e-3)
+    assert (several >= one - 1e-6).all(), "the middle crop is one of the three"
+    assert (several > one + 1e-4).any()
 
 
 @pytest.fixture
@@ -136,6 +199,69 @@ def test_weights_from_elsewhere_say_how_many_classes_there_are(
     names.write_text("walk\nrun\njump\nfly\nswim\n")
     (entry,) = predicted([videos / "00000.mp4", f"ckpt={foreign}", *network, f"classes={names}"], capsys)
     assert {c["class"] for c in entry["classes"]} == {"walk", "run", "jump", "fly", "swim"}
+
+
+SEGMENTS = (1, 3, 6, 8, 11, 13, 15, 18)  # the middles of eight segments of 20 frames, as PySlowFast has them
+
+
+def test_something_something_is_looked_at_in_segments(
+    foreign: Path, videos: Path, tmp_path: Path, heats: list[Heat], capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = ["model=r2plus1d_small", "model.width=4", "dataset=ssv2", "base.frames=8", "precision=fp32", *ONE_VIEW]
+    for stride in (1, 4):  # which has no say
+        command = [videos / "00001.mp4", f"ckpt={foreign}", *network, f"base.stride={stride}", "cam=true"]
+        (entry,) = predicted([*command, f"out={tmp_path / 'out'}"], capsys)
+    torch.testing.assert_close(heats[0].maps, heats[1].maps)
+    assert [(heat.starts, heat.span) for heat in heats] == [([0], 20)] * 2, "the whole video at once"
+    with PyAV().open(str(videos / "00001.mp4")) as video:
+        clip = resize(Box(0, 8, 48, 48).of(video.read(SEGMENTS)), 32)
+    model = r2plus1d_small(5, width=4)
+    model.load_state_dict(torch.load(foreign))
+    with torch.no_grad():
+        logits = model.eval()(Normalize((0.45,) * 3, (0.225,) * 3)(clip[None]))[0]
+    found = {c["label"]: c["score"] for c in entry["classes"]}
+    expected = dict(enumerate(logits.softmax(0).tolist()))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("source", ["caffe2", "pyslowfast", "pytorchvideo"])
+def test_weights_of_a_model_zoo_predict_as_ours_do(
+    source: str, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = slowfast_small(5, width=8)
+    state = model.state_dict()
+    torch.save(state, tmp_path / "ours.pth")
+    named = {theirs: state[ours] for theirs, ours in names(model, source).items()}
+    if source == "caffe2":
+        blobs = {name: tensor.numpy() for name, tensor in named.items() if not name.endswith("num_batches_tracked")}
+        (tmp_path / "theirs.pkl").write_bytes(pickle.dumps({"blobs": {**blobs, "lr": np.float32(0.1)}}, protocol=2))
+    else:
+        torch.save({"model_state": named}, tmp_path / "theirs.pkl")
+    network = ["model=slowfast_small", "model.width=8", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    ours, theirs = (
+        predicted([videos / "00000.mp4", f"ckpt={tmp_path / name}", *network], capsys)
+        for name in ("ours.pth", "theirs.pkl")
+    )
+    assert ours == theirs
+
+
+def test_videos_weights_and_names_may_be_urls(
+    foreign: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    shutil.copy(videos / "00000.mp4", foreign.parent / "a=b.mp4")
+    (foreign.parent / "names.txt").write_text("walk\nrun\njump\nfly\nswim\n")
+    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    with served(foreign.parent) as (address, _):
+        command = [f"{address}/a=b.mp4", f"ckpt={address}/weights.pth", f"classes={address}/names.txt", *network]
+        (there,) = predicted([*command, f"out={tmp_path / 'drawn'}", "cam=true"], capsys)
+        told = said(main, [str(videos / "00000.mp4"), f"ckpt={address}/gone.pth", *network], capsys)
+        assert "gone.pth: " in told
+        assert "404" in told
+    assert frames_of(tmp_path / "drawn/a=b.mp4").any()
+    here = [f"file://{videos}/00000.mp4", f"ckpt=file://{foreign}", f"classes={foreign.parent}/names.txt", *network]
+    assert predicted(here, capsys)[0]["classes"] == there["classes"]
 
 
 def _renamed(folder: Path) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from refusals import said
 from training import TINY
 
 from mgvideo.checkpoint import sole_run
+from mgvideo.cli import reproduce
 from mgvideo.cli.reproduce import main
 from mgvideo.cli.tables import Entry, entries, load_table, tables
 from mgvideo.errors import UserError
@@ -31,6 +33,7 @@ PUBLISHED = {
     "motion": set(),
 }
 FAST = ["train.precise_bn_batches=0", "loader.workers=0", "test.crops=1"]
+ON_SLURM = ["table=schedules", "processes=8", "launcher=slurm"]
 SHORT = [*TINY, *FAST, "base.epochs=0.5", "base.lr_steps=[0]", "seeds=[0,1]"]
 
 
@@ -106,6 +109,10 @@ def test_a_wrong_table_is_one_clear_line(change: dict, told: str) -> None:
         (["table=schedules", "seed=3"], "give seeds=[…] instead"),
         (["table=schedules", "cells=[baselin]"], "has no baselin, but baseline"),
         (["table=schedules", "preset=kinetics"], "dataset.root is not set"),
+        (["table=generality", "launcher=joblib"], "two_workers_baseline takes 2 processes, launcher=joblib starts one"),
+        ([*ON_SLURM, "hydra.launcher.nodes=3"], "nodes=3: 8 processes of cell baseline do not share them evenly"),
+        ([*ON_SLURM, "hydra.launcher.nodes=two"], "hydra.launcher.nodes=two: give a whole number"),
+        ([*ON_SLURM, "hydra.launcher.tasks_per_node=4"], "tasks_per_node: give processes=…"),
         (["table=schedules", "preset=charades"], "needs kinetics400/SLOWFAST_8x8_R50.pkl from https://"),
     ],
 )
@@ -115,6 +122,31 @@ def test_what_cannot_end_well_is_refused_before_it_starts(
     line = said(main, [*arguments, f"out={tmp_path}"], capsys)
     assert line.startswith("error: ")
     assert told in line
+
+
+def test_slurm_gives_each_cell_its_processes_and_as_many_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def start(command: list[str], folder: Path) -> subprocess.Popen:
+        started.append(" ".join(command))
+        process = subprocess.Popen(["false"])
+        process.wait()
+        return process
+
+    monkeypatch.setattr(reproduce, "start", start)
+    cells = ["table=generality", "cells=[i3d_baseline,two_workers_baseline]", "processes=8", f"out={tmp_path}"]
+    for given, sizes in (
+        ([], [(1, 8, 8), (1, 2, 2)]),
+        (["hydra.launcher.nodes=2"], [(2, 4, 4), (2, 1, 1)]),
+        (["hydra.launcher.nodes=4", "hydra.launcher.gpus_per_node=0"], [(4, 2, 0), (2, 1, 0)]),
+    ):
+        with pytest.raises(SystemExit):
+            main([*cells, "launcher=slurm", *given])
+        for command, numbers in zip(started, sizes, strict=True):
+            named = zip(("nodes", "tasks_per_node", "gpus_per_node"), numbers, strict=True)
+            for key, number in named:
+                assert re.findall(rf"hydra\.launcher\.{key}=(\S+)", command) == [str(number)]
+        started.clear()
 
 
 def test_list_needs_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -183,6 +215,28 @@ def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
     assert f"| {runs[0]['steps'] / runs[1]['steps']:.2f}× |" in line
     assert "| 1.00× | 1.00× | 1.00× |" in told, "the baseline against itself: steps, FLOPs, clock"
 
+    with pytest.raises(SystemExit):
+        main([*command, "table=generality", "cells=[two_labels_tuned_baseline]", f"out={out}"])
+    shown = capsys.readouterr()
+    assert (
+        "error: two_labels_tuned_baseline_seed0 failed: it starts from the weights of baseline_seed0, which"
+        in shown.err
+    )
+    assert "two_labels_tuned_baseline_seed1 done" in shown.out
+    newest = max((out / "runs/baseline_seed1/checkpoints").glob("step_*.pt"))
+    assert f"init_from: {newest}" in (out / "runs/two_labels_tuned_baseline_seed1/config.yaml").read_text()
+
+    main([*command, "table=generality", "cells=[two_workers_baseline]", "seeds=[1]", f"out={out}"])
+    report = json.loads((out / "runs/two_workers_baseline_seed1/report.json").read_text())
+    assert report["hardware"].endswith("2 ranks")
+
+    capsys.readouterr()
+    main([*command, "cells=[baseline]", "seeds=[1]", f"out={out}", "test.clips=2"])
+    assert "1 runs, 0 done before" in capsys.readouterr().out
+    again = json.loads((out / "runs/baseline_seed1/report.json").read_text())
+    assert (again["views"], runs[0]["views"]) == ("2×1", "1×1")
+    assert again["train_seconds"] == runs[0]["train_seconds"], "it was tested, not trained"
+
 
 def test_another_recipe_is_refused_by_the_key_that_differs(
     finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
@@ -194,7 +248,7 @@ def test_another_recipe_is_refused_by_the_key_that_differs(
     assert (finished[0] / "runs/multigrid_seed0/report.json").exists()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_no_process(
+def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(
     tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs/baseline_seed0"
@@ -207,13 +261,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process(
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=ask, daemon=True).start()
-    arguments = [*TINY, *FAST, "base.epochs=400", "table=schedules", "cells=[baseline]", f"out={tmp_path}"]
+    arguments = [*TINY, *FAST, "base.epochs=20", "table=schedules", "cells=[baseline]", f"out={tmp_path}"]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, f"dataset.root={motion_root}"])
     assert stop.value.code == 130
     assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().out
-    assert list((folder / "checkpoints").glob("step_*.pt"))
+    checkpoint = max((folder / "checkpoints").glob("step_*.pt"))
     assert (tmp_path / "schedules/report.html").exists()
     child = int((folder / ".lock").read_text().split()[1])
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        main([*arguments, f"dataset.root={motion_root}"])
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert "1 runs, 0 done before" in capsys.readouterr().out
+    assert f"resumed at step {int(checkpoint.stem[5:])} of 160" in (folder / "run.log").read_text()
+    hardware = json.loads((folder / "report.json").read_text())["hardware"]
+    assert hardware.count("CPU cores") == min(len(cores), 2), "those it was begun on, and the one it went on on"

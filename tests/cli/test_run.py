@@ -58,11 +58,16 @@ def test_a_finished_run_is_tested_again_not_trained(
 ) -> None:
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_text()
+    trained = json.loads((folder / "report.json").read_text())
     command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "base.epochs=4", "base.lr_steps=[0,2]"]
     result = run_program(*command, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
     assert "resumed" in result.stdout
     assert (folder / "metrics.jsonl").read_text() == before
+    tested = json.loads((folder / "report.json").read_text())
+    for key in ("train_seconds", "hardware", "precision", "date"):
+        assert tested[key] == trained[key], "of the training, on two processes"
+    assert "2 ranks" in tested["hardware"]
 
 
 def test_killed_after_a_checkpoint_and_resumed_it_ends_like_one_that_was_not(tmp_path: Path, motion_root: str) -> None:
