@@ -203,7 +203,7 @@ def placed(job: Job, launcher: str, queue: Sequence[str]) -> list[str]:
         processes % nodes == 0,
         f"{LAUNCHER}.nodes={asked}: {processes} processes of cell {name} do not share them evenly",
     )
-    sizes = {"nodes": nodes, "tasks_per_node": processes // nodes}
+    sizes: dict[str, int | str] = {"nodes": nodes, "tasks_per_node": processes // nodes}
     sizes["gpus_per_node"] = given.get(f"{LAUNCHER}.gpus_per_node", processes // nodes)  # 0 where there are none
     return merged(queue, [f"{LAUNCHER}.{key}={size}" for key, size in sizes.items()])
 
