@@ -24,7 +24,7 @@ from .help import group_options
 from .tables import Entry, key_of, merged, quoted
 
 LOG = "run.log"  # in a run's folder: all that it printed
-LAUNCHER = "hydra.launcher"
+LAUNCHER = "hydra.launcher"  # where its keys are
 
 
 @dataclass
@@ -183,7 +183,7 @@ def why(code: int, folder: Path) -> str:
 
 
 def placed(job: Job, launcher: str, queue: Sequence[str]) -> list[str]:
-    """A launcher's overrides that give a run its processes: on LAUNCHER spread over the nodes asked for, a GPU each.
+    """A launcher's overrides that give a run its processes: on SLURM spread over the nodes asked for, a GPU each.
 
     Raises UserError where the launcher would start another number of them.
     """
@@ -203,9 +203,10 @@ def placed(job: Job, launcher: str, queue: Sequence[str]) -> list[str]:
         processes % nodes == 0,
         f"{LAUNCHER}.nodes={asked}: {processes} processes of cell {name} do not share them evenly",
     )
-    sizes: dict[str, int | str] = {"nodes": nodes, "tasks_per_node": processes // nodes}
-    sizes["gpus_per_node"] = given.get(f"{LAUNCHER}.gpus_per_node", processes // nodes)  # 0 where there are none
-    return merged(queue, [f"{LAUNCHER}.{key}={size}" for key, size in sizes.items()])
+    each = processes // nodes
+    ours = [f"{LAUNCHER}.nodes={nodes}", f"{LAUNCHER}.tasks_per_node={each}"]
+    # as many GPUs, unless the queue says otherwise: 0 where there are none
+    return merged([f"{LAUNCHER}.gpus_per_node={each}"], queue, ours)
 
 
 def sweep(jobs: Sequence[Job], launcher: str, queue: Sequence[str]) -> list[str]:
