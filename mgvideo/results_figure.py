@@ -121,7 +121,8 @@ def _learning(results: Results, rows: list[Row]) -> Figure:
         axes.set_title(fill(title, 36), loc="left", fontsize=10, color=INK)
         axes.set_xlabel(f"training time, {name}", color=INK)
         axes.set_ylabel(f"validation {METRICS[str(members[0].metric)]}, %", color=INK)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     return figure
 
 
