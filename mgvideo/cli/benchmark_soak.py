@@ -42,7 +42,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Look:
-    """The loader's processes after so many clips: the most private memory (MiB) and open files that one of them has."""
+    """The loader's processes after so many clips: the most memory of its own (MiB) and open files that one has."""
 
     clips: int
     failures: int
@@ -114,9 +114,15 @@ def soak(loader: Loader, requests: Callable[[int], list[ClipRequest]], given: Ke
         failures += len(batch.failures)
         if clips // given.every > told:
             with suppress(psutil.Error):  # workers leave when the last batches are made
-                memory = max(process.memory_full_info().uss for process in processes) / 2**20
+                memory = max(map(own_memory, processes))
                 files = max(process.num_fds() for process in processes)
                 yield Look(clips, failures, time.monotonic() - start, memory, files)
+
+
+def own_memory(process: psutil.Process) -> float:
+    """MiB that only this process holds, without batches in shared memory that wait for the training process."""
+    maps = [found for found in process.memory_maps() if not found.path.startswith("/dev/shm/")]
+    return sum(found.private_clean + found.private_dirty for found in maps) / 2**20
 
 
 def grown(looks: Sequence[Look]) -> tuple[float, float]:
