@@ -127,11 +127,11 @@ def precise_bn(
         beat(0, steps, True)
         for done, batch in enumerate(loader.open(lambda step: batches(step)[part.start : part.stop], range(steps))):
             stop_if_asked()
-            clips = normalize(batch.clips.to(precision.device, non_blocking=True))
+            clips = batch.clips.to(precision.device, non_blocking=True)
             for piece in cuts:
                 beat(done, steps, False)
                 set_bn_groups(model, piece.groups, group)
-                yield clips[piece.start : piece.stop]
+                yield normalize(clips[piece.start : piece.stop])
             beat(done + 1, steps, True)
 
     model.train()

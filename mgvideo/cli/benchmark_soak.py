@@ -120,7 +120,7 @@ def soak(loader: Loader, requests: Callable[[int], list[ClipRequest]], given: Ke
 
 
 def own_memory(process: psutil.Process) -> float:
-    """MiB that only this process holds, without batches in shared memory that wait for the training process."""
+    """MiB that only this process holds, without shared memory: batches that it is making, at the grid it is at."""
     maps = [found for found in process.memory_maps() if not found.path.startswith("/dev/shm/")]
     return sum(found.private_clean + found.private_dirty for found in maps) / 2**20
 
