@@ -23,6 +23,7 @@ from .signals import Stopped, received
 SILENT = 10  # looks at a rank that tells nothing new, until it counts as gone
 SUSPECT = 4  # the same, where a collective operation has failed already
 GRACE = 8  # looks that the main thread has to raise, before the process ends under it
+STUCK = 60.0  # seconds, for all that: how long a failed collective operation waits for looks to tell whose fault it is
 
 LEAVING = "on its way out, as it was asked to"  # a place, which rank 0 may be at for long: it has a checkpoint to write
 
@@ -151,8 +152,8 @@ class Watch(threading.Thread):
             return error
         if _of_others(error):
             self._suspicious = True
-            deadline = time.monotonic() + 3 * SUSPECT
-            while self.failure is None and time.monotonic() < deadline:
+            enough, deadline = self._looks + 3 * SUSPECT, time.monotonic() + STUCK
+            while self.failure is None and self._looks < enough and time.monotonic() < deadline:
                 time.sleep(0.1)
             if self.failure is None and received():
                 return Stopped(received())  # the others were asked to stop as well, and were faster
