@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from mgvideo.errors import UserError
 
+from .pooling import max_pool
+
 
 class NonLocal(nn.Module):
     """Adds to `[n, c, t, h, w]` what each position gathers from all positions, keys and values pooled 2×2 in space.
@@ -30,7 +32,7 @@ class NonLocal(nn.Module):
         """`[n, c, t, h, w]` → `[n, c, t, h, w]`."""
         # A grid can be so small that there is nothing left to pool.
         window = (1, min(2, x.shape[3]), min(2, x.shape[4]))
-        pooled = F.max_pool3d(x, window)
+        pooled = max_pool(x, window)
         query, key, value = (
             conv(source).flatten(2).transpose(1, 2)  # [n, positions, inner]
             for conv, source in ((self.theta, x), (self.phi, pooled), (self.g, pooled))

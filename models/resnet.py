@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 
 import torch
-import torch.nn.functional as F
 from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from mgvideo.errors import UserError
 
 from .nonlocal_block import NonLocal
+from .pooling import MaxPool, TemporalPool
 
 EXPANSION = 4  # a bottleneck's output has so many times its inner channels
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # depth → blocks in res2 … res5
@@ -60,16 +60,8 @@ class Stem(nn.Sequential):
             relu=nn.ReLU(inplace=True),
         )
         if pool:
-            layers["pool"] = nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+            layers["pool"] = MaxPool((1, 3, 3), (1, 2, 2), (0, 1, 1))
         super().__init__(layers)
-
-
-class TemporalPool(nn.Module):
-    """Max over pairs of frames; a single frame stays as it is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[n, c, t, h, w]` → `[n, c, t // 2, h, w]`."""
-        return F.max_pool3d(x, (min(2, x.shape[2]), 1, 1))
 
 
 class Bottleneck(nn.Module):

@@ -1,0 +1,64 @@
+"""Convolutions that are flat in time or in space, as the 2-D ones and matrix products that they are.
+
+For CPUs in bf16: torch's 3-D kernels there (oneDNN's, as late as torch 2.15) wait for ever in the weight gradient of
+some shapes, such as 320 → 512 channels of 2 × 40² at stride (1, 2, 2), read memory that nobody wrote in others, and
+are slower than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW = 16  # input channels below which a 2-D convolution is faster than a matrix product
+
+
+class FlatConv3d(nn.Conv3d):
+    """`nn.Conv3d` with a kernel of one frame, or of one position; parameters and results are the same."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves `[n, channels, t, h, w]`, best in channels_last_3d, which its result then has."""
+        if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        assert not isinstance(self.padding, str)  # never of a converted one
+        (frames, *square), (pace, *stride), (border, *padding) = self.kernel_size, self.stride, self.padding
+        # with channels last before anything is left out, since its gradient gets zeros in the order of dimensions
+        x = input.movedim(1, -1)
+        if frames > 1:
+            x = x[:, :, :: stride[0], :: stride[1]]
+            y = _conv2d(x.flatten(2, 3), self.weight.squeeze(-1), self.bias, (pace, 1), (border, 0))
+            y = y.unflatten(2, x.shape[2:4])
+        elif square == [1, 1] and self.in_channels >= FEW:
+            y = F.linear(x[:, ::pace, :: stride[0], :: stride[1]], self.weight.flatten(1), self.bias)
+        else:
+            x = x[:, ::pace]
+            y = _conv2d(x.flatten(0, 1), self.weight.squeeze(2), self.bias, stride, padding)
+            y = y.unflatten(0, x.shape[:2])
+        return y.movedim(-1, 1)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """`[n, h, w, channels]` → `[n, h', w', channels']`."""
+    return F.conv2d(x.movedim(-1, 1), weight, bias, stride, padding).movedim(1, -1)
+
+
+def convert_flat_convs(model: nn.Module) -> nn.Module:
+    """Turns every plain `nn.Conv3d` with such a kernel into a `FlatConv3d`, in place, and returns the model.
+
+    The modules, their parameters and hooks stay the very same objects.
+    """
+    for module in model.modules():
+        if type(module) is nn.Conv3d and _is_flat(module):
+            module.__class__ = FlatConv3d
+    return model
+
+
+def _is_flat(conv: nn.Conv3d) -> bool:
+    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+    if not plain or isinstance(conv.padding, str):
+        return False
+    kernel = list(zip(conv.kernel_size, conv.padding, strict=True))
+    return kernel[0] == (1, 0) or (conv.kernel_size[0] > 1 and kernel[1:] == [(1, 0), (1, 0)])

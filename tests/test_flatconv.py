@@ -1,0 +1,64 @@
+"""Flat convolutions against torch's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mgvideo.flatconv import FlatConv3d, convert_flat_convs
+
+FLAT = {
+    "pointwise": nn.Conv3d(32, 24, 1, bias=False),
+    "pointwise, strided": nn.Conv3d(32, 24, 1, (2, 2, 2)),
+    "pointwise, few channels": nn.Conv3d(8, 24, 1, (1, 2, 2)),
+    "spatial": nn.Conv3d(32, 24, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+    "spatial, every other frame": nn.Conv3d(3, 8, (1, 7, 5), (2, 2, 1), (0, 3, 2)),
+    "temporal": nn.Conv3d(32, 24, (3, 1, 1), 1, (1, 0, 0), bias=False),
+    "temporal, strided": nn.Conv3d(16, 24, (5, 1, 1), (4, 2, 2), (2, 0, 0)),
+}
+OTHER = {
+    "cube": nn.Conv3d(4, 4, 3, padding=1),
+    "grouped": nn.Conv3d(4, 4, (1, 3, 3), groups=4),
+    "dilated": nn.Conv3d(4, 4, (3, 1, 1), dilation=(2, 1, 1)),
+    "padded in time": nn.Conv3d(4, 4, 1, padding=(1, 0, 0)),
+    "same": nn.Conv3d(4, 4, (1, 3, 3), padding="same"),
+    "reflected": nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"),
+}
+
+
+def results(conv: nn.Module, clips: Tensor, bf16: bool) -> list[Tensor]:
+    """The output, and gradients of clips, weight and bias."""
+    clips = clips.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = conv(clips)
+    loss = (output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum()
+    return [output, *torch.autograd.grad(loss, [clips, *conv.parameters()])]
+
+
+@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last_3d", "contiguous"])
+def test_results_and_gradients_are_those_of_a_3d_convolution(name: str, last: bool) -> None:
+    torch.manual_seed(0)
+    conv = FLAT[name]
+    flat = convert_flat_convs(copy.deepcopy(conv))
+    assert type(flat) is FlatConv3d
+    clips = torch.randn(2, 6, 12, 10, conv.in_channels).movedim(-1, 1)
+    if not last:
+        clips = clips.contiguous()
+    exact = results(conv, clips, bf16=False)
+    for found, rounded, right in zip(results(flat, clips, True), results(conv, clips, True), exact, strict=True):
+        assert found.shape == right.shape
+        assert found.dtype == rounded.dtype
+        error, allowed = ((t.float() - right).norm() / right.norm() for t in (found, rounded))
+        assert error < 1.2 * allowed + 1e-6, "as precise as torch's own in bf16"
+    assert not last or results(flat, clips, True)[0].is_contiguous(memory_format=torch.channels_last_3d)
+    for found, right in zip(results(flat, clips, False), exact, strict=True):
+        assert torch.equal(found, right), "in float32 it is torch's own"
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_convolutions_are_left_alone(name: str) -> None:
+    assert type(convert_flat_convs(copy.deepcopy(OTHER[name]))) is nn.Conv3d
