@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import av
@@ -132,10 +133,11 @@ class PyAVVideo(Video):
 
     def _decode(self) -> Iterator[Any]:
         context = self.stream.codec_context
-        for packet in self.container.demux(self.stream):
-            skipped = self.wanted is not None and packet.pts is not None and packet.pts not in self.wanted
-            context.skip_frame = "NONREF" if skipped else "DEFAULT"
-            yield from context.decode(packet)
+        with closing(self.container.demux(self.stream)) as packets:  # it loses memory where it is not
+            for packet in packets:
+                skipped = self.wanted is not None and packet.pts is not None and packet.pts not in self.wanted
+                context.skip_frame = "NONREF" if skipped else "DEFAULT"
+                yield from context.decode(packet)
 
 
 def _open_gops(times: list[tuple[int, bool]]) -> bool:
