@@ -32,7 +32,7 @@ class Keys:
     """What this program takes besides the keys of a run."""
 
     clips: int = key(20_000, "clips to load, of all grids of the plan in turn, by the same workers")
-    every: int = key(500, "clips between two looks at the workers")
+    every: int = key(50, "clips between two looks at the workers, of which a twentieth is printed")
     batch: int = key(4, "clips a batch")
     growth: float = key(
         0.05, "share by which memory may grow from the second quarter to the last; over it, exit code 1"
@@ -75,8 +75,9 @@ def run(given: Keys, cfg: DictConfig) -> None:
     requests = partial(mixed_requests, [grid for _, grid in grids], len(data.train), given.batch)
     looks = []
     for look in soak(Loader(data.train, loader_options(cfg)), requests, given):
-        print(look, flush=True)
         looks.append(look)
+        if 20 * look.clips // given.clips > 20 * (look.clips - given.every) // given.clips:
+            print(look, flush=True)
     if given.out is not None:
         try:
             with open(given.out, "w", encoding="utf-8") as file:
