@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -163,3 +164,27 @@ def test_descriptors_stay_few(tmp_path: Path, decoder: Decoder) -> None:
         assert len(os.listdir("/proc/self/fd")) <= before + 3, "a library may keep a few of its own"
     finally:
         gc.enable()
+
+
+class MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abc", "mapped", *"de", "used", *"fg")]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33 counts in 32 bits")
+def test_a_reading_leaves_no_memory_behind(tmp_path: Path) -> None:
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallInfo
+    path = str(write(tmp_path / "a.mp4", frames=40))
+
+    def used_after(readings: int) -> int:
+        for _ in range(readings):
+            with PyAV().open(path, 24) as video:
+                video.read([20, 5, 12])
+        gc.collect()
+        found = mallinfo()
+        return found.used + found.mapped
+
+    before = used_after(100)
+    assert (used_after(500) - before) / 500 < 100, "bytes a reading: a demultiplexing that is left open keeps 160"
