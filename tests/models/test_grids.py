@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from zoo import NAMES, build
 
 from mgvideo.errors import UserError
+from mgvideo.flatconv import FlatConv3d, convert_flat_convs
 from mgvideo.models.slowfast import slow_indices
 
 # the grids of the plans of the published recipes, of 32 and of 64 frames
@@ -37,6 +39,13 @@ def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) ->
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_trains_on_every_published_grid(name: str, frames: int, size: int) -> None:
     check(name, frames, size, batch=2 if frames * size**2 < 16 * 224**2 else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_stems_need_kernels_that_cpus_may_wait_for(name: str) -> None:
+    model = convert_flat_convs(build(name, width=8))
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv3d)]
+    assert all(isinstance(module, FlatConv3d) or module.in_channels == 3 for module in convolutions)
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8])
