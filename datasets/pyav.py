@@ -133,7 +133,8 @@ class PyAVVideo(Video):
 
     def _decode(self) -> Iterator[Any]:
         context = self.stream.codec_context
-        with closing(self.container.demux(self.stream)) as packets:  # it loses memory where it is not
+        demuxing: Any = self.container.demux(self.stream)  # a generator, which loses memory where it is not closed
+        with closing(demuxing) as packets:
             for packet in packets:
                 skipped = self.wanted is not None and packet.pts is not None and packet.pts not in self.wanted
                 context.skip_frame = "NONREF" if skipped else "DEFAULT"

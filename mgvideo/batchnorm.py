@@ -167,7 +167,8 @@ class _GroupNormalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = _dense(x, like=x)
         y = torch.empty_like(x)
-        mean, invstd = x.new_empty((2, groups, x.shape[1]), dtype=_stats_dtype(x))
+        mean = x.new_empty((groups, x.shape[1]), dtype=_stats_dtype(x))
+        invstd = torch.empty_like(mean)  # not both in one: torch.compile of torch 2.11 traces no views of it
         for x_i, y_i, mean_i, invstd_i in zip(x.chunk(groups), y.chunk(groups), mean, invstd, strict=True):
             aten._native_batch_norm_legit.no_stats_out(
                 x_i, weight, bias, True, 0.0, eps, out=y_i, save_mean=mean_i, save_invstd=invstd_i

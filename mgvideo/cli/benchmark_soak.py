@@ -32,7 +32,7 @@ class Keys:
     """What this program takes besides the keys of a run."""
 
     clips: int = key(20_000, "clips to load, of all grids of the plan in turn, by the same workers")
-    every: int = key(50, "clips between two looks at the workers, of which a twentieth is printed")
+    every: int = key(50, "clips between two looks at the workers; twenty are printed")
     batch: int = key(4, "clips a batch")
     growth: float = key(
         0.05, "share by which memory may grow from the second quarter to the last; over it, exit code 1"
