@@ -73,10 +73,11 @@ def run(given: Keys, cfg: DictConfig) -> None:
     plan = build_plan(cfg, len(data.train))
     grids = sorted({slot.grid.name: slot.grid for phase in plan.phases for slot in phase.slots}.items())
     requests = partial(mixed_requests, [grid for _, grid in grids], len(data.train), given.batch)
-    looks = []
+    looks: list[Look] = []
+    between = max(1, given.clips // given.every // 20)
     for look in soak(Loader(data.train, loader_options(cfg)), requests, given):
         looks.append(look)
-        if 20 * look.clips // given.clips > 20 * (look.clips - given.every) // given.clips:
+        if len(looks) % between == 0:
             print(look, flush=True)
     if given.out is not None:
         try:
