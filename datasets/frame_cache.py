@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import struct
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,7 +21,7 @@ from mgvideo.paths import to_write
 from .videofile import Box, Decoder, Video
 
 STALE = 3600  # seconds after which a file that is half written is taken to be a killed run's
-HEADER = 4  # float64 numbers before the pixels: frames, height, width, frames a second
+HEADER = struct.Struct("4d")  # before the pixels: frames, height, width, frames a second
 
 
 class FrameCache:
@@ -46,8 +47,8 @@ class FrameCache:
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `videofile.Decoder.open`."""
         place = self._place(path)
-        if place is not None and place.exists():
-            with suppress(OSError):  # not all there: decoded anew
+        if place is not None:
+            with suppress(OSError):  # not there, or not all of it: decoded anew
                 return _Kept(path, place)
         video = self.decoder.open(path, None)
         if place is None or self.full or not self._room(video):
@@ -57,13 +58,13 @@ class FrameCache:
             return _Kept(path, place)
         return self.decoder.open(path, None)
 
-    def _place(self, path: str) -> Path | None:
+    def _place(self, path: str) -> str | None:
         try:
             found = os.stat(path)
         except OSError:  # for the decoder to explain
             return None
         name = f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
-        return self.folder / f"{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.frames"
+        return f"{self.folder}/{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.frames"
 
     def _room(self, video: Video) -> bool:
         used = 0
@@ -73,11 +74,11 @@ class FrameCache:
         self.full = used + video.frames * video.height * video.width * 3 > self.bytes
         return not self.full
 
-    def _keep(self, place: Path, video: Video) -> None:
+    def _keep(self, place: str, video: Video) -> None:
         frames = video.read(np.arange(video.frames)).numpy()
         with NamedTemporaryFile(dir=self.folder, delete=False) as part:
             try:
-                part.write(np.array([*frames.shape[:3], video.fps], np.float64).tobytes())
+                part.write(HEADER.pack(*frames.shape[:3], video.fps))
                 part.write(np.ascontiguousarray(frames).data)
                 part.close()
                 os.replace(part.name, place)
@@ -90,15 +91,25 @@ class FrameCache:
 class _Kept(Video):
     """A video whose frames are on disk. Raises OSError where not all are, as a power cut leaves them."""
 
-    def __init__(self, path: str, place: Path) -> None:
-        self.path, self.place = path, place
-        header = np.fromfile(place, np.float64, HEADER)
-        if len(header) < HEADER or 8 * HEADER + 3 * header[:3].prod() != place.stat().st_size:
-            raise OSError(f"{place} is not what was written")
-        *shape, self.fps = header.tolist()
+    def __init__(self, path: str, place: str) -> None:
+        self.path = path
+        # read, not mapped: a map's pages are each found anew for every clip, which takes longer than to copy them
+        self.file = open(place, "rb", buffering=0)  # noqa: SIM115
+        header = self.file.read(HEADER.size)
+        *shape, self.fps = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0, 0, 0)
         self.frames, self.height, self.width = map(int, shape)
+        size = HEADER.size + 3 * math.prod(map(int, shape))
+        if not self.frames or size != os.fstat(self.file.fileno()).st_size:
+            self.file.close()
+            raise OSError(f"{place} is not what was written")
 
-    def _read(self, indices: Sequence[int] | np.ndarray, box: Box) -> Tensor:
-        shape = (self.frames, self.height, self.width, 3)
-        pixels = np.memmap(self.place, np.uint8, "r", offset=8 * HEADER, shape=shape)
-        return torch.from_numpy(np.asarray(box.of(pixels)[indices]))
+    def _read(self, indices: np.ndarray, box: Box) -> Tensor:
+        rows = np.empty((len(indices), box.height, self.width, 3), np.uint8)
+        for part, index in zip(rows, indices.tolist(), strict=True):
+            start = HEADER.size + 3 * self.width * (index * self.height + box.top)
+            if os.preadv(self.file.fileno(), [part.data], start) < part.nbytes:
+                raise OSError(f"{self.file.name} was cut short")
+        return torch.from_numpy(rows[:, :, box.left : box.left + box.width])
+
+    def close(self) -> None:
+        self.file.close()

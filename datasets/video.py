@@ -96,13 +96,14 @@ class VideoDataset:
             return self._view(request)
         index = request.index
         failures: list[Failure] = []
-        substitutes = np.random.default_rng((request.seed, len(self)))
+        substitutes: np.random.Generator | None = None  # made for the few that need it
         for _ in range(TRIES):
             try:
                 clip, seconds = self._read(index, request)
                 return Sample(clip, self.label(index, seconds), index, tuple(failures))
             except DecodeError as error:
                 failures.append(Failure(index, error.path, error.reason))
+                substitutes = substitutes or np.random.default_rng((request.seed, len(self)))
                 index = int(substitutes.integers(len(self)))
         raise UserError(
             f"{TRIES} videos in a row cannot be read, the last one {failures[-1].path}: {failures[-1].reason}"

@@ -59,13 +59,14 @@ class Video(ABC):
         Raises DecodeError.
         """
         box = box or Box(0, 0, self.height, self.width)
-        wanted, places = np.unique(np.asarray(indices), return_inverse=True)
+        wanted, places = np.asarray(indices), None
+        if (wanted[1:] <= wanted[:-1]).any():
+            wanted, places = np.unique(wanted, return_inverse=True)
         with errors_over(self.path):
             frames = self._read(wanted, box)
         if frames.shape != (len(wanted), box.height, box.width, 3):
             raise DecodeError(self.path, "changes its size on the way")
-        in_order = np.array_equal(places, np.arange(len(wanted)))
-        return frames if in_order else frames[torch.from_numpy(places)]
+        return frames if places is None else frames[torch.from_numpy(places)]
 
     @abstractmethod
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
-import os
-import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import active_children, forkserver, parent_process
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple, Protocol
-from weakref import WeakSet
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from . import workers
 from .clips import ClipRequest, Failure, Sample
 from .errors import UserError
-from .signals import blocked
 
 
 class ClipDataset(Protocol):
@@ -39,6 +32,14 @@ class Batch(NamedTuple):
     labels: Tensor
     indices: Tensor
     failures: tuple[Failure, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # between processes each tensor costs a handshake, half a millisecond: for the clips alone is it worth one
+        return _received, (self.clips, self.labels.numpy(), self.indices.numpy(), self.failures)
+
+
+def _received(clips: Tensor, labels: np.ndarray, indices: np.ndarray, failures: tuple[Failure, ...]) -> Batch:
+    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), failures)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -59,69 +60,6 @@ class LoaderOptions:
     prefetch: int = 2  # batches that each worker keeps ready
     start_method: str = "forkserver"  # fork, forkserver or spawn
     timeout: float = 45.0  # seconds, and one more a clip, after which silent workers count as hung
-
-
-_workers: WeakSet[BaseProcess] = WeakSet()
-
-
-@contextmanager
-def _starting_workers() -> Iterator[list[BaseProcess]]:
-    """Workers started inside, which the list then holds, outlive signals, and leave alone what they inherit.
-
-    A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
-    for threads that were not forked with it.
-    """
-    before = set(active_children())
-    started: list[BaseProcess] = []
-    gc.freeze()
-    try:
-        with blocked():
-            yield started
-    finally:
-        gc.unfreeze()
-        started += set(active_children()) - before
-        _workers.update(started)
-
-
-@atexit.register
-def _end_workers() -> None:
-    if _workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a worker's failure
-    for worker in _workers:  # multiprocessing asks with the signal that they do not see
-        worker.kill()
-
-
-def _start_server(dataset: ClipDataset) -> None:
-    """Start the small process that workers are forked from, once; it imports what they need while this one goes on.
-
-    Forked from this process they would be as quick to start, but every page that it writes then is copied first.
-    """
-    forkserver.set_forkserver_preload(["__main__", __name__, type(dataset).__module__])
-    # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the
-    # folder that it starts in, which may be a checkout of something else than what is installed
-    paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
-    before = dict(os.environ)
-    os.environ.update(paths)
-    try:
-        with blocked():
-            forkserver.ensure_running()
-    finally:
-        for name in paths:
-            os.environ.pop(name)
-        os.environ.update(before)
-
-
-def _worker_init(_: int) -> None:
-    torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End this worker with the training process; torch looks for that in the server's stead, which lives on."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 class _Steps:
@@ -193,30 +131,30 @@ class Loader:
     ) -> None:
         self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
         if options.workers and options.start_method == "forkserver":
-            _start_server(dataset)
+            workers.start_server([type(dataset).__module__])
 
     def open(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> Iterator[Batch]:
         """Start the workers on `steps` at once; the iterator yields one batch a step."""
         if not steps:
             return iter(())
-        workers = min(self.options.workers, len(steps))
+        count = min(self.options.workers, len(steps))
         largest = max(len(requests(step)) for step in steps[:3])
         dataset: Dataset = self.dataset  # type: ignore[assignment]
         loader = DataLoader(
             dataset,
             batch_sampler=_Steps(requests, steps),  # type: ignore[arg-type]
-            num_workers=workers,
+            num_workers=count,
             collate_fn=self.collate,
             pin_memory=self.pin,
-            worker_init_fn=_worker_init,
-            prefetch_factor=self.options.prefetch if workers else None,
-            multiprocessing_context=self.options.start_method if workers else None,
+            worker_init_fn=workers.begin,
+            prefetch_factor=self.options.prefetch if count else None,
+            multiprocessing_context=self.options.start_method if count else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        with _starting_workers() as started:
+        with workers.starting() as started:
             batches = iter(loader)
-        return _plainly(batches, started, self.options.timeout + largest) if workers else batches
+        return _plainly(batches, started, self.options.timeout + largest) if count else batches
 
     def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
         """One batch a step through consecutive stretches of steps, a new DataLoader for each.

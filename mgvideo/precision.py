@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from torch.func import functional_call
 
 from .errors import UserError
 from .flatconv import convert_flat_convs
+from .memory import keep_freed_memory
 from .plan import Grid
 
 WRONG = 0.05  # relative error of a gradient beyond what bf16's eight bits explain: 0.003 was seen
@@ -49,17 +49,6 @@ class Precision:
     def __str__(self) -> str:
         layout = "channels_last_3d" if self.channels_last else "contiguous"
         return f"{self.name}, {layout} ({self.why})"
-
-
-def keep_freed_memory() -> None:
-    """From now on, memory that this process frees is its own to use again, not the system's.
-
-    glibc takes each large tensor as new pages, which the kernel clears, and gives them back: up to a third of a step.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # M_MMAP_THRESHOLD as large as it can be, no M_TRIM_THRESHOLD
-        libc.mallopt(-3, 2**31 - 1)
-        libc.mallopt(-1, -1)
 
 
 def _auto(device: torch.device) -> tuple[torch.dtype | None, str]:

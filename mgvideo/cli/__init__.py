@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from mgvideo.signals import note
+from mgvideo.workers import start_server
 
 # Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
 # the cores: docs/benchmarks/speed.md. Before torch is loaded.
@@ -39,6 +40,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if program in PROGRAMS:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):
             note()  # imports take a while, in which a job may be asked to stop
+            if not any(word.startswith(("-", "loader.workers=0", "loader.start_method=")) for word in arguments):
+                start_server()  # and workers take as long to import theirs
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
     usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())

@@ -1,0 +1,87 @@
+"""The processes that load clips: how they start, what they inherit, how they end."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import active_children, forkserver, parent_process
+from multiprocessing.process import BaseProcess
+from weakref import WeakSet
+
+from .signals import blocked
+
+# torch is imported where a worker needs it: the server starts while a program still imports its own
+
+_workers: WeakSet[BaseProcess] = WeakSet()
+
+
+def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
+    """Start the small process that workers are forked from, once; it imports what they need while this one goes on.
+
+    Forked from this process they would be as quick to start, but every page that it writes then is copied first.
+    """
+    forkserver.set_forkserver_preload(["__main__", "mgvideo.loader", *modules])
+    # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the
+    # folder that it starts in, which may be a checkout of something else than what is installed
+    paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
+    before = dict(os.environ)
+    os.environ.update(paths)
+    try:
+        with blocked():
+            forkserver.ensure_running()
+    finally:
+        for name in paths:
+            os.environ.pop(name)
+        os.environ.update(before)
+
+
+@contextmanager
+def starting() -> Iterator[list[BaseProcess]]:
+    """Workers started inside, which the list then holds, outlive signals, and leave alone what they inherit.
+
+    A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
+    for threads that were not forked with it.
+    """
+    before = set(active_children())
+    started: list[BaseProcess] = []
+    gc.freeze()
+    try:
+        with blocked():
+            yield started
+    finally:
+        gc.unfreeze()
+        started += set(active_children()) - before
+        _workers.update(started)
+
+
+@atexit.register
+def _end_workers() -> None:
+    if _workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a worker's failure
+    for worker in _workers:  # multiprocessing asks with the signal that they do not see
+        worker.kill()
+
+
+def begin(_: int) -> None:
+    """What a worker does first, once it has torch."""
+    import torch
+
+    from .memory import keep_freed_memory
+
+    torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
+    keep_freed_memory()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this worker with the training process; torch looks for that in the server's stead, which lives on."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
