@@ -9,9 +9,10 @@ Turn DDP's `broadcast_buffers` off: every rank computes the same running statist
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     num_batches_tracked: Tensor
     groups: int = 1
     process_group: dist.ProcessGroup | None = None
-    pending: Tensor | None = None  # statistics of this step that wait for its end: see `_sums`
+    # statistics of this step that wait for its end: those added up already, see `_sums`, and one more a forward
+    pending: Tensor | None = None
+    waiting: list[_Statistics]
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `[n, channels, t, h, w]`; in training n must be a multiple of `groups`, or UserError."""
@@ -54,17 +57,22 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             output, mean, var = _MergedNormalise.apply(
                 input, self.weight, self.bias, self.groups, fold, self.eps, self.process_group
             )
+            found = _Statistics(mean, var, _ranks(self.process_group))
         elif self.groups > 1:
-            output, mean, var = _GroupNormalise.apply(input, self.weight, self.bias, self.groups, self.eps)
+            output, mean, invstd = _GroupNormalise.apply(input, self.weight, self.bias, self.groups, self.eps)
+            found = _Statistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
         else:
             # With momentum 1, running statistics become the batch's own.
             mean, var = torch.zeros((2, 1, self.num_features), dtype=_stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
-        ranks = _ranks(self.process_group)
-        if self.pending is not None:
-            self.pending.add_(_sums(mean, var, ranks))
-        elif self.track_running_stats:
-            _update_running([self], _sums(mean, var, ranks))
+            found = _Statistics(mean, var)
+        if self.pending is None:
+            if self.track_running_stats:
+                _update_running([self], _sums(found))
+        elif torch.compiler.is_compiling():  # which fuses what it traces
+            self.pending.add_(_sums(found))
+        else:
+            self.waiting.append(found)
         return output
 
 
@@ -99,16 +107,18 @@ def deferred_running_stats(model: nn.Module, world_group: dist.ProcessGroup | No
     layers = [layer for layer in _layers(model) if layer.training and layer.track_running_stats]
     for layer in layers:
         layer.pending = torch.zeros((4, layer.num_features), dtype=torch.float64, device=layer.running_mean.device)
+        layer.waiting = []
     try:
         yield
         if layers:
-            sums = torch.cat([layer.pending for layer in layers if layer.pending is not None], dim=1)
+            sums = _all_sums(layers)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(sums, group=world_group)
             _update_running(layers, sums)
     finally:
         for layer in layers:
             layer.pending = None
+            layer.waiting = []
 
 
 def _layers(model: nn.Module) -> list[GroupBatchNorm3d]:
@@ -119,14 +129,49 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _sums(mean: Tensor, var: Tensor, ranks: int) -> Tensor:
-    """Sums over groups of mean, mean², variance and 1, from `[groups, channels]` to float64 `[4, channels]`.
+class _Statistics(NamedTuple):
+    """What a forward found: means `[groups, channels]`, and how the groups spread, of which each of `ranks` has a part.
 
-    Each of the `ranks` that share a group counts its part of it. In float64 a mean of squares may lose the square of
+    `spread` are unbiased variances or, where `size` is given, what the kernel makes of `size` values and `eps`: the
+    inverses of standard deviations.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    ranks: int = 1
+    size: int = 0
+    eps: float = 0.0
+
+
+def _sums(found: _Statistics) -> Tensor:
+    """Sums over groups of mean, mean², variance and 1: float64 `[4, channels]`.
+
+    Each of the ranks that share a group counts its part of it. In float64 a mean of squares may lose the square of
     the mean and still be precise.
     """
-    mean, var = mean.double(), var.double()
-    return torch.stack((mean, mean.square(), var, torch.ones_like(mean))).sum(1) / ranks
+    mean, var = found.mean.double(), found.spread.double()
+    if found.size:
+        var = (var.pow(-2) - found.eps).clamp(min=0) * (found.size / (found.size - 1))
+    return torch.stack((mean, mean.square(), var, torch.ones_like(mean))).sum(1) / found.ranks
+
+
+@torch.no_grad()
+def _all_sums(layers: Sequence[GroupBatchNorm3d]) -> Tensor:
+    """The layers' sums of this step side by side.
+
+    What waits is added up for layers alike at once: of many such small tensors each costs its calls.
+    """
+    pending = [layer.pending for layer in layers if layer.pending is not None]
+    alike = defaultdict(list)
+    for layer, sums in zip(layers, pending, strict=True):
+        for i, found in enumerate(layer.waiting):
+            alike[i, len(found.mean), found[2:]].append((sums, found))
+    for pairs in alike.values():
+        mean = torch.cat([found.mean for _, found in pairs], dim=1)
+        spread = torch.cat([found.spread for _, found in pairs], dim=1)
+        parts = _sums(pairs[0][1]._replace(mean=mean, spread=spread)).split([s.shape[1] for s, _ in pairs], dim=1)
+        torch._foreach_add_([sums for sums, _ in pairs], parts)
+    return torch.cat(pending, dim=1)
 
 
 @torch.no_grad()
@@ -139,14 +184,14 @@ def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor) -> None:
     mean, square, var = sums[:3] / torch.where(count > 0, count, 1)
     var = var + (square - mean.square())
     dtype, sizes = layers[0].running_mean.dtype, [layer.num_features for layer in layers]
-    parts = (flat.to(dtype).split(sizes) for flat in (mean, var, count > 0))
-    for layer, mean, var, ran in zip(layers, *parts, strict=True):
-        layer.num_batches_tracked.add_(ran[0] > 0)
-        # Without a momentum, torch keeps the plain average of all updates.
-        momentum = 1 / layer.num_batches_tracked.clamp(min=1) if layer.momentum is None else layer.momentum
-        weight = ran * momentum
-        layer.running_mean.lerp_(mean, weight)
-        layer.running_var.lerp_(var, weight)
+    means, variances, ran = (flat.to(dtype).split(sizes) for flat in (mean, var, count > 0))
+    torch._foreach_add_([layer.num_batches_tracked for layer in layers], [part[0] > 0 for part in ran])
+    weights = torch._foreach_mul(ran, [1.0 if layer.momentum is None else layer.momentum for layer in layers])
+    for layer, weight in zip(layers, weights, strict=True):
+        if layer.momentum is None:  # torch keeps the plain average of all updates
+            weight /= layer.num_batches_tracked.clamp(min=1)
+    torch._foreach_lerp_([layer.running_mean for layer in layers], means, weights)
+    torch._foreach_lerp_([layer.running_var for layer in layers], variances, weights)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
@@ -158,7 +203,7 @@ def _dense(x: Tensor, like: Tensor) -> Tensor:
 class _GroupNormalise(torch.autograd.Function):
     """Groups within one rank: torch's kernels, group by group, into one output.
 
-    Returns the output, and the groups' means and unbiased variances `[groups, channels]`.
+    Returns the output, and the groups' means and inverse standard deviations `[groups, channels]`.
     """
 
     @staticmethod
@@ -175,10 +220,8 @@ class _GroupNormalise(torch.autograd.Function):
             )
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.eps = eps
-        size = x.numel() // mean.numel()
-        var = (invstd.double().pow(-2) - eps).clamp(min=0) * (size / (size - 1))
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        ctx.mark_non_differentiable(mean, invstd)
+        return y, mean, invstd
 
     @staticmethod
     @once_differentiable
