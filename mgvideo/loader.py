@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
@@ -160,13 +162,16 @@ class Loader:
         """One batch a step through consecutive stretches of steps, a new DataLoader for each.
 
         The next stretch's workers start as soon as the last batch of this one is in a worker's hands, so that a
-        boundary costs no wait.
+        boundary costs no wait. They start beside the step that runs then, but for forked ones: a fork takes along
+        what other threads hold.
         """
-        ahead = max(1, self.options.workers * self.options.prefetch)
-        following = self.open(requests, stretches[0]) if stretches else iter(())
-        for i, steps in enumerate(stretches):
-            current, opened = following, False
-            for step in steps:
-                if not opened and i + 1 < len(stretches) and steps.stop - step <= ahead:
-                    following, opened = self.open(requests, stretches[i + 1]), True
-                yield next(current)
+        options = self.options
+        ahead, beside = max(1, options.workers * options.prefetch), options.workers and options.start_method != "fork"
+        with ThreadPoolExecutor(1) as thread:
+            following: Iterator[Batch] | Future[Iterator[Batch]] = self.open(requests, stretches[0])
+            for steps, after in pairwise([*stretches, range(0)]):
+                current = following.result() if isinstance(following, Future) else following
+                for step in steps:
+                    if step == max(steps.start, steps.stop - ahead):
+                        following = thread.submit(self.open, requests, after) if beside else self.open(requests, after)
+                    yield next(current)

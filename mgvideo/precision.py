@@ -133,8 +133,8 @@ class Normalize:
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32) -> None:
-        self.mean = torch.tensor(mean, dtype=dtype).mul(255).view(1, 3, 1, 1, 1)
-        self.std = torch.tensor(std, dtype=dtype).mul(255).view(1, 3, 1, 1, 1)
+        self.mean = torch.tensor(mean, dtype=dtype).mul(255)
+        self.std = torch.tensor(std, dtype=dtype).mul(255)
 
     def to(self, device: torch.device) -> Normalize:
         """Move the constants, in place."""
@@ -143,4 +143,7 @@ class Normalize:
 
     def __call__(self, clips: Tensor) -> Tensor:
         """Mean and std are of pixels in 0–1."""
-        return clips.permute(0, 4, 1, 2, 3).to(self.mean.dtype).sub_(self.mean).div_(self.std)
+        # by rows of pixels: a CPU goes through runs of three values five times as slowly
+        mean, std = (colour.repeat(clips.shape[3]) for colour in (self.mean, self.std))
+        rows = clips.flatten(3).to(self.mean.dtype).sub_(mean).div_(std)
+        return rows.view(clips.shape).permute(0, 4, 1, 2, 3)

@@ -19,6 +19,7 @@ from .signals import blocked
 # torch is imported where a worker needs it: the server starts while a program still imports its own
 
 _workers: WeakSet[BaseProcess] = WeakSet()
+_one_at_a_time = threading.Lock()  # to tell whose workers started when
 
 
 def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
@@ -48,16 +49,17 @@ def starting() -> Iterator[list[BaseProcess]]:
     A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
     for threads that were not forked with it.
     """
-    before = set(active_children())
-    started: list[BaseProcess] = []
-    gc.freeze()
-    try:
-        with blocked():
-            yield started
-    finally:
-        gc.unfreeze()
-        started += set(active_children()) - before
-        _workers.update(started)
+    with _one_at_a_time:
+        before = set(active_children())
+        started: list[BaseProcess] = []
+        gc.freeze()
+        try:
+            with blocked():
+                yield started
+        finally:
+            gc.unfreeze()
+            started += set(active_children()) - before
+            _workers.update(started)
 
 
 @atexit.register
