@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
@@ -62,6 +64,10 @@ class LoaderOptions:
     prefetch: int = 2  # batches that each worker keeps ready
     start_method: str = "forkserver"  # fork, forkserver or spawn
     timeout: float = 45.0  # seconds, and one more a clip, after which silent workers count as hung
+    idle: bool = False  # workers, of a server, run when cores have nothing else to do, while that is often enough
+
+
+PATIENCE = 10.0  # seconds to wait in all for workers that only idle cores run, before others take their place
 
 
 class _Steps:
@@ -77,11 +83,11 @@ class _Steps:
         return len(self.steps)
 
 
-def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float) -> Iterator[Batch]:
+def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float, idle: bool) -> Iterator[Batch]:
     """The same batches; a worker's error for people loses the traceback that torch wraps it in.
 
     Workers that let nothing be heard for `timeout` seconds are killed, which torch notices within five more; with a
-    timeout of its own it would not look for dead workers before that is over.
+    timeout of its own it would not look for dead workers before that is over. Of `idle` ones it raises TimeoutError.
     """
     hung = threading.Event()
 
@@ -103,6 +109,8 @@ def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: 
                 str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
             ) from None
         except (RuntimeError, ConnectionError, EOFError) as error:
+            if hung.is_set() and idle:
+                raise TimeoutError from error
             if hung.is_set():
                 told = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
                 raise UserError(f"{told} Raise loader.timeout or loader.workers") from error
@@ -132,13 +140,45 @@ class Loader:
         collate: Callable[[Sequence[Sample]], Batch] = collate,
     ) -> None:
         self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
-        if options.workers and options.start_method == "forkserver":
+        served = options.workers > 0 and options.start_method == "forkserver"
+        self.idle = options.idle and served and workers.CAN_IDLE
+        if served:
             workers.start_server([type(dataset).__module__])
 
     def open(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> Iterator[Batch]:
         """Start the workers on `steps` at once; the iterator yields one batch a step."""
         if not steps:
             return iter(())
+        batches, started = self._open(requests, steps)
+        return self._unless_starved(batches, started, requests, steps) if self.idle else batches
+
+    def _unless_starved(
+        self,
+        batches: Iterator[Batch],
+        started: Sequence[BaseProcess],
+        requests: Callable[[int], list[ClipRequest]],
+        steps: range,
+    ) -> Iterator[Batch]:
+        """Batches of workers that only idle cores run; where those are waited for most of the time, of others."""
+        step, begun, waited = steps.start, time.monotonic(), 0.0
+        while step < steps.stop and waited < max(PATIENCE, (time.monotonic() - begun) / 2):
+            asked = time.monotonic()
+            try:
+                batch = next(batches)
+            except TimeoutError:
+                break
+            waited += time.monotonic() - asked
+            step += 1
+            yield batch
+        if step < steps.stop:
+            self.idle = False
+            for worker in started:
+                worker.kill()
+            yield from self.open(requests, range(step, steps.stop))
+
+    def _open(
+        self, requests: Callable[[int], list[ClipRequest]], steps: range
+    ) -> tuple[Iterator[Batch], list[BaseProcess]]:
         count = min(self.options.workers, len(steps))
         largest = max(len(requests(step)) for step in steps[:3])
         dataset: Dataset = self.dataset  # type: ignore[assignment]
@@ -148,7 +188,7 @@ class Loader:
             num_workers=count,
             collate_fn=self.collate,
             pin_memory=self.pin,
-            worker_init_fn=workers.begin,
+            worker_init_fn=partial(workers.begin, self.idle),
             prefetch_factor=self.options.prefetch if count else None,
             multiprocessing_context=self.options.start_method if count else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
@@ -156,7 +196,10 @@ class Loader:
         )
         with workers.starting() as started:
             batches = iter(loader)
-        return _plainly(batches, started, self.options.timeout + largest) if count else batches
+        if not count:
+            return batches, started
+        timeout = PATIENCE + largest / 50 if self.idle else self.options.timeout + largest
+        return _plainly(batches, started, timeout, self.idle), started
 
     def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
         """One batch a step through consecutive stretches of steps, a new DataLoader for each.

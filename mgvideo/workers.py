@@ -18,6 +18,7 @@ from .signals import blocked
 
 # torch is imported where a worker needs it: the server starts while a program still imports its own
 
+CAN_IDLE = hasattr(os, "SCHED_IDLE")  # on Linux
 _workers: WeakSet[BaseProcess] = WeakSet()
 _one_at_a_time = threading.Lock()  # to tell whose workers started when
 
@@ -70,12 +71,14 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def begin(_: int) -> None:
-    """What a worker does first, once it has torch."""
+def begin(idle: bool, _: int) -> None:
+    """What a worker does first, once it has torch; an `idle` one only runs when a core has nothing else to do."""
     import torch
 
     from .memory import keep_freed_memory
 
+    if idle:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
     keep_freed_memory()
     threading.Thread(target=_leave_with_parent, daemon=True).start()

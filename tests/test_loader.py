@@ -21,7 +21,7 @@ from mgvideo.clips import ClipRequest, Failure, Sample, View
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
 from mgvideo.errors import UserError
-from mgvideo.loader import Batch, Loader, LoaderOptions, collate, dead_worker
+from mgvideo.loader import Batch, ClipDataset, Loader, LoaderOptions, collate, dead_worker
 from mgvideo.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
@@ -50,6 +50,37 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
         assert (a.failures[0].reason, b.failures[0].reason) == ("False", "True")
+
+
+class Starving:
+    """Clips that take `seconds` in a process that only idle cores run."""
+
+    def __init__(self, dataset: ClipDataset, seconds: float) -> None:
+        self.dataset, self.seconds = dataset, seconds
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        if os.sched_getscheduler(0) == os.SCHED_IDLE:
+            time.sleep(self.seconds)
+        return self.dataset[request]
+
+
+@pytest.mark.parametrize("seconds", [0, 0.1, 60])
+def test_workers_that_are_starved_are_replaced(
+    motion_root: str, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("mgvideo.loader.PATIENCE", 0.5 if seconds else 60.0)
+    plain = motion(motion_root, KNOBS, "train", PyAV())
+    loader = Loader(Starving(plain, seconds), LoaderOptions(workers=1, idle=True))
+    got = []
+    for batch in loader.open(requests, range(8)):
+        got.append(batch)
+        time.sleep(0.05)  # a step
+    assert loader.idle == (seconds == 0), "those that are quick enough stay"
+    for a, b in zip(got, Loader(plain, LoaderOptions(workers=0)).open(requests, range(8)), strict=True):
+        assert a.clips.equal(b.clips)
 
 
 @pytest.mark.parametrize(

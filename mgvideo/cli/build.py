@@ -124,7 +124,8 @@ def loader_options(cfg: DictConfig) -> LoaderOptions:
         raise UserError(f"loader.start_method={cfg.loader.start_method}: choose one of {', '.join(methods)}")
     if workers < 0 or cfg.loader.prefetch < 1:
         raise UserError("loader.workers must be 0 or more, loader.prefetch 1 or more")
-    return LoaderOptions(workers, cfg.loader.prefetch, cfg.loader.start_method, cfg.loader.timeout)
+    idle = not torch.cuda.is_available() if cfg.loader.idle is None else cfg.loader.idle
+    return LoaderOptions(workers, cfg.loader.prefetch, cfg.loader.start_method, cfg.loader.timeout, idle)
 
 
 def max_clips(

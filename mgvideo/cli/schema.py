@@ -112,6 +112,7 @@ class LoaderKeys:
     timeout: float = key(
         45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung", above=0
     )
+    idle: bool | None = key(None, "workers run when cores have nothing else to do; null: where these train the network")
     max_clips_per_step: int | None = key(None, "base-grid clips that a rank holds at once; null: measured", least=1)
 
 
