@@ -1,4 +1,5 @@
-"""Convolutions that are flat in time or in space, as the 2-D ones and matrix products that they are.
+"""Convolutions that are flat in time or in space, as the 2-D ones and matrix products that they are, and stems as 2-D
+ones over stacked frames.
 
 For CPUs in bf16: torch's 3-D kernels there (oneDNN's, as late as torch 2.15) wait for ever in the weight gradient of
 some shapes, such as 320 → 512 channels of 2 × 40² at stride (1, 2, 2), read memory that nobody wrote in others, and
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+COLOURS = 3  # input channels up to which frames are stacked
 FEW = 16  # input channels below which a 2-D convolution is faster than a matrix product
 
 
 class FlatConv3d(nn.Conv3d):
-    """`nn.Conv3d` with a kernel of one frame, or of one position; parameters and results are the same."""
+    """`nn.Conv3d` with a kernel of one frame, of one position, or over few channels; parameters and results are the
+    same."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves `[n, channels, t, h, w]`, best in channels_last_3d, which its result then has."""
@@ -27,7 +30,12 @@ class FlatConv3d(nn.Conv3d):
         (frames, *square), (pace, *stride), (border, *padding) = self.kernel_size, self.stride, self.padding
         # with channels last before anything is left out, since its gradient gets zeros in the order of dimensions
         x = input.movedim(1, -1)
-        if frames > 1:
+        if frames > 1 and self.in_channels <= COLOURS:
+            # a frame with its neighbours as more channels: three are far from what such a CPU takes at once
+            x = F.pad(x.to(torch.get_autocast_dtype("cpu")), (0, 0) * 3 + (border, border)).unfold(1, frames, pace)
+            y = _conv2d(x.flatten(0, 1).flatten(3), self.weight.flatten(1, 2), self.bias, stride, padding)
+            y = y.unflatten(0, x.shape[:2])
+        elif frames > 1:
             x = x[:, :, :: stride[0], :: stride[1]]
             y = _conv2d(x.flatten(2, 3), self.weight.squeeze(-1), self.bias, (pace, 1), (border, 0))
             y = y.unflatten(2, x.shape[2:4])
@@ -51,14 +59,16 @@ def convert_flat_convs(model: nn.Module) -> nn.Module:
     The modules, their parameters and hooks stay the very same objects.
     """
     for module in model.modules():
-        if type(module) is nn.Conv3d and _is_flat(module):
+        if type(module) is nn.Conv3d and _converts(module):
             module.__class__ = FlatConv3d
     return model
 
 
-def _is_flat(conv: nn.Conv3d) -> bool:
+def _converts(conv: nn.Conv3d) -> bool:
     plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
     if not plain or isinstance(conv.padding, str):
         return False
+    if conv.in_channels <= COLOURS and conv.out_channels >= 8:  # fewer cost less than the copy
+        return True
     kernel = list(zip(conv.kernel_size, conv.padding, strict=True))
     return kernel[0] == (1, 0) or (conv.kernel_size[0] > 1 and kernel[1:] == [(1, 0), (1, 0)])
