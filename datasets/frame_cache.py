@@ -1,4 +1,4 @@
-"""Decoded frames kept on disk: a video of a small dataset is decoded once, and afterwards only mapped into memory."""
+"""Decoded frames kept on disk: a video of a small dataset is decoded once, and afterwards only read."""
 
 from __future__ import annotations
 
