@@ -174,6 +174,7 @@ class Loader:
             self.idle = False
             for worker in started:
                 worker.kill()
+            del batches
             yield from self.open(requests, range(step, steps.stop))
 
     def _open(

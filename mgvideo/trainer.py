@@ -5,33 +5,29 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.optim import Optimizer
 
-from .batches import Batches, Share, share
-from .batchnorm import deferred_running_stats, set_bn_groups
+from .batches import Batches, share
 from .checkpoint import Checkpoints
 from .clips import Failure
-from .distributed import Votes, barrier, gather_objects, neighbours, rank, world_size
-from .dropout import dropout_of
+from .distributed import Votes, barrier, gather_objects, rank, world_size
 from .errors import UserError
 from .evaluate import Beat, Evaluator, Views, precise_bn
 from .loader import Batch, Loader
-from .microbatch import pieces
 from .monitor import Monitor
-from .plan import Phase, Plan, Slot
+from .plan import Phase, Plan
 from .precision import Normalize, Precision
 from .profiling import Profiler
 from .schedule import baseline_of
 from .signals import Stopped, received
+from .stepper import Stepper, grid_name
 from .tasks import Task
 from .watch import at
 from .window import Progress, Window
@@ -85,33 +81,23 @@ class Trainer:
         self.batches = Batches(plan, len(loader.dataset), seed)
         self.progress = Progress()
         self.device = precision.device
+        self.stepper = Stepper(
+            model, plan, task, optimizer, seed=seed, normalize=normalize, precision=precision,
+            max_clips=options.max_clips, compile=options.compile, tell=self._at,
+        )  # fmt: skip
         self.votes = Votes(self._wish)
         self.saved = time.monotonic()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
-        # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.not_validated: set[Failure] = set(monitor.listed)  # named once, however often validation meets them
         self.window = Window()
         self._window_state: dict[str, Any] | None = None
         self.profiler = Profiler(monitor.folder / "profile", options.profile)
-        self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
-        # clips travel beside the computation of the step before
-        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.parallel: nn.Module = model
-        if world_size() > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        if options.compile != "off":
-            self.parallel = compiled(self.parallel, options.compile, plan)
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; all ranks call it together."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
             "progress": dict(vars(self.progress)),
             "window": self.window.state() if self.window.steps else None,
             "plan": self.plan.to_json(),
@@ -134,7 +120,7 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         if state["scaler"]:  # of a run in fp16
-            self.scaler.load_state_dict(state["scaler"])
+            self.stepper.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self._window_state = state["window"]
 
@@ -165,7 +151,7 @@ class Trainer:
         self.monitor.start_progress(start)
         for step in range(start, self.plan.steps):
             self.votes.cast()
-            self._at(step, "waiting for a batch", 0, watched=self.loader.options.workers == 0)
+            self._at(step, "waiting for a batch", 0, self.loader.options.workers == 0)
             waiting = time.perf_counter()
             batch = next(batches)
             self.window.waited += time.perf_counter() - waiting
@@ -176,7 +162,7 @@ class Trainer:
             self.step(step, batch)
             done = self.progress.step = step + 1
             wish = self.votes.result()
-            self._at(step, "logging and writing a checkpoint", _LAST, watched=False)
+            self._at(step, "logging and writing a checkpoint", _LAST, False)
             self.profiler.step()  # which may write a trace
             evaluates, ends = done in evaluations, done == phase.steps[1]
             if ends or evaluates or done % self.options.log_every == 0:
@@ -202,102 +188,21 @@ class Trainer:
         barrier()  # launchers end the others when one has left, rank 0 as it writes too
         raise Stopped(received() or signal.SIGTERM)
 
-    def _at(self, step: int, doing: str, part: int, watched: bool = True) -> None:
+    def _at(self, step: int, doing: str, part: int, watched: bool) -> None:
         """Tell the other ranks where this one is."""
         limit = self.options.hang_timeout if watched and self.options.hang_timeout else None
         phase = self.plan.phases.index(self.plan.phase(step))
-        at(f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit)
+        at(f"at step {step} (phase {phase + 1}, {grid_name(self.plan, step)}), {doing}", (step, part), limit)
 
     def step(self, step: int, batch: Batch) -> None:
         """One optimizer step on this rank's share of the global batch."""
-        phase, slot = self.plan.phase(step), self.plan.slot(step)
-        part = share(slot.batch, phase.bn_groups, rank(), world_size())
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr(step)
-        total = self._accumulate(step, part, *self._transferred(batch))
-        self._update(step, total)
+        loss = self.stepper(step, batch)
         window = self.window
-        window.loss = total.double() if window.loss is None else window.loss + total
+        window.loss = loss.double() if window.loss is None else window.loss + loss
         window.steps += 1
-        window.clips += slot.batch
+        window.clips += self.plan.slot(step).batch
         window.read += len(batch.labels)
         window.failures += batch.failures
-
-    def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Clips, uint8 still, and labels, on the device."""
-        if self.copies is None:
-            return batch.clips.to(self.device), batch.labels.to(self.device)
-        with torch.cuda.stream(self.copies):
-            clips = batch.clips.to(self.device, non_blocking=True)
-            labels = batch.labels.to(self.device, non_blocking=True)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self.copies)
-        for tensor in (clips, labels):  # made on one stream, freed on the other
-            tensor.record_stream(computing)
-        return clips, labels
-
-    def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
-        """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
-        slot = self.plan.slot(step)
-        volume, batch = slot.grid.volume, slot.batch
-        limit = max(1, self.options.max_clips * self.plan.base.frames * self.plan.base.size**2 // volume)
-        cuts = pieces(part, limit)
-        group = neighbours(len(part.ranks))
-        total = torch.zeros((), device=self.device)
-        # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state
-        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
-        graph = (slot, self.plan.phase(step).bn_groups)
-        watched = self.options.compile == "off" or graph in self.compiled  # compiling may take minutes
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        with deferred_running_stats(self.model):
-            for i, piece in enumerate(cuts):
-                self._at(step, "forward", 2 * i + 1, watched)
-                set_bn_groups(self.model, piece.groups, group)
-                torch.manual_seed(seed)
-                with ExitStack() as stack:
-                    first = part.start + piece.start
-                    stack.enter_context(dropout_of(self.model, batch, first, first + piece.stop - piece.start))
-                    if piece is not cuts[-1]:  # ranks exchange gradients once a step
-                        stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
-                    pixels = self.normalize(clips[piece.start : piece.stop])
-                    with self.precision.autocast():
-                        logits = self.parallel(pixels)
-                    loss = self.task.loss(logits.to(pixels.dtype), labels[piece.start : piece.stop]) / batch
-                    self._at(step, "backward", 2 * i + 2, watched)
-                    # DDP averages over ranks, which may hold different numbers of clips: undo it here
-                    self.scaler.scale(loss * world_size()).backward()
-                total = total + loss.detach()
-        self.compiled.add(graph)
-        return total
-
-    def _update(self, step: int, loss: Tensor) -> None:
-        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good."""
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.isfinite(loss)
-        if not self.scaler.is_enabled():  # under fp16 the scaler skips overflowing gradients itself
-            finite &= torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
-        first_bad = ~finite & (self.bad_step < 0)
-        self.bad_step = torch.where(first_bad, step, self.bad_step)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            return
-        # what the fused kernel reads to skip a step without asking the host
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
-        self.optimizer.step()
-
-    def _check_finite(self) -> None:
-        bad = int(self.bad_step)
-        if bad < 0:
-            return
-        phase = self.plan.phases.index(self.plan.phase(bad))
-        steps = self.checkpoints.steps()
-        good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
-        raise UserError(
-            f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {_grid_name(self.plan, bad)}, "
-            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
-        )
 
     def _stream(self, step: int) -> Iterator[Batch]:
         """This rank's batches from `step` on, the loader rebuilt at each phase."""
@@ -314,7 +219,7 @@ class Trainer:
         window, step = self.window, self.progress.step
         assert window.loss is not None
         loss = float(window.loss)
-        self._check_finite()
+        self.stepper.check_finite(self.checkpoints)
         self.checkpoints.check()  # a full disk is told now, not when the next checkpoint is due
         elapsed = time.perf_counter() - window.since
         self.progress.seconds += elapsed
@@ -398,20 +303,12 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; what was logged before it goes to disk before it."""
-        self._check_finite()
+        self.stepper.check_finite(self.checkpoints)
         state = self.state()
         if rank() == 0:
             self.monitor.flush()
             self.checkpoints.save(self.progress.step, state, best)
             self.saved = time.monotonic()
-
-
-def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
-    """`model` through torch.compile, one graph of static shapes for each slot; parameters and buffers are shared."""
-    slots = {(slot, phase.bn_groups) for phase in plan.phases for slot in phase.slots}
-    # micro-batches of a slot may differ by a group
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(slots))
-    return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
 
 
 def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
@@ -421,11 +318,6 @@ def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
         first, stop = phase.steps
         points |= {first + round((i + 1) * (stop - first) / per_phase) for i in range(per_phase)}
     return points
-
-
-def _grid_name(plan: Plan, step: int) -> str:
-    grid = plan.slot(step).grid
-    return f"{grid.frames}×{grid.size}²"
 
 
 def _resident_gib() -> float:

@@ -230,7 +230,7 @@ def test_a_hang_is_noticed_in_precise_bn_and_in_validation(
 def test_a_step_that_compiles_may_take_its_time(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgvideo.trainer.compiled", lambda model, mode, plan: model)
+    monkeypatch.setattr("mgvideo.stepper.compiled", lambda model, mode, plan: model)
     plan = tiny_plan(epochs=4)
     told = limits(tiny_trainer(tmp_path, motion_root, plan, compile="default", hang_timeout=7), monkeypatch)
     forward = [limit for where, limit in told if "forward" in where]

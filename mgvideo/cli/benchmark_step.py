@@ -23,7 +23,7 @@ from mgvideo.forecast import cost
 from mgvideo.plan import Grid, Plan, require
 from mgvideo.precision import Precision, choose_precision, conv_faults
 from mgvideo.schedule import baseline_of
-from mgvideo.trainer import compiled
+from mgvideo.stepper import compiled
 
 from . import keys
 from .app import compose_config

@@ -39,7 +39,7 @@ from .schema import key
 class Keys:
     """What this program takes besides the keys of a run."""
 
-    visits: int = key(4, "steps to measure of each slot of each phase")
+    visits: int = key(4, "steps to measure of each slot of each phase; the baseline's twice, before and after")
     format: str = key("table", "table or json")
     out: str | None = key(None, "file to write to; null: the terminal")
 
@@ -65,6 +65,14 @@ class Run:
     plan: Plan
     slots: dict[tuple[int, int], Visited]
     boundaries: list[float]
+
+    def joined(self, other: Run) -> Run:
+        """With what was measured at another time."""
+        slots = {
+            place: Visited(*(a + b for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True)))
+            for (place, mine), theirs in zip(self.slots.items(), other.slots.values(), strict=True)
+        }
+        return Run(self.plan, slots, self.boundaries + other.boundaries)
 
     def seconds(self, kind: str = "loaded") -> float:
         """The whole plan's training time from the slots' medians."""
@@ -106,8 +114,11 @@ def run(given: Keys, cfg: DictConfig) -> None:
     videos = len(data.train)  # a few may stand for a dataset: the plan is then a long one
     plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch)
     about = {**conditions(device), "threads": torch.get_num_threads(), "visits": given.visits}
-    plans = [plan] if plan.schedule == "baseline" else [baseline_of(plan), plan]
-    runs = [measure(given, cfg, data, each) for each in plans]
+    if plan.schedule == "baseline":
+        runs = [measure(given, cfg, data, plan)]
+    else:  # the baseline before and after, so that a change of the machine's load meets both alike
+        before, own, after = (measure(given, cfg, data, each) for each in (baseline_of(plan), plan, baseline_of(plan)))
+        runs = [before.joined(after), own]
     with output(given.out) as file:
         if given.format == "json":
             print(json.dumps(as_json(given, runs, about), indent=1), file=file)
@@ -202,7 +213,7 @@ def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float
             for piece in cuts:
                 set_bn_groups(model, piece.groups)
                 with trainer.precision.autocast():
-                    logits = trainer.parallel(trainer.normalize(pixels[piece.start : piece.stop]))
+                    logits = trainer.stepper.parallel(trainer.normalize(pixels[piece.start : piece.stop]))
                 trainer.task.loss(logits.float(), labels[piece.start : piece.stop]).div(clips).backward()
         trainer.optimizer.step()
     return between(marks)[1:]

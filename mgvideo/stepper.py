@@ -1,0 +1,166 @@
+"""One optimizer step on a rank's share of a batch: to the device, forward and backward by pieces, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from .batches import Share, share
+from .batchnorm import deferred_running_stats, set_bn_groups
+from .checkpoint import Checkpoints
+from .distributed import neighbours, rank, world_size
+from .dropout import dropout_of
+from .errors import UserError
+from .loader import Batch
+from .microbatch import pieces
+from .plan import Plan, Slot
+from .precision import Normalize, Precision
+from .tasks import Task
+
+
+class Stepper:
+    """Takes a plan's optimizer steps.
+
+    At most `max_clips` clips of the base grid are run at once. `tell(step, doing, part, watched)` hears where a step
+    is, and whether that may last.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        task: Task,
+        optimizer: Optimizer,
+        *,
+        seed: int,
+        normalize: Normalize,
+        precision: Precision,
+        max_clips: int,
+        compile: str,
+        tell: Callable[[int, str, int, bool], None],
+    ) -> None:
+        self.model, self.plan, self.task, self.optimizer = model, plan, task, optimizer
+        self.seed, self.normalize, self.precision = seed, normalize, precision
+        self.max_clips, self.compile, self.tell = max_clips, compile, tell
+        self.device = precision.device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
+        # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
+        # clips travel beside the computation of the step before
+        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.parallel: nn.Module = model
+        if world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if compile != "off":
+            self.parallel = compiled(self.parallel, compile, plan)
+
+    def __call__(self, step: int, batch: Batch) -> Tensor:
+        """Take a step; returns this rank's part of the mean loss over the global batch, on the device."""
+        phase, slot = self.plan.phase(step), self.plan.slot(step)
+        part = share(slot.batch, phase.bn_groups, rank(), world_size())
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr(step)
+        total = self._accumulate(step, part, *self._transferred(batch))
+        self._update(step, total)
+        return total
+
+    def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Clips, uint8 still, and labels, on the device."""
+        if self.copies is None:
+            return batch.clips.to(self.device), batch.labels.to(self.device)
+        with torch.cuda.stream(self.copies):
+            clips = batch.clips.to(self.device, non_blocking=True)
+            labels = batch.labels.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copies)
+        for tensor in (clips, labels):  # made on one stream, freed on the other
+            tensor.record_stream(computing)
+        return clips, labels
+
+    def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
+        """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
+        slot = self.plan.slot(step)
+        volume, batch = slot.grid.volume, slot.batch
+        limit = max(1, self.max_clips * self.plan.base.frames * self.plan.base.size**2 // volume)
+        cuts = pieces(part, limit)
+        group = neighbours(len(part.ranks))
+        total = torch.zeros((), device=self.device)
+        # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state
+        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        graph = (slot, self.plan.phase(step).bn_groups)
+        watched = self.compile == "off" or graph in self.compiled  # compiling may take minutes
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        with deferred_running_stats(self.model):
+            for i, piece in enumerate(cuts):
+                self.tell(step, "forward", 2 * i + 1, watched)
+                set_bn_groups(self.model, piece.groups, group)
+                torch.manual_seed(seed)
+                with ExitStack() as stack:
+                    first = part.start + piece.start
+                    stack.enter_context(dropout_of(self.model, batch, first, first + piece.stop - piece.start))
+                    if piece is not cuts[-1]:  # ranks exchange gradients once a step
+                        stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
+                    pixels = self.normalize(clips[piece.start : piece.stop])
+                    with self.precision.autocast():
+                        logits = self.parallel(pixels)
+                    loss = self.task.loss(logits.to(pixels.dtype), labels[piece.start : piece.stop]) / batch
+                    self.tell(step, "backward", 2 * i + 2, watched)
+                    # DDP averages over ranks, which may hold different numbers of clips: undo it here
+                    self.scaler.scale(loss * world_size()).backward()
+                total = total + loss.detach()
+        self.compiled.add(graph)
+        return total
+
+    def _update(self, step: int, loss: Tensor) -> None:
+        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = torch.isfinite(loss)
+        if not self.scaler.is_enabled():  # under fp16 the scaler skips overflowing gradients itself
+            finite &= torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
+        first_bad = ~finite & (self.bad_step < 0)
+        self.bad_step = torch.where(first_bad, step, self.bad_step)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return
+        # what the fused kernel reads to skip a step without asking the host
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
+        self.optimizer.step()
+
+    def check_finite(self, checkpoints: Checkpoints) -> None:
+        """Raise UserError where a step was not taken; asks the device."""
+        bad = int(self.bad_step)
+        if bad < 0:
+            return
+        phase = self.plan.phases.index(self.plan.phase(bad))
+        steps = checkpoints.steps()
+        good = f"the last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
+        raise UserError(
+            f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {grid_name(self.plan, bad)}, "
+            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
+        )
+
+
+def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
+    """`model` through torch.compile, one graph of static shapes for each slot; parameters and buffers are shared."""
+    slots = {(slot, phase.bn_groups) for phase in plan.phases for slot in phase.slots}
+    # micro-batches of a slot may differ by a group
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(slots))
+    return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
+
+
+def grid_name(plan: Plan, step: int) -> str:
+    """A step's grid for people."""
+    grid = plan.slot(step).grid
+    return f"{grid.frames}×{grid.size}²"
