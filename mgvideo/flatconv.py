@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 COLOURS = 3  # input channels up to which frames are stacked
 FEW = 16  # input channels below which a 2-D convolution is faster than a matrix product
+MANY = 64  # input channels from which on rearranging small maps is worth its copies
+LONG = 512  # rows of a matrix product from which on a copy of its weight is small beside it
+NARROW, WIDE = 8, 64  # kernels take 16 positions of a row at once: images share rows of WIDE where theirs are narrow
 
 
 class FlatConv3d(nn.Conv3d):
@@ -37,7 +40,7 @@ class FlatConv3d(nn.Conv3d):
             y = y.unflatten(0, x.shape[:2])
         elif frames > 1:
             x = x[:, :, :: stride[0], :: stride[1]]
-            y = _conv2d(x.flatten(2, 3), self.weight.squeeze(-1), self.bias, (pace, 1), (border, 0))
+            y = _temporal(x.flatten(2, 3), self.weight.squeeze(-1), self.bias, pace, border)
             y = y.unflatten(2, x.shape[2:4])
         elif square == [1, 1] and self.in_channels >= FEW:
             y = F.linear(x[:, ::pace, :: stride[0], :: stride[1]], self.weight.flatten(1), self.bias)
@@ -50,7 +53,30 @@ class FlatConv3d(nn.Conv3d):
 
 def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """`[n, h, w, channels]` → `[n, h', w', channels']`."""
-    return F.conv2d(x.movedim(-1, 1), weight, bias, stride, padding).movedim(1, -1)
+    images, _, width, channels = x.shape
+    kept = (width - 1) // stride[1] + 1
+    narrow = kept < NARROW and channels >= MANY and weight.shape[3] == 2 * padding[1] + 1
+    if narrow:  # images side by side
+        pace = -(-(width + padding[1]) // stride[1]) * stride[1]  # from one image to the next, zeros between them
+        row = next(n for n in range(1, images + 1) if images % n == 0 and (n * pace >= WIDE or n == images))
+        x = F.pad(x.unflatten(0, (-1, row)).transpose(1, 2), (0, 0, 0, pace - width)).flatten(2, 3)
+    y = F.conv2d(x.movedim(-1, 1), weight, bias, stride, padding).movedim(1, -1)
+    if narrow:
+        y = y.unflatten(2, (row, -1))[:, :, :, :kept].transpose(1, 2).contiguous().flatten(0, 1)
+    return y
+
+
+def _temporal(x: Tensor, weight: Tensor, bias: Tensor | None, pace: int, border: int) -> Tensor:
+    """`[n, t, positions, channels]` → `[n, t', positions, channels']`."""
+    clips, frames, positions, channels = x.shape
+    each_meets_all = pace == 1 and frames <= border + 1 and weight.shape[2] == 2 * border + 1
+    if not each_meets_all or channels < MANY or clips * positions < LONG:
+        return _conv2d(x, weight, bias, (pace, 1), (border, 0))
+    # a matrix product of all frames' channels
+    taps = torch.stack([weight[:, :, border - i : border - i + frames, 0] for i in range(frames)])
+    y = F.linear(x.transpose(1, 2).flatten(2), taps.transpose(2, 3).flatten(2).flatten(0, 1))
+    y = y.unflatten(2, (frames, -1)).transpose(1, 2).contiguous()
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def convert_flat_convs(model: nn.Module) -> nn.Module:

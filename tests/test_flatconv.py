@@ -45,21 +45,40 @@ def results(conv: nn.Module, clips: Tensor, bf16: bool) -> list[Tensor]:
 @pytest.mark.parametrize("last", [True, False], ids=["channels_last_3d", "contiguous"])
 def test_results_and_gradients_are_those_of_a_3d_convolution(name: str, last: bool) -> None:
     torch.manual_seed(0)
-    conv = FLAT[name]
+    check(FLAT[name], torch.randn(2, 6, 12, 10, FLAT[name].in_channels), last)
+
+
+def check(conv: nn.Conv3d, frames: Tensor, last: bool = True) -> None:
+    """Of a converted convolution of `frames`, `[n, t, h, w, channels]`, in either memory format."""
     flat = convert_flat_convs(copy.deepcopy(conv))
     assert type(flat) is FlatConv3d
-    clips = torch.randn(2, 6, 12, 10, conv.in_channels).movedim(-1, 1)
+    clips = frames.movedim(-1, 1)
     if not last:
         clips = clips.contiguous()
     exact = results(conv, clips, bf16=False)
     for found, rounded, right in zip(results(flat, clips, True), results(conv, clips, True), exact, strict=True):
         assert found.shape == right.shape
         assert found.dtype == rounded.dtype
-        error, allowed = ((t.float() - right).norm() / right.norm() for t in (found, rounded))
-        assert error < 1.5 * allowed + 1e-6, "as precise as torch's own in bf16"
+        error, own = ((t.float() - right).norm() / right.norm() for t in (found, rounded))
+        assert error < 1.5 * (own if own < 0.01 else 0.004) + 1e-6, f"as precise as torch's own in bf16, {own:.2g}"
     assert not last or results(flat, clips, True)[0].is_contiguous(memory_format=torch.channels_last_3d)
     for found, right in zip(results(flat, clips, False), exact, strict=True):
         assert torch.equal(found, right), "in float32 it is torch's own"
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_few_frames(frames: int) -> None:
+    torch.manual_seed(0)
+    check(nn.Conv3d(64, 24, (5, 1, 1), (1, 2, 1), (2, 0, 0)), torch.randn(32, frames, 9, 4, 64))
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 7, 14])
+@pytest.mark.parametrize("images", [1, 6, 13])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3), (1, 1)), ((3, 5), (1, 2)), ((1, 3), (2, 3))])
+def test_narrow_maps(width: int, images: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    padding = (0, kernel[0] // 2, kernel[1] // 2)
+    check(nn.Conv3d(64, 24, (1, *kernel), (1, *stride), padding), torch.randn(images, 1, 5, width, 64))
 
 
 @pytest.mark.parametrize("name", OTHER)
