@@ -73,8 +73,9 @@ def _temporal(x: Tensor, weight: Tensor, bias: Tensor | None, pace: int, border:
     if not each_meets_all or channels < MANY or clips * positions < LONG:
         return _conv2d(x, weight, bias, (pace, 1), (border, 0))
     # a matrix product of all frames' channels
-    taps = torch.stack([weight[:, :, border - i : border - i + frames, 0] for i in range(frames)])
-    y = F.linear(x.transpose(1, 2).flatten(2), taps.transpose(2, 3).flatten(2).flatten(0, 1))
+    taps = weight.squeeze(3).transpose(1, 2).to(torch.get_autocast_dtype("cpu"))
+    taps = torch.stack([taps[:, border - i : border - i + frames] for i in range(frames)])
+    y = F.linear(x.transpose(1, 2).flatten(2), taps.flatten(2).flatten(0, 1))
     y = y.unflatten(2, (frames, -1)).transpose(1, 2).contiguous()
     return y if bias is None else y + bias.to(y.dtype)
 
