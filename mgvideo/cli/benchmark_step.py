@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from .progress import Progress
 from .schema import COMPILE, key
 
 REFERENCE = "fp32/contiguous/off"
+SETTLING, FEW_FAULTS = 6, 1000  # steps at most until one is not slowed by so many new pages of memory
 TRAINING = 3  # forward passes that a forward and a backward cost
 
 
@@ -113,7 +115,11 @@ class Bench:
         self.step(clips, labels)
         cell.warm_up = cell.warm_up or time.perf_counter() - begun
         watch = PeakMemory(self.device)
-        self.step(clips, labels)  # takes back what that gave to the system
+        for _ in range(SETTLING):  # takes back what that gave to the system
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            self.step(clips, labels)
+            if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < FEW_FAULTS:
+                break
         begun = time.perf_counter()
         while not cell.times or time.perf_counter() - begun < seconds:
             start = time.perf_counter()
