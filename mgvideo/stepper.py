@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 
 import numpy as np
 import torch
@@ -144,6 +144,8 @@ class Stepper:
         if bad < 0:
             return
         phase = self.plan.phases.index(self.plan.phase(bad))
+        with suppress(UserError):  # the last one may still be on its way to the disk
+            checkpoints.wait()
         steps = checkpoints.steps()
         good = f"the last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
         raise UserError(

@@ -1,5 +1,6 @@
 import json
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import metrics, tiny_plan, tiny_trainer
 
-from mgvideo.checkpoint import read_checkpoint
+from mgvideo.checkpoint import read_checkpoint, write_atomic
 from mgvideo.errors import UserError
 from mgvideo.loader import Batch
 from mgvideo.models.small import i3d_small
@@ -193,7 +194,14 @@ def test_a_training_that_moves_keeps_all_it_ran_on(tmp_path: Path, motion_root: 
     assert (trainer.progress.hardware, trainer.progress.precision) == ("a GPU; two GPUs", "bf16")
 
 
-def test_a_non_finite_loss_stops_before_the_step(tmp_path: Path, motion_root: str) -> None:
+def test_a_non_finite_loss_stops_before_the_step(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(path: Path, data: bytes) -> None:
+        time.sleep(0.5)
+        write_atomic(path, data)
+
+    monkeypatch.setattr("mgvideo.checkpoint.write_atomic", slowly)
     plan = tiny_plan("baseline")
     trainer = tiny_trainer(tmp_path, motion_root, plan, checkpoint_every=2)
     real, calls = trainer.task.loss, 0
