@@ -174,7 +174,7 @@ class Loader:
             self.idle = False
             for worker in started:
                 worker.kill()
-            del batches
+            del batches  # and with it what waits for the killed ones
             yield from self.open(requests, range(step, steps.stop))
 
     def _open(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from torch.optim import Optimizer
 
 from .batches import Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
-from .checkpoint import Checkpoints
 from .distributed import neighbours, rank, world_size
 from .dropout import dropout_of
-from .errors import UserError
 from .loader import Batch
 from .microbatch import pieces
 from .plan import Plan, Slot
@@ -28,7 +26,8 @@ class Stepper:
     """Takes a plan's optimizer steps.
 
     At most `max_clips` clips of the base grid are run at once. `tell(step, doing, part, watched)` hears where a step
-    is, and whether that may last.
+    is, and whether that may last. `bad_step` is the first step whose loss or gradients were not finite, -1 for none;
+    it lives on the device, so that nothing waits.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class Stepper:
         self.max_clips, self.compile, self.tell = max_clips, compile, tell
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
-        # first step whose loss or gradients were not finite, -1 for none; lives on the device so that nothing waits
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
         # clips travel beside the computation of the step before
@@ -138,21 +136,6 @@ class Stepper:
         self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
         self.optimizer.step()
 
-    def check_finite(self, checkpoints: Checkpoints) -> None:
-        """Raise UserError where a step was not taken; asks the device."""
-        bad = int(self.bad_step)
-        if bad < 0:
-            return
-        phase = self.plan.phases.index(self.plan.phase(bad))
-        with suppress(UserError):  # the last one may still be on its way to the disk
-            checkpoints.wait()
-        steps = checkpoints.steps()
-        good = f"the last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
-        raise UserError(
-            f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {grid_name(self.plan, bad)}, "
-            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
-        )
-
 
 def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
     """`model` through torch.compile, one graph of static shapes for each slot; parameters and buffers are shared."""
@@ -160,9 +143,3 @@ def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
     # micro-batches of a slot may differ by a group
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(slots))
     return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]
-
-
-def grid_name(plan: Plan, step: int) -> str:
-    """A step's grid for people."""
-    grid = plan.slot(step).grid
-    return f"{grid.frames}×{grid.size}²"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from .precision import Normalize, Precision
 from .profiling import Profiler
 from .schedule import baseline_of
 from .signals import Stopped, received
-from .stepper import Stepper, grid_name
+from .stepper import Stepper
 from .tasks import Task
 from .watch import at
 from .window import Progress, Window
@@ -192,7 +193,7 @@ class Trainer:
         """Tell the other ranks where this one is."""
         limit = self.options.hang_timeout if watched and self.options.hang_timeout else None
         phase = self.plan.phases.index(self.plan.phase(step))
-        at(f"at step {step} (phase {phase + 1}, {grid_name(self.plan, step)}), {doing}", (step, part), limit)
+        at(f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit)
 
     def step(self, step: int, batch: Batch) -> None:
         """One optimizer step on this rank's share of the global batch."""
@@ -203,6 +204,20 @@ class Trainer:
         window.clips += self.plan.slot(step).batch
         window.read += len(batch.labels)
         window.failures += batch.failures
+
+    def _check_finite(self) -> None:
+        bad = int(self.stepper.bad_step)
+        if bad < 0:
+            return
+        phase = self.plan.phases.index(self.plan.phase(bad))
+        with suppress(UserError):  # the last one may still be on its way to the disk
+            self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
+        raise UserError(
+            f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {_grid_name(self.plan, bad)}, "
+            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
+        )
 
     def _stream(self, step: int) -> Iterator[Batch]:
         """This rank's batches from `step` on, the loader rebuilt at each phase."""
@@ -219,7 +234,7 @@ class Trainer:
         window, step = self.window, self.progress.step
         assert window.loss is not None
         loss = float(window.loss)
-        self.stepper.check_finite(self.checkpoints)
+        self._check_finite()
         self.checkpoints.check()  # a full disk is told now, not when the next checkpoint is due
         elapsed = time.perf_counter() - window.since
         self.progress.seconds += elapsed
@@ -303,7 +318,7 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; what was logged before it goes to disk before it."""
-        self.stepper.check_finite(self.checkpoints)
+        self._check_finite()
         state = self.state()
         if rank() == 0:
             self.monitor.flush()
@@ -318,6 +333,11 @@ def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
         first, stop = phase.steps
         points |= {first + round((i + 1) * (stop - first) / per_phase) for i in range(per_phase)}
     return points
+
+
+def _grid_name(plan: Plan, step: int) -> str:
+    grid = plan.slot(step).grid
+    return f"{grid.frames}×{grid.size}²"
 
 
 def _resident_gib() -> float:
