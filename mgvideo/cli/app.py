@@ -93,9 +93,7 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
         UserError: a key or value that does not exist, with the nearest that does.
     """
     register()
-    check(config_name, overrides)
-    with _initialized():
-        return compose(config_name, overrides=list(overrides), return_hydra_config=True)
+    return check(config_name, overrides, with_hydra=True)
 
 
 def _initialized() -> AbstractContextManager:
@@ -105,11 +103,15 @@ def _initialized() -> AbstractContextManager:
     return initialize_config_module(CONFIGS, version_base="1.3")
 
 
-def check(config_name: str, overrides: Sequence[str]) -> None:
-    """Raise UserError where the overrides do not compose, with the nearest key or value that would."""
+def check(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """The config that the overrides compose, with or without Hydra's own keys.
+
+    Raises:
+        UserError: they do not compose, with the nearest key or value that would.
+    """
     with _initialized():
         try:
-            compose(config_name, overrides=list(overrides))
+            return compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
         except OverrideParseException as error:
             raise UserError(f"cannot read '{error.override!s}': write it as key=value") from error
         except MissingConfigException as error:
