@@ -78,7 +78,6 @@ class Entry:
     cell: Cell
     overrides: list[str]
     missing: str | None = None  # why it cannot run
-    videos: int | None = None  # of the training set, where it is not at hand
 
     @cached_property
     def config(self) -> DictConfig:
@@ -90,11 +89,13 @@ class Entry:
 
     @cached_property
     def plan(self) -> Plan:
-        """What it would do, by the number of videos that is stated where the dataset is not at hand."""
-        stated = self.config.dataset.get("train_videos")
-        if stated is None and self.videos and OmegaConf.is_missing(self.config.dataset, "root"):
-            stated = self.videos
-        return build_plan(self.config, int(stated) if stated else train_videos(self.config))
+        """What it would do; without the dataset, by its published number of videos."""
+        return build_plan(self.config, self.train_videos[0])
+
+    @cached_property
+    def train_videos(self) -> tuple[int, tuple[str, ...]]:
+        """How many videos it trains on, and a note where the number is the published one."""
+        return train_videos(self.config)
 
     def flops(self, plan: Plan) -> float:
         """Multiply-adds of the forward passes of all training clips of a plan; 0 where nothing is trained."""
@@ -140,7 +141,7 @@ def entries(table: Table, given: Sequence[str], weights: str | None) -> list[Ent
                 overrides.append(f"init_from={quoted(path.resolve())}")
             else:
                 missing = f"needs {released.file} from {released.url}" + (f" in {weights}" if weights else "")
-        made.append(Entry(cell, overrides, missing, table.preset.videos))
+        made.append(Entry(cell, overrides, missing))
     return made
 
 

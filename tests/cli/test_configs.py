@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.help import group_options
+from mgvideo.cli.plan import train_videos
 from mgvideo.errors import UserError
 
 OPTIONS = group_options()
@@ -49,6 +50,14 @@ def test_each_experiment_plans_with_each_schedule(experiment: str, schedule: str
     assert plan.steps > 10
     with torch.device("meta"):
         instantiate(plain(composed(f"experiment={experiment}", "++dataset.num_classes=5"), "model"))
+
+
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_each_experiment_plans_without_its_data(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}")
+    videos, notes = train_videos(cfg)
+    assert build_plan(cfg, videos).steps > 100
+    assert bool(notes) == (experiment != "motion")
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
