@@ -188,9 +188,32 @@ def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
         read_keys(["videos=1024", "out=s3://bucket/plan.txt"])
 
 
-def test_base_lr_follows_base_batch_unless_it_is_set() -> None:
-    for extra, lr, told in ([], 0.1, True), (["base.lr=0.07"], 0.07, False):
-        own = ["videos=1024", "format=json", "at=[10]", "schedule=baseline", "base.batch=32", *extra]
-        result = subprocess.run([sys.executable, PROGRAM, *own], capture_output=True, text=True, check=True)
-        assert json.loads(result.stdout)["lr_at_epoch"] == [[10, pytest.approx(lr)]]
-        assert ("linear rule" in result.stderr) == told
+@pytest.mark.parametrize(
+    ("overrides", "lr", "ends", "told"),
+    [
+        (["base.batch=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
+        (["base.batch=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
+        (
+            ["base.epochs=30"], 0.05, [18, 27, 30],
+            [
+                "base.lr_steps: [0, 12, 18] of the recipe's 20 epochs becomes [0, 18, 27] at base.epochs=30, and "
+                "base.warmup_epochs 3 becomes 4.5 (set either to choose both)"
+            ],
+        ),
+        (["base.epochs=30", "base.batch=8"], 0.025, [18, 27, 30], ["base.lr: 0.05 at", "base.lr_steps: [0, 12"]),
+        (["base.epochs=20"], 0.05, [12, 18, 20], []),
+        (["base.epochs=30", "base.lr_steps=[0,25]"], 0.05, [25, 30], []),
+        (["base.epochs=30", "base.warmup_epochs=9"], 0.05, [12, 18, 30], []),
+    ],
+)  # fmt: skip
+def test_the_recipe_follows_batch_and_epochs_that_are_set_alone(
+    overrides: list[str], lr: float, ends: list[float], told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["gpus=1", "videos=1024", "format=json", "at=[10]", "schedule=baseline", *overrides])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert result["lr_at_epoch"] == [[10, pytest.approx(lr)]]
+    assert [phase["epoch_end"] for phase in result["phases"]] == ends
+    lines = printed.err.splitlines()
+    assert len(lines) == len(told)
+    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
