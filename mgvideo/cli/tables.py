@@ -24,7 +24,7 @@ from .plan import clip_flops, train_videos
 FOLDER = "table"  # of mgvideo.configs
 # keys that change neither what is trained nor what is measured
 BESIDES = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
-_BESIDES_TOO = ("train.log_every", "train.evals_per_phase")
+_BESIDES_TOO = ("train.log_every", "train.evals_per_phase", "dataset.train_videos")
 PLACES = ("root", "pyramid", "frame_cache", "frame_cache_gib")
 INSTEAD = {"seed": "seeds=[…]", "output_dir": "out=FOLDER", "experiment": "preset=NAME"}
 
@@ -111,7 +111,9 @@ class Entry:
         start = self.cell.weights_of or Path(self.config.init_from or "none").name
         flat: dict[str, Any] = {"processes": self.cell.processes, "init_from": start}
         _flatten("", OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True), flat)
-        return {key: v for key, v in flat.items() if key not in _BESIDES_TOO and key.split(".")[-1] not in PLACES}
+        return {
+            key: v for key, v in flat.items() if not key.startswith(_BESIDES_TOO) and key.split(".")[-1] not in PLACES
+        }
 
 
 def _flatten(prefix: str, value: Any, flat: dict[str, Any]) -> None:
