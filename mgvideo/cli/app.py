@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from mgvideo.errors import UserError
@@ -45,7 +45,9 @@ def main(config_name: str, description: str, task: Callable[[DictConfig], None],
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
         with reported() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
-            scale_base_lr(config_name, cfg)
+            for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
+                if os.environ.get("RANK", "0") == "0":
+                    print(line, file=sys.stderr)
             task(cfg)
 
     sys.argv = [sys.argv[0], *arguments]
@@ -87,15 +89,15 @@ def explain(error: BaseException | None) -> str | None:
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """A config composed outside hydra.main, for checks, tests and tools.
+    """A config as a program gets it, composed outside hydra.main, for checks, tests and tools.
 
     Raises:
         UserError: a key or value that does not exist, with the nearest that does.
     """
     register()
-    check(config_name, overrides)
-    with _initialized():
-        return compose(config_name, overrides=list(overrides), return_hydra_config=True)
+    cfg = check(config_name, overrides, with_hydra=True)
+    scale_base(config_name, cfg, overrides)
+    return cfg
 
 
 def _initialized() -> AbstractContextManager:
@@ -105,11 +107,15 @@ def _initialized() -> AbstractContextManager:
     return initialize_config_module(CONFIGS, version_base="1.3")
 
 
-def check(config_name: str, overrides: Sequence[str]) -> None:
-    """Raise UserError where the overrides do not compose, with the nearest key or value that would."""
+def check(config_name: str, overrides: Sequence[str], with_hydra: bool = False) -> DictConfig:
+    """The config that the overrides compose, with or without Hydra's own keys.
+
+    Raises:
+        UserError: they do not compose, with the nearest key or value that would.
+    """
     with _initialized():
         try:
-            compose(config_name, overrides=list(overrides))
+            return compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
         except OverrideParseException as error:
             raise UserError(f"cannot read '{error.override!s}': write it as key=value") from error
         except MissingConfigException as error:
@@ -160,19 +166,41 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def scale_base_lr(config_name: str, cfg: DictConfig) -> None:
-    """Let base.lr follow a base.batch given on the command line, by the linear rule, unless it is given too."""
-    overrides = list(HydraConfig.get().overrides.task)
-    keys = {o.split("=")[0].lstrip("+") for o in overrides}
-    if "base.batch" not in keys or "base.lr" in keys:
-        return
-    recipe = compose(config_name, overrides=[o for o in overrides if o.split("=")[0].lstrip("+") != "base.batch"])
-    lr = scale_lr(recipe.base.batch, recipe.base.lr, cfg.base.batch)
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            f"base.lr: {recipe.base.lr:g} at the recipe's batch of {recipe.base.batch} becomes {lr:g} at "
-            f"base.batch={cfg.base.batch} (linear rule; set base.lr to choose another)",
-            file=sys.stderr,
+def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Scale the recipe to a `base.batch` or `base.epochs` among the overrides; returns a line for each change.
+
+    base.lr follows base.batch by the linear rule, unless it is given too. base.lr_steps and base.warmup_epochs follow
+    base.epochs in proportion, unless one of them is given too.
+    """
+    given = {_key_of(override) for override in overrides}
+    batch = "base.batch" in given and "base.lr" not in given
+    epochs = "base.epochs" in given and not given & {"base.lr_steps", "base.warmup_epochs"}
+    if not (batch or epochs):
+        return []
+    rest = [override for override in overrides if _key_of(override) not in ("base.batch", "base.epochs")]
+    with _initialized():
+        recipe, base = compose(config_name, overrides=rest).base, cfg.base
+    told = []
+    if batch:
+        base.lr = scale_lr(recipe.batch, recipe.lr, base.batch)
+        told.append(
+            f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch} becomes {base.lr:g} at "
+            f"base.batch={base.batch} (linear rule; set base.lr to choose another)"
         )
-    OmegaConf.set_struct(cfg, False)
-    cfg.base.lr = lr
+    if epochs and 0 < base.epochs != recipe.epochs:
+        factor = base.epochs / recipe.epochs
+        base.lr_steps, base.warmup_epochs = [factor * step for step in recipe.lr_steps], factor * recipe.warmup_epochs
+        told.append(
+            f"base.lr_steps: {_epochs(recipe.lr_steps)} of the recipe's {recipe.epochs:g} epochs becomes "
+            f"{_epochs(base.lr_steps)} at base.epochs={base.epochs:g}, and base.warmup_epochs {recipe.warmup_epochs:g} "
+            f"becomes {base.warmup_epochs:g} (set either to choose both)"
+        )
+    return told
+
+
+def _key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _epochs(values: Sequence[float]) -> str:
+    return f"[{', '.join(f'{value:g}' for value in values)}]"

@@ -27,6 +27,7 @@ class DatasetKeys:
 
     task: str = key(MISSING, "what a label is", choices=tuple(TASKS))
     root: str = key(MISSING, "the dataset's folder")
+    train_videos: int | None = key(None, "training videos to plan for where root is not set; null: not known", least=1)
     num_classes: int | None = key(None, "null: as many as are found", least=1)
     pyramid: str | None = key(None, "folder of its pyramid")
     frame_cache: str | None = key(None, "folder for decoded frames")

@@ -29,7 +29,7 @@ from mgvideo.paths import exists, relative
 from mgvideo.plan import require
 
 from . import app, keys
-from .build import build_plan
+from .build import build_plan, require_dataset_keys
 from .progress import Progress
 from .schema import key
 
@@ -165,6 +165,7 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
 
 
 def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
+    require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
     found = [instantiate(cfg.dataset[part], decoder=PyAV()) for part in SPLITS[split]]

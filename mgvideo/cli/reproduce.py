@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from mgvideo.checkpoint import write_atomic
@@ -25,6 +24,7 @@ from mgvideo.signals import Stopped, listening, stop_if_asked
 from mgvideo.table import Table
 
 from . import app, keys, prices
+from .build import require_dataset_keys
 from .jobs import LOG, Following, Job, placed, start, sweep, sweep_folder, wait, why
 from .schema import key
 from .tables import Entry, entries, load_table, tables
@@ -162,9 +162,7 @@ class Reproduction:
             raise UserError(f"cannot write into out={self.folder}: {error.strerror}") from error
         for entry in self.cells:
             if any(job.entry is entry for job in self.chosen):
-                unset = OmegaConf.missing_keys(entry.config.dataset)
-                name = min(unset, key=len, default="")
-                require(not unset, f"dataset.{name} is not set: add dataset.{name}=… to the command")
+                require_dataset_keys(entry.config)
                 _ = entry.plan  # recipe, schedule and dataset fit together
         for job in self.chosen:
             if self.given.launcher:
