@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,13 +23,13 @@ def max_pool(x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Siz
             )
         return _pool(x.flatten(1, 2), window, strides, pads).unflatten(1, (-1, x.shape[2]))
     if (window, strides, pads) == ([1, 1], [1, 1], [0, 0]):
-        return _pool(x.flatten(3), (t, 1), (t_stride, 1), (t_pad, 0)).unflatten(3, x.shape[3:])
+        return _pool(x.flatten(3), [t, 1], [t_stride, 1], [t_pad, 0]).unflatten(3, x.shape[3:])
     raise ValueError(
         f"max_pool: kernel {kernel} with stride {stride} pools over time and space; pool one after the other"
     )
 
 
-def _pool(x: Tensor, window: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+def _pool(x: Tensor, window: list[int], stride: list[int], padding: list[int]) -> Tensor:
     # Without indices it would be float32 under a CPU's autocast, which takes longer and changes no maximum.
     return F.max_pool2d(x, window, stride, padding, return_indices=True)[0]
 

@@ -1,4 +1,4 @@
-"""Max pooling over space or time as 2-D pooling: the values and gradients of 3-D pooling, on views, in one precision."""
+"""Max pooling over space or time as 2-D pooling: it gives the values and gradients of 3-D pooling."""
 
 from __future__ import annotations
 
