@@ -17,6 +17,7 @@ from .distributed import neighbours, rank, world_size
 from .dropout import dropout_of
 from .loader import Batch
 from .microbatch import pieces
+from .optim import SkippableStep
 from .plan import Plan, Slot
 from .precision import Normalize, Precision
 from .tasks import Task
@@ -49,6 +50,7 @@ class Stepper:
         self.max_clips, self.compile, self.tell = max_clips, compile, tell
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
+        self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
         # clips travel beside the computation of the step before
@@ -121,20 +123,19 @@ class Stepper:
         return total
 
     def _update(self, step: int, loss: Tensor) -> None:
-        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good."""
+        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good.
+
+        In fp16 the scaled gradients overflow now and then: such a step is skipped, the scale is halved and training
+        continues. Gradients that overflow at a scale of 1, which it is in other precisions, are not finite themselves.
+        """
+        self.scaler.unscale_(self.optimizer)
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.isfinite(loss)
-        if not self.scaler.is_enabled():  # under fp16 the scaler skips overflowing gradients itself
-            finite &= torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
-        first_bad = ~finite & (self.bad_step < 0)
-        self.bad_step = torch.where(first_bad, step, self.bad_step)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            return
-        # what the fused kernel reads to skip a step without asking the host
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
-        self.optimizer.step()
+        overflow = ~torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        bad = ~torch.isfinite(loss) | (overflow & (scale <= 1))
+        self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
+        self.skippable_step((self.bad_step >= 0) | overflow)
+        self.scaler.update()
 
 
 def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:

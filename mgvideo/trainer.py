@@ -23,6 +23,7 @@ from .errors import UserError
 from .evaluate import Beat, Evaluator, Views, precise_bn
 from .loader import Batch, Loader
 from .monitor import Monitor
+from .optim import load_optimizer_state
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
 from .profiling import Profiler
@@ -111,15 +112,12 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another network.
         """
-        settings = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(f"the checkpoint does not fit this network and optimizer: {reason}") from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
         if state["scaler"]:  # of a run in fp16
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
