@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batches import Share
 from .plan import Grid
-from .precision import Precision
+from .precision import Precision, without_tuning
 
 MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
 
@@ -63,7 +63,8 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
     dtype = next(model.parameters()).dtype
     clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
     kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, precision.autocast(), without_tuning():
         output = model(clips.permute(0, 4, 1, 2, 3))
     clip_bytes = sum(size for pointer, size in saved.items() if pointer not in kept) / 2
     del output

@@ -37,7 +37,16 @@ from mgvideo.trainer import Trainer, TrainOptions
 from mgvideo.watch import LEAVING, at
 
 from . import app
-from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
+from .build import (
+    Data,
+    build_data,
+    build_model,
+    build_normalize,
+    build_plan,
+    fall_back_if_convolutions_are_wrong,
+    loader_options,
+    max_clips,
+)
 from .groups import check_groups
 from .resume import beginning, made_of, resumed, set_aside
 from .schema import check_values
@@ -68,7 +77,7 @@ def run(cfg: DictConfig) -> None:
         with sole_folder(folder), mirror.kept(), explained(folder, checkpoints):
             path, warnings = beginning(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, anew=path is None)
-            precision, faults = trusted(cfg, model, plan, precision)
+            precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
             checkpoints.made_of = made_of(cfg, data, precision)
             state, told = resumed(cfg, path, checkpoints.made_of) if path else (None, [])
             write_plan(cfg, data, plan, folder)
