@@ -184,3 +184,10 @@ def test_what_changes_the_result_is_kept_or_refused(
     assert newest is not None
     assert read_checkpoint(newest)["max_clips"] == {"ranks": 1, "clips": 16}, "not as many as memory holds today"
     assert end_state(tmp_path / "out") == end_state(whole)
+
+
+def test_a_network_that_draws_for_a_rank_alone_is_refused(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "model._target_=faults.network"]
+    line = said(main, [*run, "+model.fault=dropout"], capsys)
+    assert line.startswith("error: model: the network itself (FaultyNetwork) draws random numbers (")
+    assert "use nn.Dropout as a layer" in line

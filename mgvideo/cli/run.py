@@ -23,6 +23,7 @@ from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
 from mgvideo.distributed import joined, rank, world_size
 from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
+from mgvideo.forward_check import check_forward
 from mgvideo.loader import Loader, dead_worker
 from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
@@ -179,6 +180,9 @@ def build_trainer(
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
+    if cfg.train.enable:
+        smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
+        check_forward(model, smallest, precision.device)
     fits = max_clips(cfg, model, plan, precision, state.get("max_clips") if state else None)
     largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
     base_volume = plan.base.frames * plan.base.size**2
