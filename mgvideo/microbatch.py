@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Share
-from .plan import Grid
+from .errors import UserError
+from .plan import Base, Grid
 from .precision import Precision, without_tuning
 
 MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
@@ -74,3 +77,33 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
     else:
         free = psutil.virtual_memory().available // processes
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
+
+
+def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:
+    """The `max_clips` under which at most half of `clips` clips of a grid run at once, or as few as it can make them.
+
+    None where no value makes micro-batches smaller.
+    """
+    base_volume = base.frames * base.size**2
+    lower = max(1, clips // 2 * grid.volume // base_volume)
+    return lower if max(1, lower * base_volume // grid.volume) < clips else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory on the device or on the host is used up."""
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
+
+
+@contextmanager
+def explain_out_of_memory(explanation: Callable[[], str]) -> Iterator[None]:
+    """Raise UserError("out of memory " + explanation) in place of an out-of-memory error inside it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {explanation()}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from .batchnorm import deferred_running_stats, set_bn_groups
 from .distributed import neighbours, rank, world_size
 from .dropout import dropout_of
 from .loader import Batch
-from .microbatch import pieces
+from .microbatch import explain_out_of_memory, fewer_clips, pieces
 from .optim import SkippableStep
-from .plan import Plan, Slot
+from .plan import Grid, Plan, Slot
 from .precision import Normalize, Precision
 from .tasks import Task
 
@@ -70,9 +71,27 @@ class Stepper:
         part = share(slot.batch, phase.bn_groups, rank(), world_size())
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(step)
-        total = self._accumulate(step, part, *self._transferred(batch))
-        self._update(step, total)
+        with explain_out_of_memory(partial(self._explain_out_of_memory, step, part)):
+            total = self._accumulate(step, part, *self._transferred(batch))
+            self._update(step, total)
         return total
+
+    def _explain_out_of_memory(self, step: int, part: Share) -> str:
+        """Where memory ran out, and the key to lower."""
+        grid, phase = self.plan.slot(step).grid, self.plan.phases.index(self.plan.phase(step))
+        cuts = pieces(part, self._limit(grid))
+        clips = max(piece.stop - piece.start for piece in cuts)
+        lower = fewer_clips(clips, grid, self.plan.base)
+        if lower is None:
+            advice = "choose a smaller model, base.size or base.frames, or precision=bf16"
+        else:
+            advice = f"try loader.max_clips_per_step={lower} (now {self.max_clips})"
+        place = f"at step {step} (phase {phase + 1}, {grid.frames}×{grid.size}²)"
+        return f"{place}, where this rank runs {clips} clips at once: {advice}"
+
+    def _limit(self, grid: Grid) -> int:
+        """How many clips of a grid to run at once."""
+        return max(1, self.max_clips * self.plan.base.frames * self.plan.base.size**2 // grid.volume)
 
     def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Clips, uint8 still, and labels, on the device."""
@@ -90,9 +109,7 @@ class Stepper:
     def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
         slot = self.plan.slot(step)
-        volume, batch = slot.grid.volume, slot.batch
-        limit = max(1, self.max_clips * self.plan.base.frames * self.plan.base.size**2 // volume)
-        cuts = pieces(part, limit)
+        batch, cuts = slot.batch, pieces(part, self._limit(slot.grid))
         group = neighbours(len(part.ranks))
         total = torch.zeros((), device=self.device)
         # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state

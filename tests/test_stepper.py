@@ -1,4 +1,4 @@
-"""Training steps whose loss or gradients are not finite, also under the scaler of fp16."""
+"""Training steps whose loss or gradients are not finite, also under the scaler of fp16, or that memory cannot hold."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training import tiny_plan
 
 from mgvideo.batchnorm import convert_group_batchnorm
+from mgvideo.errors import UserError
 from mgvideo.loader import Batch
 from mgvideo.optim import sgd
 from mgvideo.plan import Plan
@@ -134,3 +135,40 @@ def test_nothing_changes_from_the_first_loss_on_that_is_not_finite(optimizer: st
     assert not equal(seen[0], seen[1])
     assert equal(seen[1], seen[2])
     assert equal(seen[1], seen[4])
+
+
+def out_of_memory(plan: Plan, max_clips: int) -> str:
+    """What the first step says on a machine without memory."""
+    trained = stepper("fused", None, plan, max_clips)
+    trained.task = SimpleNamespace(loss=lambda *_: torch.empty(2**50))  # type: ignore[assignment]
+    with pytest.raises(UserError) as refusal:
+        trained(0, batch(plan, 0))
+    (line,) = str(refusal.value).splitlines()
+    return line
+
+
+def test_a_step_that_memory_cannot_hold_names_the_key_and_a_value_that_fits() -> None:
+    plan = tiny_plan("long", batch=16)
+    slot, base = plan.slot(0), plan.base
+    assert slot.batch == 128
+    grid = f"{slot.grid.frames}×{slot.grid.size}²"
+    value, line = 1000, out_of_memory(plan, 1000)
+    assert line.startswith(f"out of memory at step 0 (phase 1, {grid}), where this rank runs 128 clips at once: ")
+    tried = []
+    while "try loader.max_clips_per_step=" in line:
+        clips = int(line.split("runs ")[1].split()[0])
+        lower = int(line.split("loader.max_clips_per_step=")[1].split()[0])
+        assert f"(now {value})" in line
+        assert lower == 1 or lower * base.frames * base.size**2 // slot.grid.volume <= clips // 2
+        value, line = lower, out_of_memory(plan, lower)
+        tried.append(value)
+    assert tried[-1] == 1
+    assert "choose a smaller model, base.size or base.frames" in line
+
+
+def test_other_errors_of_a_step_are_not_about_memory() -> None:
+    plan = tiny_plan("baseline")
+    broken = stepper("fused", None, plan)
+    broken.task = SimpleNamespace(loss=lambda logits, labels: logits @ labels)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="addmv"):
+        broken(0, batch(plan, 0))

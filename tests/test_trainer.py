@@ -275,3 +275,14 @@ def test_another_optimizer_keeps_its_settings_and_another_precision_its_scale(tm
     with pytest.raises(UserError, match="does not fit this network"):
         other.load(state)
     other.monitor.close()
+
+
+def test_an_evaluation_that_memory_cannot_hold_names_its_key(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), validate=True)
+    trainer.monitor.close()
+    assert trainer.validate is not None
+    evaluator, views = trainer.validate
+    trainer.model.register_forward_hook(lambda *_: torch.empty(2**50))
+    for batch, key in ((8, r"test\.batch=4 \(now 8\)"), (1, r"test\.crops=1 or less test\.size")):
+        with pytest.raises(UserError, match=rf"^out of memory .* {batch} crops of 8×32² .* try {key}$"):
+            replace(evaluator, batch=batch)(trainer.model, views)

@@ -25,6 +25,7 @@ from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
 from mgvideo.forward_check import check_forward
 from mgvideo.loader import Loader, dead_worker
+from mgvideo.microbatch import is_out_of_memory
 from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
 from mgvideo.plan import Grid, Plan
@@ -35,7 +36,7 @@ from mgvideo.schedule import baseline_of
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
-from mgvideo.watch import LEAVING, at
+from mgvideo.watch import LEAVING, at, place
 
 from . import app
 from .build import (
@@ -65,8 +66,7 @@ def run(cfg: DictConfig) -> None:
     with listening(), joined() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # on GPUs some gradients, such as max pooling's, have no deterministic kernel: torch names them then
-            torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+            torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not cfg.deterministic  # shapes are few and come again
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
@@ -75,7 +75,7 @@ def run(cfg: DictConfig) -> None:
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
-        with sole_folder(folder), mirror.kept(), explained(folder, checkpoints):
+        with sole_folder(folder), mirror.kept(), explained(cfg, checkpoints):
             path, warnings = beginning(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, anew=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
@@ -122,8 +122,8 @@ def sole_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
-    """What ends a run from outside: signals, a disk, a loader worker's death."""
+def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
+    """Explain in one line what ends a run: a signal, the disk, memory, a dead loader worker, a non-finite loss."""
     try:
         yield
     except Stopped as stop:
@@ -136,14 +136,29 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
+        folder = checkpoints.folder.parent
         raise UserError(
             f"cannot write into output_dir={folder}: {error.strerror}; the checkpoints written before are intact"
         ) from error
-    except RuntimeError as error:
-        plain = dead_worker(error)
-        if plain is error:
+    except (RuntimeError, MemoryError) as error:
+        message = dead_worker(error)
+        if message is error:
+            message = _explain(error)
+        if message is error:
             raise
-        raise plain from error
+        raise message from error
+
+
+def _explain(error: Exception) -> Exception:
+    """A UserError for torch's error where a key of the config helps, else the error itself."""
+    if is_out_of_memory(error):
+        return UserError(
+            f"out of memory {place()}: lower loader.max_clips_per_step, or choose a smaller model or base.size"
+        )
+    text = str(error).splitlines()[0] if str(error) else ""
+    if "use_deterministic_algorithms" in text:
+        return UserError(f"deterministic=true: {text.split(',')[0]}: set deterministic=false or change the network")
+    return error
 
 
 def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
