@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from .batches import Share
 from .errors import UserError
-from .plan import Base, Grid
+from .plan import Base, Grid, Plan
 from .precision import Precision, without_tuning
 
 MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
+MAX_MEMORY_SHARE = 0.8  # the same, for a run that was begun with a number of clips and should keep it
 
 
 class Piece(NamedTuple):
@@ -77,6 +78,12 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
     else:
         free = psutil.virtual_memory().available // processes
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
+
+
+def clips_at_once(plan: Plan, ranks: int) -> float:
+    """The volume of a plan's largest step on each rank, without micro-batches, in clips of the base grid."""
+    largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
+    return largest / (plan.base.frames * plan.base.size**2 * ranks)
 
 
 def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:

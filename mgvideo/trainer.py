@@ -19,7 +19,7 @@ from .batches import Batches, share
 from .checkpoint import Checkpoints
 from .clips import Failure
 from .distributed import Votes, barrier, gather_objects, rank, world_size
-from .errors import UserError
+from .errors import NonFiniteError, UserError
 from .evaluate import Beat, Evaluator, Views, precise_bn
 from .loader import Batch, Loader
 from .monitor import Monitor
@@ -204,17 +204,18 @@ class Trainer:
         window.failures += batch.failures
 
     def _check_finite(self) -> None:
-        bad = int(self.stepper.bad_step)
-        if bad < 0:
+        """Raise NonFiniteError on all ranks where the loss or gradients of a step were not finite on one of them."""
+        bad = min((step for step in gather_objects(int(self.stepper.bad_step)) if step >= 0), default=None)
+        if bad is None:
             return
         phase = self.plan.phases.index(self.plan.phase(bad))
         with suppress(UserError):  # the last one may still be on its way to the disk
             self.checkpoints.wait()
         steps = self.checkpoints.steps()
         good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
-        raise UserError(
+        raise NonFiniteError(
             f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {_grid_name(self.plan, bad)}, "
-            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
+            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}"
         )
 
     def _stream(self, step: int) -> Iterator[Batch]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.distributed import barrier, gather_objects, local_rank, world_size
+from mgvideo.distributed import barrier, gather_objects, local_rank
 from mgvideo.dropout import convert_clip_dropout
 from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
@@ -142,20 +141,12 @@ def loader_options(cfg: DictConfig) -> LoaderOptions:
     return LoaderOptions(workers, cfg.loader.prefetch, cfg.loader.start_method, cfg.loader.timeout, idle)
 
 
-def max_clips(
-    cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision, saved: Mapping[str, int] | None = None
-) -> int:
-    """Base-grid clips that a rank holds at once: as set, as saved by as many ranks, or measured, the least of all.
-
-    Where BN groups shrink to what fits, and in the last bits of every sum, the result depends on it: a resumed run
-    keeps to what it began with, however much memory is free today.
-    """
+def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> int:
+    """How many base-grid clips a rank runs at once: as set, or measured, the least of all ranks."""
     if cfg.loader.max_clips_per_step is not None:
         if cfg.loader.max_clips_per_step < 1:
             raise UserError("loader.max_clips_per_step must be 1 or more, or null to measure it")
         return cfg.loader.max_clips_per_step
-    if saved and saved["ranks"] == world_size():
-        return saved["clips"]
     base = plan.base
     grid = Grid(base.frames, base.size, (base.stride, base.stride), base.jitter)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

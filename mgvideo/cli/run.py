@@ -21,11 +21,11 @@ from torch import nn
 from mgvideo.batches import check_shares
 from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
 from mgvideo.distributed import joined, rank, world_size
-from mgvideo.errors import UserError
+from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
 from mgvideo.forward_check import check_forward
 from mgvideo.loader import Loader, dead_worker
-from mgvideo.microbatch import is_out_of_memory
+from mgvideo.microbatch import clips_at_once, is_out_of_memory
 from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
 from mgvideo.plan import Grid, Plan
@@ -50,7 +50,15 @@ from .build import (
     max_clips,
 )
 from .groups import check_groups
-from .resume import beginning, made_of, resumed, set_aside
+from .resume import (
+    beginning,
+    keep_max_clips,
+    lower_lr_command,
+    made_of,
+    resumed,
+    set_aside,
+    software_versions,
+)
 from .schema import check_values
 
 
@@ -79,8 +87,8 @@ def run(cfg: DictConfig) -> None:
             path, warnings = beginning(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, anew=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
-            checkpoints.made_of = made_of(cfg, data, precision)
-            state, told = resumed(cfg, path, checkpoints.made_of) if path else (None, [])
+            checkpoints.made_of, checkpoints.versions = made_of(cfg, data, precision), software_versions()
+            state, told = resumed(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
             write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
@@ -126,6 +134,10 @@ def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
     """Explain in one line what ends a run: a signal, the disk, memory, a dead loader worker, a non-finite loss."""
     try:
         yield
+    except NonFiniteError as error:
+        raise UserError(
+            f"{error}. To continue with half the learning rate: {lower_lr_command(cfg, checkpoints)}"
+        ) from error
     except Stopped as stop:
         at(LEAVING)
         checkpoints.wait()
@@ -198,10 +210,12 @@ def build_trainer(
     if cfg.train.enable:
         smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
         check_forward(model, smallest, precision.device)
-    fits = max_clips(cfg, model, plan, precision, state.get("max_clips") if state else None)
-    largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
-    base_volume = plan.base.frames * plan.base.size**2
-    if fits * base_volume * world_size() < largest:
+    fits = max_clips(cfg, model, plan, precision)
+    if state and cfg.loader.max_clips_per_step is None:
+        fits, warning = keep_max_clips(state.get("max_clips"), fits, plan)
+        if warning:
+            monitor.say(f"warning: {warning}")
+    if fits < clips_at_once(plan, world_size()):
         monitor.say(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
     side = base.size
