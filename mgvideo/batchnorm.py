@@ -90,14 +90,36 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 
 
 def convert_group_batchnorm(model: nn.Module) -> nn.Module:
-    """Turns every plain `nn.BatchNorm3d` of a model into a `GroupBatchNorm3d`, in place, and returns the model.
+    """Turn every `nn.BatchNorm3d` of a model into a `GroupBatchNorm3d`, in place, and return the model.
 
-    The modules, their parameters, buffers and hooks stay the very same objects.
+    The modules, their parameters, buffers and hooks stay the very same objects. Layers that normalise each clip by
+    itself, such as `nn.LayerNorm`, `nn.GroupNorm` and `nn.InstanceNorm3d`, stay as they are.
+
+    Raises:
+        UserError: a layer whose statistics would not be synchronised, and what to use instead.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if type(module) is nn.BatchNorm3d:
             module.__class__ = GroupBatchNorm3d
+        elif instead := _instead(module):
+            raise UserError(
+                f"model: {name or 'the network itself'} ({type(module).__name__}) would have other statistics on each "
+                f"rank and in each micro-batch: {instead}"
+            )
     return model
+
+
+def _instead(module: nn.Module) -> str | None:
+    """What to use instead of a layer that cannot be converted; None for any other layer."""
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return "set its track_running_stats to False" if module.track_running_stats else None
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, GroupBatchNorm3d):
+        return None
+    if isinstance(module, nn.LazyBatchNorm3d):
+        return "use nn.BatchNorm3d with its number of channels"
+    if isinstance(module, nn.BatchNorm3d | nn.SyncBatchNorm):
+        return "use nn.BatchNorm3d itself, whose groups of clips are shared among ranks without more"
+    return "use nn.BatchNorm3d on [clips, channels, frames, height, width], of size 1 where there is none of these"
 
 
 def set_bn_groups(model: nn.Module, groups: int, process_group: dist.ProcessGroup | None = None) -> None:

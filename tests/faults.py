@@ -1,4 +1,4 @@
-"""The tests' videos with a fault among them: what one rank, or a loader worker of it, suffers while it reads."""
+"""The tests' videos and network with a fault: what one rank, or a loader worker of it, suffers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mgvideo.clips import ClipRequest, Sample
 from mgvideo.datasets import motion as real
+from mgvideo.models.small import r2plus1d_small
 
 
 class Faulty:
@@ -63,3 +68,28 @@ def overrides(fault: str, videos: str = "train", **options: object) -> list[str]
     extra = {"fault": fault, **options}
     given = [f"+dataset.{videos}.{key}={value}" for key, value in extra.items()]
     return [f"dataset.{videos}._target_=faults.motion", *given]
+
+
+class FaultyNetwork(nn.Module):
+    """A network with a fault in training: `bad_loss`, once after so many forward passes, or `dropout`, always."""
+
+    def __init__(self, network: nn.Module, fault: str, after: int, once: str) -> None:
+        super().__init__()
+        self.network, self.fault, self.after, self.once = network, fault, after, Path(once)
+        self.steps = 0
+
+    def forward(self, clips: Tensor) -> Tensor:
+        logits = self.network(clips)
+        if self.fault == "dropout":
+            return F.dropout(logits, 0.1, self.training)
+        if self.training and torch.is_grad_enabled():
+            self.steps += 1
+            if self.steps > self.after and not self.once.exists():
+                self.once.touch()
+                return logits * float("nan")
+        return logits
+
+
+def network(fault: str, after: int = 0, once: str = "", **arguments: Any) -> FaultyNetwork:
+    """`mgvideo.models.small.r2plus1d_small` with a fault."""
+    return FaultyNetwork(r2plus1d_small(**arguments), fault, after, once)

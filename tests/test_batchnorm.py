@@ -69,13 +69,42 @@ def after(bn: nn.BatchNorm3d, x: Tensor, groups: int) -> dict[str, Tensor]:
 
 
 def test_conversion_keeps_modules_parameters_and_names():
-    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.GroupNorm(2, 4))
     before = list(model), list(model.parameters()), list(model.state_dict())
     assert convert_group_batchnorm(model) is model
-    assert [type(m) for m in model] == [nn.Conv3d, GroupBatchNorm3d, nn.BatchNorm2d]
+    assert [type(m) for m in model] == [nn.Conv3d, GroupBatchNorm3d, nn.GroupNorm]
     for old, new in zip(before, (list(model), list(model.parameters()), list(model.state_dict())), strict=True):
         assert all(a is b or a == b for a, b in zip(old, new, strict=True))
-    nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.BatchNorm2d(4)).load_state_dict(model.state_dict())
+    nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.GroupNorm(2, 4)).load_state_dict(model.state_dict())
+    assert convert_group_batchnorm(model) is model, "twice is as good as once"
+
+
+@pytest.mark.parametrize(
+    ("layer", "instead"),
+    [
+        (nn.BatchNorm1d(4), "of size 1"),
+        (nn.BatchNorm2d(4), "of size 1"),
+        (nn.SyncBatchNorm(4), "shared among ranks"),
+        (type("OwnNorm", (nn.BatchNorm3d,), {})(4), "use nn.BatchNorm3d itself"),
+        (nn.LazyBatchNorm3d(), "with its number of channels"),
+        (nn.InstanceNorm3d(4, track_running_stats=True), "track_running_stats to False"),
+        (nn.InstanceNorm1d(4, track_running_stats=True), "track_running_stats to False"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_layers_whose_statistics_would_differ_between_ranks_are_refused_by_name(layer: nn.Module, instead: str):
+    model = nn.ModuleDict({"stem": nn.BatchNorm3d(4), "block": nn.Sequential(nn.ReLU(), layer)})
+    with pytest.raises(UserError) as refusal:
+        convert_group_batchnorm(model)
+    (line,) = str(refusal.value).splitlines()
+    assert line.startswith(f"model: block.1 ({type(layer).__name__})")
+    assert instead in line
+
+
+def test_layers_that_normalise_each_clip_are_left_alone():
+    layers = [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm3d(4), nn.LocalResponseNorm(2)]
+    model = convert_group_batchnorm(nn.Sequential(*layers))
+    assert [type(layer) for layer in model] == [type(layer) for layer in layers]
 
 
 @pytest.mark.parametrize("deferred", [False, True])

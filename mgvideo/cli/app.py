@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import hydra
 from hydra import compose, initialize_config_module
@@ -204,3 +207,36 @@ def _key_of(override: str) -> str:
 
 def _epochs(values: Sequence[float]) -> str:
     return f"[{', '.join(f'{value:g}' for value in values)}]"
+
+
+def same_command(changes: Mapping[str, str], without: Sequence[str] = ()) -> str:
+    """The command line that started this run, with other values of some keys and `without` others, to paste in a shell.
+
+    Under torchrun on one node it starts as many ranks. Other launchers (srun, torchrun on several nodes) go before it.
+    """
+    left_out = {*changes, *without}
+    overrides = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") not in left_out]
+    folder = get_args_parser().parse_args(sys.argv[1:]).config_dir
+    flags = ["--config-dir", folder] if folder else []
+    return shlex.join([*_program(), *flags, *overrides, *(f"{key}={value}" for key, value in changes.items())])
+
+
+def _program() -> list[str]:
+    """The words that start this program, before its own arguments."""
+    env, script = os.environ, sys.argv[0]
+    python = "python" if shutil.which("python") == sys.executable else _short(sys.executable)
+    words = [python]
+    if "TORCHELASTIC_RUN_ID" in env and env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"]:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={env['WORLD_SIZE']}"]
+    if Path(script).name == "__main__.py":
+        return [*words, "-m", "mgvideo.cli", "run"]
+    if script.endswith(".py"):
+        return [*words, _short(script)]
+    if len(words) > 1:
+        return [*words, "--no-python", _short(script), "run"]
+    return ["mgvideo" if shutil.which("mgvideo") == script else _short(script), "run"]
+
+
+def _short(path: str) -> str:
+    """A path relative to the current folder where it is inside."""
+    return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else path

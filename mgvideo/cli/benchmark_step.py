@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.forecast import cost
 from mgvideo.plan import Grid, Plan, require
-from mgvideo.precision import Precision, choose_precision, conv_faults
+from mgvideo.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.schedule import baseline_of
 from mgvideo.stepper import compiled
 
@@ -208,7 +208,8 @@ def measure(
     for v in variants:
         torch.manual_seed(0)
         benches[v.name] = Bench(instantiate(cfg.model), v, plan)
-        for fault in conv_faults(benches[v.name].model, grids, v.precision):
+        faults = probe_convolutions(benches[v.name].model, grids, v.precision)
+        for fault in (*faults.wrong, *faults.slow):
             print(f"warning: torch {torch.__version__} in {v.precision}: {fault}", file=sys.stderr)
         cells[v.name] = {}
         for grid in grids:

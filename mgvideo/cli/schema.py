@@ -125,7 +125,7 @@ class CheckpointKeys:
     every_steps: int = key(0, "steps between two; 0: none by steps", least=0)
     every_minutes: float = key(15.0, "minutes between two; 0: none by time", least=0)
     keep: int = key(3, "how many to keep besides the best", least=1)
-    strict: bool = key(True, "refuse to resume what another recipe, model or dataset made; false: go on regardless")
+    strict: bool = key(True, "refuse to resume what another recipe, model, dataset or plan made; false: warn")
 
 
 @dataclass
@@ -159,7 +159,7 @@ class RunKeys:
     hang_timeout: float = key(
         45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever", least=0
     )
-    deterministic: bool = key(False, "refuse kernels whose result varies from run to run")
+    deterministic: bool = key(False, "end the run at a kernel whose result varies from run to run")
     output_dir: str = key(MISSING, "the run's folder")
     resume: str = key("auto", "auto: go on with output_dir's newest checkpoint; never; or a checkpoint's path")
     init_from: str | None = key(
