@@ -3,6 +3,6 @@
 import sys
 
 if __name__ == "__main__":  # worker processes import this file, and need no more of it
-    from mgvideo.cli.benchmark import main
+    from mgvideo.cli import main
 
-    main(sys.argv[1:])
+    main(["benchmark", *sys.argv[1:]])

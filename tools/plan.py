@@ -2,7 +2,7 @@
 
 import sys
 
-from mgvideo.cli.plan import main
+from mgvideo.cli import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["plan", *sys.argv[1:]])

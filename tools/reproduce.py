@@ -2,7 +2,7 @@
 
 import sys
 
-from mgvideo.cli.reproduce import main
+from mgvideo.cli import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["reproduce", *sys.argv[1:]])

@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
+from mgvideo.cli.terminal import terminal
 
 PROGRAM = Path(__file__).with_name("run_net.py")
 PREPARE = Path(__file__).with_name("prepare_data.py")
@@ -141,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()

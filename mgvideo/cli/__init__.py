@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from mgvideo.signals import note
 from mgvideo.workers import start_server
 
+from .terminal import terminal
+
 # Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
 # the cores: docs/benchmarks/speed.md. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,8 +36,12 @@ PROGRAMS = {
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Entry point of the installed command `mgvideo PROGRAM …`, and of tools/run_net.py."""
-    words = sys.argv[1:] if words is None else words
+    """Entry point of the installed command `mgvideo PROGRAM …`, and of the files in tools/."""
+    with terminal():
+        _run(sys.argv[1:] if words is None else words)
+
+
+def _run(words: Sequence[str]) -> None:
     program, arguments = (words[:1] or ["--help"])[0], words[1:]
     if program in PROGRAMS:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):

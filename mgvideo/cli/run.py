@@ -113,9 +113,10 @@ def sole_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
-    """What ends a run from outside: signals, a disk, a loader worker's death."""
+    """Print or raise the line for what ends a run from outside: a signal, a disk, the death of a loader worker."""
     try:
-        yield
+        with _dead_workers_explained():
+            yield
     except Stopped as stop:
         at(LEAVING)
         checkpoints.wait()
@@ -129,11 +130,17 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
         raise UserError(
             f"cannot write into output_dir={folder}: {error.strerror}; the checkpoints written before are intact"
         ) from error
-    except RuntimeError as error:
-        plain = dead_worker(error)
-        if plain is error:
+
+
+@contextmanager
+def _dead_workers_explained() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch raises it in a signal handler, wherever this process is
+        explained_error = dead_worker(error)
+        if explained_error is error:
             raise
-        raise plain from error
+        raise explained_error from error
 
 
 def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
