@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mgvideo.signals import note
 from mgvideo.workers import start_server
 
-from .terminal import terminal
+from .terminal import restart_in_utf8_mode, terminal
 
 # Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
 # the cores: docs/benchmarks/speed.md. Before torch is loaded.
@@ -35,8 +35,14 @@ PROGRAMS = {
 }
 
 
+def command(*program: str) -> None:
+    """Entry point of the installed command `mgvideo PROGRAM …`, and of the files in tools/, which name the program."""
+    restart_in_utf8_mode()
+    main([*program, *sys.argv[1:]])
+
+
 def main(words: Sequence[str] | None = None) -> None:
-    """Entry point of the installed command `mgvideo PROGRAM …`, and of the files in tools/."""
+    """Run a program in this process: its name and its arguments, by default those of the command line."""
     with terminal():
         _run(sys.argv[1:] if words is None else words)
 

@@ -146,8 +146,9 @@ def _dead_workers_explained() -> Iterator[None]:
 def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
     """Leave the composed config, the plan and the names of the classes in the run's folder."""
     if rank() == 0:
+        names = "".join(f"{name}\n" for name in data.train.class_names)
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-        write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
+        write_atomic(folder / "classes.txt", names.encode(errors="surrogateescape"))
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 

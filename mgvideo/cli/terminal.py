@@ -34,6 +34,19 @@ def replace_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error(ENCODING_ERRORS, replace_unencodable)
 
 
+def restart_in_utf8_mode() -> None:
+    """Start this process anew in Python's UTF-8 mode where file names are of another encoding.
+
+    Python and its libraries then read and write UTF-8 everywhere, as from 3.15 on by default. What the terminal shows
+    keeps the encoding of its locale.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode:
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 @contextmanager
 def terminal() -> Iterator[None]:
     """Run a program: unencodable text is replaced, a closed pipe ends it quietly, and Ctrl-C ends it with code 130.
