@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     own, rest = keys.split(PlanKeys, arguments)
     with app.reported():
         given = read_keys(own)
-    app.main("run", _description(), partial(show, given), rest)
+    app.main("run", _description(), partial(show, given), rest, keys.names(PlanKeys))
 
 
 def _description() -> str:

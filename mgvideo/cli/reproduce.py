@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     with app.reported():
         own, rest = keys.split(ReproduceKeys, [argument for argument in arguments if argument != "--list"])
-        given = keys.read(ReproduceKeys, own)
+        given, rest = keys.read(ReproduceKeys, own), app.quote_texts("run", rest)
         require(given.processes is None or given.processes >= 1, f"processes={given.processes}: give 1 or more")
         require(given.seeds is None or len(set(given.seeds)) == len(given.seeds) > 0, "seeds: give different numbers")
         if given.table is None or "--list" in arguments:
@@ -263,10 +263,12 @@ class Reproduction:
             rows.append(Row(entry.cell, outcomes, flops, entry.missing or failed or left))
         results = Results(self.table, tuple(rows), self.command)
         figures = draw_results(results, self.folder)
-        write_atomic(self.folder / "report.md", results.markdown([f"{name}.png" for name in figures]).encode())
-        write_atomic(self.folder / "report.csv", results.csv().encode())
+        write_atomic(
+            self.folder / "report.md", results.markdown([f"{name}.png" for name in figures]).encode(errors="replace")
+        )
+        write_atomic(self.folder / "report.csv", results.csv().encode(errors="replace"))
         svg = [self.folder / f"{name}.svg" for name in figures]
-        write_atomic(self.folder / "report.html", page(results, svg).encode())
+        write_atomic(self.folder / "report.html", page(results, svg).encode(errors="replace"))
 
 
 def _count(line: Line, jobs: Sequence[Job]) -> None:

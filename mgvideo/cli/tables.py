@@ -20,6 +20,7 @@ from mgvideo.table import Cell, Preset, Table, presets_of, read_preset, read_tab
 from . import app
 from .build import build_plan
 from .plan import clip_flops, train_videos
+from .values import quote
 
 FOLDER = "table"  # of mgvideo.configs
 # keys that change neither what is trained nor what is measured
@@ -63,12 +64,6 @@ def key_of(override: str) -> str:
 def merged(*lists: Sequence[str]) -> list[str]:
     """Overrides of several lists, of the same key the last."""
     return list({key_of(override): override for each in lists for override in each}.values())
-
-
-def quoted(path: Path | str) -> str:
-    """A path as the value of an override, whatever is in it."""
-    text = str(path)
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if set(text) & set(" '\"\\,=()[]{}:") else text
 
 
 @dataclass
@@ -140,7 +135,7 @@ def entries(table: Table, given: Sequence[str], weights: str | None) -> list[Ent
         if released and not starts and not cell.weights_of and not missing:
             path = Path(weights or ".", released.file)
             if weights and path.is_file():
-                overrides.append(f"init_from={quoted(path.resolve())}")
+                overrides.append(f"init_from={quote(path.resolve())}")
             else:
                 missing = f"needs {released.file} from {released.url}" + (f" in {weights}" if weights else "")
         made.append(Entry(cell, overrides, missing))
