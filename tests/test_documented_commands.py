@@ -184,7 +184,7 @@ class Programs:
             if program == "plan":
                 arguments = [word for word in arguments if not word.startswith("dataset.root=")]
             elif not {"-h", "--help"} & set(arguments):
-                patch.setattr(app, "main", lambda name, description, task, arguments: compose_run(arguments))
+                patch.setattr(app, "main", lambda *given: compose_run(given[3]))
             module = importlib.import_module(f"mgvideo.cli.{program}")
             module.main(list(arguments))
 
