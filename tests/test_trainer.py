@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import metrics, tiny_plan, tiny_trainer
+from training import KNOBS, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import read_checkpoint, write_atomic
+from mgvideo.datasets.motion import make_motion
 from mgvideo.errors import UserError
 from mgvideo.loader import Batch
 from mgvideo.models.small import i3d_small
@@ -266,3 +269,22 @@ def test_another_optimizer_keeps_its_settings_and_another_precision_its_scale(tm
     with pytest.raises(UserError, match="does not fit this network"):
         other.load(state)
     other.monitor.close()
+
+
+def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, motion_root: str) -> None:
+    folder = make_motion(motion_root, KNOBS)
+    shutil.copytree(folder, tmp_path / folder.name)
+    files = sorted((tmp_path / folder.name / "train").glob("*.mp4"))
+    for file in files[::2]:
+        file.write_text("no video")
+    trainer = tiny_trainer(tmp_path / "run", str(tmp_path), tiny_plan("baseline", epochs=4), workers=1)
+    with pytest.raises(UserError, match=r"\d+ of \d+ clips could not be read") as error:
+        trainer.train()
+    bad, clips = map(int, re.findall(r"(\d+) of (\d+) clips", str(error.value))[0])
+    trainer.monitor.close()
+    requests = [request for step in range(trainer.progress.step) for request in trainer.batches(step)]
+    paths = [trainer.loader.dataset.path(request.index) for request in requests]
+    assert clips == len(requests) >= 100
+    assert bad == sum(path in map(str, files[::2]) for path in paths)
+    tries = len((tmp_path / "run/bad_videos.csv").read_text().splitlines()) - 1
+    assert tries > 1.5 * bad, "each try is listed all the same"
