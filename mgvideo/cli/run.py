@@ -26,6 +26,7 @@ from mgvideo.evaluate import Evaluator, Scores, Views
 from mgvideo.loader import Loader, dead_worker
 from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
+from mgvideo.paths import belongs_to
 from mgvideo.plan import Grid, Plan
 from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
@@ -126,9 +127,9 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        raise UserError(
-            f"cannot write into output_dir={folder}: {error.strerror}; the checkpoints written before are intact"
-        ) from error
+        other = error.filename is not None and not belongs_to(error.filename, folder)
+        where = error.filename if other else f"cannot write into output_dir={folder}"
+        raise UserError(f"{where}: {error.strerror}; the checkpoints written before are intact") from error
     except RuntimeError as error:
         plain = dead_worker(error)
         if plain is error:
@@ -150,7 +151,7 @@ def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     monitor.say(f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}")
     monitor.show(plan_table(plan, gpus=world_size()))
-    for note in (*plan.notes, *data.train.notes, *data.val.notes):
+    for note in dict.fromkeys((*plan.notes, *data.train.notes, *data.val.notes)):
         monitor.say(f"note: {note}")
     monitor.say(f"precision: {precision}")
 
