@@ -38,11 +38,17 @@ def parallel(
         return
     # spawn: the caller may already hold threads or a CUDA context, which a fork would break
     context = multiprocessing.get_context("spawn")
-    busy = context.RawArray("b", len(items))
-    pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
     chunk = max(1, min(4, len(items) // (4 * processes)))
     try:
-        yield from pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
+        busy = context.RawArray("b", len(items))
+        pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
+        results = pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
+    except OSError as error:
+        raise UserError(
+            f"cannot start {processes} processes: {error.strerror}; give fewer with processes=…, 1 starts none"
+        ) from error
+    try:
+        yield from results
     except BrokenProcessPool:
         at = " or ".join(str(item) for item, is_busy in zip(items, busy, strict=True) if is_busy) or "its start"
         raise UserError(
