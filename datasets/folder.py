@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,16 +35,16 @@ class LabelledVideo(NamedTuple):
 
     path: str  # relative to the root
     label: str
-    place: str  # where it says so: a table's line or a folder
+    place: str  # the table's line or the folder that names the class
     span: tuple[float, float] = (0.0, math.inf)  # seconds
 
 
 @dataclass
 class Layout:
-    """The videos of each split, where they were looked for, and what whoever starts a run must know."""
+    """The videos of each split, by its name; why a split may be empty, for an error; notes for the start of a run."""
 
     splits: dict[str, list[LabelledVideo]]
-    sources: dict[str, str]
+    reasons: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
 
@@ -74,7 +75,7 @@ def video_folder(
             f"{split}/ beside a folder, or give folders of classes alone, of which a part is held out"
         )
     if not layout.splits[split]:
-        raise UserError(f"{root}: no videos for {split}; {layout.sources[split]}")
+        raise UserError(f"{root}: no videos for {split}; {layout.reasons[split]}")
     places: dict[str, str] = {}
     for row in (row for rows in layout.splits.values() for row in rows):
         places.setdefault(row.label, row.place)
@@ -95,10 +96,10 @@ def _note_classes(root: str, entries: Mapping[str, Sequence[Entry]], names: Sequ
     for split, rows in entries.items():
         there = {row.label for row in rows}
         if absent := [name for label, name in enumerate(names) if label not in there]:
-            yield f"{root}: {len(absent)} of {len(names)} classes have no videos for {split}: {shorten(absent)}"
+            yield f"{root}: classes without videos for {split}: {shorten(absent)}"
     train, val = ({(row.path, row.span) for row in entries.get(split, ())} for split in ("train", "val"))
     if train & val:
-        yield f"{root}: {len(train & val)} videos are both in train and in val, for instance {min(train & val)[0]}"
+        yield f"{root}: videos both in train and in val: {shorten(path for path, _ in sorted(train & val))}"
 
 
 def split_of(name: str) -> str | None:
@@ -140,20 +141,20 @@ def _find_folders(root: str, val_share: float, seed: int) -> Layout:
         extra = [name for name in others if scan_folder(root, name).videos]
         if extra and not splits.keys() >= {"train", "val"}:
             raise UserError(
-                f"{root}: {' and '.join(splits.values())} are named as splits, {shorten(extra)} as classes: move the "
-                "classes into train/ and val/, or rename what is a class, or name classes in train.csv and val.csv"
+                f"{root}: folders of splits ({shorten(splits.values())}) beside folders of classes ({shorten(extra)}): "
+                "move the classes into train/ and val/, or rename what is a class, or give train.csv and val.csv"
             )
         extra += scan_folder(root, deep=False).videos
         notes += [f"{root}: outside the folders of splits, and not read: {shorten(extra)}"] if extra else []
         found = {split: _find_classes(root, name, notes) for split, name in splits.items()}
         expected = "expected a folder of videos per class in"
-        sources = {split: f"{expected} {splits[split]}{found[split][1]}" for split in found}
-        return Layout({split: rows for split, (rows, _) in found.items()}, sources, notes)
+        reasons = {split: f"{expected} {splits[split]}{found[split][1]}" for split in found}
+        return Layout({split: rows for split, (rows, _) in found.items()}, reasons, notes)
     rows, seen = _find_classes(root, "", notes)
-    source = f"expected a folder of videos ({COMMON_SUFFIXES}) per class{seen}"
-    layout = Layout(_hold_out(rows, val_share, seed), {"train": source, "val": source}, notes)
+    reason = f"expected a folder of videos ({COMMON_SUFFIXES}) per class{seen}"
+    layout = Layout(_hold_out(rows, val_share, seed), {"train": reason, "val": reason}, notes)
     if rows and not layout.splits["val"]:
-        layout.sources["val"] = (
+        layout.reasons["val"] = (
             f"each class has one video, and none to hold out ({shorten(_classes_of(rows))}): add videos, or "
             "give those to validate on in train/ and val/ or train.csv and val.csv"
         )
@@ -182,7 +183,7 @@ def _find_classes(root: str, top: str, notes: list[str]) -> tuple[list[LabelledV
         if not scan.videos:
             empty.append(f"{entry.name} ({scan.extensions() or 'no files'})")
         passed.add(scan)
-    seen = [f"{folder}: {len(loose)} videos are in no folder of a class: {shorten(loose)}"] if loose else []
+    seen = [f"{folder}: videos in no folder of a class, and not read: {shorten(loose)}"] if loose else []
     seen += [f"{folder}: folders without videos, which are no classes: {shorten(empty)}"] if empty else []
     seen += passed.notes(folder)
     notes += seen
@@ -190,7 +191,7 @@ def _find_classes(root: str, top: str, notes: list[str]) -> tuple[list[LabelledV
 
 
 def _refuse_splits_of_class(folder: str) -> None:
-    """Raise UserError where what stands in the place of a class holds folders of splits."""
+    """Raise UserError where a folder in the place of a class holds folders of splits."""
     splits = {split: entry.name for entry in _subfolders(folder) if (split := split_of(entry.name))}
     if "train" in splits and len(splits) > 1:
         raise UserError(
@@ -210,7 +211,8 @@ def _hold_out(rows: Sequence[LabelledVideo], val_share: float, seed: int) -> dic
     splits: dict[str, list[LabelledVideo]] = {"train": [], "val": []}
     for name in _classes_of(rows):
         group = [row for row in rows if normalize_class_name(row.label) == name]
-        group.sort(key=lambda row: _hash(f"{seed}:{row.path}"))
+        # NFC: the same videos are held out on macOS and elsewhere
+        group.sort(key=lambda row: _hash(f"{seed}:{unicodedata.normalize('NFC', row.path)}"))
         held = min(math.ceil(val_share * len(group)), len(group) - 1)
         splits["val"] += sorted(group[:held])
         splits["train"] += sorted(group[held:])
@@ -254,7 +256,7 @@ def _read_table(root: str, name: str) -> list[LabelledVideo]:
 def _row(root: str, place: str, fields: Any) -> LabelledVideo:
     path, label = (fields.get(key) if isinstance(fields, dict) else None for key in ("path", "label"))
     if path in (None, "") or label in (None, ""):
-        raise UserError(f"{place}: expected a path and a label, found {fields}")
+        raise UserError(f"{place}: expected a path and a label, found {str(fields)[:120]}")
     try:
         if not isinstance(path, str):
             raise ValueError(f"the path must be text, found {path!r}")

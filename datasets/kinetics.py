@@ -58,11 +58,12 @@ def kinetics(
             raise UserError(f"{file}:{number}: class {name!r} is not in {classes_file}{suggest_class(name, names)}")
         if split is not None and _split(row) not in ("", SYNONYMS.get(split, split)):
             continue
-        path = found.get(_clip_name(row)) or found.get(row["youtube_id"])
+        clip = _clip_name(row)
+        path = found.get(clip) or found.get(row["youtube_id"])
         if path:
             entries.append(Entry(path, labels[name]))
         else:
-            missing.append(Entry(f"{_clip_name(row)}.mp4", labels[name]))
+            missing.append(Entry(f"{clip}.mp4", labels[name]))
     listed = len(entries) + len(missing)
     if not listed:
         splits = ", ".join(sorted({_split(row) for _, row in rows}))
@@ -85,7 +86,7 @@ def _read_rows(file: str, lines: Sequence[str]) -> list[TableRow]:
         except (KeyError, ValueError, OverflowError):
             complete = False
         if not complete:
-            raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {row}")
+            raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {str(row)[:200]}")
     return rows
 
 

@@ -17,7 +17,7 @@ from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES, shorten
-from .tables import is_comment, is_header, read_lines, read_table
+from .tables import is_header, is_remark, read_lines, read_table
 from .video import Entry, VideoDataset
 
 COLUMNS = ("path", "label")  # of a list with a header
@@ -29,6 +29,7 @@ _SUFFIXED = re.compile(
     rf"(.*\.(?:{'|'.join(re.escape(suffix[1:]) for suffix in VIDEO_SUFFIXES)}))({_SEPARATOR})([^/\\]*)", re.IGNORECASE
 )
 _LAST_SEPARATOR = re.compile(r"(.*[^\s,|])([\s,|]+)(\S+)|(.*[^\s;])(\s*;\s*)(\S+)")
+_ODD = re.compile(r"\\|%[0-9A-Fa-f]{2}|^~|^[A-Za-z]:")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
@@ -94,7 +95,7 @@ def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
                 raise UserError(f"{file}:{number}: {error}") from None
         return
     for number, line in enumerate(lines, start=1):
-        if not line.strip() or is_comment(line):
+        if not line.strip() or is_remark(line):
             continue
         try:
             yield number, *parse_line(line)
@@ -115,6 +116,14 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
         ValueError: what is wrong with the line.
     """
     text = line.strip()
+    path, _, label = text.rpartition(" ")
+    if (
+        label.isdecimal()
+        and len(label) < 10
+        and os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+        and text[0] not in "\"'"
+    ):
+        return _path(path), (int(label),)  # most lines, without the search below
     match = _QUOTED.fullmatch(text)
     if match:
         return _path(match[1].replace('""', '"')), _parse_labels(match[3] or "", match[2] or "")
@@ -126,7 +135,7 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
     match = _LAST_SEPARATOR.fullmatch(text)
     if not match:
         raise ValueError("it has no label")
-    path, _, label = (group for group in match.groups() if group is not None)
+    path, _, label = filter(None, match.groups())
     if re.search(r"[\s,;|]-?\d+(?:\.\d+)?$", path):
         raise ValueError(
             "several numbers follow the path; give the label alone, and quote a path that ends in a number"
@@ -135,7 +144,9 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _path(text: str) -> str:
-    text = re.sub(r"^(?:\./+)+", "", text.strip())
+    text = text.strip()
+    while text.startswith("./"):
+        text = text[2:].lstrip("/")
     if not text:
         raise ValueError("it has no path")
     return text
@@ -177,12 +188,10 @@ def find_spelling(root: str, path: str) -> str:
     Raises:
         ValueError: a path with a drive letter, or on a Windows share.
     """
+    if not _ODD.search(path) and len({unicodedata.normalize(form, path) for form in ("NFC", "NFD")}) == 1:
+        return path  # nearly all, and without a look at the disk
     if is_remote(join(root, path)):
         return path.replace("\\", "/")
-    forms = {path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)}
-    odd = len(forms) > 1 or re.search(r"\\|%[0-9A-Fa-f]{2}|^~", path)
-    if not odd and not _WINDOWS.match(path):
-        return path  # nearly all, at the cost of no look at the disk
     if os.path.lexists(join(root, path)):
         return path
     if _WINDOWS.match(path):
@@ -211,6 +220,8 @@ def _refuse_row_numbers(file: str, root: str, entries: Sequence[tuple[int, Entry
 
 def note_repeats(name: str, entries: Sequence[Entry]) -> list[str]:
     """Notes on videos that the list `name` has more than once; stretches of one video are as many videos."""
+    if len({entry.path for entry in entries}) == len(entries):
+        return []
     labels: dict[tuple[str, tuple[float, float]], list[int | tuple[int, ...]]] = {}
     for entry in entries:
         labels.setdefault((entry.path, entry.span), []).append(entry.label)
@@ -218,12 +229,8 @@ def note_repeats(name: str, entries: Sequence[Entry]) -> list[str]:
     if not repeated:
         return []
     conflicts = [path for path, group in repeated.items() if len(set(group)) > 1]
-    example = (conflicts or list(repeated))[0]
-    differ = f", {len(conflicts)} of them under different labels" if conflicts else ""
-    return [
-        f"{name}: {len(repeated)} of its videos are listed more than once{differ}, for instance {example}; "
-        "mgvideo prepare check names them all"
-    ]
+    differ = f"; under different labels: {shorten(conflicts)}" if conflicts else ""
+    return [f"{name}: listed more than once: {shorten(repeated)}{differ}; mgvideo prepare check names them all"]
 
 
 def check_root(root: str) -> None:

@@ -31,12 +31,13 @@ _LEFTOVERS = re.compile(
             ".*",  # hidden: ._x.mp4, .AppleDouble, .DS_Store, .ipynb_checkpoints, .Trash-1000, .snapshot, …
             *("__macosx", "icon\r", "network trash folder", "temporary items", "thevolumesettingsfolder"),  # macOS
             *("thumbs.db", "ehthumbs*.db", "desktop.ini", "$recycle.bin", "$winreagent", "$extend"),  # Windows
-            *("recycler", "recycled", "system volume information", "found.[0-9][0-9][0-9]", "~$*"),
+            *("system volume information", "found.[0-9][0-9][0-9]", "~$*"),
             *("@eadir", "*@syno*", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "@__thumb"),  # Synology, QNAP
             *("#recycle", "#snapshot", "lost+found", "__pycache__"),
         )
     )
 )
+_OLD_TRASH = {"RECYCLED", "RECYCLER"}  # of Windows, in capitals; in lower case it may be a class
 _PYRAMID = {"layout.json", "rows.jsonl"}  # the files that make a folder one of this project's pyramids
 
 
@@ -58,8 +59,7 @@ class Scan:
         """Lines on what was passed over in the folder `place`."""
         notes = []
         if self.skipped:
-            count = self.skipped.total()
-            notes.append(f"{place}: {_files(count)} skipped that are no videos by their extension: {self.extensions()}")
+            notes.append(f"{place}: skipped files that are no videos by their extension: {self.extensions()}")
         if self.leftovers:
             names = [f"{name} ({count} times)" if count > 1 else name for name, count in sorted(self.leftovers.items())]
             notes.append(f"{place}: skipped what other programs left there: {shorten(names, 10)}")
@@ -68,10 +68,6 @@ class Scan:
     def extensions(self) -> str:
         """How many files of which extensions were skipped, the most frequent first."""
         return shorten([f"{count} {suffix}" for suffix, count in self.skipped.most_common()])
-
-
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
 
 
 def shorten(words: Iterable[str], shown: int = SHOWN) -> str:
@@ -83,7 +79,7 @@ def shorten(words: Iterable[str], shown: int = SHOWN) -> str:
 
 def is_leftover(name: str) -> bool:
     """Whether a file or folder of this name is hidden, or was left by an operating system, a NAS or a tool."""
-    return _LEFTOVERS.match(name.lower()) is not None
+    return name in _OLD_TRASH or _LEFTOVERS.match(name.lower()) is not None
 
 
 def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
@@ -102,7 +98,7 @@ def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
             folders.clear()
             continue
         seen.add(place)
-        if folder != start and set(names) >= _PYRAMID:
+        if set(names) >= _PYRAMID and (top or folder != start):
             folders.clear()
             scan.leftovers[f"{os.path.relpath(folder, root)}, a pyramid"] += 1
             continue

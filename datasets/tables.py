@@ -91,17 +91,17 @@ def is_header(lines: Sequence[str], required: Sequence[str]) -> bool:
 
 
 def _start(lines: Sequence[str]) -> int:
-    """Index of the header; Excel may name the delimiter in a line before it."""
-    return next((i for i, line in enumerate(lines) if line.strip() and not _is_remark(line)), len(lines))
+    """Index of the header."""
+    return next((i for i, line in enumerate(lines) if line.strip() and not is_remark(line)), len(lines))
 
 
-def _is_remark(line: str) -> bool:
-    return line[:5].lower().startswith("sep=") or is_comment(line)
+def is_remark(line: str) -> bool:
+    """Whether a line is a comment, `#` alone or before a space, or names the delimiter for Excel (`sep=;`).
 
-
-def is_comment(line: str) -> bool:
-    """Whether a line is a comment: `#` and a space, or `#` alone; the name of a file may begin with `#`."""
-    return line.lstrip().startswith("# ") or line.strip() == "#"
+    The name of a file may begin with `#`.
+    """
+    text = line.strip()
+    return (text[:1] == "#" and not text[1:2].strip()) or (len(text) == 5 and text.lower().startswith("sep="))
 
 
 def read_table(
@@ -128,7 +128,7 @@ def read_table(
     end = start + 1
     while end < len(lines):
         start = end
-        if not lines[start].strip() or is_comment(lines[start]):
+        if not lines[start].strip() or is_remark(lines[start]):
             end += 1
             continue
         fields, end = _record(file, lines, start, delimiter, len(columns), exact is not None)
@@ -163,11 +163,27 @@ def _record(
 
 def _parse(lines: Sequence[str], delimiter: str, strict: bool = True) -> list[str] | None:
     """Fields of one record; None: its quotes are not closed, or text, other than spaces, follows closing ones."""
+    options = {**_dialect(delimiter), "strict": strict}
+    with suppress(csv.Error):
+        return next(csv.reader([f"{line}\n" for line in lines], **options))
     trimmed = [re.sub(rf'" +(?={re.escape(delimiter)}|$)', '"', line) for line in lines]
-    for spelling in (lines, trimmed):
-        with suppress(csv.Error):
-            return next(csv.reader([f"{line}\n" for line in spelling], **{**_dialect(delimiter), "strict": strict}))
+    with suppress(csv.Error):
+        return next(csv.reader([f"{line}\n" for line in trimmed], **options))
     return None
+
+
+class _RepeatedKeyError(Exception):
+    """A JSON object has a key twice, of which only one could count."""
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    items = dict(pairs)
+    if len(items) < len(pairs):
+        raise _RepeatedKeyError(f"an object has a key twice: {', '.join(key for key, _ in pairs)}")
+    return items
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_records(file: str) -> Iterator[tuple[str, Any]]:
@@ -182,7 +198,9 @@ def read_records(file: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = _DECODER.decode(line)
+            except _RepeatedKeyError as error:
+                raise UserError(f"{file}:{number}: {error}") from None
             except (ValueError, RecursionError):
                 found = repr(line.strip()[:80])
                 raise UserError(
@@ -193,7 +211,7 @@ def read_records(file: str) -> Iterator[tuple[str, Any]]:
 
 def _items(file: str, text: str) -> Iterator[tuple[str, Any]]:
     """The items of a JSON list, each with its place."""
-    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    space = re.compile(r"\s*")
     position, line, number = text.index("["), 1 + text.count("\n", 0, text.index("[")), 0
     while text[position : position + 1] in ("[", ","):
         start = space.match(text, position + 1).end()  # type: ignore[union-attr]
@@ -203,7 +221,9 @@ def _items(file: str, text: str) -> Iterator[tuple[str, Any]]:
             break
         number += 1
         try:
-            item, end = decoder.raw_decode(text, start)
+            item, end = _DECODER.raw_decode(text, start)
+        except _RepeatedKeyError as error:
+            raise UserError(f"{file}:{line}: item {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", line)
             raise UserError(f"{file}:{line}: item {number} is not JSON: {text[start : start + 80]!r}") from None
@@ -217,7 +237,9 @@ def _items(file: str, text: str) -> Iterator[tuple[str, Any]]:
 def read_json_object(file: str) -> dict[str, Any]:
     """Content of a JSON file that holds one object; raises UserError."""
     try:
-        content = json.loads(read_text(file))
+        content = _DECODER.decode(read_text(file))
+    except _RepeatedKeyError as error:
+        raise UserError(f"{file}: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: is not JSON: {error.msg}") from None
     except (ValueError, RecursionError):

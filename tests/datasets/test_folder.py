@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +156,17 @@ def test_classes_of_recorders_and_phones_are_read_and_skipped_files_named(tmp_pa
         clip = dataset[ClipRequest(index, grid, 0)].clip
         assert [number_of(frame) for frame in clip] == list(range(6))
     notes = "\n".join(dataset.notes)
-    assert "1 videos are in no folder of a class: a.mp4" in notes
+    assert "videos in no folder of a class, and not read: a.mp4" in notes
     assert "folders without videos, which are no classes: empty (1 without extension), exotic (2 .xyz)" in notes
-    assert "4 files skipped that are no videos by their extension: 2 .xyz, 1 without extension, 1 .jpg" in notes
+    assert "skipped files that are no videos by their extension: 2 .xyz, 1 without extension, 1 .jpg" in notes
 
 
 @pytest.mark.parametrize(
     ("paths", "found"),
     [
         (["run/a.xyz"], "run (1 .xyz)"),
-        (["a.mp4", "b.mp4"], "2 videos are in no folder of a class: a.mp4, b.mp4"),
-        (["train/a.mp4", "val/b.mp4"], "train: 1 videos are in no folder of a class: train/a.mp4"),
+        (["a.mp4", "b.mp4"], "videos in no folder of a class, and not read: a.mp4, b.mp4"),
+        (["train/a.mp4", "val/b.mp4"], "train: videos in no folder of a class, and not read: train/a.mp4"),
         (["train/run/a.xyz", "val/run/b.mp4"], "expected a folder of videos per class in train; .*run (1 .xyz)"),
     ],
 )
@@ -186,7 +187,7 @@ def test_one_video_a_class_says_that_none_can_be_held_out(tmp_path: Path) -> Non
     tree(tmp_path, "run/d.mp4")
     train, val = both(tmp_path)
     assert (len(train), len(val)) == (3, 1)
-    assert val.notes == [f"{tmp_path}: 2 of 3 classes have no videos for val: sit, walk"] == train.notes
+    assert val.notes == [f"{tmp_path}: classes without videos for val: sit, walk"] == train.notes
     tree(tmp_path, "walk/e.mp4", "sit/f.mp4")
     train, val = both(tmp_path)
     assert (len(train), len(val), train.notes) == (3, 3, [])
@@ -202,6 +203,16 @@ def test_one_spelling_of_folders_is_one_class(tmp_path: Path) -> None:
     tree(tmp_path, "val/Jump/e.mp4")
     with pytest.raises(UserError, match=r"Jump: class 'Jump' looks like 'jump' of .*/train/jump : use one name"):
         video_folder(str(tmp_path), "train")
+
+
+def test_the_same_videos_are_held_out_whatever_the_system_that_wrote_their_names(tmp_path: Path) -> None:
+    for form in ("NFC", "NFD"):
+        names = [unicodedata.normalize(form, f"café/é{i}.mp4") for i in range(10)]
+        tree(tmp_path / form, *names)
+    composed, decomposed = (
+        [unicodedata.normalize("NFC", path) for path in paths(tmp_path / form, "val")] for form in ("NFC", "NFD")
+    )
+    assert composed == decomposed
 
 
 def test_spellings_of_one_class_are_held_out_together(tmp_path: Path) -> None:
@@ -248,8 +259,11 @@ def test_names_of_splits() -> None:
     [
         (("train", "Train", "val"), "Train and train are both train videos: keep one of them"),
         (("val", "valid", "train"), "val and valid are both val videos"),
-        (("train", "bus", "car"), "train are named as splits, bus, car as classes: move the classes into train/"),
-        (("test", "jump"), "test are named as splits, jump as classes"),
+        (
+            ("train", "bus", "car"),
+            r"folders of splits \(train\) beside folders of classes \(bus, car\): move the classes into train/",
+        ),
+        (("test", "jump"), r"folders of splits \(test\) beside folders of classes \(jump\)"),
         (
             ("run/train", "run/val", "walk/train"),
             "run: holds train and val, folders of splits, where a class is expected",
@@ -282,6 +296,14 @@ def test_folders_beside_splits_are_noted_where_they_hold_videos(tmp_path: Path) 
         f"{tmp_path}: test is not read",
         f"{tmp_path}: outside the folders of splits, and not read: raw, z.mp4",
     ]
+
+
+def test_a_pyramid_beside_classes_are_no_class(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"{name}/{i}.mp4" for name in ("run", "walk") for i in range(2)))
+    tree(tmp_path, "levels/layout.json", "levels/rows.jsonl", "levels/short64/run/0.mp4.mp4")
+    dataset = video_folder(str(tmp_path), "train")
+    assert dataset.class_names == ["run", "walk"]
+    assert any("levels, a pyramid" in note for note in dataset.notes)
 
 
 def test_one_class_alone_is_noted(tmp_path: Path) -> None:
@@ -404,10 +426,10 @@ def test_tables_note_what_splits_share_and_lack(tmp_path: Path) -> None:
     train, val = both(tmp_path)
     assert train.class_names == ["run", "sit", "walk"]
     shared = [
-        f"{tmp_path}: 1 of 3 classes have no videos for train: sit",
-        f"{tmp_path}: 1 of 3 classes have no videos for val: walk",
-        f"{tmp_path}: 1 videos are both in train and in val, for instance a.mp4",
+        f"{tmp_path}: classes without videos for train: sit",
+        f"{tmp_path}: classes without videos for val: walk",
+        f"{tmp_path}: videos both in train and in val: a.mp4",
     ]
     assert val.notes == shared
     assert train.notes[:3] == shared
-    assert "train: 1 of its videos are listed more than once, 1 of them under different labels" in train.notes[3]
+    assert "train: listed more than once: b.mp4; under different labels: b.mp4" in train.notes[3]

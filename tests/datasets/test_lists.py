@@ -141,6 +141,7 @@ def test_several_labels_are_read_where_the_task_has_them(tmp_path: Path) -> None
         ",path,label\n0,x.mp4,0\n1,y z.mp4,1",  # pandas' index
         'path num_frames label\nx.mp4 120 0\n"y z.mp4" 99 1',
         "# made by hand\n# path label\nx.mp4 0\ny z.mp4 1",
+        "sep=;\nx.mp4;0\ny z.mp4;1",
     ],
 )
 def test_headers_and_comments_are_no_videos(tmp_path: Path, text: str) -> None:
@@ -192,7 +193,7 @@ def test_videos_that_are_listed_twice_are_noted(tmp_path: Path) -> None:
     dataset = video_list(str(tmp_path), "list.csv")
     assert len(dataset) == 5
     assert dataset.notes == [
-        "list.csv: 2 of its videos are listed more than once, 1 of them under different labels, for instance a.mp4; "
+        "list.csv: listed more than once: a.mp4, b.mp4; under different labels: a.mp4; "
         "mgvideo prepare check names them all"
     ]
     (tmp_path / "classes.txt").write_text("jump\nJump\n")

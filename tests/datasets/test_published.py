@@ -92,7 +92,7 @@ def test_kinetics_passes_over_leftovers_and_names_what_it_skips(tmp_path: Path) 
     assert paths(dataset, tmp_path) == ["harp/aaa-bbb_ccc_000010_000020.mp4", "harp/ddd_000000_000010.MTS"]
     assert dataset.notes == [
         f"train.csv: 2 of 4 clips are not under {tmp_path} and left out",
-        f"{tmp_path}: 1 file skipped that are no videos by their extension: 1 .part",
+        f"{tmp_path}: skipped files that are no videos by their extension: 1 .part",
         f"{tmp_path}: skipped what other programs left there: ._*, @eaDir",
     ]
 
@@ -104,7 +104,7 @@ def test_kinetics_takes_spellings_of_a_class_as_one(tmp_path: Path) -> None:
     dataset = kinetics(str(tmp_path), "train.csv", num_classes=1)
     assert (dataset.class_names, dataset.labels.tolist()) == (["caf\u00e9 bar"], [0, 0])
     assert "read as one class" in dataset.notes[0]
-    assert "train.csv: 1 of its videos are listed more than once" in dataset.notes[1]
+    assert "train.csv: listed more than once: a.mp4;" in dataset.notes[1]
     (tmp_path / "classes.txt").write_text("Caf\u00e9 bar\n")
     with pytest.raises(
         UserError, match=r"train\.csv:3: class 'café bar' is not in classes\.txt; 'Café bar' looks like it"

@@ -134,6 +134,8 @@ def test_records_are_one_a_line_or_one_list(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"a": 1}\n{"a": ', r"a\.json:2: is not JSON: .*; expected an object a line, or one list of objects"),
+        ('{"a": 1}\n{"a": 1, "b": 2, "a": 3}', r"a\.json:2: an object has a key twice: a, b, a"),
+        ('[{"a": 1},\n{"a": 1, "a": 3}]', r"a\.json:2: item 2: an object has a key twice: a, a"),
         ('{\n"a": 1\n}', r"a\.json:1: is not JSON: '{'"),
         ('[{"a": 1},\n{"a" 2}]', r"a\.json:2: item 2 is not JSON"),
         ('[{"a": 1}\n{"a": 2}]', r"a\.json:2: is not JSON: expected , or \] after item 1"),
