@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,11 +17,14 @@ from mgvideo.paths import join
 
 from .decoders import Decoder
 from .frames import FrameFolders
-from .lists import check_root, read_classes, read_lines
+from .lists import check_root, read_classes
 from .sampling import Sampling
+from .tables import is_header, read_lines, read_table
 from .video import Entry, VideoDataset
 
 CLASSES = 157
+COLUMNS = ("id", "actions")  # of the official CSV that are read
+FRAME_COLUMNS = ["original_vido_id", "video_id", "frame_id", "path", "labels"]
 FRAMES_FPS = 24.0  # of the frames that Charades is distributed as
 
 
@@ -78,11 +82,11 @@ def charades(
     """
     check_root(root)
     file = join(root, annotations)
-    header, *lines = read_lines(file) or [""]
-    if "actions" in header.split(","):
-        actions = _from_csv(file, [header, *lines])
+    lines = read_lines(file)
+    if is_header(lines, COLUMNS):
+        actions = _from_csv(file, lines)
         paths = [os.path.join(videos, f"{name}.mp4") for name in actions]
-    elif header.split() == ["original_vido_id", "video_id", "frame_id", "path", "labels"]:
+    elif lines and lines[0].split() == FRAME_COLUMNS:
         actions = _from_frames(file, lines)
         paths, decoder = [os.path.join(videos, name) for name in actions], FrameFolders(FRAMES_FPS)
     else:
@@ -90,34 +94,52 @@ def charades(
     if not actions:
         raise UserError(f"{file}: no videos in the list")
     names = [line.partition(" ")[2] for line in read_classes(join(root, classes_file))]
+    if names and len(names) != CLASSES:
+        raise UserError(f"{join(root, classes_file)}: {len(names)} classes, not {CLASSES}")
     names = names or [f"c{place:03d}" for place in range(CLASSES)]
     sampling = Sampling(flip=flip, inverse_jitter=True)
     return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling)
 
 
 def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:
-    actions = {}
-    reader = csv.DictReader(lines)
-    for row in reader:
+    actions: dict[str, list[Action]] = {}
+    for number, row in read_table(file, lines, COLUMNS, exact=COLUMNS):
+        name, text = row["id"], row.get("actions", "")
+        if not name or name in actions:
+            raise UserError(f"{file}:{number}: expected the id of another video, found {name!r}")
         try:
-            parts = [part.split() for part in (row["actions"] or "").split(";") if part]
-            actions[row["id"]] = [Action(_label(name[1:]), float(start), float(end)) for name, start, end in parts]
-        except (KeyError, ValueError):
-            raise UserError(
-                f"{file}:{reader.line_num}: expected actions as 'c092 11.90 21.20;…', found {row.get('actions')!r}"
-            ) from None
+            actions[name] = [_action(part) for part in text.split(";") if part.strip()]
+        except ValueError:
+            raise UserError(f"{file}:{number}: expected actions as 'c092 11.90 21.20;…', found {text[:80]!r}") from None
     return actions
+
+
+def _action(text: str) -> Action:
+    """An action `c092 11.90 21.20`; raises ValueError."""
+    name, start, end = text.split()
+    action = Action(_label(name.removeprefix("c")), float(start), float(end))
+    if not (math.isfinite(action.start) and math.isfinite(action.end)):
+        raise ValueError(text)
+    return action
 
 
 def _from_frames(file: str, lines: list[str]) -> dict[str, list[Action]]:
     """Each frame's labels become actions as long as a frame; neighbours of one class are joined."""
     actions: dict[str, list[Action]] = {}
     latest: dict[tuple[str, int], int] = {}
-    for number, row in enumerate(csv.reader(lines, delimiter=" "), start=2):
+    rows = csv.reader(lines[1:], delimiter=" ", strict=True)
+    for number in range(2, len(lines) + 1):
+        row: list[str] = []
         try:
+            row = next(rows)
+            if rows.line_num != number - 1:  # quotes that are closed in a later line
+                raise ValueError
+            if not row:
+                continue
             name, frame, labels = row[0], int(row[2]), [_label(part) for part in row[4].split(",") if part]
-        except (IndexError, ValueError):
-            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {row}") from None
+        except (IndexError, ValueError, csv.Error):
+            found = repr(lines[number - 1][:80])
+            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {found}") from None
         group, time = actions.setdefault(name, []), frame / FRAMES_FPS
         for label in labels:
             place = latest.get((name, label))

@@ -1,23 +1,51 @@
-"""One's own videos: a folder per class, or a table of paths and labels."""
+"""Custom datasets: a folder per class, or a table of paths and labels."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from mgvideo.errors import UserError
 from mgvideo.paths import exists, is_remote, join, plain
 
+from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder
-from .lists import SUFFIXES, check_root, find_videos, read_lines
+from .lists import check_root, find_spelling, note_repeats
 from .sampling import Sampling
+from .scan import COMMON_SUFFIXES, is_leftover, scan_folder, shorten
+from .tables import read_lines, read_records, read_table
 from .video import Entry, VideoDataset
+
+TABLES = (".csv", ".tsv", ".jsonl", ".json")  # the last only where no folders of splits are
+_SPLIT = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:at(?:e|ion))?)?|eval(?:uation)?)|(?P<test>test(?:ing)?))"
+    r"(?:[ _-]?(?:set|split|data|videos|clips))?",
+    re.IGNORECASE,
+)
+
+
+class LabelledVideo(NamedTuple):
+    """A video with its class, as a table or a folder names them."""
+
+    path: str  # relative to the root
+    label: str
+    place: str  # the table's line or the folder that names the class
+    span: tuple[float, float] = (0.0, math.inf)  # seconds
+
+
+@dataclass
+class Layout:
+    """The videos of each split, by its name; why a split may be empty, for an error; notes for the start of a run."""
+
+    splits: dict[str, list[LabelledVideo]]
+    reasons: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
 
 def video_folder(
@@ -32,47 +60,159 @@ def video_folder(
 
     Tables `train` and `val`, `.csv` with a header or `.jsonl`: `path`, `label` (a name) and optionally `start` and
     `end` in seconds. Folders `train/CLASS/` and `val/CLASS/`. Or folders `CLASS/` alone, of each of which `val_share`
-    is held out for `val`, chosen by the paths and `seed`. Raises UserError.
+    is held out for `val`, chosen by the paths and `seed`. Names of tables and splits are recognised in any case and in
+    their usual forms (`Validation`, `test_set`). Raises UserError.
     """
     check_root(root)
     root = plain(root)
-    splits = {name: rows for name in ("train", "val") if (rows := _table(root, name)) is not None}
-    if not splits and is_remote(root):
-        raise UserError(f"{root}: the folders of a URL cannot be looked through; give tables train.csv and val.csv")
-    splits = splits or {name: _tree(Path(root), name) for name in ("train", "val") if (Path(root) / name).is_dir()}
-    splits = splits or _held_out(_tree(Path(root), ""), val_share, seed)
-    if split not in splits:
-        raise UserError(f"{root}: has {' and '.join(splits)} videos but none for {split}")
-    if not splits[split]:
+    layout = _find_tables(root)
+    if not layout and is_remote(root):
+        raise UserError(f"{root}: the folders of a URL cannot be listed; give tables train.csv and val.csv")
+    layout = layout or _find_folders(root, val_share, seed)
+    if split not in layout.splits:
         raise UserError(
-            f"{root}: no videos for {split}; expected a folder of videos ({', '.join(sorted(SUFFIXES))}) per class"
+            f"{root}: has {' and '.join(layout.splits)} videos but none for {split}; add {split}.csv beside a table, "
+            f"{split}/ beside a folder, or give folders of classes alone, of which a part is held out"
         )
-    names = sorted({name for rows in splits.values() for _, name, _ in rows})
-    places = {name: place for place, name in enumerate(names)}
-    entries = [Entry(path, places[name], span) for path, name, span in splits[split]]
-    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip))
+    if not layout.splits[split]:
+        raise UserError(f"{root}: no videos for {split}; {layout.reasons[split]}")
+    places: dict[str, str] = {}
+    for row in (row for rows in layout.splits.values() for row in rows):
+        places.setdefault(row.label, row.place)
+    classes, notes = unify_class_names(places)
+    names = sorted(set(classes.values()))
+    labels = {written: names.index(name) for written, name in classes.items()}
+    entries = {
+        name: [Entry(row.path, labels[row.label], row.span) for row in rows] for name, rows in layout.splits.items()
+    }
+    notes += [*layout.notes, *_note_classes(root, entries, names), *note_repeats(f"{root}: {split}", entries[split])]
+    return VideoDataset(root, entries[split], names, decoder, Sampling(flip=flip), notes)
 
 
-Row = tuple[str, str, tuple[float, float]]  # path under the root, class name, seconds from and to
+def _note_classes(root: str, entries: Mapping[str, Sequence[Entry]], names: Sequence[str]) -> Iterator[str]:
+    """Notes on classes that a split lacks, and on videos that two splits share."""
+    if len(names) == 1:
+        yield f"{root}: one class alone, {names[0]}: is dataset.root the folder that holds a folder per class?"
+    for split, rows in entries.items():
+        there = {row.label for row in rows}
+        if absent := [name for label, name in enumerate(names) if label not in there]:
+            yield f"{root}: classes without videos for {split}: {shorten(absent)}"
+    train, val = ({(row.path, row.span) for row in entries.get(split, ())} for split in ("train", "val"))
+    if train & val:
+        yield f"{root}: videos both in train and in val: {shorten(path for path, _ in sorted(train & val))}"
 
 
-def _tree(root: Path, top: str) -> list[Row]:
-    """The videos of the class folders in `root / top`, at any depth."""
-    rows = []
-    for folder in sorted(path for path in (root / top).iterdir() if path.is_dir() and not path.name.startswith(".")):
-        rows += [
-            (path, folder.name, (0.0, math.inf)) for path in find_videos(str(root), os.path.join(top, folder.name))
-        ]
-    return rows
+def split_of(name: str) -> str | None:
+    """The split, train, val or test, that a folder or table of this name holds; None: it is no split's name."""
+    match = _SPLIT.fullmatch(name.strip())
+    return match.lastgroup if match else None
 
 
-def _held_out(rows: list[Row], val_share: float, seed: int) -> dict[str, list[Row]]:
+def _choose_splits(root: str, names: Iterable[str], notes: list[str]) -> dict[str, str]:
+    """The names for `train` and `val` among those of folders or tables; test videos stand in for val where it lacks.
+
+    Raises UserError where several names are of one split.
+    """
+    chosen: dict[str, str] = {}
+    for name in names:
+        split = split_of(os.path.splitext(name)[0] if name.lower().endswith(TABLES) else name)
+        if split and chosen.setdefault(split, name) != name:
+            raise UserError(f"{root}: {chosen[split]} and {name} are both {split} videos: keep one of them")
+    test = chosen.pop("test", None)
+    if test and "train" in chosen:
+        if "val" not in chosen:
+            chosen["val"] = test
+        notes.append(f"{root}: {test} is {'not read' if chosen['val'] != test else 'used for validation'}")
+    elif test and "val" not in chosen:
+        chosen["test"] = test
+    return chosen
+
+
+# folders
+
+
+def _find_folders(root: str, val_share: float, seed: int) -> Layout:
+    """The splits of a folder whose classes are folders, in folders of splits or alone."""
+    folders = [entry.name for entry in _subfolders(root)]
+    notes: list[str] = []
+    splits = _choose_splits(root, folders, notes)
+    others = [name for name in folders if split_of(name) is None]
+    if splits:
+        extra = [name for name in others if scan_folder(root, name).videos]
+        if extra and not splits.keys() >= {"train", "val"}:
+            raise UserError(
+                f"{root}: folders of splits ({shorten(splits.values())}) beside folders of classes ({shorten(extra)}): "
+                "move the classes into train/ and val/, or rename what is a class, or give train.csv and val.csv"
+            )
+        extra += scan_folder(root, deep=False).videos
+        notes += [f"{root}: outside the folders of splits, and not read: {shorten(extra)}"] if extra else []
+        found = {split: _find_classes(root, name, notes) for split, name in splits.items()}
+        expected = "expected a folder of videos per class in"
+        reasons = {split: f"{expected} {splits[split]}{found[split][1]}" for split in found}
+        return Layout({split: rows for split, (rows, _) in found.items()}, reasons, notes)
+    rows, seen = _find_classes(root, "", notes)
+    reason = f"expected a folder of videos ({COMMON_SUFFIXES}) per class{seen}"
+    layout = Layout(_hold_out(rows, val_share, seed), {"train": reason, "val": reason}, notes)
+    if rows and not layout.splits["val"]:
+        layout.reasons["val"] = (
+            f"each class has one video, and none to hold out ({shorten(_classes_of(rows))}): add videos, or "
+            "give those to validate on in train/ and val/ or train.csv and val.csv"
+        )
+    return layout
+
+
+def _subfolders(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if e.is_dir() and not is_leftover(e.name)), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f"{folder}: this folder cannot be listed: {error.strerror}") from error
+
+
+def _find_classes(root: str, top: str, notes: list[str]) -> tuple[list[LabelledVideo], str]:
+    """The videos of the class folders in the folder `top` of `root`, and, for an error, what is there besides."""
+    folder = os.path.join(root, top) if top else root
+    rows: list[LabelledVideo] = []
+    empty: list[str] = []
+    passed = scan_folder(root, top, deep=False)
+    loose, passed.videos = passed.videos, []
+    for entry in _subfolders(folder):
+        _refuse_splits_of_class(entry.path)
+        scan = scan_folder(root, os.path.join(top, entry.name))
+        rows += [LabelledVideo(path, entry.name, entry.path) for path in scan.videos]
+        if not scan.videos:
+            empty.append(f"{entry.name} ({scan.extensions() or 'no files'})")
+        passed.add(scan)
+    seen = [f"{folder}: videos in no folder of a class, and not read: {shorten(loose)}"] if loose else []
+    seen += [f"{folder}: folders without videos, which are no classes: {shorten(empty)}"] if empty else []
+    seen += passed.notes(folder)
+    notes += seen
+    return rows, "".join(f"; {note}" for note in seen)
+
+
+def _refuse_splits_of_class(folder: str) -> None:
+    """Raise UserError where a folder in the place of a class holds folders of splits."""
+    splits = {split: entry.name for entry in _subfolders(folder) if (split := split_of(entry.name))}
+    if "train" in splits and len(splits) > 1:
+        raise UserError(
+            f"{folder}: holds {' and '.join(splits.values())}, folders of splits, where a class is expected: "
+            "set dataset.root to it, or put folders of classes into train/ and val/"
+        )
+
+
+def _classes_of(rows: Iterable[LabelledVideo]) -> list[str]:
+    return sorted({normalize_class_name(row.label) for row in rows})
+
+
+def _hold_out(rows: Sequence[LabelledVideo], val_share: float, seed: int) -> dict[str, list[LabelledVideo]]:
     """Split each class alike; a video keeps its side of the split when others join, as far as shares allow."""
     if not 0 < val_share < 1:
         raise UserError(f"dataset: val_share must lie between 0 and 1, not {val_share}")
-    splits: dict[str, list[Row]] = {"train": [], "val": []}
-    for name in sorted({name for _, name, _ in rows}):
-        group = sorted((row for row in rows if row[1] == name), key=lambda row: _hash(f"{seed}:{row[0]}"))
+    splits: dict[str, list[LabelledVideo]] = {"train": [], "val": []}
+    for name in _classes_of(rows):
+        group = [row for row in rows if normalize_class_name(row.label) == name]
+        # NFC: the same videos are held out on macOS and elsewhere
+        group.sort(key=lambda row: _hash(f"{seed}:{unicodedata.normalize('NFC', row.path)}"))
         held = min(math.ceil(val_share * len(group)), len(group) - 1)
         splits["val"] += sorted(group[:held])
         splits["train"] += sorted(group[held:])
@@ -83,41 +223,72 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _table(root: str, split: str) -> list[Row] | None:
-    """Rows of `split.csv` or `split.jsonl`, if there is one; raises UserError."""
-    for suffix, read in ((".csv", _read_csv), (".jsonl", _read_jsonl)):
-        file = join(root, f"{split}{suffix}")
-        if exists(file):
-            return [_row(f"{file}:{number}", fields) for number, fields in read(file)]
-    return None
+# tables
 
 
-def _read_csv(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(read_lines(file), skipinitialspace=True)
-    if not {"path", "label"} <= set(reader.fieldnames or ()):
-        raise UserError(f"{file}:1: expected a header with path and label, and start and end if wanted")
-    for fields in reader:
-        yield reader.line_num, fields
+def _find_tables(root: str) -> Layout | None:
+    """The splits of the tables in a folder or at a URL, or None where there are none; raises UserError."""
+    notes: list[str] = []
+    if is_remote(root):
+        files = [name for name in ("train.csv", "val.csv", "train.jsonl", "val.jsonl") if exists(join(root, name))]
+    else:
+        with os.scandir(root) as entries:
+            every = sorted(entries, key=lambda entry: entry.name)
+        # a folder of splits often has a .json beside it that other programs wrote
+        split_folders = any(entry.is_dir() and split_of(entry.name) for entry in every)
+        suffixes = TABLES[:-1] if split_folders else TABLES
+        files = [e.name for e in every if e.is_file() and e.name.lower().endswith(suffixes) and not is_leftover(e.name)]
+    tables = _choose_splits(root, files, notes)
+    if not tables.keys() & {"train", "val"}:
+        return None
+    splits = {split: _read_table(root, name) for split, name in tables.items()}
+    return Layout(splits, {split: f"{name} lists none" for split, name in tables.items()}, notes)
 
 
-def _read_jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_lines(file), start=1):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError:
-                raise UserError(f"{file}:{number}: is not JSON: {line[:80]!r}") from None
-            yield number, fields
+def _read_table(root: str, name: str) -> list[LabelledVideo]:
+    file = join(root, name)
+    if name.lower().endswith((".json", ".jsonl")):
+        return [_row(root, place, fields) for place, fields in read_records(file)]
+    rows = read_table(file, read_lines(file), ("path", "label"))
+    return [_row(root, f"{file}:{row.line}", row.fields) for row in rows]
 
 
-def _row(place: str, fields: Any) -> Row:
+def _row(root: str, place: str, fields: Any) -> LabelledVideo:
     path, label = (fields.get(key) if isinstance(fields, dict) else None for key in ("path", "label"))
     if path in (None, "") or label in (None, ""):
-        raise UserError(f"{place}: expected a path and a label, found {fields}")
+        raise UserError(f"{place}: expected a path and a label, found {str(fields)[:120]}")
     try:
-        start, end = float(fields.get("start") or 0), float(fields.get("end") or math.inf)
-    except (TypeError, ValueError):
-        raise UserError(f"{place}: start and end must be seconds, found {fields}") from None
+        if not isinstance(path, str):
+            raise ValueError(f"the path must be text, found {path!r}")
+        os.fsencode(path)
+        path, name = find_spelling(root, path), _label(label)
+        start, end = _seconds(fields.get("start"), 0.0), _seconds(fields.get("end"), math.inf)
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: the path {path!a} is not text that can name a file") from None
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
     if not 0 <= start < end:
         raise UserError(f"{place}: expected 0 <= start < end in seconds, found {start:g} and {end:g}")
-    return str(path), str(label), (start, end)
+    return LabelledVideo(path, name, place, (start, end))
+
+
+def _label(label: Any) -> str:
+    """The name of a class as text; raises ValueError."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    # pandas writes a list as text, and whole numbers as 3.0 where a column has gaps
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or re.fullmatch(r"\s*(\[.*\]|{.*})\s*", str(label)):
+        raise ValueError(f"expected one label, a name, found {label!r}")
+    return re.sub(r"^\s*(\d+)\.0+\s*$", r"\1", str(label))
+
+
+def _seconds(value: Any, default: float) -> float:
+    """Seconds as a number or as text, with a comma in place of the point too; raises ValueError."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return default
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(re.sub(r"^(\d+),(\d+)$", r"\1.\2", value.strip()) if isinstance(value, str) else value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"start and end must be seconds, found {value!r}") from None

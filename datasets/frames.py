@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .scan import is_leftover
 from .videofile import Box, DecodeError, Video, errors_over
 
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".jpe", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class FrameFolders:
@@ -30,7 +31,8 @@ class FrameFolders:
 class _FrameFolder(Video):
     def __init__(self, path: str, fps: float) -> None:
         self.path, self.fps = path, fps
-        self.files = sorted(name for name in os.listdir(path) if Path(name).suffix.lower() in SUFFIXES)
+        names = [name for name in os.listdir(path) if not is_leftover(name)]
+        self.files = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)
         if not self.files:
             raise DecodeError(path, "no images in the folder")
         self.frames = len(self.files)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import os
+from collections.abc import Iterable, Sequence
 
 from mgvideo.errors import UserError
 from mgvideo.paths import join
 
+from .class_names import index_classes, suggest_class, unify_class_names
 from .decoders import Decoder
-from .lists import check_root, find_videos, read_classes, read_lines, video_list
+from .lists import check_root, note_repeats, read_classes, video_list
 from .sampling import Sampling
+from .scan import scan_folder
+from .tables import TableRow, is_header, read_lines, read_table
 from .video import Entry, VideoDataset
 
-COLUMNS = {"label", "youtube_id", "time_start", "time_end"}
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 SYNONYMS = {"validate": "val", "validation": "val"}  # of splits, in the official CSVs
 
 
@@ -26,52 +29,73 @@ def kinetics(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> VideoDataset:
-    """The videos of a list file (see `lists.video_list`) or of an official CSV, told apart by the CSV's header.
+    """The videos of a list file (see `lists.video_list`) or of an official CSV, which is known by its header.
 
-    For a CSV, clips are looked for anywhere under `root` as `ID_START_END` (six digits each, as the usual downloads
+    For a CSV, clips are searched for anywhere under `root` as `ID_START_END` (six digits each, as the usual downloads
     name them) or `ID`. Clips that are not there are left out, counted in `notes` and kept in `missing`. Of its column
     `split` only `split` (train, val, test, …) and empty fields are taken; None: all. Raises UserError.
     """
     check_root(root)
     file = join(root, list_file)
     lines = read_lines(file)
-    if not lines or not set(next(csv.reader(lines[:1]), [])) >= COLUMNS:
+    if not is_header(lines, COLUMNS):
         return video_list(root, list_file, num_classes, classes_file, decoder=decoder, flip=flip)
-    rows = list(csv.DictReader(lines))
-    for number, row in enumerate(rows, start=2):
-        try:
-            named = bool(row["label"] and row["youtube_id"] and _clip_name(row))
-        except (TypeError, ValueError, OverflowError):
-            named = False
-        if not named:
-            raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {row}")
-    names = read_classes(join(root, classes_file)) or sorted({row["label"] for row in rows})
+    rows = _read_rows(file, lines)
+    classes, notes = unify_class_names(_places(file, rows))
+    names = read_classes(join(root, classes_file)) or sorted(set(classes.values()))
     if len(names) != num_classes:
         raise UserError(
             f"{file}: {len(names)} classes, not {num_classes}; name them, one a line, in {classes_file}, "
             "or set dataset.num_classes"
         )
-    places = {name: place for place, name in enumerate(names)}
-    found = {os.path.splitext(os.path.basename(path))[0]: path for path in find_videos(root)}
+    labels = index_classes(names, join(root, classes_file))
+    scan = scan_folder(root)
+    found = {os.path.splitext(os.path.basename(path))[0]: path for path in scan.videos}
     entries, missing = [], []
-    for number, row in enumerate(rows, start=2):
-        if row["label"] not in places:
-            raise UserError(f"{file}:{number}: class {row['label']!r} is not in {classes_file}")
+    for number, row in rows:
+        name = classes[row["label"]]
+        if name not in labels:
+            raise UserError(f"{file}:{number}: class {name!r} is not in {classes_file}{suggest_class(name, names)}")
         if split is not None and _split(row) not in ("", SYNONYMS.get(split, split)):
             continue
-        path = found.get(_clip_name(row)) or found.get(row["youtube_id"])
+        clip = _clip_name(row)
+        path = found.get(clip) or found.get(row["youtube_id"])
         if path:
-            entries.append(Entry(path, places[row["label"]]))
+            entries.append(Entry(path, labels[name]))
         else:
-            missing.append(Entry(f"{_clip_name(row)}.mp4", places[row["label"]]))
+            missing.append(Entry(f"{clip}.mp4", labels[name]))
     listed = len(entries) + len(missing)
     if not listed:
-        splits = ", ".join(sorted({_split(row) for row in rows}))
+        splits = ", ".join(sorted({_split(row) for _, row in rows}))
         raise UserError(f"{file}: no clips of split={split}, but of {splits}; choose one of them, or null for all")
+    passed = scan.notes(root) if missing else []
     if not entries:
-        raise UserError(f"{file}: none of its {listed} clips is under {root}; expected, say, {missing[0].path}")
-    notes = [f"{list_file}: {len(missing)} of {listed} clips are not under {root} and left out"] if missing else []
+        hint = "".join(f"; {note}" for note in passed)
+        raise UserError(f"{file}: none of its {listed} clips is under {root}; expected, say, {missing[0].path}{hint}")
+    notes += [f"{list_file}: {len(missing)} of {listed} clips are not under {root} and left out"] if missing else []
+    notes += [*passed, *note_repeats(list_file, entries)]
     return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), notes, missing)
+
+
+def _read_rows(file: str, lines: Sequence[str]) -> list[TableRow]:
+    """The rows of an official CSV; raises UserError."""
+    rows = list(read_table(file, lines, COLUMNS))
+    for number, row in rows:
+        try:
+            complete = bool(row["label"] and row["youtube_id"] and _clip_name(row))
+        except (KeyError, ValueError, OverflowError):
+            complete = False
+        if not complete:
+            raise UserError(f"{file}:{number}: expected label,youtube_id,time_start,time_end, found {str(row)[:200]}")
+    return rows
+
+
+def _places(file: str, rows: Iterable[TableRow]) -> dict[str, str]:
+    """Where each class is first named."""
+    places: dict[str, str] = {}
+    for number, row in rows:
+        places.setdefault(row["label"], f"{file}:{number}")
+    return places
 
 
 def _split(row: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from mgvideo.errors import UserError
 from mgvideo.paths import local
 
-from .videofile import check_file, errors_over
+from .videofile import DecodeError, check_file, errors_over
 
 Picture = NDArray[np.uint8]  # RGB [h, w, 3]
 Paint = Callable[[Picture, int], Picture]  # a frame and its number to what takes its place
@@ -35,17 +35,23 @@ CODEC = {"crf": "18", "preset": "veryfast"}
 def rewrite(source: str, target: Path, paint: Paint) -> None:
     """Write a video as H.264 with every frame painted over; size and times stay, the sound is left out.
 
-    The file appears under its name when it is whole. Raises DecodeError, or what PyAV raises.
+    The file appears under its name when it is whole.
+
+    Raises:
+        DecodeError: the source cannot be read, or its times cannot be written.
+        OSError: the target cannot be written.
+        av.FFmpegError: the frames cannot be encoded.
     """
     with errors_over(source):
         check_file(source, copy := local(source))
+        opened = av.open(copy)
     part = target.with_name(f".{target.name}.part.mp4")
     try:
-        with av.open(copy) as container, av.open(str(part), "w") as output:
+        with opened as container, av.open(str(part), "w") as output:
             stream: Any = container.streams.video[0]
             encoder: Any = None
             first = 0
-            for number, frame in enumerate(container.decode(stream)):
+            for number, frame in enumerate(_frames(source, container, stream)):
                 upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
                 painted = paint(np.ascontiguousarray(upright), number)
                 if encoder is None:
@@ -57,6 +63,18 @@ def rewrite(source: str, target: Path, paint: Paint) -> None:
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _frames(source: str, container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a source, whose times must rise to be written; raises DecodeError."""
+    latest = None
+    with errors_over(source):
+        for number, frame in enumerate(container.decode(stream)):
+            if frame.pts is None or (latest is not None and frame.pts <= latest):
+                time = "no time" if frame.pts is None else f"a time that is not after frame {number - 1}'s"
+                raise DecodeError(source, f"frame {number} has {time}: it cannot be written with its times")
+            latest = frame.pts
+            yield frame
 
 
 def _encoder(output: Any, stream: Any, picture: Picture) -> Any:

@@ -42,14 +42,19 @@ def parallel(
         return
     # spawn: the caller may already hold threads or a CUDA context, which a fork would break
     context = multiprocessing.get_context("spawn")
-    busy = context.RawArray("b", len(items))
-    pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
     chunk = max(1, min(4, len(items) // (4 * processes)))
     others = set(multiprocessing.active_children())
     finished = False
     try:
+        busy = context.RawArray("b", len(items))
+        pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
         with blocked():
             results = pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
+    except OSError as error:
+        raise UserError(
+            f"cannot start {processes} processes: {error.strerror}; give fewer with processes=…, 1 starts none"
+        ) from error
+    try:
         yield from results
         finished = True
     except BrokenProcessPool:

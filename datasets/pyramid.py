@@ -7,12 +7,13 @@ than the base grid may be when read from the original. What was tried and what i
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import av
 
 from mgvideo.errors import UserError
-from mgvideo.paths import is_remote, join, plain, read_bytes, relative
+from mgvideo.paths import belongs_to, is_remote, join, plain, read_bytes, relative
 
 from .parallel import Progress, parallel, silent
 from .pyav import PyAV
@@ -146,8 +147,10 @@ def read_manifest(folder: str) -> tuple[Layout, list[Row]]:
     try:
         layout = json.loads(read_bytes(join(folder, "layout.json")))
         lines = read_bytes(join(folder, "rows.jsonl")).decode("utf-8").splitlines()
-    except OSError:
-        raise UserError(f"dataset.pyramid: no pyramid in {folder}; build it with tools/prepare_data.py") from None
+    except OSError as error:
+        raise UserError(
+            f"dataset.pyramid: no pyramid in {folder} ({error.strerror}); build it with tools/prepare_data.py"
+        ) from None
     rows = {}
     for line in lines:
         try:
@@ -194,7 +197,7 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
     source = join(root, name)
     parts: dict[Path, Path] = {}
     try:
-        with errors_over(source):
+        with errors_over(source), _errors_over_levels(folder):
             with PyAV().open(source) as video:
                 short_side, frames, original = min(video.height, video.width), video.frames, video.local
             for side in layout.sides:
@@ -216,6 +219,19 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_over_levels(folder: str) -> Iterator[None]:
+    """Turn an OSError over the pyramid's own folder, such as a full disk, into a UserError: no original is at fault."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or (
+            error.filename is not None and belongs_to(error.filename, plain(folder))
+        ):
+            raise UserError(f"cannot write into {folder}: {error.strerror}; a repeat goes on") from error
+        raise
 
 
 def _encode(source: str, targets: Sequence[tuple[Path, int]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 from mgvideo.errors import UserError
 from mgvideo.paths import join
 
+from .class_names import index_classes, normalize_class_name, suggest_class
 from .decoders import Decoder
-from .lists import check_root, read_lines
+from .lists import check_root, note_repeats
 from .sampling import Sampling
+from .tables import read_json_object, read_records
 from .video import Entry, VideoDataset
 
 
@@ -29,30 +30,31 @@ def ssv2(
     have a direction. Raises UserError.
     """
     check_root(root)
-    numbers = _read_json(join(root, labels), dict)
-    places = {name: int(number) for name, number in numbers.items() if str(number).isdecimal()}
+    places = _read_labels(join(root, labels))
     names = sorted(places, key=places.__getitem__)
-    if sorted(places.values()) != list(range(len(numbers))):
-        raise UserError(f"{join(root, labels)}: labels must be numbered from 0 to {len(numbers) - 1}")
     file = join(root, annotations)
     entries = []
-    for number, item in enumerate(_read_json(file, list), start=1):
-        if not isinstance(item, dict) or not {"id", "template"} <= set(item) or not isinstance(item["template"], str):
-            raise UserError(f"{file}: item {number}: expected an id and a template, found {str(item)[:80]}")
-        template = re.sub(r"[\[\]]", "", item["template"])
+    for place, item in read_records(file):
+        if not isinstance(item, dict) or not isinstance(item.get("template"), str) or not _is_id(item.get("id")):
+            raise UserError(f"{place}: expected an id and a template, found {str(item)[:80]}")
+        template = normalize_class_name(re.sub(r"[\[\]]", "", item["template"]))
         if template not in places:
-            raise UserError(f"{file}: item {number}: {template!r} is not a label of {labels}")
+            raise UserError(f"{place}: {template!r} is not a label of {labels}{suggest_class(template, names)}")
         entries.append(Entry(os.path.join(videos, f"{item['id']}.webm"), places[template]))
     if not entries:
         raise UserError(f"{file}: no videos in the list")
-    return VideoDataset(root, entries, names, decoder, Sampling(flip=False, segments=True))
+    notes = note_repeats(annotations, entries)
+    return VideoDataset(root, entries, names, decoder, Sampling(flip=False, segments=True), notes)
 
 
-def _read_json(file: str, kind: type) -> Any:
-    try:
-        content = json.loads("\n".join(read_lines(file)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: is not JSON: {error.msg}") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{file}: expected a JSON {'object' if kind is dict else 'list'}")
-    return content
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool) and str(value).strip() != ""
+
+
+def _read_labels(file: str) -> dict[str, int]:
+    """The number of each class in the official file; raises UserError."""
+    numbers = read_json_object(file)
+    names = {int(number): normalize_class_name(name) for name, number in numbers.items() if str(number).isdecimal()}
+    if sorted(names) != list(range(len(numbers))):
+        raise UserError(f"{file}: labels must be numbered from 0 to {len(numbers) - 1}")
+    return index_classes([names[number] for number in sorted(names)], file)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from mgvideo.errors import UserError
 
+from .class_names import index_classes, normalize_class_name, suggest_class
 from .decoders import Decoder
-from .lists import check_root, read_lines
+from .lists import check_root, note_repeats, parse_line
 from .sampling import Sampling
+from .scan import VIDEO_SUFFIXES, is_leftover
+from .tables import read_lines
 from .video import Entry, VideoDataset
 
 
@@ -26,20 +30,50 @@ def ucf101(
     check_root(root)
     folder = os.path.join(root, splits)
     file = os.path.join(folder, f"{_official(split)}list{fold:02d}.txt")
-    names = [line.split(maxsplit=1)[-1].strip() for line in read_lines(os.path.join(folder, "classInd.txt")) if line]
-    places = {name: place for place, name in enumerate(names)}
+    names = _read_class_index(os.path.join(folder, "classInd.txt"))
+    labels = index_classes(names, os.path.join(folder, "classInd.txt"))
     entries = []
     for number, line in enumerate(read_lines(file), start=1):
         if not line.strip():
             continue
-        path = line.split()[0]
-        name = path.partition("/")[0]
-        if name not in places:
-            raise UserError(f"{file}:{number}: class {name!r} is not in classInd.txt")
-        entries.append(Entry(os.path.join(videos, path), places[name]))
+        try:
+            path, label = _parse_line(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: expected 'CLASS/video.avi 1', found {line[:80]!r}: {error}") from None
+        name = normalize_class_name(path.partition("/")[0])
+        if name not in labels:
+            raise UserError(f"{file}:{number}: class {name!r} is not in classInd.txt{suggest_class(name, names)}")
+        if label not in (None, labels[name] + 1):
+            raise UserError(f"{file}:{number}: label {label}, where classInd.txt has {labels[name] + 1} for {name}")
+        entries.append(Entry(os.path.join(videos, path), labels[name]))
     if not entries:
         raise UserError(f"{file}: no videos in the list")
-    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip))
+    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), note_repeats(file, entries))
+
+
+def _parse_line(line: str) -> tuple[str, int | None]:
+    """Path and label, from 1, of a line of a training list, or the path alone of a testing list; raises ValueError."""
+    text = line.strip().replace("\\", "/")
+    if os.path.splitext(text)[1].lower() in VIDEO_SUFFIXES:
+        return text, None
+    path, labels = parse_line(text)
+    if len(labels) > 1:
+        raise ValueError(f"several labels, {labels}")
+    return path, labels[0]
+
+
+def _read_class_index(file: str) -> list[str]:
+    """Class names in the order of their numbers, which count from 1, in lines `number name`; raises UserError."""
+    names: dict[int, str] = {}
+    for number, line in enumerate(read_lines(file), start=1):
+        if line.strip():
+            match = re.fullmatch(r"\s*(\d{1,9})\s+(\S.*)", line)
+            if not match or int(match[1]) in names:
+                raise UserError(f"{file}:{number}: expected a new number and a class, found {line.strip()[:80]!r}")
+            names[int(match[1])] = normalize_class_name(match[2])
+    if sorted(names) != list(range(1, len(names) + 1)):
+        raise UserError(f"{file}: classes must be numbered from 1 to {len(names)}")
+    return [names[number] for number in sorted(names)]
 
 
 def hmdb51(
@@ -54,11 +88,12 @@ def hmdb51(
     """Fold 1 to 3: `root/splits/CLASS_test_split1.txt` over `root/videos/CLASS/*.avi`; raises UserError."""
     check_root(root)
     suffix = f"_test_split{fold}.txt"
-    files = sorted((Path(root) / splits).glob(f"*{suffix}"))
+    files = sorted(file for file in (Path(root) / splits).glob(f"*{suffix}") if not is_leftover(file.name))
     if not files:
         raise UserError(f"{os.path.join(root, splits)}: no files *{suffix}; unpack test_train_splits.rar there")
     wanted = {"train": "1", "test": "2"}[_official(split)]
-    names = [file.name.removesuffix(suffix) for file in files]
+    names = [normalize_class_name(file.name.removesuffix(suffix)) for file in files]
+    index_classes(names, os.path.join(root, splits))
     entries = []
     for place, file in enumerate(files):
         for number, line in enumerate(read_lines(str(file)), start=1):
@@ -66,10 +101,10 @@ def hmdb51(
             if fields and (len(fields) != 2 or fields[1] not in ("0", "1", "2")):
                 raise UserError(f"{file}:{number}: expected 'name.avi 0|1|2', found {line[:80]!r}")
             if fields and fields[1] == wanted:
-                entries.append(Entry(os.path.join(videos, names[place], fields[0]), place))
+                entries.append(Entry(os.path.join(videos, file.name.removesuffix(suffix), fields[0]), place))
     if not entries:
         raise UserError(f"{os.path.join(root, splits)}: no {split} videos in fold {fold}")
-    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip))
+    return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), note_repeats(splits, entries))
 
 
 def _official(split: str) -> str:

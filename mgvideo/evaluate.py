@@ -95,10 +95,12 @@ class Evaluator:
         all_reduce(labels, dist.ReduceOp.MAX)
         if self.task.reduce == "sum":
             scores /= all_reduce(seen)[:, None]
-        every = dict.fromkeys(failure for part in gather_objects(failures) for failure in part)
-        for failure in every:
-            scores[failure.index] = float("nan")
-        return Scores(scores.cpu(), labels.cpu(), tuple(every))
+        # a video counts once, whatever the reasons that its views give
+        by_video: dict[int, Failure] = {}
+        for failure in (failure for part in gather_objects(failures) for failure in part):
+            by_video.setdefault(failure.index, failure)
+        scores[list(by_video)] = float("nan")
+        return Scores(scores.cpu(), labels.cpu(), tuple(by_video.values()))
 
     def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
         with explain_out_of_memory(partial(self._explain_out_of_memory, batch)), self.precision.autocast():

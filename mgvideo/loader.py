@@ -31,20 +31,25 @@ class ClipDataset(Protocol):
 
 
 class Batch(NamedTuple):
-    """Clips uint8 `[n, t, s, s, 3]`, labels int64 `[n]` or float32 `[n, classes]`, indices int64 `[n]`."""
+    """Clips uint8 `[n, t, s, s, 3]`, labels int64 `[n]` or float32 `[n, classes]`, indices int64 `[n]`.
+
+    `failures` are the videos that could not be read, `bad_clips` the clips that were drawn for one of them: a clip's
+    substitute may fail as well.
+    """
 
     clips: Tensor
     labels: Tensor
     indices: Tensor
     failures: tuple[Failure, ...] = ()
+    bad_clips: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # between processes each tensor costs a handshake, half a millisecond: for the clips alone is it worth one
-        return _received, (self.clips, self.labels.numpy(), self.indices.numpy(), self.failures)
+        return _received, (self.clips, self.labels.numpy(), self.indices.numpy(), *self[3:])
 
 
-def _received(clips: Tensor, labels: np.ndarray, indices: np.ndarray, failures: tuple[Failure, ...]) -> Batch:
-    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), failures)
+def _received(clips: Tensor, labels: np.ndarray, indices: np.ndarray, *rest: Any) -> Batch:
+    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), *rest)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -54,7 +59,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     labels = torch.stack([sample.label for sample in samples]).repeat_interleave(crops, dim=0)
     indices = torch.tensor([sample.index for sample in samples]).repeat_interleave(crops)
     failures = tuple(failure for sample in samples for failure in sample.failures)
-    return Batch(clips.flatten(0, -5), labels, indices, failures)
+    return Batch(clips.flatten(0, -5), labels, indices, failures, sum(bool(sample.failures) for sample in samples))
 
 
 @dataclass(frozen=True)

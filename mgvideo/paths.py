@@ -28,6 +28,7 @@ from .errors import UserError
 
 TIMEOUT = 20.0  # seconds in which a server has to say something
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _prefixes: list[str] = []
 _manager = PathManager()
 logging.getLogger("iopath").addHandler(logging.NullHandler())  # what it logs as an error is raised as well
@@ -67,6 +68,27 @@ def to_write(key: str, path: str) -> str:
     if is_remote(path):
         raise UserError(f"{key}={path}: only output_dir may be a URL; write to a local path and copy it")
     return plain(path)
+
+
+@contextmanager
+def writing(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError inside into a UserError that names the file at fault: the path that `key` names, or another."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK_ERRORS:
+            raise
+        if error.filename is None or belongs_to(error.filename, path):
+            raise UserError(f"cannot write {key}={path}: {error.strerror}") from error
+        raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
+
+
+def belongs_to(file: str | bytes, output: str | os.PathLike[str]) -> bool:
+    """Whether a file is an output, lies in it, is a folder above it, or is named after it (`out.csv.part`)."""
+    file, path = os.path.abspath(os.fsdecode(file)), os.path.abspath(output)
+    beside = os.path.dirname(file) == os.path.dirname(path)
+    named = os.path.basename(file).lstrip(".").startswith(os.path.splitext(os.path.basename(path))[0].lstrip("."))
+    return (beside and named) or f"{file}/".startswith(f"{path}/") or path.startswith(f"{file}/")
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:

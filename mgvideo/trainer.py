@@ -202,6 +202,7 @@ class Trainer:
         window.clips += self.plan.slot(step).batch
         window.read += len(batch.labels)
         window.failures += batch.failures
+        window.bad += batch.bad_clips
 
     def _check_finite(self) -> None:
         """Raise NonFiniteError on all ranks where the loss or gradients of a step were not finite on one of them."""
@@ -237,10 +238,10 @@ class Trainer:
         self.checkpoints.check()  # a full disk is told now, not when the next checkpoint is due
         elapsed = time.perf_counter() - window.since
         self.progress.seconds += elapsed
-        ranks = gather_objects((loss, window.failures, window.read, window.waited))
+        ranks = gather_objects((loss, window.failures, window.read, window.waited, window.bad))
         failures = [failure for r in ranks for failure in r[1]]
         self.progress.clips += sum(r[2] for r in ranks)
-        self.progress.bad += len(failures)
+        self.progress.bad += sum(r[4] for r in ranks)
         slot = self.plan.slot(step - 1)
         index = self.plan.phases.index(phase)
         self.monitor.eta.add(index, elapsed, window.steps)

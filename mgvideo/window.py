@@ -24,7 +24,7 @@ class Progress:
     best_step: int = 0
     evaluated: int = 0  # the step of the last evaluation
     clips: int = 0  # read up to the last log step
-    bad: int = 0  # of them substituted
+    bad: int = 0  # clips among them whose video could not be read
     hardware: str = ""  # that it trains on, in words; all of it, where it moved
     precision: str = ""  # the same
     date: str = ""  # on which it last began or went on
@@ -50,13 +50,15 @@ class Window:
     steps: int = 0
     clips: int = 0
     read: int = 0  # clips, on this rank
+    bad: int = 0  # clips among them whose video could not be read, however many substitutes it took
     waited: float = 0.0
     failures: list[Failure] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
         loss = torch.zeros((), dtype=torch.float64) if self.loss is None else self.loss.cpu()
-        ranks = gather_objects((loss, self.read, self.waited, [tuple(vars(f).values()) for f in self.failures]))
+        failures = [tuple(vars(failure).values()) for failure in self.failures]
+        ranks = gather_objects((loss, self.read, self.waited, failures, self.bad))
         return {
             "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),
             "steps": self.steps,
@@ -64,6 +66,7 @@ class Window:
             "read": sum(r[1] for r in ranks),
             "waited": max(r[2] for r in ranks),
             "failures": [failure for r in ranks for failure in r[3]],
+            "bad": sum(r[4] for r in ranks),
             "seconds": time.perf_counter() - self.since,
         }
 
@@ -73,6 +76,6 @@ class Window:
         window = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
         if rank() == 0:
             window.loss = state["loss"].to(device)
-            window.read, window.waited = state["read"], state["waited"]
+            window.read, window.waited, window.bad = state["read"], state["waited"], state["bad"]
             window.failures = [Failure(*values) for values in state["failures"]]
         return window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from mgvideo.datasets.lists import video_list
 from mgvideo.datasets.motion import make_motion
 from mgvideo.datasets.pyramid import Layout, Pyramid, build
 from mgvideo.errors import UserError
-from mgvideo.paths import exists, join, local, read_bytes, relative
+from mgvideo.paths import exists, join, local, read_bytes, relative, writing
 from mgvideo.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
@@ -166,3 +167,28 @@ def test_a_table_on_a_server_is_found(server: tuple[str, list[str]], folder: Pat
     (folder / "val.csv").unlink()
     with pytest.raises(UserError, match=r"give tables train\.csv and val\.csv"):
         video_folder(address, "train")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("out.csv", r"^cannot write out=out\.csv: No such file"),
+        ("out.csv.part", r"^cannot write out=out\.csv: No such file"),
+        ("out_classes.csv", r"^cannot write out=out\.csv: No such file"),
+        (".out.part.csv", r"^cannot write out=out\.csv: No such file"),
+        ("videos/a.mp4", r"^videos/a\.mp4: No such file"),
+        ("train.csv", r"^train\.csv: No such file"),
+    ],
+)
+def test_an_error_over_a_file_names_the_output_or_the_other_file(file: str, message: str) -> None:
+    with pytest.raises(UserError, match=message), writing("out", "out.csv"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
+
+
+def test_an_error_without_a_file_names_the_output_where_a_disk_is_full_and_is_raised_otherwise() -> None:
+    with pytest.raises(UserError, match=r"^cannot write out=runs/a: No space left"), writing("out", "runs/a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError, match=r"^cannot write out=runs/a: "), writing("out", "runs/a"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "runs")
+    with pytest.raises(BlockingIOError), writing("out", "runs/a"):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")

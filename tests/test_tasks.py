@@ -8,9 +8,10 @@ import pytest
 import torch
 from training import KNOBS
 
-from mgvideo.clips import ClipRequest, View
+from mgvideo.clips import ClipRequest, Failure, Sample, View
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
+from mgvideo.datasets.video import VideoDataset
 from mgvideo.evaluate import Evaluator, Views
 from mgvideo.loader import Loader, LoaderOptions
 from mgvideo.models.small import r2plus1d_small
@@ -58,3 +59,30 @@ def test_a_video_has_the_mean_or_the_maximum_of_its_views(motion_root: str, task
         expected = logits.sigmoid().amax(0) if multi else logits.softmax(1).mean(0)
         torch.testing.assert_close(found.scores[index], expected)
         assert torch.equal(found.labels[index], samples[0].label)
+
+
+class Unreadable:
+    """A dataset of two videos of which one cannot be read, for another reason in each view."""
+
+    def __init__(self, dataset: VideoDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        sample = self.dataset[request]
+        if request.index == 0 or request.view is None:
+            return sample
+        return replace(sample, failures=(Failure(1, self.dataset.path(1), f"damage {request.view.clip}"),))
+
+
+def test_a_video_that_fails_in_several_ways_is_one_failure(motion_root: str) -> None:
+    dataset = Unreadable(motion(motion_root, KNOBS, "val", PyAV()))
+    evaluate = Evaluator(
+        Loader(dataset, LoaderOptions(workers=0)), SingleLabel(), 8, Normalize((0.45,) * 3, (0.225,) * 3),
+        choose_precision("fp32", torch.device("cpu")),
+    )  # fmt: skip
+    found = evaluate(r2plus1d_small(8, width=4).eval(), Views(Grid(4, 32, (2, 2), (40, 40)), clips=3, crops=1))
+    assert [(failure.index, failure.reason) for failure in found.failures] == [(1, "damage 0")]
+    assert found.scores.isnan().all(1).tolist() == [False, True]

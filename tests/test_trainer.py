@@ -1,5 +1,7 @@
 import copy
 import json
+import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -11,9 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
-from training import metrics, tiny_plan, tiny_trainer
+from training import KNOBS, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import read_checkpoint, write_atomic
+from mgvideo.datasets.motion import make_motion
 from mgvideo.errors import UserError
 from mgvideo.loader import Batch
 from mgvideo.models.small import i3d_small, r2plus1d_small
@@ -286,3 +289,22 @@ def test_an_evaluation_that_memory_cannot_hold_names_its_key(tmp_path: Path, mot
     for batch, key in ((8, r"test\.batch=4 \(now 8\)"), (1, r"test\.crops=1 or less test\.size")):
         with pytest.raises(UserError, match=rf"^out of memory .* {batch} crops of 8×32² .* try {key}$"):
             replace(evaluator, batch=batch)(trainer.model, views)
+
+
+def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, motion_root: str) -> None:
+    folder = make_motion(motion_root, KNOBS)
+    shutil.copytree(folder, tmp_path / folder.name)
+    files = sorted((tmp_path / folder.name / "train").glob("*.mp4"))
+    for file in files[::2]:
+        file.write_text("no video")
+    trainer = tiny_trainer(tmp_path / "run", str(tmp_path), tiny_plan("baseline", epochs=4), workers=1)
+    with pytest.raises(UserError, match=r"\d+ of \d+ clips could not be read") as error:
+        trainer.train()
+    bad, clips = map(int, re.findall(r"(\d+) of (\d+) clips", str(error.value))[0])
+    trainer.monitor.close()
+    requests = [request for step in range(trainer.progress.step) for request in trainer.batches(step)]
+    paths = [trainer.loader.dataset.path(request.index) for request in requests]
+    assert clips == len(requests) >= 100
+    assert bad == sum(path in map(str, files[::2]) for path in paths)
+    tries = len((tmp_path / "run/bad_videos.csv").read_text().splitlines()) - 1
+    assert tries > 1.5 * bad, "each try is listed all the same"

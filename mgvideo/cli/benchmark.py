@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mgvideo.errors import UserError
+from mgvideo.paths import writing
 from mgvideo.plan import Grid, Plan, require
 
 from . import app, keys
@@ -73,11 +73,8 @@ def output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"cannot write out={path}: {error.strerror}") from error
+    with writing("out", path), open(path, "w", encoding="utf-8") as file:
+        yield file
 
 
 def plain_table(title: str, *columns: str) -> Table:

@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import SlowFast
+from mgvideo.paths import writing
 from mgvideo.plan import require
 from mgvideo.precision import Normalize
 
@@ -118,12 +119,11 @@ def run(given: ExportKeys, overrides: Sequence[str]) -> None:
     out = Path(str(given.out))
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()  # before minutes are spent on what cannot be written
-        export(given, overrides, part)
-        part.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write out={out}: {error.strerror or error}") from error
+        with writing("out", out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()  # before minutes are spent on what cannot be written
+            export(given, overrides, part)
+            part.replace(out)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mgvideo.datasets.decoders import DecodeError, PyAV
-from mgvideo.datasets.lists import find_videos, read_classes
+from mgvideo.datasets.lists import read_classes
 from mgvideo.datasets.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.sampling import Sampling
+from mgvideo.datasets.scan import scan_folder
 from mgvideo.datasets.video import Entry, VideoDataset
 from mgvideo.errors import UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
@@ -162,9 +163,15 @@ def find(words: Sequence[str]) -> dict[str, str]:
     require(bool(words), "no video given: python tools/predict.py VIDEO… ckpt=PATH")
     found: dict[str, str] = {}
     for word in map(plain, words):
-        inside = find_videos(word) if os.path.isdir(word) else None
-        require(inside != [], f"{word}: no videos in this folder")
-        found |= {word: os.path.basename(word)} if inside is None else {os.path.join(word, v): v for v in inside}
+        if not os.path.isdir(word):
+            found[word] = os.path.basename(word)
+            continue
+        scan = scan_folder(word)
+        notes = scan.notes(word)
+        require(bool(scan.videos), "; ".join([f"{word}: no videos in this folder", *notes]))
+        found |= {os.path.join(word, video): video for video in scan.videos}
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     return found
 
 
@@ -240,8 +247,10 @@ def draw(predictor: Predictor, path: str, target: Path, row: Row, cam: bool) -> 
         annotate(path, target, [f"{score:.2f} {name}" for _, name, score in row], heat)
     except DecodeError as error:
         return {path: error.reason}
-    except (av.FFmpegError, OSError) as error:
-        return {path: f"cannot be written to {target}: {error}"}
+    except OSError as error:
+        return {path: f"cannot be written to {target}: {error.strerror or error}"}
+    except av.FFmpegError as error:  # those that are no OSError are not about a file
+        return {path: f"cannot be encoded as H.264: {error.strerror or error}"}
     print(f"{path} → {target}", file=sys.stderr)
     return {}
 

@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mgvideo.datasets.check import Finding, broken_share, check, listed, repeated, summary, write_findings
+from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
 from mgvideo.datasets.pyramid import ROTATED, Layout, Row, build
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
-from mgvideo.paths import exists, relative
+from mgvideo.paths import exists, relative, writing
 from mgvideo.plan import require
 
 from . import app, keys
@@ -146,7 +147,7 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
     span = 1 if first.sampling.segments else (cfg.base.frames - 1) * cfg.base.stride + 1
     least = given.min_frames or span
     journal = f"{given.out}.part"
-    try:
+    with writing("out", given.out):
         with Progress("check") as progress:
             found = check(list(classes), least, given.fully, given.processes, progress, journal, first.decoder)
         findings = repeated(lines) + found
@@ -155,8 +156,6 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
         file = f"{os.path.splitext(given.out)[0]}_classes.csv"
         _write_classes(file, table, Counter(name for names in classes.values() for name in names))
         os.remove(journal)
-    except OSError as error:
-        raise UserError(f"cannot write out={given.out}: {error.strerror}") from error
     share = broken_share(findings, len(classes))
     allowed = cfg.dataset.max_bad_fraction if given.max_broken is None else given.max_broken
     _say_findings(findings, table, len(classes))
@@ -170,7 +169,7 @@ def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
     found = [instantiate(cfg.dataset[part], decoder=PyAV()) for part in SPLITS[split]]
-    for note in (note for dataset in found for note in dataset.notes):
+    for note in dict.fromkeys(note for dataset in found for note in dataset.notes):
         print(f"note: {note}")
     return found
 
@@ -269,7 +268,7 @@ def write_lists(given: ListKeys, cfg: DictConfig) -> None:
     """Write `path label` lists of the files that are there."""
     out = Path(str(given.out))
     datasets = _datasets(cfg, given.split)
-    try:
+    with writing("out", out):
         out.mkdir(parents=True, exist_ok=True)
         for split, dataset in zip(SPLITS[given.split], datasets, strict=True):
             written = _list_lines(dataset)
@@ -282,8 +281,6 @@ def write_lists(given: ListKeys, cfg: DictConfig) -> None:
             print(f"{file}: {len(written)} videos, {len(dataset) - len(written)} not there and left out")
         names = "".join(f"{name}\n" for name in datasets[0].class_names)
         (out / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise UserError(f"cannot write out={given.out}: {error.strerror}") from error
     print(f"{out / 'classes.txt'}: {len(datasets[0].class_names)} classes, in the order of their labels")
 
 
@@ -291,10 +288,19 @@ def _list_lines(dataset: VideoDataset) -> list[str]:
     """A line for each video that is there."""
     if dataset.labels.ndim != 1 or dataset.timed:
         raise UserError("a list holds one label a video and no times, and this dataset has more: use it as it is")
-    with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at a time
-        there = list(pool.map(exists, map(dataset.path, range(len(dataset)))))
+    try:
+        with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at a time
+            there = list(pool.map(exists, map(dataset.path, range(len(dataset)))))
+    except OSError as error:
+        raise UserError(f"dataset.root={dataset.root}: cannot be read: {error.strerror}") from error
     places = [i for i, found in enumerate(there) if found]
-    return [f"{relative(dataset.path(i), dataset.root)} {dataset.labels[i]}\n" for i in places]
+    lines = [f"{list_line(relative(dataset.path(i), dataset.root), int(dataset.labels[i]))}\n" for i in places]
+    try:
+        "".join(lines).encode()
+    except UnicodeEncodeError as error:
+        path = next(dataset.path(i) for i, line in zip(places, lines, strict=True) if error.object[error.start] in line)
+        raise UserError(f"{path!a}: the name is not UTF-8, as that of a listed file must be; rename it") from None
+    return lines
 
 
 def _annotation(cfg: DictConfig, split: str) -> str:

@@ -28,6 +28,7 @@ from mgvideo.loader import Loader, dead_worker
 from mgvideo.microbatch import clips_at_once, is_out_of_memory
 from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
+from mgvideo.paths import belongs_to
 from mgvideo.plan import Grid, Plan
 from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
@@ -150,9 +151,9 @@ def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         folder = checkpoints.folder.parent
-        raise UserError(
-            f"cannot write into output_dir={folder}: {error.strerror}; the checkpoints written before are intact"
-        ) from error
+        other = error.filename is not None and not belongs_to(error.filename, folder)
+        where = error.filename if other else f"cannot write into output_dir={folder}"
+        raise UserError(f"{where}: {error.strerror}; the checkpoints written before are intact") from error
 
 
 @contextmanager
@@ -195,7 +196,7 @@ def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     monitor.say(f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}")
     monitor.show(plan_table(plan, gpus=world_size()))
-    for note in (*plan.notes, *data.train.notes, *data.val.notes):
+    for note in dict.fromkeys((*plan.notes, *data.train.notes, *data.val.notes)):
         monitor.say(f"note: {note}")
     monitor.say(f"precision: {precision}")
 

@@ -136,6 +136,28 @@ def test_videos_are_written_with_their_classes_and_a_heat_map(
     assert drawn["true"][:, 20:].mean() > 2 * drawn["false"][:, 20:].mean()
 
 
+def test_what_cannot_be_drawn_names_the_file_at_fault(
+    trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, still = tmp_path / "good.mp4", tmp_path / "still.mkv"
+    shutil.copy(videos / "00000.mp4", good)
+    with av.open(str(good)) as source, av.open(str(still), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream, packet.pts = stream, min(packet.pts, 512 * 9)
+                packet.dts = min(packet.dts, packet.pts)
+                target.mux(packet)
+    (tmp_path / "out/good.mp4").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main([str(good), str(still), f"ckpt={trained}", f"out={tmp_path / 'out'}", *ONE_VIEW])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors[0] == f"error: {good}: cannot be written to {tmp_path / 'out/good.mp4'}: Is a directory"
+    assert errors[1].startswith(f"error: {still}: ")
+    assert "time" in errors[1]
+    assert str(tmp_path / "out") not in errors[1]
+
+
 @pytest.fixture
 def heats(monkeypatch: pytest.MonkeyPatch) -> list[Heat]:
     """The heat maps that are drawn, as they come."""

@@ -221,6 +221,26 @@ def test_list_of_official_annotations_and_what_is_there(broken: Path, tmp_path: 
         prepare("list", [f"out={broken}", "split=train"], [*KINETICS, f"dataset.root={broken}"])
 
 
+def test_lists_of_odd_names_are_read_again(tmp_path: Path) -> None:
+    names = ["a b.mp4", "clip 120", "#a.mp4", '"q".mp4', "x.mp4 3", "c, d.mp4"]
+    for name in names:
+        (tmp_path / name).touch()
+    quoted = [f'"{name.replace(chr(34), 2 * chr(34))}" {label}' for label, name in enumerate(names)]
+    (tmp_path / "train.csv").write_text("\n".join(quoted))
+    prepare("list", [f"out={tmp_path / 'lists'}", "split=train"], [*KINETICS, f"dataset.root={tmp_path}"])
+    listed = kinetics(str(tmp_path), "lists/train.csv", 8)
+    assert [listed.entry(i).path for i in range(len(listed))] == names
+    assert listed.labels.tolist() == list(range(6))
+
+
+def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path) -> None:
+    for name in ("caf\udce9/a.mp4", "caf\udce9/b.mp4", "run/c.mp4", "run/d.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"caf\\udce9/.\.mp4': the name is not UTF-8"):
+        prepare("list", [f"out={tmp_path / 'lists'}"], ["dataset=folder", f"dataset.root={tmp_path}"])
+
+
 def test_motion_like_kinetics(tmp_path: Path) -> None:
     given = read_keys(COMMANDS["motion"].keys, ["like=kinetics", "processes=1"])
     words = _motion_overrides(given, ["train=1", "val=1", "frames=3", f"dataset.root={tmp_path}"])

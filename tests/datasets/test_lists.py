@@ -1,20 +1,13 @@
-"""List files and folders: what is read, and one clear line for what cannot be."""
+"""List files: what is read, and one clear line for what cannot be."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-from videos import write
 
-from mgvideo.clips import ClipRequest, View
-from mgvideo.datasets.decoders import PyAV
-from mgvideo.datasets.folder import video_folder
-from mgvideo.datasets.lists import video_list
-from mgvideo.datasets.video import VideoDataset
+from mgvideo.datasets.lists import list_line, parse_line, video_list
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
 
 
 def listed(root: Path, text: str, **options: object) -> list[tuple[str, int]]:
@@ -65,101 +58,169 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
         video_list(str(tmp_path / "gone"), "list.csv")
     with pytest.raises(UserError, match=r"list\.csv: cannot be read: No such file"):
         video_list(str(tmp_path), "list.csv")
-    (tmp_path / "list.csv").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match="is not a UTF-8 text file"):
+    (tmp_path / "list.csv").write_bytes(b"a.mp4 0\n\xe9.mp4 0\n")
+    with pytest.raises(UserError, match=r"list\.csv:2: is not a UTF-8 text file"):
         video_list(str(tmp_path), "list.csv")
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
     with pytest.raises(UserError, match="2 names for 3 classes"):
         listed(tmp_path, "a.mp4 0\n", num_classes=3)
 
 
-def tree(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
-
-
-def paths(root: Path, split: str, **options: object) -> list[str]:
-    dataset = video_folder(str(root), split, **options)  # type: ignore[arg-type]
-    return [Path(dataset.path(i)).relative_to(root).as_posix() for i in range(len(dataset))]
-
-
-def test_a_folder_per_class_in_train_and_val(tmp_path: Path) -> None:
-    tree(
-        tmp_path,
-        "train/run/a.mp4",
-        "train/run/deep/b.AVI",
-        "train/walk/c.webm",
-        "train/walk/notes.txt",
-        "val/run/d.mp4",
-    )
-    assert paths(tmp_path, "train") == ["train/run/a.mp4", "train/run/deep/b.AVI", "train/walk/c.webm"]
-    assert paths(tmp_path, "val") == ["val/run/d.mp4"]
-    assert video_folder(str(tmp_path), "val").class_names == ["run", "walk"]
-    assert video_folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
-
-
-def test_a_folder_per_class_alone_is_split_alike_every_time(tmp_path: Path) -> None:
-    tree(tmp_path, *(f"{name}/{i}.mp4" for name in ("run", "walk") for i in range(10)), "rare/0.mp4")
-    train, val = paths(tmp_path, "train"), paths(tmp_path, "val")
-    assert (len(train), len(val)) == (17, 4)
-    assert not set(train) & set(val)
-    assert "rare/0.mp4" in train, "a class of one video is trained on"
-    assert {path.split("/")[0] for path in val} == {"run", "walk"}
-    assert paths(tmp_path, "val") == val
-    assert paths(tmp_path, "val", seed=1) != val
-    assert len(paths(tmp_path, "val", val_share=0.5)) == 10
-
-
-def test_tables_name_classes_and_stretches(tmp_path: Path) -> None:
-    write(tmp_path / "a b.mp4", frames=100, fps=25)
-    (tmp_path / "train.csv").write_text('path,label,start,end\n"a b.mp4",run,1,2\na b.mp4,walk,,\n')
-    (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 3.96}\n')
-    train, val = (video_folder(str(tmp_path), split, flip=False) for split in ("train", "val"))
-    assert train.class_names == val.class_names == ["run", "walk"]
-    grid = Grid(25, 60, (1, 1), (60, 60))
-    first, last = ([crop(dataset, place, grid) for place in (0, -1)] for dataset in (train, val))
-    with PyAV().open(str(tmp_path / "a b.mp4")) as video:
-        frames = video.read([25, 49, 99])[:, :, 10:70]
-    assert torch.equal(first[0], frames[0])
-    assert torch.equal(first[1], frames[1])
-    assert torch.equal(last[0], frames[2]), "the one frame that is left is repeated"
-    assert torch.equal(last[1], frames[2])
-    (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 4}\n')
-    request = ClipRequest(0, grid, 0, View(0, 1, 1))
-    (failure,) = video_folder(str(tmp_path), "val")[request].failures
-    assert failure.reason == "ends before 4 s, where its stretch begins"
-
-
-def crop(dataset: VideoDataset, place: int, grid: Grid) -> torch.Tensor:
-    return dataset[ClipRequest(0, grid, 0, View(0, 1, 1))].clip[0, place]
+@pytest.mark.parametrize(
+    ("line", "path", "labels"),
+    [
+        ('"a b.mp4" 0', "a b.mp4", (0,)),  # as pandas quotes
+        ('"a b.mp4" "0"', "a b.mp4", (0,)),
+        ('"a, b.mp4",0', "a, b.mp4", (0,)),
+        ('"a ""b"".mp4" 0', 'a "b".mp4', (0,)),
+        ("'a b.mp4' 0", "a b.mp4", (0,)),
+        ("'t hooft.mp4 0", "'t hooft.mp4", (0,)),
+        ("x.mp4;3", "x.mp4", (3,)),
+        ("x.mp4|3", "x.mp4", (3,)),
+        ("x.mp4 , 3,", "x.mp4", (3,)),
+        ("x.mp4 3.0", "x.mp4", (3,)),
+        ("./x.mp4 3", "x.mp4", (3,)),
+        ("X.MTS 3", "X.MTS", (3,)),
+        ("x y.mp4 z.mov 3", "x y.mp4 z.mov", (3,)),
+        ("x.mp4 0;1", "x.mp4", (0, 1)),
+        ("x.mp4 0,1", "x.mp4", (0, 1)),
+        ("a folder/no extension 0;1", "a folder/no extension", (0, 1)),
+        ('"clip 120" 3', "clip 120", (3,)),
+        ("my.ts files/clip 3", "my.ts files/clip", (3,)),
+        ("https://host/a.mp4?sign=a,b 3", "https://host/a.mp4?sign=a,b", (3,)),
+    ],
+)
+def test_a_line_is_a_path_and_labels(line: str, path: str, labels: tuple[int, ...]) -> None:
+    assert parse_line(line) == (path, labels)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("line", "reason"),
     [
-        ("train.csv", "file,class\na.mp4,run\n", r"train\.csv:1: expected a header with path and label"),
-        ("train.csv", "path,label\na.mp4,\n", r"train\.csv:2: expected a path and a label"),
-        ("train.csv", "path,label,start,end\na.mp4,run,2,1\n", r"train\.csv:2: expected 0 <= start < end"),
-        ("train.csv", "path,label,start\na.mp4,run,soon\n", r"train\.csv:2: start and end must be seconds"),
-        ("train.jsonl", '{"path": "a.mp4", "label": "run"}\nrun\n', r"train\.jsonl:2: is not JSON"),
-        ("train.jsonl", "[1]\n", r"train\.jsonl:1: expected a path and a label"),
-        ("train.csv", "path,label\n", r"no videos for train"),
+        ("x.mp4 120 0", "several numbers, 120 0, follow the path; give the label alone"),
+        ("x.mp4,120,0", "several numbers, 120,0, follow the path"),
+        ("x.mp4 1 120 0", "several numbers, 1 120 0, follow the path"),
+        ("frames/x 120 0", "several numbers follow the path; .* quote a path that ends in a number"),
+        ("x.mp4 0,1", "several labels, 0;1, where the task has one"),
+        ('"a b.mp4 0', "the quotes around the path are not closed"),
+        ('"a" b.mp4 0', r"label 'b\.mp4 0' is not a number"),
+        ('"a"b.mp4 0', "the quotes around the path are not closed, or text follows them"),
+        ("x.mp4,", "it has no label"),
+        ("x.mp4", "it has no label"),
+        ('"" 0', "the quotes around the path"),
+        ("x.mp4 -1", "label -1 is not a whole number"),
+        ("x.mp4 3.5", r"label 3\.5 is not a whole number"),
+        ("x.mp4 1e3", "label 1e3 is not a whole number"),
+        ("x.mp4 nan", "label nan is not a whole number"),
+        ("x.mp4 99999999999", "label 99999999999 is not a whole number in 0 to 999999999"),
+        ("x.mp4 " + "9" * 5000, "label 99999999999999999999 is not a whole number"),
+        ("x.mp4 jump", "label 'jump' is not a number; a table of class names is read with dataset=folder"),
+        ("x.mp4 0 train", "label '0 train' is not a number"),
+        ("0 x.mp4", r"label 'x\.mp4' is not a number"),
+        ('{"path": "x.mp4", "label": 0}', "is not a number"),
+        (r"C:\videos\x.mp4 0", r"is a path of Windows; write paths relative to dataset\.root"),
+        (r"\\nas\videos\x.mp4 0", "is a path of Windows"),
     ],
 )
-def test_a_bad_table_is_refused_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-        video_folder(str(tmp_path), "train")
+def test_a_line_that_may_mean_several_things_is_refused_by_its_number(tmp_path: Path, line: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"list\.csv:3: .*{reason}"):
+        listed(tmp_path, f"a.mp4 0\n\n{line}\nb.mp4 0\n")
 
 
-def test_an_unusable_folder_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"dataset\.root: no folder"):
-        video_folder(str(tmp_path / "gone"), "train")
-    with pytest.raises(UserError, match=r"no videos for train; expected a folder of videos \(\.avi"):
-        video_folder(str(tmp_path), "train")
-    with pytest.raises(UserError, match="val_share must lie between 0 and 1"):
-        video_folder(str(tmp_path), "train", val_share=1.5)
-    tree(tmp_path, "train/run/a.mp4")
-    with pytest.raises(UserError, match="has train videos but none for val"):
-        video_folder(str(tmp_path), "val")
+def test_several_labels_are_read_where_the_task_has_them(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("a.mp4 0,2\nb.mp4 1;2\nc.mp4\t1\n")
+    dataset = video_list(str(tmp_path), "list.csv", multi_label=True)
+    assert [dataset.entry(i).label for i in range(3)] == [(0, 2), (1, 2), (1,)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\nx.mp4,0\ny z.mp4,1",
+        "Label;Path\n0;x.mp4\n1.0;y z.mp4",
+        ",path,label\n0,x.mp4,0\n1,y z.mp4,1",  # pandas' index
+        'path num_frames label\nx.mp4 120 0\n"y z.mp4" 99 1',
+        "# made by hand\n# path label\nx.mp4 0\ny z.mp4 1",
+        "sep=;\nx.mp4;0\ny z.mp4;1",
+    ],
+)
+def test_headers_and_comments_are_no_videos(tmp_path: Path, text: str) -> None:
+    assert listed(tmp_path, text) == [("x.mp4", 0), ("y z.mp4", 1)]
+    (tmp_path / "list.csv").write_bytes(f"\ufeff{text}\n".replace("\n", "\r\n").encode("utf-16-le"))
+    assert len(video_list(str(tmp_path), "list.csv")) == 2, "as Excel writes it"
+
+
+def test_a_path_may_begin_with_a_hash(tmp_path: Path) -> None:
+    assert listed(tmp_path, "#20_Rhythm_clap.avi 1\n#no label, a comment\n# x.avi 1\n") == [("#20_Rhythm_clap.avi", 1)]
+
+
+def test_row_numbers_in_front_are_refused(tmp_path: Path) -> None:
+    for text in ("0,x.mp4,3\n1,y.mp4,4\n", "7 x.mp4 3\n8 y.mp4 4\n"):
+        with pytest.raises(UserError, match=r"list\.csv:1: each line begins with the number of its row.*index=False"):
+            listed(tmp_path, text)
+    (tmp_path / "7 x.mp4").touch()
+    assert listed(tmp_path, text) == [("7 x.mp4", 3), ("8 y.mp4", 4)], "names of files that are there"
+
+
+@pytest.mark.parametrize(
+    ("written", "on_disk"),
+    [
+        (r"train\a b.mp4", "train/a b.mp4"),
+        (r"train/a\ b.mp4", "train/a b.mp4"),
+        ("train/a%20b.mp4", "train/a b.mp4"),
+        ("caf\u00e9.mp4", "cafe\u0301.mp4"),
+        ("cafe\u0301.mp4", "caf\u00e9.mp4"),
+        ("r\u00e9sum\u00e9\\a.mp4", "re\u0301sume\u0301/a.mp4"),
+        (r"odd\name.mp4", r"odd\name.mp4"),
+        ("100%25.mp4", "100%25.mp4"),
+    ],
+)
+def test_a_path_is_found_under_the_spelling_it_has_on_disk(tmp_path: Path, written: str, on_disk: str) -> None:
+    (tmp_path / on_disk).parent.mkdir(exist_ok=True)
+    (tmp_path / on_disk).touch()
+    assert listed(tmp_path, f'"{written}" 0') == [(on_disk, 0)]
+
+
+def test_a_path_that_is_not_there_keeps_its_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listed(tmp_path, "caf\u00e9%20x.mp4 0\na\\b.mp4 1") == [("caf\u00e9%20x.mp4", 0), ("a/b.mp4", 1)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.mp4").touch()
+    assert listed(tmp_path, "~/x.mp4 0") == [("x.mp4", 0)]
+
+
+def test_videos_that_are_listed_twice_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("a.mp4 0\nb.mp4 0\na.mp4 1\nb.mp4 0\nc.mp4 1\n")
+    dataset = video_list(str(tmp_path), "list.csv")
+    assert len(dataset) == 5
+    assert dataset.notes == [
+        "list.csv: listed more than once: a.mp4, b.mp4; under different labels: a.mp4; "
+        "mgvideo prepare check names them all"
+    ]
+    (tmp_path / "classes.txt").write_text("jump\nJump\n")
+    assert video_list(str(tmp_path), "list.csv").notes[1:] == ["classes.txt: names of several classes look alike: jump"]
+
+
+def test_a_home_folder_that_no_shell_replaced_is_explained() -> None:
+    with pytest.raises(UserError, match=r"no folder ~/videos \(nothing replaces the ~\)"):
+        video_list("~/videos", "list.csv")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a b.mp4",
+        "clip 120",
+        "# a.mp4",
+        "#a.mp4",
+        '"q".mp4',
+        "a;b",
+        "x.mp4 1",
+        "'a' 1",
+        "a,",
+        "plain",
+        "視頻 3.mp4",
+        "a.mp4 b",
+    ],
+)
+def test_lines_that_are_written_are_read_again(tmp_path: Path, path: str) -> None:
+    assert listed(tmp_path, list_line(path, 3)) == [(path, 3)]

@@ -120,3 +120,36 @@ def test_what_is_no_video_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match="empty file"):
         annotate(str(tmp_path / "bad.mp4"), tmp_path / "out.mp4", ["x"])
     assert [path.name for path in tmp_path.iterdir()] == ["bad.mp4"]
+
+
+def write_repeated_times(path: Path) -> Path:
+    """A video whose last frames all have one time, as resumed recordings have."""
+    with av.open(str(grey(path.with_suffix(".mp4"), 48, 64))) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                packet.pts = min(packet.pts, packet.time_base.denominator // 25 * 3)
+                packet.dts = min(packet.dts, packet.pts)
+                target.mux(packet)
+    return path
+
+
+def test_times_that_cannot_be_written_are_the_sources_fault(tmp_path: Path) -> None:
+    source, target = write_repeated_times(tmp_path / "source.mkv"), tmp_path / "out/drawn.mp4"
+    target.parent.mkdir()
+    with pytest.raises(DecodeError, match=r"source\.mkv: frame \d+ has a time that is not after frame \d+'s"):
+        annotate(str(source), target, ["x"])
+    assert not list(target.parent.iterdir())
+
+
+def test_a_source_that_breaks_off_is_at_fault_and_a_folder_that_is_lost_is(tmp_path: Path) -> None:
+    source = grey(tmp_path / "grey.mp4")
+    with pytest.raises(OSError, match="No such file"):
+        annotate(str(source), tmp_path / "gone/drawn.mp4", ["x"])
+    (tmp_path / "drawn.mp4").mkdir()
+    with pytest.raises(IsADirectoryError):
+        annotate(str(source), tmp_path / "drawn.mp4", ["x"])
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(DecodeError, match=r"text\.mp4: Invalid data"):
+        annotate(str(tmp_path / "text.mp4"), tmp_path / "gone/drawn.mp4", ["x"])

@@ -81,6 +81,40 @@ def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
         kinetics(str(tmp_path), "all.csv", num_classes=2, split="test")
 
 
+def test_kinetics_passes_over_leftovers_and_names_what_it_skips(tmp_path: Path) -> None:
+    write(tmp_path / "harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
+    (tmp_path / "harp/ddd_000000_000010.MTS").touch()
+    for name in ("._eee_000007_000017.mp4", "@eaDir/eee_000007_000017.mp4", "eee_000007_000017.mp4.part"):
+        (tmp_path / "harp" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "harp" / name).touch()
+    (tmp_path / "train.csv").write_text(KINETICS)
+    dataset = kinetics(str(tmp_path), "train.csv", num_classes=3)
+    assert paths(dataset, tmp_path) == ["harp/aaa-bbb_ccc_000010_000020.mp4", "harp/ddd_000000_000010.MTS"]
+    assert dataset.notes == [
+        f"train.csv: 2 of 4 clips are not under {tmp_path} and left out",
+        f"{tmp_path}: skipped files that are no videos by their extension: 1 .part",
+        f"{tmp_path}: skipped what other programs left there: ._*, @eaDir",
+    ]
+
+
+def test_kinetics_takes_spellings_of_a_class_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").touch()
+    text = "\ufefflabel;youtube_id;time_start;time_end\r\n\r\ncafe\u0301\u00a0bar ;a;0;10\r\ncaf\u00e9 bar;a;0;10\r\n"
+    (tmp_path / "train.csv").write_bytes(text.encode("utf-16"))
+    dataset = kinetics(str(tmp_path), "train.csv", num_classes=1)
+    assert (dataset.class_names, dataset.labels.tolist()) == (["caf\u00e9 bar"], [0, 0])
+    assert "read as one class" in dataset.notes[0]
+    assert "train.csv: listed more than once: a.mp4;" in dataset.notes[1]
+    (tmp_path / "classes.txt").write_text("Caf\u00e9 bar\n")
+    with pytest.raises(
+        UserError, match=r"train\.csv:3: class 'café bar' is not in classes\.txt; 'Café bar' looks like it"
+    ):
+        kinetics(str(tmp_path), "train.csv", num_classes=1)
+    (tmp_path / "classes.txt").write_text("tap\nTap\n")
+    with pytest.raises(UserError, match=r"classes\.txt: classes 0 and 1, 'tap' and 'Tap', look alike"):
+        kinetics(str(tmp_path), "train.csv", num_classes=2)
+
+
 def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("train/a.mp4 1\nb.mp4 0\n")
     dataset = kinetics(str(tmp_path), "train.csv", num_classes=2)
@@ -96,6 +130,10 @@ def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
         (KINETICS + "abseiling,fff,soon,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
         (KINETICS + "abseiling,fff,1,,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
         (KINETICS + "abseiling,fff,1,1.2.3,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
+        (KINETICS + "\n\nabseiling,fff,1,nan,train\n", 3, r"train\.csv:8: expected label,youtube_id"),
+        (KINETICS + '"abseiling,fff,1,2,train\neating,ggg,1,2,train\n', 3, r"train\.csv:6: quotes are not closed"),
+        (KINETICS + "shooting, basketball,fff,1,2,train\n", 3, r"train\.csv:6: 6 fields where the header has 5"),
+        (KINETICS + "Abseiling,fff,1,2,train\n", 4, r"train\.csv:6: class 'Abseiling' looks like 'abseiling' of .*:5"),
     ],
 )
 def test_kinetics_refuses_what_it_cannot_use(tmp_path: Path, text: str, classes: int, message: str) -> None:
@@ -108,6 +146,30 @@ CHARADES = """id,subject,scene,quality,relevance,verified,script,objects,descrip
 AAAAA,HR43,Kitchen,6,7,Yes,"He, she; they",food,"a; b",c092 0.50 1.00;c147 0.00 4.00;c092 3.00 3.50,4.00
 BBBBB,HR43,Kitchen,6,7,Yes,text,,,,4.00
 """
+
+
+FRAMES = "original_vido_id video_id frame_id path labels"
+
+
+def test_charades_keeps_free_text_and_swallows_no_row(tmp_path: Path) -> None:
+    text = 'id,script,actions\nAAAAA,"He says ""hi"",\nand sits",c001 0 1\nBBBBB,"Hi" he says,c002 0 1;\n'
+    (tmp_path / "train.csv").write_text(text)
+    dataset = charades(str(tmp_path), "train.csv")
+    assert [dataset.entry(i).label for i in range(len(dataset))] == [(1,), (2,)]
+    (tmp_path / "Charades_v1_classes.txt").write_text("c000 Doing a thing\n")
+    with pytest.raises(UserError, match=r"Charades_v1_classes\.txt: 1 classes, not 157"):
+        charades(str(tmp_path), "train.csv")
+
+
+def test_charades_frames_that_macos_left_are_no_frames(tmp_path: Path) -> None:
+    (tmp_path / "frames/AAAAA").mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(numbered(i, 80, 80)).save(tmp_path / f"frames/AAAAA/{i}.png")
+        (tmp_path / f"frames/AAAAA/._{i}.png").write_bytes(b"AppleDouble")
+    (tmp_path / "train.csv").write_text(f'{FRAMES}\nAAAAA 0 0 AAAAA/0.png "3"\n')
+    dataset = charades(str(tmp_path), "train.csv", videos="frames", flip=False)
+    sample = dataset[ClipRequest(0, Grid(4, 60, (1, 1), (60, 60)), 0)]
+    assert [number_of(frame) for frame in sample.clip] == [0, 1, 2, 3]
 
 
 def hot(label: torch.Tensor) -> list[int]:
@@ -140,7 +202,7 @@ def test_charades_labels_a_clip_by_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_charades_reads_frame_lists(tmp_path: Path) -> None:
-    lines = ["original_vido_id video_id frame_id path labels"]
+    lines = [FRAMES]
     for i in range(24):
         path = tmp_path / f"frames/AAAAA/AAAAA-{i + 1:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +227,18 @@ def test_charades_reads_frame_lists(tmp_path: Path) -> None:
         ("id,actions\nAAAAA,c001 0\n", r"train\.csv:2: expected actions as"),
         ("id,actions\n", r"train\.csv: no videos in the list"),
         ('original_vido_id video_id frame_id path labels\nA 0 x p "1"\n', r"train\.csv:2: expected 'id video frame"),
+        (f'{FRAMES}\nA 0 0 p "1"\n\nA 0 1 p "2\nA 0 2 p "3"\n', r"train\.csv:4: expected 'id video frame"),
+        (f'{FRAMES}\nA 0 1 p "2\n"\nA 0 2 p "3"\n', r"train\.csv:2: expected 'id video frame"),
+        (
+            "id,actions\nAAAAA,c001 0 1\n\nAAAAA,c002 0 1\n",
+            r"train\.csv:4: expected the id of another video, found 'AAAAA'",
+        ),
+        ("id,actions\nAAAAA,c001 0 nan\n", r"train\.csv:2: expected actions as"),
+        (
+            'id,actions\nAAAAA,"c001 0 1\nBBBBB,c002 0 1"\n',
+            r"train\.csv:2: quotes that are opened here are closed in line 3",
+        ),
+        ("id,actions\nAAAAA,c001 0 1,c002 0 1\n", r"train\.csv:2: 3 fields where the header has 2"),
     ],
 )
 def test_charades_refuses_what_it_cannot_use(tmp_path: Path, text: str, message: str) -> None:
@@ -202,19 +276,65 @@ def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("items", "labels", "message"),
     [
-        ([{"id": "1"}], LABELS, r"train\.json: item 1: expected an id and a template"),
+        ([{"id": "1"}], LABELS, r"train\.json:1: item 1: expected an id and a template"),
         ([{**ITEM, "template": "Eating [something]"}], LABELS, r"'Eating something' is not a label of labels\.json"),
         ([ITEM], {"Pushing something from left to right": "3"}, r"labels must be numbered from 0 to 0"),
         ([ITEM], {"Pushing something from left to right": "zero"}, r"labels must be numbered from 0 to 0"),
-        ([{"id": "1", "template": 5}], LABELS, r"train\.json: item 1: expected an id and a template"),
+        ([{"id": "1", "template": 5}], LABELS, r"train\.json:1: item 1: expected an id and a template"),
         ([], LABELS, r"train\.json: no videos in the list"),
-        ({}, LABELS, r"train\.json: expected a JSON list"),
+        ({}, LABELS, r"train\.json:1: expected an id and a template"),
     ],
 )
 def test_ssv2_refuses_what_it_cannot_use(tmp_path: Path, items: Any, labels: dict, message: str) -> None:
     something(tmp_path, items, labels)
     with pytest.raises(UserError, match=message):
         ssv2(str(tmp_path), "train.json", labels="labels.json")
+
+
+def test_ssv2_compares_labels_in_one_spelling(tmp_path: Path) -> None:
+    something(tmp_path, [{"id": 7, "template": "Holding\u00a0[cafe\u0301] "}], {"Holding caf\u00e9": "0"})
+    dataset = ssv2(str(tmp_path), "train.json", labels="labels.json")
+    assert (dataset.class_names, dataset.labels.tolist()) == (["Holding caf\u00e9"], [0])
+    (tmp_path / "train.json").write_text('[\n{"id": "1", "template": "Holding [café]"},\n{"id": [2], "template": "x"}]')
+    with pytest.raises(UserError, match=r"train\.json:3: item 2: expected an id and a template"):
+        ssv2(str(tmp_path), "train.json", labels="labels.json")
+    something(tmp_path, [{"id": 7, "template": "holding [café]"}], {"Holding caf\u00e9": "0"})
+    with pytest.raises(UserError, match=r"'holding café' is not a label of labels\.json; 'Holding café' looks like it"):
+        ssv2(str(tmp_path), "train.json", labels="labels.json")
+    something(tmp_path, [], {"Holding a cup": "0", "holding a  cup": "1"})
+    with pytest.raises(UserError, match=r"labels\.json: classes 0 and 1, .* look alike"):
+        ssv2(str(tmp_path), "train.json", labels="labels.json")
+
+
+UCF = "ucfTrainTestlist"
+
+
+@pytest.mark.parametrize(
+    ("index", "lines", "message"),
+    [
+        ("1 A\n2 B\n", "A/v 1.avi 1\nB/v.avi,2\nB\\w.avi\n\n", None),
+        ("2 B\n1 A\n", "A/v 1.avi 1\nB/v.avi 2\nB/w.avi\n", None),
+        ("1 A\n2 B\n", "A/v.avi 1\nB/v.avi 1\n", r"trainlist01\.txt:2: label 1, where classInd\.txt has 2 for B"),
+        ("1 A\n2 B\n", "A/v.avi 1 2\n", r"trainlist01\.txt:1: expected 'CLASS/video\.avi 1'"),
+        ("1 A\n2 B\n", "a/v.avi 1\n", r"trainlist01\.txt:1: class 'a' is not in classInd\.txt; 'A' looks like it"),
+        ("1 A\n1 B\n", "A/v.avi 1\n", r"classInd\.txt:2: expected a new number and a class, found '1 B'"),
+        ("1 A\n3 B\n", "A/v.avi 1\n", r"classInd\.txt: classes must be numbered from 1 to 2"),
+        ("A\nB\n", "A/v.avi 1\n", r"classInd\.txt:1: expected a new number and a class, found 'A'"),
+        ("1 A\n2 a\n", "A/v.avi 1\n", r"classInd\.txt: classes 0 and 1, 'A' and 'a', look alike"),
+    ],
+)
+def test_ucf101_reads_what_is_meant_or_names_the_line(
+    tmp_path: Path, index: str, lines: str, message: str | None
+) -> None:
+    files(tmp_path, **{f"{UCF}__classInd.txt": index, f"{UCF}__trainlist01.txt": lines})
+    if message is None:
+        dataset = ucf101(str(tmp_path), "train")
+        assert dataset.class_names == ["A", "B"]
+        assert paths(dataset, tmp_path) == ["UCF-101/A/v 1.avi", "UCF-101/B/v.avi", "UCF-101/B/w.avi"]
+        assert dataset.labels.tolist() == [0, 1, 1]
+        return
+    with pytest.raises(UserError, match=message):
+        ucf101(str(tmp_path), "train")
 
 
 def test_ucf101_follows_its_official_splits(tmp_path: Path) -> None:
@@ -253,6 +373,8 @@ def test_hmdb51_follows_its_official_splits(tmp_path: Path) -> None:
     assert (paths(train, tmp_path), train.labels.tolist()) == (["hmdb51_org/wave/a_1.avi"], [1])
     assert (paths(val, tmp_path), val.labels.tolist()) == (["hmdb51_org/brush_hair/b.avi"], [0])
     assert train[ClipRequest(0, GRID, 0)].clip.shape == (4, 60, 60, 3)
+    (tmp_path / splits / "._wave_test_split1.txt").write_bytes(b"\0\5\x16\7AppleDouble")
+    assert hmdb51(str(tmp_path), "train").class_names == ["brush_hair", "wave"], "macOS left a file"
     with pytest.raises(UserError, match=r"no files \*_test_split2\.txt"):
         hmdb51(str(tmp_path), "train", fold=2)
     (tmp_path / splits / "wave_test_split1.txt").write_text("a.avi 7\n")

@@ -210,3 +210,11 @@ def test_whatever_a_library_raises_over_a_video_is_a_failure(
 def test_a_folder_without_a_pyramid_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no pyramid in .*; build it with tools/prepare_data\.py"):
         Pyramid(str(tmp_path), str(tmp_path), PyAV())
+
+
+def test_a_folder_that_cannot_be_written_is_no_fault_of_the_videos(originals: Path, tmp_path: Path) -> None:
+    build(str(tmp_path), str(originals), PATHS[:1], LAYOUT, processes=1)
+    shutil.rmtree(tmp_path / "short60")
+    (tmp_path / "short60").touch()
+    with pytest.raises(UserError, match=rf"^cannot write into {tmp_path}: .*; a repeat goes on"):
+        build(str(tmp_path), str(originals), PATHS[1:2], LAYOUT, processes=1)

@@ -1,0 +1,127 @@
+"""Looking for videos in folders: what counts as a video, what other programs leave behind, and what is passed over."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mgvideo.errors import UserError
+from mgvideo.paths import is_remote, plain
+
+# containers and raw streams that FFmpeg reads, of recorders, phones, cameras, browsers and archives
+_SUFFIXES = """
+    264 265 3g2 3gp 3gp2 3gpp amv asf avc avi dav divx dv dvr-ms evo f4v flv gif h264 h265 hevc ivf k3g m1v m2p m2t m2ts
+    m2v m4v mj2 mjpeg mjpg mk3d mkv mod mov mp2v mp4 mp4v mpe mpeg mpeg1 mpeg2 mpeg4 mpg mpg2 mpg4 mpv mqv mts mxf nsv
+    nut obu ogm ogv ogx qt rm rmvb tod tp trp ts vob webm wmv wtv xvid y4m
+"""
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split())
+COMMON_SUFFIXES = ".mp4, .avi, .mov, .mkv, .webm, …"  # for messages; docs/datasets/folder.md has them all
+ANNOTATIONS = {".csv", ".json", ".jsonl", ".md", ".tsv", ".txt"}  # expected at the top of a dataset, beside its videos
+SHOWN = 5  # extensions, names or classes that a note names
+
+# names of files and folders that no person made, in lower case
+_LEFTOVERS = re.compile(
+    "|".join(
+        fnmatch.translate(pattern)
+        for pattern in (
+            ".*",  # hidden: ._x.mp4, .AppleDouble, .DS_Store, .ipynb_checkpoints, .Trash-1000, .snapshot, …
+            *("__macosx", "icon\r", "network trash folder", "temporary items", "thevolumesettingsfolder"),  # macOS
+            *("thumbs.db", "ehthumbs*.db", "desktop.ini", "$recycle.bin", "$winreagent", "$extend"),  # Windows
+            *("system volume information", "found.[0-9][0-9][0-9]", "~$*"),
+            *("@eadir", "*@syno*", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "@__thumb"),  # Synology, QNAP
+            *("#recycle", "#snapshot", "lost+found", "__pycache__"),
+        )
+    )
+)
+_OLD_TRASH = {"RECYCLED", "RECYCLER"}  # of Windows, in capitals; in lower case it may be a class
+_PYRAMID = {"layout.json", "rows.jsonl"}  # the files that make a folder one of this project's pyramids
+
+
+@dataclass
+class Scan:
+    """What a walk through a folder found and what it passed over."""
+
+    videos: list[str] = field(default_factory=list)  # paths relative to the root, sorted
+    skipped: Counter[str] = field(default_factory=Counter)  # files that are no videos, by extension
+    leftovers: Counter[str] = field(default_factory=Counter)  # of other programs: folders and video files, by name
+
+    def add(self, other: Scan) -> None:
+        """Take over what another walk found."""
+        self.videos += other.videos
+        self.skipped += other.skipped
+        self.leftovers += other.leftovers
+
+    def notes(self, place: str) -> list[str]:
+        """Lines on what was passed over in the folder `place`."""
+        notes = []
+        if self.skipped:
+            notes.append(f"{place}: skipped files that are no videos by their extension: {self.extensions()}")
+        if self.leftovers:
+            names = [f"{name} ({count} times)" if count > 1 else name for name, count in sorted(self.leftovers.items())]
+            notes.append(f"{place}: skipped what other programs left there: {shorten(names, 10)}")
+        return notes
+
+    def extensions(self) -> str:
+        """How many files of which extensions were skipped, the most frequent first."""
+        return shorten([f"{count} {suffix}" for suffix, count in self.skipped.most_common()])
+
+
+def shorten(words: Iterable[str], shown: int = SHOWN) -> str:
+    """Words joined by commas, and the number of those beyond the first few."""
+    words = list(words)
+    more = [f"and {len(words) - shown} more"] if len(words) > shown else []
+    return ", ".join([*words[:shown], *more])
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or was left by an operating system, a NAS or a tool."""
+    return name in _OLD_TRASH or _LEFTOVERS.match(name.lower()) is not None
+
+
+def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
+    """Look for videos, known by their extensions, in the folder `top` of `root`, at any depth or not below it.
+
+    Raises UserError where a folder cannot be listed, or the root is a URL: not every server lists its files.
+    """
+    if is_remote(root):
+        raise UserError(f"{root}: the files of a URL cannot be listed; name them in a list file (docs/datasets)")
+    root = plain(root)
+    start = os.path.join(root, top) if top else root
+    scan, seen = Scan(), set()
+    for folder, folders, names in os.walk(start, onerror=_refuse, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # links may lead in circles
+            folders.clear()
+            continue
+        seen.add(place)
+        if set(names) >= _PYRAMID and (top or folder != start):
+            folders.clear()
+            scan.leftovers[f"{os.path.relpath(folder, root)}, a pyramid"] += 1
+            continue
+        scan.leftovers.update(name for name in folders if is_leftover(name))
+        folders[:] = [name for name in folders if deep and not is_leftover(name)]
+        _sort_files(folder, names, root, scan)
+    scan.videos.sort()
+    return scan
+
+
+def _sort_files(folder: str, names: Iterable[str], root: str, scan: Scan) -> None:
+    """Add the files of one folder to a scan."""
+    at_root = os.path.normpath(folder) == os.path.normpath(root)
+    for name in names:
+        suffix = os.path.splitext(name)[1].strip().lower()
+        if is_leftover(name):
+            if suffix in VIDEO_SUFFIXES:
+                scan.leftovers["._*" if name.startswith("._") else "hidden files"] += 1
+        elif suffix in VIDEO_SUFFIXES:
+            scan.videos.append(os.path.relpath(os.path.join(folder, name), root))
+        elif not (suffix in ANNOTATIONS and at_root):
+            scan.skipped[suffix or "without extension"] += 1
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: this folder cannot be listed: {error.strerror}") from error

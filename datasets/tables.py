@@ -1,0 +1,249 @@
+"""Reading text files that people and spreadsheets write: lines, tables with a header, JSON records."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from mgvideo.errors import UserError
+from mgvideo.paths import read_bytes
+
+DELIMITERS = ",\t;| "
+MAX_RECORD_LINES = 50  # of a table with free text in some columns
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_NO_TEXT = {b"PK\x03\x04": "an Excel workbook or a zip archive", b"\x1f\x8b": "a gzip archive"}
+
+
+class TableRow(NamedTuple):
+    """A row of a table: the number of its first line, from 1, and its fields by lower-case column name."""
+
+    line: int
+    fields: dict[str, str]
+
+
+def read_text(file: str) -> str:
+    """Text of a file in UTF-8, or UTF-16 as spreadsheets write it; raises UserError."""
+    try:
+        data = read_bytes(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    kind = next((kind for start, kind in _NO_TEXT.items() if data.startswith(start)), None)
+    if kind:
+        raise UserError(f"{file}: is {kind}, not text; save the table as CSV in UTF-8")
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None) or _guess(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{number}: is not a UTF-8 text file; save it as UTF-8") from None
+    if "\0" in text:
+        number = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{file}:{number}: holds a NUL byte: the file is damaged, or no text")
+    return text.lstrip("\ufeff")  # where two programs set a mark
+
+
+def _guess(data: bytes) -> str:
+    """UTF-8, or UTF-16 without a mark: every other byte of ASCII text is then zero."""
+    even, odd = data[:1024:2], data[1:1024:2]
+    if len(data) % 2 == 0 and 2 * odd.count(0) > len(odd) and not even.count(0):
+        return "utf-16-le"
+    return "utf-16-be" if len(data) % 2 == 0 and 2 * even.count(0) > len(even) and not odd.count(0) else "utf-8"
+
+
+def read_lines(file: str) -> list[str]:
+    """Lines of a text file without their ends, whichever system wrote them; raises UserError."""
+    return [line.rstrip("\n") for line in io.StringIO(read_text(file), newline=None)]
+
+
+def delimiter_of(header: str, required: Sequence[str]) -> str | None:
+    """The delimiter with which a line is a header with the required columns, in any order and case; None: none."""
+    for delimiter in DELIMITERS:
+        with suppress(csv.Error):
+            if set(_columns(header, delimiter)) >= set(required):
+                return delimiter
+    return None
+
+
+def _columns(header: str, delimiter: str) -> list[str]:
+    return [name.strip().lower() for name in next(csv.reader([header], **_dialect(delimiter)), [])]
+
+
+def _dialect(delimiter: str) -> dict[str, Any]:
+    return {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
+
+
+def is_header(lines: Sequence[str], required: Sequence[str]) -> bool:
+    """Whether the first line that is neither empty nor a comment is a header with the required columns."""
+    start = _start(lines)
+    return start < len(lines) and delimiter_of(lines[start], required) is not None
+
+
+def _start(lines: Sequence[str]) -> int:
+    """Index of the header."""
+    return next((i for i, line in enumerate(lines) if line.strip() and not is_remark(line)), len(lines))
+
+
+def is_remark(line: str) -> bool:
+    """Whether a line is a comment, `#` alone or before a space, or names the delimiter for Excel (`sep=;`).
+
+    The name of a file may begin with `#`.
+    """
+    text = line.strip()
+    return (text[:1] == "#" and not text[1:2].strip()) or (len(text) == 5 and text.lower().startswith("sep="))
+
+
+def read_table(
+    file: str, lines: Sequence[str], required: Sequence[str], exact: Sequence[str] | None = None
+) -> Iterator[TableRow]:
+    """Yield the rows of a table with a header: commas, tabs, semicolons, bars or spaces between quoted or plain fields.
+
+    Fields are stripped; those that a row lacks at its end are missing. A row is one line, unless `exact` names the
+    columns that are not free text: the others may then hold line ends and stray quotes.
+
+    Raises:
+        UserError: no header with the required columns, quotes that are not closed, more fields than the header has.
+    """
+    start = _start(lines)
+    header = lines[start] if start < len(lines) else ""
+    delimiter = delimiter_of(header, required)
+    if delimiter is None:
+        expected = " and ".join(required)
+        raise UserError(f"{file}:{start + 1}: expected a header with {expected}, found {header.strip()[:80]!r}")
+    columns = _columns(header, delimiter)
+    twice = next((name for name in required if columns.count(name) > 1), None)
+    if twice:
+        raise UserError(f"{file}:{start + 1}: the header has two columns {twice}")
+    end = start + 1
+    while end < len(lines):
+        start = end
+        if not lines[start].strip() or is_remark(lines[start]):
+            end += 1
+            continue
+        fields, end = _record(file, lines, start, delimiter, len(columns), exact is not None)
+        row = {name: value.strip() for name, value in zip(columns, fields, strict=False) if name}
+        if any("\n" in row.get(name, "") for name in exact or ()):
+            raise UserError(f"{file}:{start + 1}: quotes that are opened here are closed in line {end}")
+        yield TableRow(start + 1, row)
+
+
+def _record(
+    file: str, lines: Sequence[str], start: int, delimiter: str, columns: int, free_text: bool
+) -> tuple[list[str], int]:
+    """Fields of the record that begins at a line, and the index of the line after it."""
+    for end in range(start + 1, min(start + (MAX_RECORD_LINES if free_text else 1), len(lines)) + 1):
+        fields = _parse(lines[start:end], delimiter)
+        if fields is not None:
+            break
+    else:
+        end, found = start + 1, repr(lines[start].strip()[:80])
+        fields = _parse(lines[start:end], delimiter, strict=False) if free_text else None
+        if fields is None or len(fields) != columns:
+            raise UserError(f"{file}:{start + 1}: quotes are not closed, or text follows the closing ones: {found}")
+    while len(fields) > columns and not fields[-1].strip():
+        fields.pop()
+    if len(fields) > columns:
+        raise UserError(
+            f"{file}:{start + 1}: {len(fields)} fields where the header has {columns}: {lines[start].strip()[:80]!r}; "
+            "put text that holds a delimiter into double quotes"
+        )
+    return fields, end
+
+
+def _parse(lines: Sequence[str], delimiter: str, strict: bool = True) -> list[str] | None:
+    """Fields of one record; None: its quotes are not closed, or text, other than spaces, follows closing ones."""
+    options = {**_dialect(delimiter), "strict": strict}
+    with suppress(csv.Error):
+        return next(csv.reader([f"{line}\n" for line in lines], **options))
+    trimmed = [re.sub(rf'" +(?={re.escape(delimiter)}|$)', '"', line) for line in lines]
+    with suppress(csv.Error):
+        return next(csv.reader([f"{line}\n" for line in trimmed], **options))
+    return None
+
+
+class _RepeatedKeyError(Exception):
+    """A JSON object has a key twice, of which only one could count."""
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    items = dict(pairs)
+    if len(items) < len(pairs):
+        raise _RepeatedKeyError(f"an object has a key twice: {', '.join(key for key, _ in pairs)}")
+    return items
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def read_records(file: str) -> Iterator[tuple[str, Any]]:
+    """Yield the JSON values of a file with their places (`file:3`): one value a line, or one list of them.
+
+    Raises UserError.
+    """
+    text = read_text(file)
+    if text.lstrip().startswith("["):
+        yield from _items(file, text)
+        return
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if line.strip():
+            try:
+                value = _DECODER.decode(line)
+            except _RepeatedKeyError as error:
+                raise UserError(f"{file}:{number}: {error}") from None
+            except (ValueError, RecursionError):
+                found = repr(line.strip()[:80])
+                raise UserError(
+                    f"{file}:{number}: is not JSON: {found}; expected an object a line, or one list of objects"
+                ) from None
+            yield f"{file}:{number}", value
+
+
+def _items(file: str, text: str) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON list, each with its place."""
+    space = re.compile(r"\s*")
+    position, line, number = text.index("["), 1 + text.count("\n", 0, text.index("[")), 0
+    while text[position : position + 1] in ("[", ","):
+        start = space.match(text, position + 1).end()  # type: ignore[union-attr]
+        line += text.count("\n", position, start)
+        if text[start : start + 1] == "]":
+            position = start
+            break
+        number += 1
+        try:
+            item, end = _DECODER.raw_decode(text, start)
+        except _RepeatedKeyError as error:
+            raise UserError(f"{file}:{line}: item {number}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            line = getattr(error, "lineno", line)
+            raise UserError(f"{file}:{line}: item {number} is not JSON: {text[start : start + 80]!r}") from None
+        yield f"{file}:{line}: item {number}", item
+        position = space.match(text, end).end()  # type: ignore[union-attr]
+        line += text.count("\n", start, position)
+    if text[position:].strip() != "]":
+        raise UserError(f"{file}:{line}: is not JSON: expected , or ] after item {number}")
+
+
+def read_json_object(file: str) -> dict[str, Any]:
+    """Content of a JSON file that holds one object; raises UserError."""
+    try:
+        content = _DECODER.decode(read_text(file))
+    except _RepeatedKeyError as error:
+        raise UserError(f"{file}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: holds JSON with numbers or nesting beyond all bounds") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object")
+    return content
