@@ -28,8 +28,10 @@ STARTS = {
     "installed, torchrun": (
         ["/opt/bin/mgvideo", "run"],
         TORCHRUN,
-        ["PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "--no-python"]
-        + ["/opt/bin/mgvideo", "run"],
+        [
+            *("PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+            *("--no-python", "/opt/bin/mgvideo", "run"),
+        ],
     ),
     "two nodes": (["tools/run_net.py"], {**TORCHRUN, "WORLD_SIZE": "8"}, ["PYTHON", "tools/run_net.py"]),
     "own folder": (
