@@ -14,7 +14,6 @@ from hydra.core.hydra_config import HydraConfig
 from mgvideo.cli.app import compose_config, same_command
 
 OVERRIDES = ["dataset.root=/my data", "base.jitter=[36,40]", "base.lr=0.1", "resume=never", "+model.extra=1"]
-TORCHRUN_COMMAND = ["PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
 STARTS = {
     "script": (["tools/run_net.py"], {}, ["PYTHON", "tools/run_net.py"]),
@@ -24,12 +23,15 @@ STARTS = {
     "torchrun": (
         ["tools/run_net.py"],
         TORCHRUN,
-        [*TORCHRUN_COMMAND, "tools/run_net.py"],
+        ["PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "tools/run_net.py"],
     ),
     "installed, torchrun": (
         ["/opt/bin/mgvideo", "run"],
         TORCHRUN,
-        [*TORCHRUN_COMMAND, "--no-python", "/opt/bin/mgvideo", "run"],
+        [
+            *("PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+            *("--no-python", "/opt/bin/mgvideo", "run"),
+        ],
     ),
     "two nodes": (["tools/run_net.py"], {**TORCHRUN, "WORLD_SIZE": "8"}, ["PYTHON", "tools/run_net.py"]),
     "own folder": (
