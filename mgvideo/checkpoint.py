@@ -73,7 +73,7 @@ def sole_run(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     path = folder / ".lock"
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that as well
         except (BlockingIOError, PermissionError) as error:

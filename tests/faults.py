@@ -19,10 +19,14 @@ from mgvideo.models.small import r2plus1d_small
 
 
 class Faulty:
-    """A dataset that, on one rank and after so many clips, fails as told; once only where `once` names a new file."""
+    """A dataset with a fault on one rank, after so many clips.
 
-    def __init__(self, dataset: Any, fault: str, rank: int, after: int, once: str | None) -> None:
+    `once` names a file that the fault creates, and that suppresses it afterwards; `given` one that has to exist first.
+    """
+
+    def __init__(self, dataset: Any, fault: str, rank: int, after: int, once: str | None, given: str | None) -> None:
         self.dataset, self.fault, self.rank, self.after, self.once = dataset, fault, rank, after, once
+        self.given = given
         self.read = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -40,6 +44,8 @@ class Faulty:
         return self.dataset[request]
 
     def _due(self) -> bool:
+        if self.given is not None and not os.path.exists(self.given):
+            return False
         if self.once is None:
             return True
         try:
@@ -55,12 +61,17 @@ class Faulty:
             time.sleep(600)
         if self.fault == "exit":
             sys.exit(0)
+        if self.fault == "ctrl-c":  # a terminal sends it to all processes of the foreground group
+            os.killpg(os.getpgrp(), signal.SIGINT)
+            return
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "ask": signal.SIGTERM}[self.fault])
 
 
-def motion(fault: str, rank: int = 1, after: int = 60, once: str | None = None, **arguments: Any) -> Faulty:
+def motion(
+    fault: str, rank: int = 1, after: int = 60, once: str | None = None, given: str | None = None, **arguments: Any
+) -> Faulty:
     """`mgvideo.datasets.motion.motion` with a fault."""
-    return Faulty(real.motion(**arguments), fault, rank, after, once)
+    return Faulty(real.motion(**arguments), fault, rank, after, once, given)
 
 
 def overrides(fault: str, videos: str = "train", **options: object) -> list[str]:

@@ -14,6 +14,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mgvideo import batchnorm
 from mgvideo.batchnorm import GroupBatchNorm3d, convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.errors import UserError
 
@@ -124,6 +125,14 @@ def test_one_group_is_batchnorm(deferred: bool, momentum: float | None):
     torch.testing.assert_close(got.eval()(x), want.eval()(x))
 
 
+@pytest.fixture(params=["one_group_at_a_time", "all_groups_at_once"])
+def normalises(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test on this CPU once as CPUs normalise groups and once as GPUs do."""
+    if request.param == "all_groups_at_once":
+        monkeypatch.setattr(batchnorm, "_GroupNormalise", batchnorm._GroupNormaliseAtOnce)
+
+
+@pytest.mark.usefixtures("normalises")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_groups_equal_separate_batchnorms(groups: int, layout: torch.memory_format):
@@ -277,6 +286,7 @@ class NoWholeCopies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("normalises")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_autocast_in_channels_last_copies_nothing(groups: int):
     x = clips(4, dtype=torch.float32)
@@ -295,6 +305,7 @@ def test_autocast_in_channels_last_copies_nothing(groups: int):
     torch.testing.assert_close(bn.running_var, after(plain(torch.float32), x, groups)["running_var"], rtol=0.01, atol=0)
 
 
+@pytest.mark.usefixtures("normalises")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_compiles_into_one_graph(groups: int):
     model = nn.Sequential(grouped(groups), nn.ReLU(inplace=True), grouped(groups))
@@ -310,6 +321,56 @@ def test_compiles_into_one_graph(groups: int):
             results.append(y.detach())
         results += [p.grad.clone() for p in model.parameters()] + [b.clone() for b in model.buffers()]
     torch.testing.assert_close(got, want)
+
+
+class Calls(TorchDispatchMode):
+    """Records every operation with the shapes of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func.name(), [arg for arg in args if isinstance(arg, Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(groups: int) -> list[tuple[str, list[Tensor]]]:
+    """The operations of a training step and an evaluation on the meta device, which takes a GPU's path."""
+    bn = grouped(groups, torch.float32).to("meta")
+    x = torch.empty(8, 2, 3, 3, CHANNELS, device="meta", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3).requires_grad_()
+    with Calls() as recorded:
+        with deferred_running_stats(bn):
+            bn(x).backward(torch.empty_like(x))
+        bn.eval()(x)
+    return recorded.calls
+
+
+def test_on_a_gpu_groups_add_no_launches():
+    two, eight = ([name for name, _ in calls_of_a_step(groups)] for groups in (2, 8))
+    assert eight == two
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_see_channels_last_images(groups: int):
+    for name, tensors in calls_of_a_step(groups):
+        if "batch_norm" in name:
+            maps = [tensor for tensor in tensors if tensor.dim() > 1]
+            assert maps
+            assert all(m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last) for m in maps), name
+
+
+@pytest.mark.usefixtures("normalises")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_inplace_relu_after_it_copies_no_gradient(groups: int):
+    y = nn.functional.relu_(grouped(groups)(clips(4)))
+    nodes, names = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    assert "ReluBackward0" in names
+    assert not names & {"CopySlices", "AsStridedBackward0"}
 
 
 def few_channels() -> Tensor:

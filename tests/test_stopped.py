@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -119,6 +120,45 @@ def test_ctrl_c_twice_leaves_at_once(motion_root: str, tmp_path: Path) -> None:
     assert not warnings
 
 
+WORKERS = {
+    "fork": ["loader.start_method=fork"],
+    "forkserver": ["loader.start_method=forkserver"],
+    "spawn": ["loader.start_method=spawn"],
+    "none": ["loader.workers=0"],
+}
+
+
+@pytest.mark.parametrize(
+    ("during", "workers"),
+    [*(("validation", method) for method in WORKERS), ("precise BN", "forkserver"), ("test", "forkserver")],
+)
+def test_ctrl_c_on_a_terminal_stops_the_run_and_not_its_workers(
+    during: str, workers: str, motion_root: str, tmp_path: Path
+) -> None:
+    options = {"rank": 0, "after": 2, "once": tmp_path / "sent", "given": tmp_path / "out" / "checkpoints"}
+    if during == "test":
+        options["given"] = tmp_path / "out"
+    fault = overrides("ctrl-c", "train" if during == "precise BN" else "val", **options)
+    run = [*TINY, *WORKERS[workers], *fault, f"dataset.root={motion_root}", f"output_dir={tmp_path}/out"]
+    run += ["schedule=baseline", "base.epochs=0.5", "base.lr_steps=[0]", f"train.enable={during != 'test'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, str(ROOT / "tools/run_net.py"), *run]
+    with open("log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        code = process.wait(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    text = Path("log").read_text()
+    assert (tmp_path / "sent").exists(), text
+    assert code == 128 + signal.SIGINT, text
+    step = 0 if during == "test" else 4
+    assert text.splitlines()[-1] == f"stopped by SIGINT; the same command goes on from step {step}"
+    assert "Traceback" not in text
+    assert "KeyboardInterrupt" not in text
+
+
 def wait_until(there: object, process: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not there():  # type: ignore[operator]
@@ -142,7 +182,7 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
     capsys.readouterr()
     line = said(main, again, capsys)
-    assert "was made by another recipe, model or dataset: " in line
+    assert "was made by another recipe, model, dataset or plan: " in line
     assert "dataset.train.fingerprint was " in line
     assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")
     main([*again, "checkpoint.strict=false"])

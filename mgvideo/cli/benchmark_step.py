@@ -138,7 +138,7 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated(device)
             return
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier steps freed goes back first
-        with open("/proc/self/clear_refs", "w") as file:  # the kernel forgets the process's peak
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # the kernel forgets the process's peak
             file.write("5")
         self.before = psutil.Process().memory_info().rss
 
@@ -146,7 +146,7 @@ class PeakMemory:
         """Read it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
             peak = next(line for line in file if line.startswith("VmHWM"))
         return 1024 * int(peak.split()[1]) - self.before
 

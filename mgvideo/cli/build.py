@@ -17,10 +17,12 @@ from mgvideo.dropout import convert_clip_dropout
 from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
 from mgvideo.microbatch import clips_that_fit
-from mgvideo.plan import Base, Grid, Plan
+from mgvideo.plan import Base, Grid, Plan, require
 from mgvideo.precision import Normalize, Precision, cudnn_warning, probe_convolutions
 from mgvideo.schedule import Schedule, make_plan
 from mgvideo.tasks import TASKS, Task
+
+from .app import flat_keys
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,7 @@ class Data:
 
 def build_data(cfg: DictConfig) -> Data:
     """The datasets; one that has to be made first is made once a node. Fills in `dataset.num_classes` where null."""
-    missing = OmegaConf.missing_keys(cfg.dataset)
-    if missing:  # others may refer to the one that is asked for: it has the shortest name
-        key = f"dataset.{min(missing, key=len)}"
-        raise UserError(f"{key} is not set: add {key}=… to the command")
+    require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
@@ -56,6 +55,21 @@ def build_data(cfg: DictConfig) -> Data:
         other = sorted({*train.class_names} ^ {*val.class_names}) or ["their order"]
         raise UserError(f"{train.root}: classes of training and of validation differ, in {other[0]!r} say")
     return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+
+
+def unset_dataset_key(cfg: DictConfig) -> str | None:
+    """The first key of the dataset that has no value, usually dataset.root; None where all have one."""
+    for name in flat_keys(cfg.dataset, "dataset."):
+        parent, _, key = name.rpartition(".")
+        if OmegaConf.is_missing(OmegaConf.select(cfg, parent), key):
+            return name
+    return None
+
+
+def require_dataset_keys(cfg: DictConfig) -> None:
+    """Raise UserError where a key of the dataset has no value, before other keys that refer to it are read."""
+    name = unset_dataset_key(cfg)
+    require(name is None, f"{name} is not set: add {name}=… to the command")
 
 
 def build_decoder(cfg: DictConfig) -> Any:

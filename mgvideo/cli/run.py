@@ -131,9 +131,10 @@ def sole_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
-    """Explain in one line what ends a run: a signal, the disk, memory, a dead loader worker, a non-finite loss."""
+    """Print or raise the line for what ends a run: a signal, the disk, memory, a dead worker, a non-finite loss."""
     try:
-        yield
+        with _torch_errors_explained():
+            yield
     except NonFiniteError as error:
         raise UserError(
             f"{error}. To continue with half the learning rate: {lower_lr_command(cfg, checkpoints)}"
@@ -152,13 +153,19 @@ def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
         raise UserError(
             f"cannot write into output_dir={folder}: {error.strerror}; the checkpoints written before are intact"
         ) from error
-    except (RuntimeError, MemoryError) as error:
-        message = dead_worker(error)
-        if message is error:
-            message = _explain(error)
-        if message is error:
+
+
+@contextmanager
+def _torch_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a dead worker torch raises it wherever this process is
+        explained_error = dead_worker(error)
+        if explained_error is error:
+            explained_error = _explain(error)
+        if explained_error is error:
             raise
-        raise message from error
+        raise explained_error from error
 
 
 def _explain(error: Exception) -> Exception:
@@ -176,8 +183,9 @@ def _explain(error: Exception) -> Exception:
 def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
     """Leave the composed config, the plan and the names of the classes in the run's folder."""
     if rank() == 0:
+        names = "".join(f"{name}\n" for name in data.train.class_names)
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-        write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
+        write_atomic(folder / "classes.txt", names.encode(errors="surrogateescape"))
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 

@@ -71,7 +71,9 @@ class BaseKeys:
     size: int = key(MISSING, "side of the square crop, pixels")
     stride: int = key(MISSING, "frames of the video between two of the clip")
     jitter: list[int] = key([], "short side before cropping, drawn from [lowest, highest], pixels")
-    epochs: float = key(MISSING, "passes over the dataset of the baseline")
+    epochs: float = key(
+        MISSING, "passes over the dataset of the baseline; changed alone, base.lr_steps and base.warmup_epochs follow"
+    )
     lr: float = key(MISSING, "learning rate at base.batch, after warm-up")
     lr_steps: list[float] = key([0], "epochs at which LR stages start, 0 first")
     gamma: float = key(0.1, "LR factor from one stage to the next")
