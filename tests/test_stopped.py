@@ -182,7 +182,7 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
     capsys.readouterr()
     line = said(main, again, capsys)
-    assert "was made by another recipe, model or dataset: " in line
+    assert "was made by another recipe, model, dataset or plan: " in line
     assert "dataset.train.fingerprint was " in line
     assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")
     main([*again, "checkpoint.strict=false"])
