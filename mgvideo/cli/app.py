@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from mgvideo.errors import UserError
@@ -56,7 +56,9 @@ def main(
         flags, overrides, multirun = _flags_and_overrides(config_name, arguments)
         overrides = quote_texts(config_name, overrides, multirun)
         if not multirun:
-            check(config_name, overrides, more_keys)
+            cfg = check(config_name, overrides, more_keys)
+            if {"--cfg", "-c"} & set(flags) and scale_base(config_name, cfg, overrides):  # Hydra composes it anew
+                overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_steps", "warmup_epochs")]
 
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
@@ -240,30 +242,31 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     base.lr follows base.batch by the linear rule, unless it is given too. base.lr_steps and base.warmup_epochs follow
     base.epochs in proportion, unless one of them is given too.
     """
-    given = {_key_of(override) for override in overrides}
-    batch = "base.batch" in given and "base.lr" not in given
-    epochs = "base.epochs" in given and not given & {"base.lr_steps", "base.warmup_epochs"}
+    keys = {_key_of(override) for override in overrides}
+    batch = "base.batch" in keys and "base.lr" not in keys
+    epochs = "base.epochs" in keys and not keys & {"base.lr_steps", "base.warmup_epochs"}
     if not (batch or epochs):
         return []
     rest = [override for override in overrides if _key_of(override) not in ("base.batch", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    told = []
-    if batch:
+    unset = {key for key in ("batch", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}  # no recipe to follow
+    messages = []
+    if batch and not unset & {"batch", "lr"}:
         base.lr = scale_lr(recipe.batch, recipe.lr, base.batch)
-        told.append(
+        messages.append(
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch} becomes {base.lr:g} at "
             f"base.batch={base.batch} (linear rule; set base.lr to choose another)"
         )
-    if epochs and 0 < base.epochs != recipe.epochs:
+    if epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_steps, base.warmup_epochs = [factor * step for step in recipe.lr_steps], factor * recipe.warmup_epochs
-        told.append(
+        messages.append(
             f"base.lr_steps: {_epochs(recipe.lr_steps)} of the recipe's {recipe.epochs:g} epochs becomes "
             f"{_epochs(base.lr_steps)} at base.epochs={base.epochs:g}, and base.warmup_epochs {recipe.warmup_epochs:g} "
             f"becomes {base.warmup_epochs:g} (set either to choose both)"
         )
-    return told
+    return messages
 
 
 def _key_of(override: str) -> str:

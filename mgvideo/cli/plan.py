@@ -103,14 +103,14 @@ def _plan(given: PlanKeys, cfg: DictConfig) -> Plan:
 
 def _gpus_of_this_machine(plan: Plan) -> tuple[int, tuple[str, ...]]:
     """How many GPUs there are, or the default where there is none, and a note that says which."""
-    found = torch.cuda.device_count()
-    gpus = found or GPUS
+    available = torch.cuda.device_count()
+    gpus = available or GPUS
     try:
         check_shares(plan, gpus)
     except UserError as error:
         raise UserError(f"{error}; or add gpus=N to plan for another number") from error
     number = f"{gpus} GPU{'s' * (gpus > 1)}"
-    chosen = f"the {number} of this machine" if found else f"{number}, as this machine has none"
+    chosen = f"the {number} of this machine" if available else f"{number}, as this machine has none"
     return gpus, (f"planned for {chosen}; gpus=N sets the number",)
 
 
