@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -53,11 +53,11 @@ def main(
         print(help_text(config_name, description))
         return
     with reported():
-        flags, overrides, multirun = _flags_and_overrides(config_name, arguments)
-        overrides = quote_texts(config_name, overrides, multirun)
-        if not multirun:
+        flags, overrides, parsed = _flags_and_overrides(config_name, arguments)
+        overrides = quote_texts(config_name, overrides, parsed.multirun)
+        if not parsed.multirun:
             cfg = check(config_name, overrides, more_keys)
-            if {"--cfg", "-c"} & set(flags) and scale_base(config_name, cfg, overrides):  # Hydra composes it anew
+            if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes it anew
                 overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_steps", "warmup_epochs")]
 
     def guarded(cfg: DictConfig) -> None:
@@ -73,8 +73,8 @@ def main(
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
 
 
-def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Hydra's flags and the overrides, in any order, and whether this is a sweep.
+def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[list[str], list[str], Namespace]:
+    """Hydra's flags and the overrides, in any order, and the flags as Hydra parses them.
 
     Raises:
         UserError: a flag that does not exist, or one without its value.
@@ -90,7 +90,7 @@ def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[li
         hint = suggestion(unknown.lstrip("-").partition("=")[0], _all_keys(config_name))
         raise UserError(f"{unknown} is no flag{hint or ':'} Keys are given as key=value")
     overrides = [*parsed.overrides, *rest]
-    return [word for word in arguments if word not in overrides], overrides, parsed.multirun
+    return [word for word in arguments if word not in overrides], overrides, parsed
 
 
 def quote_texts(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
