@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from . import workers
 from .clips import ClipRequest, Failure, Sample
 from .errors import UserError
+from .resources import available_cpus
+from .shared_memory import explain_full, is_full, room_for_queues
 from .signals import Stopped, received
 
 
@@ -133,12 +136,16 @@ def dead_worker(error: Exception) -> BaseException:
     process is; a batch that is being fetched from it raises an OSError or an EOFError.
     """
     text = str(error).splitlines()[0] if str(error) else ""
+    if is_full(error):
+        return UserError(explain_full())
     reported = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
     raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
     fetching = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_in_worker
     if reported or fetching:
         if received():
             return Stopped(received())
+        if "Bus error" in text or workers.killed_by(signal.SIGBUS):
+            return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
         return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
     return error
 
@@ -156,6 +163,8 @@ class Loader:
         self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
         served = options.workers > 0 and options.start_method == "forkserver"
         self.idle = options.idle and served and workers.CAN_IDLE
+        if options.workers:
+            workers.use_short_socket_paths()
         if served:
             workers.start_server([type(dataset).__module__])
 
@@ -203,13 +212,13 @@ class Loader:
             num_workers=count,
             collate_fn=self.collate,
             pin_memory=self.pin,
-            worker_init_fn=partial(workers.begin, self.idle),
+            worker_init_fn=partial(workers.begin, self.idle, available_cpus()),
             prefetch_factor=self.options.prefetch if count else None,
             multiprocessing_context=self.options.start_method if count else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        with workers.starting() as started:
+        with workers.starting() as started, room_for_queues():
             batches = iter(loader)
         if not count:
             return batches, started

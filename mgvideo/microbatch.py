@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -52,10 +51,11 @@ def pieces(share: Share, limit: int) -> list[Piece]:
     return [Piece(a * size, b * size, b - a) for a, b in pairwise(cuts)]
 
 
-def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes: int = 1) -> int:
+def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memory: int) -> int:
     """How many clips of `grid` a training step holds at once, from the activations that two clips save.
 
-    `processes` share the memory of a CPU. Runs one forward on a copy of the model.
+    On a CPU they take a share of `host_memory` bytes, on a GPU of what is free there. Runs one forward on a copy of the
+    model.
     """
     model = copy.deepcopy(model).train()
     saved: dict[int, int] = {}
@@ -76,7 +76,7 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
         torch.cuda.empty_cache()  # what the probes are done with counts as taken otherwise
         free = torch.cuda.mem_get_info(precision.device)[0]
     else:
-        free = psutil.virtual_memory().available // processes
+        free = host_memory
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
 
 

@@ -38,7 +38,7 @@ def test_measured_clips_shrink_with_the_grid() -> None:
     model = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     precision = choose_precision("fp32", torch.device("cpu"))
-    small = clips_that_fit(model, Grid(8, 32, (1, 1), (32, 32)), precision)
-    large = clips_that_fit(model, Grid(16, 64, (1, 1), (64, 64)), precision)
+    small = clips_that_fit(model, Grid(8, 32, (1, 1), (32, 32)), precision, 2**30)
+    large = clips_that_fit(model, Grid(16, 64, (1, 1), (64, 64)), precision, 2**30)
     assert small == pytest.approx(8 * large, rel=0.2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

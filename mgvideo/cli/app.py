@@ -24,7 +24,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from mgvideo.distributed import limit_threads
 from mgvideo.errors import UserError
+from mgvideo.resources import available_cpus, cpu_count, run_on
 from mgvideo.schedule import scale_lr
 from mgvideo.watch import RankError
 
@@ -63,6 +65,8 @@ def main(
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
         with reported() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
+            run_on(available_cpus())
+            limit_threads(cpu_count())
             for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
                 if os.environ.get("RANK", "0") == "0":
                     print(line, file=sys.stderr)

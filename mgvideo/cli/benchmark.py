@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mgvideo.paths import writing
 from mgvideo.plan import Grid, Plan, require
+from mgvideo.resources import cpu_count
 
 from . import app, keys
 
@@ -60,7 +61,7 @@ def conditions(device: torch.device | None = None) -> dict[str, Any]:
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
     return {
         **gpu,
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,

@@ -46,6 +46,7 @@ from .build import (
     build_model,
     build_normalize,
     build_plan,
+    check_shared_memory,
     fall_back_if_convolutions_are_wrong,
     loader_options,
     max_clips,
@@ -213,6 +214,8 @@ def build_trainer(
 ) -> Trainer:
     """The trainer, its optimizer and its validation."""
     options = loader_options(cfg)
+    for warning in check_shared_memory(cfg, plan, options):
+        monitor.say(f"warning: {warning}")
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
@@ -221,9 +224,9 @@ def build_trainer(
         check_forward(model, smallest, precision.device)
     fits = max_clips(cfg, model, plan, precision)
     if state and cfg.loader.max_clips_per_step is None:
-        fits, warning = keep_max_clips(state.get("max_clips"), fits, plan)
-        if warning:
-            monitor.say(f"warning: {warning}")
+        fits, changed = keep_max_clips(state.get("max_clips"), fits, plan)
+        if changed:
+            monitor.say(f"warning: {changed}")
     if fits < clips_at_once(plan, world_size()):
         monitor.say(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base

@@ -108,7 +108,9 @@ class TestKeys:
 class LoaderKeys:
     """How clips are loaded; none of it changes which clips a step sees."""
 
-    workers: int | None = key(None, "worker processes a rank; null: one a core, shared by a node's ranks", least=0)
+    workers: int | None = key(
+        None, "worker processes a rank; null: one a core that it has to itself, at most 16", least=0
+    )
     prefetch: int = key(2, "batches that each worker keeps ready", least=1)
     start_method: str = key("forkserver", "forkserver, fork or spawn", choices=("fork", "forkserver", "spawn"))
     timeout: float = key(
