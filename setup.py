@@ -23,7 +23,7 @@ setup(
     packages=[*find_packages(include=["mgvideo", "mgvideo.*"]), *(p for f in FOLDERS for p in mapped(f))],
     package_dir={f"mgvideo.{folder}": folder for folder in FOLDERS},
     package_data={"mgvideo.configs": ["**/*.yaml"]},
-    entry_points={"console_scripts": ["mgvideo = mgvideo.cli:main"]},
+    entry_points={"console_scripts": ["mgvideo = mgvideo.cli:command"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -167,7 +167,7 @@ def _oddities(video: Video, min_frames: int) -> Iterable[tuple[str, str]]:
 
 def write_findings(file: str, findings: Sequence[Finding]) -> None:
     """Write findings as a CSV with columns path, problem and reason."""
-    with open(file, "w", newline="", encoding="utf-8") as target:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as target:
         rows = csv.writer(target)
         rows.writerow(("path", "problem", "reason"))
         rows.writerows((finding.path, finding.problem, finding.reason) for finding in findings)

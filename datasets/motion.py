@@ -99,7 +99,7 @@ def make_motion(root: str, knobs: Knobs, processes: int | None = None, progress:
     if folder.is_dir():
         return folder
     Path(root).mkdir(parents=True, exist_ok=True)
-    with open(Path(root) / f".{knobs.name}.lock", "w") as lock:
+    with open(Path(root) / f".{knobs.name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             part = folder.with_name(f".{knobs.name}.part")
@@ -124,9 +124,10 @@ def _build(folder: Path, knobs: Knobs, processes: int | None, progress: Progress
         lines.append(line)
         progress(len(lines), len(jobs))
     for split in ("train", "val"):
-        (folder / f"{split}.csv").write_text("".join(x for (s, _), x in zip(jobs, lines, strict=True) if s == split))
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    (folder / "knobs.json").write_text(json.dumps(asdict(knobs), indent=2) + "\n")
+        text = "".join(x for (s, _), x in zip(jobs, lines, strict=True) if s == split)
+        (folder / f"{split}.csv").write_text(text, encoding="utf-8")
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
+    (folder / "knobs.json").write_text(json.dumps(asdict(knobs), indent=2) + "\n", encoding="utf-8")
 
 
 def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:

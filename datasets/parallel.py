@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mgvideo.errors import UserError
+from mgvideo.signals import blocked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,9 +29,12 @@ def silent(done: int, total: int) -> None:
 def parallel(
     work: Callable[[Item], Result], items: Sequence[Item], processes: int | None = None
 ) -> Generator[Result, None, None]:
-    """`work` on every item, in order; `processes` None is one a core.
+    """Apply `work` to every item, in order; `processes` None is one a core.
 
-    Raises UserError where a process dies, with the items that were being worked on, one of which may have killed it.
+    Ctrl-C interrupts the caller alone, which then kills the processes.
+
+    Raises:
+        UserError: a process died. It names the items in progress, one of which may have killed it.
     """
     processes = min(processes or len(os.sched_getaffinity(0)), len(items))
     if processes <= 1:
@@ -39,16 +43,20 @@ def parallel(
     # spawn: the caller may already hold threads or a CUDA context, which a fork would break
     context = multiprocessing.get_context("spawn")
     chunk = max(1, min(4, len(items) // (4 * processes)))
+    others = set(multiprocessing.active_children())
+    finished = False
     try:
         busy = context.RawArray("b", len(items))
         pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
-        results = pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
+        with blocked():
+            results = pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
     except OSError as error:
         raise UserError(
             f"cannot start {processes} processes: {error.strerror}; give fewer with processes=…, 1 starts none"
         ) from error
     try:
         yield from results
+        finished = True
     except BrokenProcessPool:
         at = " or ".join(str(item) for item, is_busy in zip(items, busy, strict=True) if is_busy) or "its start"
         raise UserError(
@@ -56,6 +64,9 @@ def parallel(
             "processes=…, or leave the file out; a repeat goes on"
         ) from None
     finally:
+        if not finished:  # else the pool waits for the items in progress
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
         pool.shutdown(cancel_futures=True)
 
 

@@ -165,7 +165,7 @@ def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
     """What is there of a pyramid with this layout; starts its manifest where nothing is."""
     if not (folder / "layout.json").exists():
         (folder / "rows.jsonl").touch()
-        (folder / "layout.json").write_text(json.dumps(asdict(layout)) + "\n")
+        (folder / "layout.json").write_text(json.dumps(asdict(layout)) + "\n", encoding="utf-8")
         return {}
     old, rows = read_manifest(str(folder))
     if old != layout:

@@ -43,10 +43,22 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `[n, channels, t, h, w]`; in training n must be a multiple of `groups`, or UserError."""
+        super()._check_input_dim(input)
+        output = self._normalise(input.flatten(2, 3))
+        # Not a view for autograd: an in-place ReLU on a view would copy the gradient of its base.
+        return aten._unsafe_view(output, input.shape)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accepts the 4-D view that `forward` makes of an input which it has checked itself."""
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        """Normalises `[n, channels, t · h, w]`.
+
+        Of a channels_last_3d tensor this view is channels_last, and only for that CUDA has fast kernels.
+        """
         alone = self.groups == 1 and self.process_group is None
         if not self.training or (alone and self.pending is None):
             return super().forward(input)
-        self._check_input_dim(input)
         if input.shape[0] % self.groups:
             raise UserError(
                 f"batch norm: {input.shape[0]} clips cannot be cut into {self.groups} equal groups; "
@@ -59,7 +71,8 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             )
             found = _Statistics(mean, var, _ranks(self.process_group))
         elif self.groups > 1:
-            output, mean, invstd = _GroupNormalise.apply(input, self.weight, self.bias, self.groups, self.eps)
+            normalise = _GroupNormalise if input.device.type == "cpu" else _GroupNormaliseAtOnce
+            output, mean, invstd = normalise.apply(input, self.weight, self.bias, self.groups, self.eps)
             found = _Statistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
         else:
             # With momentum 1, running statistics become the batch's own.
@@ -77,14 +90,36 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 
 
 def convert_group_batchnorm(model: nn.Module) -> nn.Module:
-    """Turns every plain `nn.BatchNorm3d` of a model into a `GroupBatchNorm3d`, in place, and returns the model.
+    """Turn every `nn.BatchNorm3d` of a model into a `GroupBatchNorm3d`, in place, and return the model.
 
-    The modules, their parameters, buffers and hooks stay the very same objects.
+    The modules, their parameters, buffers and hooks stay the very same objects. Layers that normalise each clip by
+    itself, such as `nn.LayerNorm`, `nn.GroupNorm` and `nn.InstanceNorm3d`, stay as they are.
+
+    Raises:
+        UserError: a layer whose statistics would not be synchronised, and what to use instead.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if type(module) is nn.BatchNorm3d:
             module.__class__ = GroupBatchNorm3d
+        elif instead := _instead(module):
+            raise UserError(
+                f"model: {name or 'the network itself'} ({type(module).__name__}) would have other statistics on each "
+                f"rank and in each micro-batch: {instead}"
+            )
     return model
+
+
+def _instead(module: nn.Module) -> str | None:
+    """What to use instead of a layer that cannot be converted; None for any other layer."""
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        return "set its track_running_stats to False" if module.track_running_stats else None
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, GroupBatchNorm3d):
+        return None
+    if isinstance(module, nn.LazyBatchNorm3d):
+        return "use nn.BatchNorm3d with its number of channels"
+    if isinstance(module, nn.BatchNorm3d | nn.SyncBatchNorm):
+        return "use nn.BatchNorm3d itself, whose groups of clips are shared among ranks without more"
+    return "use nn.BatchNorm3d on [clips, channels, frames, height, width], of size 1 where there is none of these"
 
 
 def set_bn_groups(model: nn.Module, groups: int, process_group: dist.ProcessGroup | None = None) -> None:
@@ -195,13 +230,13 @@ def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor) -> None:
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
-    """x itself where it is channels_last_3d or contiguous as `like` is, or a copy: the CPU kernels need one layout."""
-    last = like.is_contiguous(memory_format=torch.channels_last_3d)
-    return x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    """x itself where it is channels_last or contiguous as `like` is, or a copy: the CPU kernels need one layout."""
+    last = like.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 class _GroupNormalise(torch.autograd.Function):
-    """Groups within one rank: torch's kernels, group by group, into one output.
+    """Groups within one rank on a CPU: torch's kernels, group by group, into one output.
 
     Returns the output, and the groups' means and inverse standard deviations `[groups, channels]`.
     """
@@ -245,20 +280,78 @@ class _GroupNormalise(torch.autograd.Function):
         return dx, torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0), None, None
 
 
+class _GroupNormaliseAtOnce(torch.autograd.Function):
+    """Groups within one rank on a GPU: all of them in each kernel, since a kernel's launch costs more than its work.
+
+    Returns the output, and the groups' means and inverse standard deviations `[groups, channels]`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = _dense(x, like=x)
+        clips = _by_group(x, groups)
+        # Both reductions read bf16 and fp16 as they are and add up in float32.
+        mean = clips.mean((1, 3), dtype=_stats_dtype(x))
+        var = torch.var(clips, (1, 3), correction=0, out=torch.empty_like(mean))
+        invstd = var.add_(eps).rsqrt_()
+        scale = invstd if weight is None else invstd * weight
+        shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+        y = torch.empty_like(x)
+        torch.addcmul(_per_channel(shift), clips, _per_channel(scale), out=_by_group(y, groups))
+        ctx.save_for_backward(x, mean, invstd, scale)
+        ctx.affine = weight is not None
+        ctx.mark_non_differentiable(mean, invstd)
+        return y, mean, invstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, invstd, scale = ctx.saved_tensors
+        clips, gradients = _by_group(x, len(mean)), _by_group(_dense(dy, like=x), len(mean))
+        share = mean.numel() / x.numel()  # one over the values of a group in a channel
+        sum_dy = gradients.sum((1, 3), dtype=mean.dtype)
+        # The mean in float32 makes the products float32 as well: rounded to bf16, they would add up to noise.
+        centre = (mean * sum_dy).mul_(-share)
+        sum_dy_xhat = torch.addcmul(_per_channel(centre), clips, gradients).sum((1, 3)).mul_(invstd)
+        # dx = scale · (dy − mean(dy) − x̂ · mean(dy · x̂)): scale · dy, and an affine map of x
+        scale_share = scale * -share
+        slope = scale_share * invstd * sum_dy_xhat
+        offset = torch.addcmul(scale_share * sum_dy, slope, mean, value=-1)
+        dx = torch.empty_like(x)
+        dclips = _by_group(dx, len(mean))
+        torch.addcmul(_per_channel(offset), clips, _per_channel(slope), out=dclips)
+        torch.addcmul(dclips, gradients, _per_channel(scale), out=dclips)
+        if not ctx.affine:
+            return dx, None, None, None, None
+        return dx, sum_dy_xhat.sum(0), sum_dy.sum(0), None, None
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """The view `[groups, clips, channels, positions]` of a dense x."""
+    return x.unflatten(0, (groups, -1)).flatten(3)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    """`[groups, channels]` in a shape that broadcasts against `_by_group`."""
+    return values[:, None, :, None]
+
+
 def _fold(x: Tensor, groups: int) -> int:
     """How many neighbouring positions to take as channels of their own, so that few channels fill a CPU's registers.
 
     On two cores torch's channels_last kernels take 5 to 9 ns a value for 8 channels, and 0.6 for 32 (bf16, both ways).
     """
     channels, values = x.shape[1], x.numel() // groups
-    layout = x.is_contiguous(memory_format=torch.channels_last_3d)
+    layout = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type != "cpu" or not layout or channels >= 16 or values < 2**14:
         return 1  # nothing gained
     return math.gcd(32 // channels, values // channels)
 
 
 def _parts(x: Tensor, groups: int, fold: int) -> Sequence[Tensor]:
-    """Views of the groups of x: `[n / groups, channels, t, h, w]`, or `[1, fold · channels, positions / fold, 1]`."""
+    """Views of the groups of x: `[n / groups, channels, t · h, w]`, or `[1, fold · channels, positions / fold, 1]`."""
     if fold == 1:
         return x.chunk(groups)
     return x.movedim(1, -1).view(groups, 1, -1, 1, fold * x.shape[1]).movedim(-1, 2).unbind()

@@ -73,7 +73,7 @@ def sole_run(folder: Path) -> Iterator[None]:
         UserError: another process holds it.
     """
     path = folder / ".lock"
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that as well
         except (BlockingIOError, PermissionError) as error:
@@ -132,7 +132,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of a run: the newest `keep`, and the best, which `best.pt` links to.
 
-    Each holds `made_of`, the flat config that a resumed run must share. `written` is called after each.
+    Each holds `made_of`, the flat config that a resumed run must share, and `versions`, of the software that writes it.
+    `written` is called after each.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Checkpoints:
         written: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.keep, self.made_of = folder.resolve(), keep, dict(made_of or {})
+        self.versions: Mapping[str, str] = {}
         self.best = self.folder / "best.pt"
         self.written = written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -159,7 +161,8 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
         """Copy the state and write it in the background; an error of the last write is raised here."""
         self.wait()
-        self._pending = self._writer.submit(self._write, step, _to_cpu({**state, "made_of": self.made_of}), best)
+        whole = {**state, "made_of": self.made_of, "versions": dict(self.versions)}
+        self._pending = self._writer.submit(self._write, step, _to_cpu(whole), best)
 
     def check(self) -> None:
         """Raise the error of a write that is over, without waiting for one that is not."""

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something that the user can put right: the message says what was wrong, where, and what to do."""
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradients of a training step are infinite or NaN."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from .batchnorm import set_bn_groups
 from .clips import ClipRequest, Failure, View
 from .distributed import all_reduce, gather_objects, neighbours, rank, world_size
 from .loader import Batch, Loader
-from .microbatch import pieces
+from .microbatch import explain_out_of_memory, pieces
 from .plan import Grid
 from .precision import Normalize, Precision
 from .signals import stop_if_asked
@@ -81,8 +82,11 @@ class Evaluator:
                 stop_if_asked()
                 beat(step, len(steps), False)
                 indices = batch.indices.to(device)
-                rows, how = indices[:, None].expand(-1, self.classes), "sum" if self.task.reduce == "sum" else "amax"
-                scores.scatter_reduce_(0, rows, self._forward(model, batch), how)
+                if self.task.reduce == "sum":
+                    scores.index_add_(0, indices, self._forward(model, batch))  # deterministic on GPUs too
+                else:
+                    rows = indices[:, None].expand(-1, self.classes)
+                    scores.scatter_reduce_(0, rows, self._forward(model, batch), "amax")
                 seen.index_add_(0, indices, torch.ones_like(indices, dtype=seen.dtype))
                 labels[indices] = batch.labels.to(device)
                 failures += batch.failures
@@ -99,10 +103,18 @@ class Evaluator:
         return Scores(scores.cpu(), labels.cpu(), tuple(by_video.values()))
 
     def _forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        clips = batch.clips.to(self.precision.device, non_blocking=True)
-        with self.precision.autocast():
+        with explain_out_of_memory(partial(self._explain_out_of_memory, batch)), self.precision.autocast():
+            clips = batch.clips.to(self.precision.device, non_blocking=True)
             logits = model(self.normalize(clips))
-        return self.task.scores(logits.float())
+            return self.task.scores(logits.float())
+
+    def _explain_out_of_memory(self, batch: Batch) -> str:
+        """Where memory ran out, and the key to lower."""
+        clips, frames, size = batch.clips.shape[:3]
+        lower = (
+            f"test.batch={self.batch // 2} (now {self.batch})" if self.batch > 1 else "test.crops=1 or less test.size"
+        )
+        return f"in evaluation, where this rank runs {clips} crops of {frames}×{size}² at once: try {lower}"
 
 
 def precise_bn(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from . import workers
 from .clips import ClipRequest, Failure, Sample
 from .errors import UserError
+from .signals import Stopped, received
 
 
 class ClipDataset(Protocol):
@@ -113,7 +114,7 @@ def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: 
             raise UserError(
                 str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
             ) from None
-        except (RuntimeError, ConnectionError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if hung.is_set() and idle:
                 raise TimeoutError from error
             if hung.is_set():
@@ -125,11 +126,19 @@ def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: 
         yield batch
 
 
-def dead_worker(error: Exception) -> Exception:
-    """The line for people where a worker died; of forked ones torch tells wherever the training process is."""
+def dead_worker(error: Exception) -> BaseException:
+    """Return what to raise for an error that the death of a worker caused, and any other error as it is.
+
+    That is Stopped once a signal has arrived, else a UserError. torch reports a dead worker wherever the training
+    process is; a batch that is being fetched from it raises an OSError or an EOFError.
+    """
     text = str(error).splitlines()[0] if str(error) else ""
-    told = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
-    if told or isinstance(error, (ConnectionError, EOFError)):  # the latter: while a batch was being fetched from it
+    reported = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
+    raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
+    fetching = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_in_worker
+    if reported or fetching:
+        if received():
+            return Stopped(received())
         return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
     return error
 

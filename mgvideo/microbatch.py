@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Share
-from .plan import Grid
-from .precision import Precision
+from .errors import UserError
+from .plan import Base, Grid, Plan
+from .precision import Precision, without_tuning
 
 MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
+MAX_MEMORY_SHARE = 0.8  # the same, for a run that was begun with a number of clips and should keep it
 
 
 class Piece(NamedTuple):
@@ -63,7 +67,8 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
     dtype = next(model.parameters()).dtype
     clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
     kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), precision.autocast():
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, precision.autocast(), without_tuning():
         output = model(clips.permute(0, 4, 1, 2, 3))
     clip_bytes = sum(size for pointer, size in saved.items() if pointer not in kept) / 2
     del output
@@ -73,3 +78,39 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
     else:
         free = psutil.virtual_memory().available // processes
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
+
+
+def clips_at_once(plan: Plan, ranks: int) -> float:
+    """The volume of a plan's largest step on each rank, without micro-batches, in clips of the base grid."""
+    largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
+    return largest / (plan.base.frames * plan.base.size**2 * ranks)
+
+
+def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:
+    """The `max_clips` under which at most half of `clips` clips of a grid run at once, or as few as it can make them.
+
+    None where no value makes micro-batches smaller.
+    """
+    base_volume = base.frames * base.size**2
+    lower = max(1, clips // 2 * grid.volume // base_volume)
+    return lower if max(1, lower * base_volume // grid.volume) < clips else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory on the device or on the host is used up."""
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
+
+
+@contextmanager
+def explain_out_of_memory(explanation: Callable[[], str]) -> Iterator[None]:
+    """Raise UserError("out of memory " + explanation) in place of an out-of-memory error inside it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {explanation()}") from error

@@ -100,7 +100,7 @@ class Monitor:
         self._metrics_path = folder / "metrics.jsonl"
         kept = self._truncate(step, evaluated)
         self._truncate_bad_videos(step)
-        self._metrics = open(self._metrics_path, "a", buffering=1)  # noqa: SIM115  open for the whole run
+        self._metrics = open(self._metrics_path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  open for the whole run
         second = int(kept[-1]["seconds"]) if kept else 0
         # TensorBoard drops what a folder holds from a step on: figures by second need a folder of their own
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
@@ -115,7 +115,7 @@ class Monitor:
         """Rewrite metrics.jsonl as it was at `step`; the records that are left."""
         kept = []
         there = self._metrics_path.exists() and step
-        lines = self._metrics_path.read_text(errors="replace").splitlines() if there else []
+        lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").splitlines() if there else []
         for line in lines:
             try:
                 record = json.loads(line)
@@ -131,13 +131,13 @@ class Monitor:
         path = self.folder / "bad_videos.csv"
         if not path.exists():
             return
-        lines = path.read_bytes().decode(errors="replace").replace("\0", "")
+        lines = path.read_bytes().decode(errors="surrogateescape").replace("\0", "")
         rows = [row for row in csv.reader(StringIO(lines, newline="")) if len(row) == len(BAD_VIDEOS)]
         kept = [row for row in rows if row[0].isdecimal() and row[1].isdecimal() and int(row[0]) <= step]
         self.listed = {Failure(int(index), where, reason) for _, index, where, reason in kept}
         text = StringIO(newline="")
         csv.writer(text).writerows([BAD_VIDEOS, *kept])
-        write_atomic(path, text.getvalue().encode())
+        write_atomic(path, text.getvalue().encode(errors="surrogateescape"))
 
     def flush(self) -> None:
         """Bring to disk what was recorded so far."""
@@ -219,7 +219,7 @@ class Monitor:
             return
         path = self.folder / "bad_videos.csv"
         new = not path.exists()
-        with open(path, "a", newline="") as file:
+        with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             if new:
                 writer.writerow(BAD_VIDEOS)

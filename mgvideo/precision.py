@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from .flatconv import convert_flat_convs
 from .memory import keep_freed_memory
 from .plan import Grid
 
-WRONG = 0.05  # relative error of a gradient beyond what bf16's eight bits explain: 0.003 was seen
-SLOW = 1.2  # times float32
+MAX_GRADIENT_ERROR = 0.05  # relative, of a gradient's norm; bf16 itself gives 0.003
+MAX_SLOWDOWN = 1.2  # against float32
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,25 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return Precision(device, dtype, dtype is not None, why)
 
 
-def conv_faults(model: nn.Module, grids: Iterable[Grid], precision: Precision) -> list[str]:
-    """What this torch gets wrong, or does slower than float32, in convolutions of this precision on this device.
+@dataclass(frozen=True)
+class ConvolutionFaults:
+    """What `probe_convolutions` finds: wrong gradients, which spoil training, and slow kernels, which do not."""
 
-    Some releases do: on CPUs, torch 2.15 reads memory that nobody wrote where it sums the weight gradients of a
-    (1, 7, 7) stem of 8 or 16 channels; on GPUs, torch 2.9.0 was slow in bf16. Tries the model's first layers on two
-    clips of each grid, and on a GPU a deeper layer for its speed, against float32.
+    wrong: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+
+def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Precision) -> ConvolutionFaults:
+    """Find convolutions that this torch computes wrongly, or more slowly than in float32, in a precision on its device.
+
+    Some releases do: on CPUs, torch 2.15 reads uninitialised memory where it sums the weight gradients of a (1, 7, 7)
+    stem of 8 or 16 channels; on GPUs, torch 2.9.0 is slow in bf16. Compares the model's first layers on two clips of
+    each grid with float32 and, on a GPU, the speed of a deeper layer.
     """
     if precision.dtype is None:
-        return []
-    faults = []
-    with torch.random.fork_rng(devices=[]):
+        return ConvolutionFaults()
+    wrong = []
+    with torch.random.fork_rng(devices=[]), without_tuning():
         torch.manual_seed(0)
         stems = [m for m in model.modules() if isinstance(m, nn.Conv3d) and m.in_channels == 3]
         for conv in {(m.out_channels, m.kernel_size, m.stride, m.padding): m for m in stems}.values():
@@ -97,21 +105,50 @@ def conv_faults(model: nn.Module, grids: Iterable[Grid], precision: Precision) -
                 clips = torch.randn(2, grid.frames, grid.size, grid.size, 3, device=precision.device)
                 clips = clips.permute(0, 4, 1, 2, 3)
                 error = (_gradient(conv, clips, precision) / _gradient(conv, clips, None) - 1).abs()
-                if not error < WRONG:
-                    faults.append(f"wrong weight gradients of {conv} at {grid.name}")
-        if precision.device.type == "cuda":
-            deep = nn.Conv3d(64, 64, 3, padding=1, bias=False).to(precision.device)
-            deep.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-            clips = torch.randn(8, 16, 56, 56, 64, device=precision.device).permute(0, 4, 1, 2, 3)
-            reduced, full = (min(_seconds(deep, clips, p) for _ in range(5)) for p in (precision, None))
-            if reduced > SLOW * full:
-                faults.append(f"convolutions {reduced / full:.1f} times as slow as in float32")
-    return faults
+                if not error < MAX_GRADIENT_ERROR:
+                    wrong.append(f"wrong weight gradients of {conv} at {grid.name}")
+        slowdown = _slowdown(precision) if precision.device.type == "cuda" else 0.0
+    slow = [f"convolutions take {slowdown:.1f} times as long as in float32"] if slowdown > MAX_SLOWDOWN else []
+    return ConvolutionFaults(tuple(wrong), tuple(slow))
+
+
+@contextmanager
+def without_tuning() -> Iterator[None]:
+    """Inside, cuDNN does not time its kernels at each new shape, for shapes that training does not use."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def cudnn_warning(precision: Precision) -> str | None:
+    """What to know about this version of cuDNN: 9.8 to 9.14 compute some large 3-D convolutions in bf16 wrongly.
+
+    The probe tries first layers only, at two clips, and does not find that. See pytorch/pytorch issue 163539.
+    """
+    version = torch.backends.cudnn.version() if precision.device.type == "cuda" else None
+    if precision.dtype is not torch.bfloat16 or version is None or not 90800 <= version < 91500:
+        return None
+    name = f"{version // 10000}.{version // 100 % 100}"
+    return (
+        f"cuDNN {name} computes some large 3-D convolutions in bf16 wrongly, as 9.8 to 9.14 do: install cuDNN 9.15 or "
+        "newer (pip install -U nvidia-cudnn-cu12, or -cu13), or choose precision=fp32"
+    )
+
+
+def _slowdown(precision: Precision) -> float:
+    """Time of a layer in the middle of a network, forward and backward, as a multiple of its time in float32."""
+    conv = nn.Conv3d(64, 64, 3, padding=1, bias=False).to(precision.device)
+    conv.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    clips = torch.randn(8, 16, 56, 56, 64, device=precision.device).permute(0, 4, 1, 2, 3)
+    reduced, full = (min(_seconds(conv, clips, p) for _ in range(5)) for p in (precision, None))
+    return reduced / full
 
 
 def _gradient(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Tensor:
-    """Norm of the weight gradient of the mean square of what `conv` makes of the clips."""
-    # freed memory that holds NaN tells of a kernel that reads what nobody wrote
+    """Norm of the weight gradient of the output's mean square."""
+    # Fill memory with NaN and free it: a kernel that reads uninitialised memory then returns NaN.
     torch.full((4 * clips.numel(),), float("nan"), device=clips.device)
     weight = conv.weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with precision.autocast() if precision else torch.autocast(clips.device.type, enabled=False):

@@ -48,4 +48,4 @@ class Profiler:
         recorded.export_chrome_trace(str(self.folder / "rank0.pt.trace.json"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = recorded.key_averages(group_by_input_shape=True).table(sort_by=order, row_limit=30)
-        (self.folder / "kernels.txt").write_text(table)
+        (self.folder / "kernels.txt").write_text(table, encoding="utf-8")

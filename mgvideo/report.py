@@ -88,7 +88,7 @@ class Report:
 
     def write(self) -> None:
         """Leave both in the run's folder."""
-        write_atomic(self.folder / "report.md", self.markdown().encode())
+        write_atomic(self.folder / "report.md", self.markdown().encode(errors="replace"))
         write_atomic(self.folder / "report.json", json.dumps(self.as_json(), indent=1).encode())
 
 

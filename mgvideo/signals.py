@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -91,7 +92,11 @@ def stop_if_asked() -> None:
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Processes started inside never see these signals: a worker outlives them as long as its parent does."""
+    """Block the signals of `ASKING` in this thread: processes started inside inherit that and never receive them.
+
+    A terminal sends Ctrl-C to workers too. They stay until the parent process ends them, or ends itself.
+    """
+    resource_tracker.ensure_running()  # before Python 3.12 its start unblocks SIGINT and SIGTERM, so it comes first
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         yield
@@ -111,7 +116,8 @@ def requeue(number: int) -> None:
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # a bare id may name a whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        shown = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60)
+        command = ["scontrol", "-o", "show", "job", job]
+        shown = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
         if not {"JobState=RUNNING", "BatchFlag=1", "Requeue=1"} <= set(shown.stdout.split()):
             return
         subprocess.run(["scontrol", "requeue", job], timeout=60, check=True)

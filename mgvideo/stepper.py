@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from .batchnorm import deferred_running_stats, set_bn_groups
 from .distributed import neighbours, rank, world_size
 from .dropout import dropout_of
 from .loader import Batch
-from .microbatch import pieces
-from .plan import Plan, Slot
+from .microbatch import explain_out_of_memory, fewer_clips, pieces
+from .optim import SkippableStep
+from .plan import Grid, Plan, Slot
 from .precision import Normalize, Precision
 from .tasks import Task
 
@@ -49,6 +51,7 @@ class Stepper:
         self.max_clips, self.compile, self.tell = max_clips, compile, tell
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
+        self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
         # clips travel beside the computation of the step before
@@ -68,9 +71,27 @@ class Stepper:
         part = share(slot.batch, phase.bn_groups, rank(), world_size())
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(step)
-        total = self._accumulate(step, part, *self._transferred(batch))
-        self._update(step, total)
+        with explain_out_of_memory(partial(self._explain_out_of_memory, step, part)):
+            total = self._accumulate(step, part, *self._transferred(batch))
+            self._update(step, total)
         return total
+
+    def _explain_out_of_memory(self, step: int, part: Share) -> str:
+        """Where memory ran out, and the key to lower."""
+        grid, phase = self.plan.slot(step).grid, self.plan.phases.index(self.plan.phase(step))
+        cuts = pieces(part, self._limit(grid))
+        clips = max(piece.stop - piece.start for piece in cuts)
+        lower = fewer_clips(clips, grid, self.plan.base)
+        if lower is None:
+            advice = "choose a smaller model, base.size or base.frames, or precision=bf16"
+        else:
+            advice = f"try loader.max_clips_per_step={lower} (now {self.max_clips})"
+        place = f"at step {step} (phase {phase + 1}, {grid.frames}×{grid.size}²)"
+        return f"{place}, where this rank runs {clips} clips at once: {advice}"
+
+    def _limit(self, grid: Grid) -> int:
+        """How many clips of a grid to run at once."""
+        return max(1, self.max_clips * self.plan.base.frames * self.plan.base.size**2 // grid.volume)
 
     def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Clips, uint8 still, and labels, on the device."""
@@ -88,9 +109,7 @@ class Stepper:
     def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
         """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
         slot = self.plan.slot(step)
-        volume, batch = slot.grid.volume, slot.batch
-        limit = max(1, self.max_clips * self.plan.base.frames * self.plan.base.size**2 // volume)
-        cuts = pieces(part, limit)
+        batch, cuts = slot.batch, pieces(part, self._limit(slot.grid))
         group = neighbours(len(part.ranks))
         total = torch.zeros((), device=self.device)
         # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state
@@ -121,20 +140,19 @@ class Stepper:
         return total
 
     def _update(self, step: int, loss: Tensor) -> None:
-        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good."""
+        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good.
+
+        In fp16 the scaled gradients overflow now and then: such a step is skipped, the scale is halved and training
+        continues. Gradients that overflow at a scale of 1, which it is in other precisions, are not finite themselves.
+        """
+        self.scaler.unscale_(self.optimizer)
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = torch.isfinite(loss)
-        if not self.scaler.is_enabled():  # under fp16 the scaler skips overflowing gradients itself
-            finite &= torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
-        first_bad = ~finite & (self.bad_step < 0)
-        self.bad_step = torch.where(first_bad, step, self.bad_step)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            return
-        # what the fused kernel reads to skip a step without asking the host
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, (self.bad_step >= 0).float()  # type: ignore
-        self.optimizer.step()
+        overflow = ~torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        bad = ~torch.isfinite(loss) | (overflow & (scale <= 1))
+        self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
+        self.skippable_step((self.bad_step >= 0) | overflow)
+        self.scaler.update()
 
 
 def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:

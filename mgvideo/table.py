@@ -64,7 +64,6 @@ class Preset:
     common: tuple[str, ...]  # overrides of every cell
     seeds: tuple[int, ...]
     processes: int
-    videos: int | None = None  # of the training set, where it is not at hand
     weights: Weights | None = None  # of every cell that does not say otherwise
 
 

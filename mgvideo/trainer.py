@@ -19,10 +19,11 @@ from .batches import Batches, share
 from .checkpoint import Checkpoints
 from .clips import Failure
 from .distributed import Votes, barrier, gather_objects, rank, world_size
-from .errors import UserError
+from .errors import NonFiniteError, UserError
 from .evaluate import Beat, Evaluator, Views, precise_bn
 from .loader import Batch, Loader
 from .monitor import Monitor
+from .optim import load_optimizer_state
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
 from .profiling import Profiler
@@ -111,15 +112,12 @@ class Trainer:
         Raises:
             UserError: the checkpoint is of another network.
         """
-        settings = [{key: group[key] for key in group.keys() - {"params"}} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:
             reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(f"the checkpoint does not fit this network and optimizer: {reason}") from error
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
         if state["scaler"]:  # of a run in fp16
             self.stepper.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
@@ -207,17 +205,18 @@ class Trainer:
         window.bad += batch.bad_clips
 
     def _check_finite(self) -> None:
-        bad = int(self.stepper.bad_step)
-        if bad < 0:
+        """Raise NonFiniteError on all ranks where the loss or gradients of a step were not finite on one of them."""
+        bad = min((step for step in gather_objects(int(self.stepper.bad_step)) if step >= 0), default=None)
+        if bad is None:
             return
         phase = self.plan.phases.index(self.plan.phase(bad))
         with suppress(UserError):  # the last one may still be on its way to the disk
             self.checkpoints.wait()
         steps = self.checkpoints.steps()
         good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
-        raise UserError(
+        raise NonFiniteError(
             f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {_grid_name(self.plan, bad)}, "
-            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}. Lower base.lr or lengthen the warm-up"
+            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}"
         )
 
     def _stream(self, step: int) -> Iterator[Batch]:

@@ -64,6 +64,11 @@ def at(where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -
     _place = _Place(where, order, limit)
 
 
+def place() -> str:
+    """Where the main thread is, as it reported by `at`."""
+    return _place.where
+
+
 class Watch(threading.Thread):
     """This rank's thread. `store` is the rendezvous' (a client of our own: the main thread may wait in its)."""
 

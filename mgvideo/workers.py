@@ -77,6 +77,7 @@ def begin(idle: bool, _: int) -> None:
 
     from .memory import keep_freed_memory
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `blocked`, should a library unblock it
     if idle:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each

@@ -1,7 +1,8 @@
-"""Max pooling in the precision of what is pooled."""
+"""Max pooling over space or over time, in the precision of its input."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,11 +10,32 @@ Sizes = int | tuple[int, int, int]
 
 
 def max_pool(x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = (0, 0, 0)) -> Tensor:
-    """`F.max_pool3d` of `[n, c, t, h, w]`.
+    """Max pooling of `[n, c, t, h, w]` over space, or over time alone, as `F.max_pool3d` gives it.
 
-    Asked for no indices, it is float32 under a CPU's autocast, which costs time and changes no maximum.
+    It runs as 2-D pooling on a view, since on CUDA 3-D pooling is slow in channels_last_3d and its gradient is not
+    deterministic. Raises ValueError for a window over both time and space.
     """
-    return F.max_pool3d(x, kernel, stride, padding, return_indices=True)[0]
+    (t, *window), (t_stride, *strides), (t_pad, *pads) = _triple(kernel), _triple(stride or kernel), _triple(padding)
+    if (t, t_stride, t_pad) == (1, 1, 0):
+        if x.is_contiguous(memory_format=torch.channels_last_3d):
+            return (
+                _pool(x.movedim(2, 1).flatten(0, 1), window, strides, pads).unflatten(0, (-1, x.shape[2])).movedim(1, 2)
+            )
+        return _pool(x.flatten(1, 2), window, strides, pads).unflatten(1, (-1, x.shape[2]))
+    if (window, strides, pads) == ([1, 1], [1, 1], [0, 0]):
+        return _pool(x.flatten(3), [t, 1], [t_stride, 1], [t_pad, 0]).unflatten(3, x.shape[3:])
+    raise ValueError(
+        f"max_pool: kernel {kernel} with stride {stride} pools over time and space; pool one after the other"
+    )
+
+
+def _pool(x: Tensor, window: list[int], stride: list[int], padding: list[int]) -> Tensor:
+    # Without indices it would be float32 under a CPU's autocast, which takes longer and changes no maximum.
+    return F.max_pool2d(x, window, stride, padding, return_indices=True)[0]
+
+
+def _triple(sizes: Sizes) -> tuple[int, int, int]:
+    return (sizes, sizes, sizes) if isinstance(sizes, int) else sizes
 
 
 class MaxPool(nn.MaxPool3d):

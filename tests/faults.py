@@ -1,4 +1,4 @@
-"""The tests' videos with a fault among them: what one rank, or a loader worker of it, suffers while it reads."""
+"""The tests' videos and network with a fault: what one rank, or a loader worker of it, suffers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mgvideo.clips import ClipRequest, Sample
 from mgvideo.datasets import motion as real
+from mgvideo.models.small import r2plus1d_small
 
 
 class Faulty:
-    """A dataset that, on one rank and after so many clips, fails as told; once only where `once` names a new file."""
+    """A dataset with a fault on one rank, after so many clips.
 
-    def __init__(self, dataset: Any, fault: str, rank: int, after: int, once: str | None) -> None:
+    `once` names a file that the fault creates, and that suppresses it afterwards; `given` one that has to exist first.
+    """
+
+    def __init__(self, dataset: Any, fault: str, rank: int, after: int, once: str | None, given: str | None) -> None:
         self.dataset, self.fault, self.rank, self.after, self.once = dataset, fault, rank, after, once
+        self.given = given
         self.read = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -35,6 +44,8 @@ class Faulty:
         return self.dataset[request]
 
     def _due(self) -> bool:
+        if self.given is not None and not os.path.exists(self.given):
+            return False
         if self.once is None:
             return True
         try:
@@ -50,12 +61,17 @@ class Faulty:
             time.sleep(600)
         if self.fault == "exit":
             sys.exit(0)
+        if self.fault == "ctrl-c":  # a terminal sends it to all processes of the foreground group
+            os.killpg(os.getpgrp(), signal.SIGINT)
+            return
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "ask": signal.SIGTERM}[self.fault])
 
 
-def motion(fault: str, rank: int = 1, after: int = 60, once: str | None = None, **arguments: Any) -> Faulty:
+def motion(
+    fault: str, rank: int = 1, after: int = 60, once: str | None = None, given: str | None = None, **arguments: Any
+) -> Faulty:
     """`mgvideo.datasets.motion.motion` with a fault."""
-    return Faulty(real.motion(**arguments), fault, rank, after, once)
+    return Faulty(real.motion(**arguments), fault, rank, after, once, given)
 
 
 def overrides(fault: str, videos: str = "train", **options: object) -> list[str]:
@@ -63,3 +79,28 @@ def overrides(fault: str, videos: str = "train", **options: object) -> list[str]
     extra = {"fault": fault, **options}
     given = [f"+dataset.{videos}.{key}={value}" for key, value in extra.items()]
     return [f"dataset.{videos}._target_=faults.motion", *given]
+
+
+class FaultyNetwork(nn.Module):
+    """A network with a fault in training: `bad_loss`, once after so many forward passes, or `dropout`, always."""
+
+    def __init__(self, network: nn.Module, fault: str, after: int, once: str) -> None:
+        super().__init__()
+        self.network, self.fault, self.after, self.once = network, fault, after, Path(once)
+        self.steps = 0
+
+    def forward(self, clips: Tensor) -> Tensor:
+        logits = self.network(clips)
+        if self.fault == "dropout":
+            return F.dropout(logits, 0.1, self.training)
+        if self.training and torch.is_grad_enabled():
+            self.steps += 1
+            if self.steps > self.after and not self.once.exists():
+                self.once.touch()
+                return logits * float("nan")
+        return logits
+
+
+def network(fault: str, after: int = 0, once: str = "", **arguments: Any) -> FaultyNetwork:
+    """`mgvideo.models.small.r2plus1d_small` with a fault."""
+    return FaultyNetwork(r2plus1d_small(**arguments), fault, after, once)

@@ -56,3 +56,31 @@ def test_the_rule_would_catch_an_offence(tmp_path: Path) -> None:
     bad = tmp_path / "bad.py"
     bad.write_text("def f():\n    from ..mgvideo.models import x\n    import hydra.utils\n")
     assert set(imported(bad, "mgvideo")) == {"mgvideo.models.x", "hydra.utils"}
+
+
+def without_encoding(path: Path) -> Iterator[int]:
+    """Lines that read or write text in the encoding of the locale, which is not UTF-8 everywhere."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or "encoding" in {keyword.arg for keyword in node.keywords}:
+            continue
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text"):
+            yield node.lineno
+        elif isinstance(node.func, ast.Name) and node.func.id == "open":
+            modes = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+            if "b" not in "".join(ast.unparse(mode) for mode in modes):
+                yield node.lineno
+
+
+def test_files_of_text_name_their_encoding(tmp_path: Path) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for folder in ("mgvideo", "models", "datasets", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        for line in without_encoding(path)
+    ]
+    assert found == []
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "open('x')\nopen('x', 'wb')\nopen('x', mode='a')\np.read_text()\np.write_text('', encoding='utf-8')\n"
+    )
+    assert list(without_encoding(bad)) == [1, 3, 4]

@@ -14,6 +14,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mgvideo import batchnorm
 from mgvideo.batchnorm import GroupBatchNorm3d, convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.errors import UserError
 
@@ -68,13 +69,42 @@ def after(bn: nn.BatchNorm3d, x: Tensor, groups: int) -> dict[str, Tensor]:
 
 
 def test_conversion_keeps_modules_parameters_and_names():
-    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.GroupNorm(2, 4))
     before = list(model), list(model.parameters()), list(model.state_dict())
     assert convert_group_batchnorm(model) is model
-    assert [type(m) for m in model] == [nn.Conv3d, GroupBatchNorm3d, nn.BatchNorm2d]
+    assert [type(m) for m in model] == [nn.Conv3d, GroupBatchNorm3d, nn.GroupNorm]
     for old, new in zip(before, (list(model), list(model.parameters()), list(model.state_dict())), strict=True):
         assert all(a is b or a == b for a, b in zip(old, new, strict=True))
-    nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.BatchNorm2d(4)).load_state_dict(model.state_dict())
+    nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.GroupNorm(2, 4)).load_state_dict(model.state_dict())
+    assert convert_group_batchnorm(model) is model, "twice is as good as once"
+
+
+@pytest.mark.parametrize(
+    ("layer", "instead"),
+    [
+        (nn.BatchNorm1d(4), "of size 1"),
+        (nn.BatchNorm2d(4), "of size 1"),
+        (nn.SyncBatchNorm(4), "shared among ranks"),
+        (type("OwnNorm", (nn.BatchNorm3d,), {})(4), "use nn.BatchNorm3d itself"),
+        (nn.LazyBatchNorm3d(), "with its number of channels"),
+        (nn.InstanceNorm3d(4, track_running_stats=True), "track_running_stats to False"),
+        (nn.InstanceNorm1d(4, track_running_stats=True), "track_running_stats to False"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_layers_whose_statistics_would_differ_between_ranks_are_refused_by_name(layer: nn.Module, instead: str):
+    model = nn.ModuleDict({"stem": nn.BatchNorm3d(4), "block": nn.Sequential(nn.ReLU(), layer)})
+    with pytest.raises(UserError) as refusal:
+        convert_group_batchnorm(model)
+    (line,) = str(refusal.value).splitlines()
+    assert line.startswith(f"model: block.1 ({type(layer).__name__})")
+    assert instead in line
+
+
+def test_layers_that_normalise_each_clip_are_left_alone():
+    layers = [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm3d(4), nn.LocalResponseNorm(2)]
+    model = convert_group_batchnorm(nn.Sequential(*layers))
+    assert [type(layer) for layer in model] == [type(layer) for layer in layers]
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -95,6 +125,14 @@ def test_one_group_is_batchnorm(deferred: bool, momentum: float | None):
     torch.testing.assert_close(got.eval()(x), want.eval()(x))
 
 
+@pytest.fixture(params=["one_group_at_a_time", "all_groups_at_once"])
+def normalises(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test on this CPU once as CPUs normalise groups and once as GPUs do."""
+    if request.param == "all_groups_at_once":
+        monkeypatch.setattr(batchnorm, "_GroupNormalise", batchnorm._GroupNormaliseAtOnce)
+
+
+@pytest.mark.usefixtures("normalises")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_groups_equal_separate_batchnorms(groups: int, layout: torch.memory_format):
@@ -248,6 +286,7 @@ class NoWholeCopies(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("normalises")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_autocast_in_channels_last_copies_nothing(groups: int):
     x = clips(4, dtype=torch.float32)
@@ -266,6 +305,7 @@ def test_autocast_in_channels_last_copies_nothing(groups: int):
     torch.testing.assert_close(bn.running_var, after(plain(torch.float32), x, groups)["running_var"], rtol=0.01, atol=0)
 
 
+@pytest.mark.usefixtures("normalises")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_compiles_into_one_graph(groups: int):
     model = nn.Sequential(grouped(groups), nn.ReLU(inplace=True), grouped(groups))
@@ -281,6 +321,56 @@ def test_compiles_into_one_graph(groups: int):
             results.append(y.detach())
         results += [p.grad.clone() for p in model.parameters()] + [b.clone() for b in model.buffers()]
     torch.testing.assert_close(got, want)
+
+
+class Calls(TorchDispatchMode):
+    """Records every operation with the shapes of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[str, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func.name(), [arg for arg in args if isinstance(arg, Tensor)]))
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(groups: int) -> list[tuple[str, list[Tensor]]]:
+    """The operations of a training step and an evaluation on the meta device, which takes a GPU's path."""
+    bn = grouped(groups, torch.float32).to("meta")
+    x = torch.empty(8, 2, 3, 3, CHANNELS, device="meta", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3).requires_grad_()
+    with Calls() as recorded:
+        with deferred_running_stats(bn):
+            bn(x).backward(torch.empty_like(x))
+        bn.eval()(x)
+    return recorded.calls
+
+
+def test_on_a_gpu_groups_add_no_launches():
+    two, eight = ([name for name, _ in calls_of_a_step(groups)] for groups in (2, 8))
+    assert eight == two
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_see_channels_last_images(groups: int):
+    for name, tensors in calls_of_a_step(groups):
+        if "batch_norm" in name:
+            maps = [tensor for tensor in tensors if tensor.dim() > 1]
+            assert maps
+            assert all(m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last) for m in maps), name
+
+
+@pytest.mark.usefixtures("normalises")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_inplace_relu_after_it_copies_no_gradient(groups: int):
+    y = nn.functional.relu_(grouped(groups)(clips(4)))
+    nodes, names = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [after for after, _ in node.next_functions if after is not None]
+    assert "ReluBackward0" in names
+    assert not names & {"CopySlices", "AsStridedBackward0"}
 
 
 def few_channels() -> Tensor:

@@ -1,4 +1,4 @@
-"""What the probe for faulty convolutions finds, on a kernel that is made to be wrong and on good ones."""
+"""What the probe for faulty convolutions finds, on kernels that are made to be wrong or slow and on good ones."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mgvideo.batchnorm import convert_group_batchnorm
+from mgvideo.forward_check import check_forward
+from mgvideo.microbatch import clips_that_fit
 from mgvideo.models.small import i3d_small
 from mgvideo.plan import Grid
-from mgvideo.precision import Precision, choose_precision, conv_faults
+from mgvideo.precision import ConvolutionFaults, Precision, choose_precision, cudnn_warning, probe_convolutions
 
 GRIDS = [Grid(2, 16, (1, 1), (16, 16)), Grid(4, 24, (1, 1), (24, 24))]
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, True, "a test")
+GPU = torch.device("cuda")
 
 
 class Broken(Precision):
@@ -33,14 +37,61 @@ class Broken(Precision):
 def test_good_kernels_are_trusted_and_the_generator_is_left_alone() -> None:
     model = BF16.place(i3d_small(8, width=64))
     before = torch.random.get_rng_state()
-    assert conv_faults(model, GRIDS, BF16) == []
+    assert probe_convolutions(model, GRIDS, BF16) == ConvolutionFaults()
     assert torch.equal(torch.random.get_rng_state(), before), "weights and dropout must not depend on the probe"
-    assert conv_faults(i3d_small(8, width=8), GRIDS, choose_precision("fp32", torch.device("cpu"))) == []
+    fp32 = choose_precision("fp32", torch.device("cpu"))
+    assert probe_convolutions(i3d_small(8, width=8), GRIDS, fp32) == ConvolutionFaults()
 
 
 def test_a_wrong_kernel_is_named_with_its_grid() -> None:
     model = i3d_small(8, width=8)
-    (fault,) = conv_faults(model, GRIDS, Broken(torch.device("cpu"), torch.bfloat16, False, "a test"))
+    faults = probe_convolutions(model, GRIDS, Broken(torch.device("cpu"), torch.bfloat16, False, "a test"))
+    (fault,) = faults.wrong
     assert fault.startswith("wrong weight gradients of Conv3d(3, 8")
     assert fault.endswith("at 4x24")
+    assert not faults.slow
     assert model.trunk.stem.conv.weight.grad is None
+
+
+def test_probes_tune_no_kernels_for_shapes_that_training_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = []
+    real = nn.functional.conv3d
+
+    def conv3d(clips: Tensor, *rest: object) -> Tensor:
+        tuned.append(torch.backends.cudnn.benchmark)
+        return real(clips, *rest)
+
+    monkeypatch.setattr(nn.functional, "conv3d", conv3d)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as a run sets it
+    model = convert_group_batchnorm(i3d_small(8, width=8))
+    probe_convolutions(model, GRIDS[:1], BF16)
+    clips_that_fit(model, GRIDS[0], BF16)
+    check_forward(model, GRIDS[0], torch.device("cpu"))
+    assert len(tuned) >= 6
+    assert not any(tuned)
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "warns"),
+    [
+        (90701, torch.bfloat16, False),
+        (90800, torch.bfloat16, True),
+        (91002, torch.bfloat16, True),
+        (91400, torch.bfloat16, True),
+        (91501, torch.bfloat16, False),
+        (92000, torch.bfloat16, False),
+        (91002, torch.float16, False),
+        (91002, None, False),
+        (None, torch.bfloat16, False),
+    ],
+)
+def test_releases_of_cudnn_that_compute_wrongly_in_bf16_are_told(
+    version: int | None, dtype: torch.dtype | None, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    warning = cudnn_warning(Precision(GPU, dtype, True, "a test"))
+    assert (warning is not None) == warns
+    assert cudnn_warning(BF16) is None
+    if version == 91002 and warning:
+        assert warning.startswith("cuDNN 9.10 computes")

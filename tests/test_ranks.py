@@ -1,14 +1,18 @@
 """The same training on one rank and on several: real processes over gloo, in float64 to tell rounding from error."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 from training import free_port, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.distributed import joined
+from mgvideo.errors import NonFiniteError
 
 # At a base batch of 8 the plan's last phase holds one BN group, which two ranks synchronise; at 16 clips every rank
 # holds whole groups in every phase.
@@ -18,24 +22,31 @@ BATCHES = (8, 16)
 Job = tuple[str, int, "str | None"]  # a run's name, its base batch, and the run from whose middle it starts
 
 
-def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs: list[Job]) -> None:
-    """Train one run after the other, each in its folder."""
+@contextmanager
+def as_rank(rank: int, world: int, port: int) -> Iterator[None]:
+    """Be a rank of several."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in names.items():
             patch.setenv(name, str(value))
         torch.set_num_threads(1)
         with joined(timeout_s=60):
-            for run, batch, before in jobs:
-                plan = tiny_plan("long", batch=batch, epochs=0.75 * batch, lr_steps=(0,), lr=0.01)
-                place = folder / run / str(batch)
-                trainer = tiny_trainer(place, motion_root, plan, double=True, validate=batch == 8, log_every=1)
-                if before:
-                    checkpoints = Checkpoints(folder / before / str(batch) / "checkpoints")
-                    trainer.load(read_checkpoint(checkpoints.path(checkpoints.steps()[0])))
-                trainer.train()
-                trainer.monitor.close()
-                torch.save(trainer.model.state_dict(), place / f"rank{rank}.pt")
+            yield
+
+
+def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs: list[Job]) -> None:
+    """Train one run after the other, each in its folder."""
+    with as_rank(rank, world, port):
+        for run, batch, before in jobs:
+            plan = tiny_plan("long", batch=batch, epochs=0.75 * batch, lr_steps=(0,), lr=0.01)
+            place = folder / run / str(batch)
+            trainer = tiny_trainer(place, motion_root, plan, double=True, validate=batch == 8, log_every=1)
+            if before:
+                checkpoints = Checkpoints(folder / before / str(batch) / "checkpoints")
+                trainer.load(read_checkpoint(checkpoints.path(checkpoints.steps()[0])))
+            trainer.train()
+            trainer.monitor.close()
+            torch.save(trainer.model.state_dict(), place / f"rank{rank}.pt")
 
 
 def test_two_ranks_train_as_one_does_also_from_the_middle_on(tmp_path: Path, motion_root: str) -> None:
@@ -58,3 +69,30 @@ def test_two_ranks_train_as_one_does_also_from_the_middle_on(tmp_path: Path, mot
     validation = metrics(tmp_path / "one/8", "val_top1")
     assert len(validation) == 4
     assert metrics(tmp_path / "two/8", "val_top1") == validation
+
+
+def lose_on_one(rank: int, world: int, port: int, folder: Path, motion_root: str) -> None:
+    """Train where the loss of rank 1 alone is infinite in step 2, with gradients that are finite."""
+    with as_rank(rank, world, port):
+        plan = tiny_plan("baseline")
+        trainer = tiny_trainer(folder, motion_root, plan, checkpoint_every=1, log_every=4)
+        loss, calls = trainer.task.loss, 0
+
+        def infinite(logits: Tensor, labels: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return loss(logits, labels) + (float("inf") if rank == 1 and calls == 3 else 0)
+
+        trainer.task.loss = infinite  # type: ignore[method-assign]
+        with pytest.raises(NonFiniteError) as refusal:
+            trainer.train()
+        trainer.monitor.close()
+        (folder / f"{rank}.txt").write_text(str(refusal.value))
+
+
+def test_a_loss_that_is_infinite_on_one_rank_ends_all_before_a_checkpoint(tmp_path: Path, motion_root: str) -> None:
+    mp.spawn(lose_on_one, (2, free_port(), tmp_path, motion_root), nprocs=2)
+    lines = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert lines[0] == lines[1]
+    assert "not finite at step 2 " in lines[0]
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,3 +138,33 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line(tmp_path: Path, m
             assert not warnings
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(("after", "processes"), [(0, 0), (2, 2)], ids=["before a checkpoint", "on two ranks"])
+def test_after_a_loss_that_is_not_finite_the_printed_command_runs_to_the_end(
+    after: int, processes: int, tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fault = ["model._target_=faults.network", "+model.fault=bad_loss", "+model.once=once", f"+model.after={after}"]
+    run = [*TINY, f"dataset.root={motion_root}", "output_dir=out folder", "resume=never", *fault, "base.lr=0.04"]
+    run += ["loader.workers=0", "precision=fp32", "checkpoint.every_steps=1", "train.evals_per_phase=0"]
+    run += ["test.enable=false", "loader.max_clips_per_step=1000"]
+    failed = run_program(*run, cwd=tmp_path, processes=processes)
+    assert failed.returncode != 0
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    assert "loss or gradients are not finite at step " in line
+    assert ("no checkpoint was taken" in line) == (after == 0)
+    command = line.split("To continue with half the learning rate: ")[1]
+    assert ("base.lr=0.02" in shlex.split(command), "base.lr=0.04" in command) == (True, False)
+    good = max(Checkpoints(tmp_path / "out folder/checkpoints").steps(), default=0)
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (f"resumed at step {good} of" in done.stdout) == (good > 0)
+    assert ("base.lr was 0.04, is 0.02" in done.stdout) == (good > 0)
+    if processes:
+        assert "2 ranks" in done.stdout
+    rates = metrics(tmp_path / "out folder", "lr")
+    plan = json.loads((tmp_path / "out folder/plan.json").read_text())
+    assert max(rates) == plan["phases"][-1]["steps"][1]
+    assert plan["base"]["lr"] == 0.02

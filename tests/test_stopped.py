@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -9,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +120,45 @@ def test_ctrl_c_twice_leaves_at_once(motion_root: str, tmp_path: Path) -> None:
     assert not warnings
 
 
+WORKERS = {
+    "fork": ["loader.start_method=fork"],
+    "forkserver": ["loader.start_method=forkserver"],
+    "spawn": ["loader.start_method=spawn"],
+    "none": ["loader.workers=0"],
+}
+
+
+@pytest.mark.parametrize(
+    ("during", "workers"),
+    [*(("validation", method) for method in WORKERS), ("precise BN", "forkserver"), ("test", "forkserver")],
+)
+def test_ctrl_c_on_a_terminal_stops_the_run_and_not_its_workers(
+    during: str, workers: str, motion_root: str, tmp_path: Path
+) -> None:
+    options = {"rank": 0, "after": 2, "once": tmp_path / "sent", "given": tmp_path / "out" / "checkpoints"}
+    if during == "test":
+        options["given"] = tmp_path / "out"
+    fault = overrides("ctrl-c", "train" if during == "precise BN" else "val", **options)
+    run = [*TINY, *WORKERS[workers], *fault, f"dataset.root={motion_root}", f"output_dir={tmp_path}/out"]
+    run += ["schedule=baseline", "base.epochs=0.5", "base.lr_steps=[0]", f"train.enable={during != 'test'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    command = [sys.executable, str(ROOT / "tools/run_net.py"), *run]
+    with open("log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        code = process.wait(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    text = Path("log").read_text()
+    assert (tmp_path / "sent").exists(), text
+    assert code == 128 + signal.SIGINT, text
+    step = 0 if during == "test" else 4
+    assert text.splitlines()[-1] == f"stopped by SIGINT; the same command goes on from step {step}"
+    assert "Traceback" not in text
+    assert "KeyboardInterrupt" not in text
+
+
 def wait_until(there: object, process: subprocess.Popen, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not there():  # type: ignore[operator]
@@ -139,7 +182,7 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
     capsys.readouterr()
     line = said(main, again, capsys)
-    assert "was made by another recipe, model or dataset: " in line
+    assert "was made by another recipe, model, dataset or plan: " in line
     assert "dataset.train.fingerprint was " in line
     assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")
     main([*again, "checkpoint.strict=false"])
@@ -184,3 +227,79 @@ def test_what_changes_the_result_is_kept_or_refused(
     assert newest is not None
     assert read_checkpoint(newest)["max_clips"] == {"ranks": 1, "clips": 16}, "not as many as memory holds today"
     assert end_state(tmp_path / "out") == end_state(whole)
+    assert "warning" not in capsys.readouterr().out
+
+
+def edited(path: Path, folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a checkpoint with other content."""
+    state = read_checkpoint(path)
+    edit(state)
+    folder.mkdir()
+    copy = folder / path.name
+    torch.save(state, copy)
+    copy.with_suffix(".sha256").write_text(hashlib.sha256(copy.read_bytes()).hexdigest())
+    return copy
+
+
+def test_another_plan_is_refused_and_told(
+    whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a changed version of the code makes it of the same recipe."""
+
+    def shorten(state: dict[str, Any]) -> None:
+        *_, before, last = state["plan"]["phases"]
+        before["lr_factor"], last["steps"] = 7.0, (last["steps"][0], last["steps"][1] + 5)
+
+    checkpoints = Checkpoints(whole / "checkpoints")
+    last = checkpoints.steps()[-1]
+    path = edited(checkpoints.path(checkpoints.steps()[-2]), tmp_path / "edited", shorten)
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"]
+    line = said(main, run, capsys)
+    phases = len(read_checkpoint(path)["plan"]["phases"])
+    assert f"the plan had {last + 5} steps in {phases} phases, has {last} in {phases}; phase {phases - 1} had " in line
+    assert "LR ×7, has steps" in line
+    main([*run, "checkpoint.strict=false"])
+    assert f"the plan had {last + 5} steps" in capsys.readouterr().out
+    assert max(metrics(tmp_path / "out")) == last
+
+
+def test_other_software_is_told(
+    whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(whole / "checkpoints")
+    versions = read_checkpoint(checkpoints.path(checkpoints.steps()[-2]))["versions"]
+    assert versions["torch"] == str(torch.__version__)
+    old = {"mgvideo": "0.0.1 (sources 00000000)", "torch": "2.0.0"}
+    path = edited(checkpoints.path(checkpoints.steps()[-2]), tmp_path / "edited", lambda s: s.update(versions=old))
+    main([*RUN, f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"])
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "written by other software" in warning
+    for name in ("mgvideo", "torch"):
+        assert f"{name} was {old[name]}, is {versions[name]}" in warning
+
+
+@pytest.mark.parametrize(("fits", "kept"), [(1000, True), (13, True), (3, False)])
+def test_as_many_clips_at_once_as_before_unless_memory_holds_less(
+    fits: int, kept: bool, whole: Path, motion_root: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    checkpoints = Checkpoints(whole / "checkpoints")
+    path = checkpoints.path(checkpoints.steps()[-2])
+    monkeypatch.setattr("mgvideo.cli.build.clips_that_fit", lambda *_: fits)
+    main([*RUN[:-1], f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
+    assert newest is not None
+    assert read_checkpoint(newest)["max_clips"] == {"ranks": 1, "clips": 16 if kept else fits}
+    assert len(warnings) == (0 if kept else 1)
+    if kept:
+        assert end_state(tmp_path / "out") == end_state(whole)
+    else:
+        assert f"memory holds {fits} clips of the base grid at once now, not 16 as before" in warnings[0]
+
+
+def test_a_network_that_draws_for_a_rank_alone_is_refused(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "model._target_=faults.network"]
+    line = said(main, [*run, "+model.fault=dropout"], capsys)
+    assert line.startswith("error: model: the network itself (FaultyNetwork) draws random numbers (")
+    assert "use nn.Dropout as a layer" in line

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shutil
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import StochasticDepth
 from training import KNOBS, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import read_checkpoint, write_atomic
 from mgvideo.datasets.motion import make_motion
 from mgvideo.errors import UserError
 from mgvideo.loader import Batch
-from mgvideo.models.small import i3d_small
+from mgvideo.models.small import i3d_small, r2plus1d_small
 from mgvideo.signals import Stopped
 from mgvideo.trainer import Trainer
 
@@ -112,9 +114,12 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion
 
 def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan()
-    whole = tiny_trainer(tmp_path / "whole", motion_root, plan, double=True)
+    torch.manual_seed(0)
+    drops = [nn.Dropout3d(0.2), StochasticDepth(0.1, "row"), nn.Dropout(0.1)]
+    model = nn.Sequential(*drops, r2plus1d_small(8, width=4, dropout=0.3))
+    whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=copy.deepcopy(model), double=True)
     whole.train()
-    pieces = tiny_trainer(tmp_path / "pieces", motion_root, plan, double=True, max_clips=8)
+    pieces = tiny_trainer(tmp_path / "pieces", motion_root, plan, model=model, double=True, max_clips=8)
     pieces.train()
     assert_equal(weights(pieces), weights(whole), tolerance=1e-9)
     assert metrics(tmp_path / "pieces") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
@@ -253,22 +258,37 @@ def test_a_step_that_compiles_may_take_its_time(
 def test_another_optimizer_keeps_its_settings_and_another_precision_its_scale(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan("baseline")
     first = tiny_trainer(tmp_path / "first", motion_root, plan)
+    first.model.to(memory_format=torch.channels_last_3d)  # as in bf16
     first.train()
     first.monitor.close()
     state = read_checkpoint(first.checkpoints.path(plan.steps))
     again = tiny_trainer(tmp_path / "again", motion_root, plan)
     again.optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.3)
-    again.scaler = torch.amp.GradScaler("cpu")  # as in fp16
+    again.stepper.scaler = torch.amp.GradScaler("cpu")  # as in fp16
     again.load(state)
     again.monitor.close()
     group = again.optimizer.param_groups[0]
     assert (group["weight_decay"], group["momentum"]) == (0.5, 0.3)
-    assert again.optimizer.state_dict()["state"].keys() == state["optimizer"]["state"].keys()
-    assert again.scaler.is_enabled()
+    for number, parameter in enumerate(again.model.parameters()):
+        momentum, saved = again.optimizer.state[parameter]["momentum_buffer"], state["optimizer"]["state"][number]
+        assert torch.equal(momentum, saved["momentum_buffer"])
+        assert momentum.stride() == parameter.stride()
+    assert again.stepper.scaler.is_enabled()
     other = tiny_trainer(tmp_path / "other", motion_root, plan, model=i3d_small(8, width=8))
     with pytest.raises(UserError, match="does not fit this network"):
         other.load(state)
     other.monitor.close()
+
+
+def test_an_evaluation_that_memory_cannot_hold_names_its_key(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), validate=True)
+    trainer.monitor.close()
+    assert trainer.validate is not None
+    evaluator, views = trainer.validate
+    trainer.model.register_forward_hook(lambda *_: torch.empty(2**50))
+    for batch, key in ((8, r"test\.batch=4 \(now 8\)"), (1, r"test\.crops=1 or less test\.size")):
+        with pytest.raises(UserError, match=rf"^out of memory .* {batch} crops of 8×32² .* try {key}$"):
+            replace(evaluator, batch=batch)(trainer.model, views)
 
 
 def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, motion_root: str) -> None:

@@ -63,6 +63,9 @@ def write(
             frame.pts, frame.time_base = times(number), Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # As root this encoder gives the thread that calls it real-time priority, which starves everything else.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 

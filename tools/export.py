@@ -1,8 +1,6 @@
 """Write a trained network as a torch.export or ONNX file: python tools/export.py ckpt=PATH out=FILE [key=value] …"""
 
-import sys
-
-from mgvideo.cli.export import main
+from mgvideo.cli import command
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command("export")

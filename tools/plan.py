@@ -1,8 +1,6 @@
 """Show the plan of a run before paying for it: python tools/plan.py [group=option] [key=value] …"""
 
-import sys
-
-from mgvideo.cli.plan import main
+from mgvideo.cli import command
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command("plan")

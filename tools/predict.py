@@ -1,8 +1,6 @@
 """Print the top classes of videos: python tools/predict.py VIDEO… ckpt=PATH [key=value] …"""
 
-import sys
-
 if __name__ == "__main__":  # worker processes import this file, and need no more of it
-    from mgvideo.cli.predict import main
+    from mgvideo.cli import command
 
-    main(sys.argv[1:])
+    command("predict")

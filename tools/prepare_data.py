@@ -1,8 +1,6 @@
 """Check, encode, list or make a dataset: python tools/prepare_data.py check|pyramid|list|motion [key=value] …"""
 
-import sys
-
 if __name__ == "__main__":  # worker processes import this file, and need no more of it
-    from mgvideo.cli.prepare import main
+    from mgvideo.cli import command
 
-    main(sys.argv[1:])
+    command("prepare")

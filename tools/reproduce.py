@@ -1,8 +1,6 @@
 """Run a table's cells and report them: python tools/reproduce.py table=NAME [preset=NAME] [key=value] …"""
 
-import sys
-
-from mgvideo.cli.reproduce import main
+from mgvideo.cli import command
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command("reproduce")

@@ -1,8 +1,6 @@
 """Train and test a network: python tools/run_net.py [group=option] [key=value] …"""
 
-import sys
-
 if __name__ == "__main__":  # worker processes import this file, and need no more of it
-    from mgvideo.cli import main
+    from mgvideo.cli import command
 
-    main(["run", *sys.argv[1:]])
+    command("run")

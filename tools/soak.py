@@ -25,6 +25,7 @@ import psutil
 import torch
 
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
+from mgvideo.cli.terminal import terminal
 
 PROGRAM = Path(__file__).with_name("run_net.py")
 PREPARE = Path(__file__).with_name("prepare_data.py")
@@ -45,7 +46,7 @@ def spoiled(root: Path, share: float, seed: int, overrides: Sequence[str]) -> in
 def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tuple[int | None, float, int]:
     """Run to the end, or kill it after `limit` seconds: exit code (None: killed), peak memory (MiB), processes left."""
     peak, start = 0.0, time.monotonic()
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         process = psutil.Popen([sys.executable, str(PROGRAM), *arguments], stdout=file, stderr=subprocess.STDOUT)
     while process.poll() is None:
         if limit is not None and time.monotonic() - start > limit:
@@ -63,7 +64,7 @@ def run(arguments: Sequence[str], log: Path, limit: float | None = None) -> tupl
 
 def memory(folder: Path) -> tuple[float, float]:
     """MiB of the training process, means of the second and of the last quarter of the logged steps."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     held = [1024 * line["memory_gib"] for line in lines if "loss" in line]
     quarter = max(1, len(held) // 4)
     return mean(held[quarter : 2 * quarter] or held), mean(held[-quarter:])
@@ -71,7 +72,7 @@ def memory(folder: Path) -> tuple[float, float]:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """Logged steps and losses, in the order of the file."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
@@ -141,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with terminal():
+        main()

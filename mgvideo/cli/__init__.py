@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from mgvideo.signals import note
 from mgvideo.workers import start_server
 
+from .terminal import restart_in_utf8_mode, terminal
+
 # Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
 # the cores: docs/benchmarks/speed.md. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,9 +35,19 @@ PROGRAMS = {
 }
 
 
+def command(*program: str) -> None:
+    """Entry point of the installed command `mgvideo PROGRAM …`, and of the files in tools/, which name the program."""
+    restart_in_utf8_mode()
+    main([*program, *sys.argv[1:]])
+
+
 def main(words: Sequence[str] | None = None) -> None:
-    """Entry point of the installed command `mgvideo PROGRAM …`, and of tools/run_net.py."""
-    words = sys.argv[1:] if words is None else words
+    """Run a program in this process: its name and its arguments, by default those of the command line."""
+    with terminal():
+        _run(sys.argv[1:] if words is None else words)
+
+
+def _run(words: Sequence[str]) -> None:
     program, arguments = (words[:1] or ["--help"])[0], words[1:]
     if program in PROGRAMS:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):

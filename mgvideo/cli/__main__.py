@@ -1,6 +1,6 @@
 """`python -m mgvideo.cli PROGRAM …`: the installed command, wherever the package is, under torchrun too."""
 
-from . import main
+from . import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     with app.reported():
         given = module.read_keys(own)
     intro = f"mgvideo benchmark {name} …: {BENCHMARKS[name]}.\nTakes the groups and keys of a run, and:"
-    app.main("run", "\n".join([intro, "", *keys.describe(module.Keys)]), partial(module.run, given), rest)
+    text = "\n".join([intro, "", *keys.describe(module.Keys)])
+    app.main("run", text, partial(module.run, given), rest, keys.names(module.Keys))
 
 
 def choose_grids(plan: Plan, names: Sequence[str]) -> list[Grid]:

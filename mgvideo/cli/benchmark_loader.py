@@ -24,7 +24,7 @@ from mgvideo.plan import Grid, Plan, require
 
 from . import keys
 from .benchmark import choose_grids, conditions, output, plain_table, show
-from .build import build_plan, loader_options
+from .build import build_plan, loader_options, require_dataset_keys
 from .progress import Progress
 from .schema import key
 
@@ -94,6 +94,7 @@ def read_keys(overrides: Sequence[str]) -> Keys:
 
 def run(given: Keys, cfg: DictConfig) -> None:
     """Measure and report."""
+    require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.forecast import cost
 from mgvideo.plan import Grid, Plan, require
-from mgvideo.precision import Precision, choose_precision, conv_faults
+from mgvideo.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.schedule import baseline_of
 from mgvideo.stepper import compiled
 
@@ -138,7 +138,7 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated(device)
             return
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier steps freed goes back first
-        with open("/proc/self/clear_refs", "w") as file:  # the kernel forgets the process's peak
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # the kernel forgets the process's peak
             file.write("5")
         self.before = psutil.Process().memory_info().rss
 
@@ -146,7 +146,7 @@ class PeakMemory:
         """Read it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
             peak = next(line for line in file if line.startswith("VmHWM"))
         return 1024 * int(peak.split()[1]) - self.before
 
@@ -208,7 +208,8 @@ def measure(
     for v in variants:
         torch.manual_seed(0)
         benches[v.name] = Bench(instantiate(cfg.model), v, plan)
-        for fault in conv_faults(benches[v.name].model, grids, v.precision):
+        faults = probe_convolutions(benches[v.name].model, grids, v.precision)
+        for fault in (*faults.wrong, *faults.slow):
             print(f"warning: torch {torch.__version__} in {v.precision}: {fault}", file=sys.stderr)
         cells[v.name] = {}
         for grid in grids:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,15 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.distributed import barrier, gather_objects, local_rank, world_size
+from mgvideo.distributed import barrier, gather_objects, local_rank
 from mgvideo.dropout import convert_clip_dropout
 from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
 from mgvideo.microbatch import clips_that_fit
-from mgvideo.plan import Base, Grid, Plan
-from mgvideo.precision import Normalize, Precision, conv_faults
+from mgvideo.plan import Base, Grid, Plan, require
+from mgvideo.precision import Normalize, Precision, cudnn_warning, probe_convolutions
 from mgvideo.schedule import Schedule, make_plan
 from mgvideo.tasks import TASKS, Task
+
+from .app import flat_keys
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Data:
 
 def build_data(cfg: DictConfig) -> Data:
     """The datasets; one that has to be made first is made once a node. Fills in `dataset.num_classes` where null."""
-    missing = OmegaConf.missing_keys(cfg.dataset)
-    if missing:  # others may refer to the one that is asked for: it has the shortest name
-        key = f"dataset.{min(missing, key=len)}"
-        raise UserError(f"{key} is not set: add {key}=… to the command")
+    require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
@@ -57,6 +55,21 @@ def build_data(cfg: DictConfig) -> Data:
         other = sorted({*train.class_names} ^ {*val.class_names}) or ["their order"]
         raise UserError(f"{train.root}: classes of training and of validation differ, in {other[0]!r} say")
     return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+
+
+def unset_dataset_key(cfg: DictConfig) -> str | None:
+    """The first key of the dataset that has no value, usually dataset.root; None where all have one."""
+    for name in flat_keys(cfg.dataset, "dataset."):
+        parent, _, key = name.rpartition(".")
+        if OmegaConf.is_missing(OmegaConf.select(cfg, parent), key):
+            return name
+    return None
+
+
+def require_dataset_keys(cfg: DictConfig) -> None:
+    """Raise UserError where a key of the dataset has no value, before other keys that refer to it are read."""
+    name = unset_dataset_key(cfg)
+    require(name is None, f"{name} is not set: add {name}=… to the command")
 
 
 def build_decoder(cfg: DictConfig) -> Any:
@@ -94,18 +107,32 @@ def build_model(cfg: DictConfig, precision: Precision, anew: bool = True) -> nn.
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
 
 
-def trusted(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> tuple[Precision, list[str]]:
-    """The precision, or float32 where `precision=auto` chose what this torch gets wrong, and what to warn of."""
+def fall_back_if_convolutions_are_wrong(
+    cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision
+) -> tuple[Precision, list[str]]:
+    """The precision to train in, the same on all ranks, and warnings.
+
+    With `precision=auto` it is float32 where the gradients of convolutions are wrong on any rank. Slow convolutions,
+    which one busy rank may measure by accident, are a warning only.
+    """
     grids = [slot.grid for phase in plan.phases for slot in phase.slots]
-    faults = [fault for part in gather_objects(conv_faults(model, grids, precision)) for fault in part]
-    if not faults:
-        return precision, []
-    told = f"torch {torch.__version__} in {precision}: {'; '.join(dict.fromkeys(faults))}"
+    ranks = gather_objects(probe_convolutions(model, grids, precision))
+    wrong, slow = (
+        dict.fromkeys(fault for faults in ranks for fault in getattr(faults, kind)) for kind in ("wrong", "slow")
+    )
+    name = f"torch {torch.__version__} in {precision}"
+    warnings = [warning] if (warning := cudnn_warning(precision)) else []
+    if slow:
+        warnings.append(
+            f"{name}: {'; '.join(slow)} on at least one rank; precision=fp32 or another torch may be faster"
+        )
+    if not wrong:
+        return precision, warnings
     if cfg.precision != "auto":
-        return precision, [f"{told}; choose precision=fp32 or another torch"]
+        return precision, [*warnings, f"{name}: {'; '.join(wrong)}; choose precision=fp32 or another torch"]
     precision = replace(precision, dtype=None, channels_last=False, why="see the warning")
     precision.place(model)
-    return precision, [f"{told}; training in float32 instead"]
+    return precision, [f"{name}: {'; '.join(wrong)}; training in float32 instead"]
 
 
 def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
@@ -128,20 +155,12 @@ def loader_options(cfg: DictConfig) -> LoaderOptions:
     return LoaderOptions(workers, cfg.loader.prefetch, cfg.loader.start_method, cfg.loader.timeout, idle)
 
 
-def max_clips(
-    cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision, saved: Mapping[str, int] | None = None
-) -> int:
-    """Base-grid clips that a rank holds at once: as set, as saved by as many ranks, or measured, the least of all.
-
-    Where BN groups shrink to what fits, and in the last bits of every sum, the result depends on it: a resumed run
-    keeps to what it began with, however much memory is free today.
-    """
+def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> int:
+    """How many base-grid clips a rank runs at once: as set, or measured, the least of all ranks."""
     if cfg.loader.max_clips_per_step is not None:
         if cfg.loader.max_clips_per_step < 1:
             raise UserError("loader.max_clips_per_step must be 1 or more, or null to measure it")
         return cfg.loader.max_clips_per_step
-    if saved and saved["ranks"] == world_size():
-        return saved["clips"]
     base = plan.base
     grid = Grid(base.frames, base.size, (base.stride, base.stride), base.jitter)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

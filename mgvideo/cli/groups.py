@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, AnyNode, DictConfig, OmegaConf, StringNode
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from mgvideo.errors import UserError
@@ -27,6 +27,7 @@ class DatasetKeys:
 
     task: str = key(MISSING, "what a label is", choices=tuple(TASKS))
     root: str = key(MISSING, "the dataset's folder")
+    train_videos: int | None = key(None, "training videos to plan for where root is not set; null: not known", least=1)
     num_classes: int | None = key(None, "null: as many as are found", least=1)
     pyramid: str | None = key(None, "folder of its pyramid")
     frame_cache: str | None = key(None, "folder for decoded frames")
@@ -40,17 +41,13 @@ def check_groups(cfg: DictConfig) -> None:
     Raises:
         UserError: the first that cannot be, and what it may be.
     """
-    _check_types("dataset", cfg.dataset, DatasetKeys)
+    _check_types("dataset", cfg.dataset, get_type_hints(DatasetKeys))
     for entry in fields(DatasetKeys):
         if entry.name in cfg.dataset and not OmegaConf.is_missing(cfg.dataset, entry.name):
             check_value(f"dataset.{entry.name}", cfg.dataset[entry.name], entry.metadata["limits"])
     for group in ("model", "dataset", "optimizer", "decoder"):
         for name, node in _targets(group, cfg[group]):
-            try:
-                target = get_object(node._target_)
-            except Exception:  # the build tells what is wrong with it
-                continue
-            _check_types(name, node, target)
+            _check_types(name, node)
 
 
 def _targets(name: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
@@ -63,12 +60,33 @@ def _targets(name: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
             yield from _targets(f"{name}.{inner}", node._get_node(inner))
 
 
-def _check_types(name: str, node: DictConfig, target: Any) -> None:
-    """Hold the plain values of a node against the types that a function or a class declares for them."""
+def holds_text(cfg: DictConfig, key: str) -> bool | None:
+    """Return whether a key holds a text, by its declared type or its present value; None for an unknown key."""
+    above, _, name = key.rpartition(".")
+    parent: Any = OmegaConf.select(cfg, above) if above else cfg
+    node = parent._get_node(name, validate_access=False) if isinstance(parent, DictConfig) else None
+    if isinstance(node, StringNode):
+        return True
+    if not isinstance(node, AnyNode):
+        return None if node is None else False
+    if not (node._is_none() or node._is_missing() or node._is_interpolation()):
+        return isinstance(node._value(), str)
+    hints = get_type_hints(DatasetKeys) if above == "dataset" else _hints(parent)
+    return str in _kinds(hints.get(name))
+
+
+def _hints(node: DictConfig) -> dict[str, Any]:
+    """The types that a node's target declares for its arguments; none where that cannot be told."""
     try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError, AttributeError):  # somebody's own, with types that cannot be told
-        return
+        target = get_object(node._target_)
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # the build tells what is wrong with it
+        return {}
+
+
+def _check_types(name: str, node: DictConfig, hints: dict[str, Any] | None = None) -> None:
+    """Check the plain values of a node against types: by default those that its target declares."""
+    hints = _hints(node) if hints is None else hints
     for inner in map(str, node):
         kinds = _kinds(hints.get(inner))
         try:

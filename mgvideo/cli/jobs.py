@@ -21,7 +21,8 @@ from mgvideo.plan import Plan, require
 from mgvideo.signals import received, stop_if_asked
 
 from .help import group_options
-from .tables import Entry, key_of, merged, quoted
+from .tables import Entry, key_of, merged
+from .values import quote
 
 LOG = "run.log"  # in a run's folder: all that it printed
 LAUNCHER = "hydra.launcher"  # where its keys are
@@ -80,12 +81,12 @@ class Job:
         steps = made.steps()
         if not steps or not (first / "report.json").exists():
             raise UserError(f"it starts from the weights of {first.name}, which is not finished")
-        return [f"init_from={quoted(made.path(steps[-1]))}"]
+        return [f"init_from={quote(made.path(steps[-1]))}"]
 
     def command(self) -> list[str]:
         """The process that does it."""
         run = ["-m", "mgvideo.cli", "run", *self.entry.overrides, *self.starts_from()]
-        run += [f"seed={self.seed}", f"output_dir={quoted(self.folder.resolve())}"]
+        run += [f"seed={self.seed}", f"output_dir={quote(self.folder.resolve())}"]
         if self.processes == 1:
             return [sys.executable, *run]
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}"]
@@ -147,11 +148,12 @@ class Following:
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen:
     """A process whose output goes to the folder's log; it shares our terminal, so Ctrl-C reaches it too."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOG, "a") as log:
+    with open(folder / LOG, "a", encoding="utf-8", errors="surrogateescape") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # the log is a file, whatever the terminal shows
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ)
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
 
 
@@ -176,7 +178,7 @@ def wait(processes: Sequence[subprocess.Popen], beat: Callable[[], None], every:
 
 def why(code: int, folder: Path) -> str:
     """What a failed process said last: its error line where it has one."""
-    lines = (folder / LOG).read_text(errors="replace").splitlines() if (folder / LOG).exists() else []
+    lines = _text(folder / LOG).splitlines()
     own = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0) :]
     told = [line for line in own if line.startswith("error")] or [line for line in own if line.strip()]
     return told[-1].removeprefix("error: ") if told else f"it ended with code {code}"
@@ -218,14 +220,18 @@ def sweep(jobs: Sequence[Job], launcher: str, queue: Sequence[str]) -> list[str]
     run += placed(first, launcher, queue)
     before = f"{first.entry.cell.weights_of}_seed"
     run += [given.replace(f"{before}{first.seed}", f"{before}${{seed}}") for given in first.starts_from()]
-    run += [f"seed={','.join(str(job.seed) for job in jobs)}", f"output_dir={quoted(f'{folder}${{seed}}')}"]
-    run += [f"hydra.sweep.dir={quoted(sweep_folder(first).resolve())}"]
+    run += [f"seed={','.join(str(job.seed) for job in jobs)}", f"output_dir={quote(f'{folder}${{seed}}')}"]
+    run += [f"hydra.sweep.dir={quote(sweep_folder(first).resolve())}"]
     return [sys.executable, *run]
 
 
 def sweep_folder(job: Job) -> Path:
     """Where a launcher leaves its own files, and our log of it."""
     return job.out / ".sweeps" / job.entry.cell.name
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _json(path: Path) -> dict[str, Any]:

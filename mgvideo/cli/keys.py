@@ -12,26 +12,35 @@ from omegaconf.errors import OmegaConfBaseException
 from mgvideo.errors import UserError
 from mgvideo.paths import to_write
 
+from .values import declares_text, read_dotlist
+
 Keys = TypeVar("Keys")
 
 
 def split(keys: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments that set a key of the dataclass, and all others."""
-    names = {f.name for f in fields(keys)}
-    own = [argument for argument in arguments if argument.split("=")[0] in names and "=" in argument]
+    own = [argument for argument in arguments if argument.split("=")[0] in names(keys) and "=" in argument]
     return own, [argument for argument in arguments if argument not in own]
 
 
 def read(keys: type[Keys], overrides: Sequence[str]) -> Keys:
     """The dataclass with `key=value` overrides. Raises UserError for a value of the wrong type, and a URL as `out`."""
+    types = {field.name: str(field.type) for field in fields(keys)}  # type: ignore[arg-type]
     try:
-        given = OmegaConf.merge(OmegaConf.structured(keys), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.merge(
+            OmegaConf.structured(keys), read_dotlist(overrides, lambda name: declares_text(types[name]))
+        )
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     read: Any = OmegaConf.to_object(given)
     if getattr(read, "out", None) is not None:
         read.out = to_write("out", read.out)
     return read
+
+
+def names(keys: type) -> list[str]:
+    """The names of a program's keys."""
+    return [field.name for field in fields(keys)]
 
 
 def describe(keys: type) -> list[str]:

@@ -30,7 +30,7 @@ from mgvideo.paths import exists, relative, writing
 from mgvideo.plan import require
 
 from . import app, keys
-from .build import build_plan
+from .build import build_plan, require_dataset_keys
 from .progress import Progress
 from .schema import key
 
@@ -104,7 +104,8 @@ def main(arguments: Sequence[str]) -> None:
             given = read_keys(command.keys, own)
     rest = _motion_overrides(given, rest) if isinstance(given, MotionKeys) else rest
     intro = f"{command.text[0].upper()}{command.text[1:]}. Takes the groups and keys of a run, and:"
-    app.main("run", "\n".join([intro, "", *keys.describe(command.keys)]), partial(command.task, given), rest)
+    text = "\n".join([intro, "", *keys.describe(command.keys)])
+    app.main("run", text, partial(command.task, given), rest, keys.names(command.keys))
 
 
 def _usage() -> str:
@@ -164,6 +165,7 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
 
 
 def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
+    require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
     found = [instantiate(cfg.dataset[part], decoder=PyAV()) for part in SPLITS[split]]
@@ -173,7 +175,7 @@ def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
 
 
 def _write_classes(file: str, table: dict[str, Counter[str]], sizes: Counter[str]) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as target:
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as target:
         rows = csv.writer(target)
         rows.writerow(("class", "videos", "problem", "count"))
         for name in sorted(table):
@@ -275,10 +277,10 @@ def write_lists(given: ListKeys, cfg: DictConfig) -> None:
             )
             file = out / f"{split}.csv"
             require(os.path.abspath(file) != _annotation(cfg, split), f"{file} is what the list is made from: set out")
-            file.write_text("".join(written), encoding="utf-8")
+            file.write_text("".join(written), encoding="utf-8", errors="surrogateescape")
             print(f"{file}: {len(written)} videos, {len(dataset) - len(written)} not there and left out")
         names = "".join(f"{name}\n" for name in datasets[0].class_names)
-        (out / "classes.txt").write_text(names, encoding="utf-8")
+        (out / "classes.txt").write_text(names, encoding="utf-8", errors="surrogateescape")
     print(f"{out / 'classes.txt'}: {len(datasets[0].class_names)} classes, in the order of their labels")
 
 

@@ -31,21 +31,25 @@ def show(table: Table, cells: Sequence[Entry], seeds: int, benchmark: Benchmark 
         else:
             grid.add_column(heading, justify="right", no_wrap=True)
     steps = flops = seconds = 0.0
+    priced: list[Entry] = []
     for entry in cells:
-        priced = ["–"] * 5
+        figures = ["–"] * 5
         if entry.cell.not_run is None and entry.config.train.enable:
+            priced.append(entry)
             plan, own = entry.plan, entry.flops(entry.plan)
             steps, flops = steps + plan.steps, flops + own
             saved = baseline_of(plan).steps / plan.steps
-            priced = [f"{plan.epochs:g}", f"{plan.steps:,}", amount(own), f"{saved:.2f}×", "–"]
+            figures = [f"{plan.epochs:g}", f"{plan.steps:,}", amount(own), f"{saved:.2f}×", "–"]
             with suppress(UserError):  # the benchmark has not measured this cell's grids
                 time = sum(phase.seconds for phase in predict(plan, gpus, benchmark)) if benchmark else 0.0
-                seconds, priced[-1] = seconds + time, duration(time) if benchmark else "–"
-        grid.add_row(entry.cell.name, entry.cell.title, *priced)
+                seconds, figures[-1] = seconds + time, duration(time) if benchmark else "–"
+        grid.add_row(entry.cell.name, entry.cell.title, *figures)
     console.print(grid)
     for missing in dict.fromkeys(entry.missing for entry in cells if entry.missing):
         names = ", ".join(entry.cell.name for entry in cells if entry.missing == missing)
         console.print(f"  {names}: {missing}", soft_wrap=True)
+    for note in dict.fromkeys(note for entry in priced for note in entry.train_videos[1]):
+        console.print(f"  {note}", soft_wrap=True)
     if steps:
         total = f"{seeds * steps:,.0f} steps, {amount(seeds * flops)} multiply-adds of forward passes"
         console.print(f"  × {seeds} seed{'s' * (seeds > 1)}: {total}{f', {duration(seeds * seconds)}' * bool(seconds)}")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from mgvideo.checkpoint import write_atomic
@@ -25,6 +24,7 @@ from mgvideo.signals import Stopped, listening, stop_if_asked
 from mgvideo.table import Table
 
 from . import app, keys, prices
+from .build import require_dataset_keys
 from .jobs import LOG, Following, Job, placed, start, sweep, sweep_folder, wait, why
 from .schema import key
 from .tables import Entry, entries, load_table, tables
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     with app.reported():
         own, rest = keys.split(ReproduceKeys, [argument for argument in arguments if argument != "--list"])
-        given = keys.read(ReproduceKeys, own)
+        given, rest = keys.read(ReproduceKeys, own), app.quote_texts("run", rest)
         require(given.processes is None or given.processes >= 1, f"processes={given.processes}: give 1 or more")
         require(given.seeds is None or len(set(given.seeds)) == len(given.seeds) > 0, "seeds: give different numbers")
         if given.table is None or "--list" in arguments:
@@ -162,9 +162,7 @@ class Reproduction:
             raise UserError(f"cannot write into out={self.folder}: {error.strerror}") from error
         for entry in self.cells:
             if any(job.entry is entry for job in self.chosen):
-                unset = OmegaConf.missing_keys(entry.config.dataset)
-                name = min(unset, key=len, default="")
-                require(not unset, f"dataset.{name} is not set: add dataset.{name}=… to the command")
+                require_dataset_keys(entry.config)
                 _ = entry.plan  # recipe, schedule and dataset fit together
         for job in self.chosen:
             if self.given.launcher:
@@ -265,10 +263,12 @@ class Reproduction:
             rows.append(Row(entry.cell, outcomes, flops, entry.missing or failed or left))
         results = Results(self.table, tuple(rows), self.command)
         figures = draw_results(results, self.folder)
-        write_atomic(self.folder / "report.md", results.markdown([f"{name}.png" for name in figures]).encode())
-        write_atomic(self.folder / "report.csv", results.csv().encode())
+        write_atomic(
+            self.folder / "report.md", results.markdown([f"{name}.png" for name in figures]).encode(errors="replace")
+        )
+        write_atomic(self.folder / "report.csv", results.csv().encode(errors="replace"))
         svg = [self.folder / f"{name}.svg" for name in figures]
-        write_atomic(self.folder / "report.html", page(results, svg).encode())
+        write_atomic(self.folder / "report.html", page(results, svg).encode(errors="replace"))
 
 
 def _count(line: Line, jobs: Sequence[Job]) -> None:

@@ -21,9 +21,11 @@ from torch import nn
 from mgvideo.batches import check_shares
 from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
 from mgvideo.distributed import joined, rank, world_size
-from mgvideo.errors import UserError
+from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.evaluate import Evaluator, Scores, Views
+from mgvideo.forward_check import check_forward
 from mgvideo.loader import Loader, dead_worker
+from mgvideo.microbatch import clips_at_once, is_out_of_memory
 from mgvideo.mirror import Mirror
 from mgvideo.monitor import Monitor
 from mgvideo.paths import belongs_to
@@ -35,12 +37,29 @@ from mgvideo.schedule import baseline_of
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
-from mgvideo.watch import LEAVING, at
+from mgvideo.watch import LEAVING, at, place
 
 from . import app
-from .build import Data, build_data, build_model, build_normalize, build_plan, loader_options, max_clips, trusted
+from .build import (
+    Data,
+    build_data,
+    build_model,
+    build_normalize,
+    build_plan,
+    fall_back_if_convolutions_are_wrong,
+    loader_options,
+    max_clips,
+)
 from .groups import check_groups
-from .resume import beginning, made_of, resumed, set_aside
+from .resume import (
+    beginning,
+    keep_max_clips,
+    lower_lr_command,
+    made_of,
+    resumed,
+    set_aside,
+    software_versions,
+)
 from .schema import check_values
 
 
@@ -56,8 +75,7 @@ def run(cfg: DictConfig) -> None:
     with listening(), joined() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # on GPUs some gradients, such as max pooling's, have no deterministic kernel: torch names them then
-            torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+            torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not cfg.deterministic  # shapes are few and come again
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
@@ -66,12 +84,12 @@ def run(cfg: DictConfig) -> None:
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
-        with sole_folder(folder), mirror.kept(), explained(folder, checkpoints):
+        with sole_folder(folder), mirror.kept(), explained(cfg, checkpoints):
             path, warnings = beginning(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, anew=path is None)
-            precision, faults = trusted(cfg, model, plan, precision)
-            checkpoints.made_of = made_of(cfg, data, precision)
-            state, told = resumed(cfg, path, checkpoints.made_of) if path else (None, [])
+            precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
+            checkpoints.made_of, checkpoints.versions = made_of(cfg, data, precision), software_versions()
+            state, told = resumed(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
             write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
@@ -113,10 +131,15 @@ def sole_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
-    """What ends a run from outside: signals, a disk, a loader worker's death."""
+def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
+    """Print or raise the line for what ends a run: a signal, the disk, memory, a dead worker, a non-finite loss."""
     try:
-        yield
+        with _torch_errors_explained():
+            yield
+    except NonFiniteError as error:
+        raise UserError(
+            f"{error}. To continue with half the learning rate: {lower_lr_command(cfg, checkpoints)}"
+        ) from error
     except Stopped as stop:
         at(LEAVING)
         checkpoints.wait()
@@ -127,21 +150,43 @@ def explained(folder: Path, checkpoints: Checkpoints) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
+        folder = checkpoints.folder.parent
         other = error.filename is not None and not belongs_to(error.filename, folder)
         where = error.filename if other else f"cannot write into output_dir={folder}"
         raise UserError(f"{where}: {error.strerror}; the checkpoints written before are intact") from error
-    except RuntimeError as error:
-        plain = dead_worker(error)
-        if plain is error:
+
+
+@contextmanager
+def _torch_errors_explained() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of a dead worker torch raises it wherever this process is
+        explained_error = dead_worker(error)
+        if explained_error is error:
+            explained_error = _explain(error)
+        if explained_error is error:
             raise
-        raise plain from error
+        raise explained_error from error
+
+
+def _explain(error: Exception) -> Exception:
+    """A UserError for torch's error where a key of the config helps, else the error itself."""
+    if is_out_of_memory(error):
+        return UserError(
+            f"out of memory {place()}: lower loader.max_clips_per_step, or choose a smaller model or base.size"
+        )
+    text = str(error).splitlines()[0] if str(error) else ""
+    if "use_deterministic_algorithms" in text:
+        return UserError(f"deterministic=true: {text.split(',')[0]}: set deterministic=false or change the network")
+    return error
 
 
 def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
     """Leave the composed config, the plan and the names of the classes in the run's folder."""
     if rank() == 0:
+        names = "".join(f"{name}\n" for name in data.train.class_names)
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
-        write_atomic(folder / "classes.txt", "".join(f"{name}\n" for name in data.train.class_names).encode())
+        write_atomic(folder / "classes.txt", names.encode(errors="surrogateescape"))
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 
@@ -171,10 +216,15 @@ def build_trainer(
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
-    fits = max_clips(cfg, model, plan, precision, state.get("max_clips") if state else None)
-    largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
-    base_volume = plan.base.frames * plan.base.size**2
-    if fits * base_volume * world_size() < largest:
+    if cfg.train.enable:
+        smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
+        check_forward(model, smallest, precision.device)
+    fits = max_clips(cfg, model, plan, precision)
+    if state and cfg.loader.max_clips_per_step is None:
+        fits, warning = keep_max_clips(state.get("max_clips"), fits, plan)
+        if warning:
+            monitor.say(f"warning: {warning}")
+    if fits < clips_at_once(plan, world_size()):
         monitor.say(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
     side = base.size

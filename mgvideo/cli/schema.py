@@ -71,7 +71,9 @@ class BaseKeys:
     size: int = key(MISSING, "side of the square crop, pixels")
     stride: int = key(MISSING, "frames of the video between two of the clip")
     jitter: list[int] = key([], "short side before cropping, drawn from [lowest, highest], pixels")
-    epochs: float = key(MISSING, "passes over the dataset of the baseline")
+    epochs: float = key(
+        MISSING, "passes over the dataset of the baseline; changed alone, base.lr_steps and base.warmup_epochs follow"
+    )
     lr: float = key(MISSING, "learning rate at base.batch, after warm-up")
     lr_steps: list[float] = key([0], "epochs at which LR stages start, 0 first")
     gamma: float = key(0.1, "LR factor from one stage to the next")
@@ -123,7 +125,7 @@ class CheckpointKeys:
     every_steps: int = key(0, "steps between two; 0: none by steps", least=0)
     every_minutes: float = key(15.0, "minutes between two; 0: none by time", least=0)
     keep: int = key(3, "how many to keep besides the best", least=1)
-    strict: bool = key(True, "refuse to resume what another recipe, model or dataset made; false: go on regardless")
+    strict: bool = key(True, "refuse to resume what another recipe, model, dataset or plan made; false: warn")
 
 
 @dataclass
@@ -157,7 +159,7 @@ class RunKeys:
     hang_timeout: float = key(
         45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever", least=0
     )
-    deterministic: bool = key(False, "refuse kernels whose result varies from run to run")
+    deterministic: bool = key(False, "end the run at a kernel whose result varies from run to run")
     output_dir: str = key(MISSING, "the run's folder")
     resume: str = key("auto", "auto: go on with output_dir's newest checkpoint; never; or a checkpoint's path")
     init_from: str | None = key(

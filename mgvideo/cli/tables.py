@@ -20,11 +20,12 @@ from mgvideo.table import Cell, Preset, Table, presets_of, read_preset, read_tab
 from . import app
 from .build import build_plan
 from .plan import clip_flops, train_videos
+from .values import quote
 
 FOLDER = "table"  # of mgvideo.configs
 # keys that change neither what is trained nor what is measured
 BESIDES = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
-_BESIDES_TOO = ("train.log_every", "train.evals_per_phase")
+_BESIDES_TOO = ("train.log_every", "train.evals_per_phase", "dataset.train_videos")
 PLACES = ("root", "pyramid", "frame_cache", "frame_cache_gib")
 INSTEAD = {"seed": "seeds=[…]", "output_dir": "out=FOLDER", "experiment": "preset=NAME"}
 
@@ -65,12 +66,6 @@ def merged(*lists: Sequence[str]) -> list[str]:
     return list({key_of(override): override for each in lists for override in each}.values())
 
 
-def quoted(path: Path | str) -> str:
-    """A path as the value of an override, whatever is in it."""
-    text = str(path)
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if set(text) & set(" '\"\\,=()[]{}:") else text
-
-
 @dataclass
 class Entry:
     """A cell as it will run: its overrides, and the config that they compose."""
@@ -78,7 +73,6 @@ class Entry:
     cell: Cell
     overrides: list[str]
     missing: str | None = None  # why it cannot run
-    videos: int | None = None  # of the training set, where it is not at hand
 
     @cached_property
     def config(self) -> DictConfig:
@@ -90,11 +84,13 @@ class Entry:
 
     @cached_property
     def plan(self) -> Plan:
-        """What it would do, by the number of videos that is stated where the dataset is not at hand."""
-        stated = self.config.dataset.get("train_videos")
-        if stated is None and self.videos and OmegaConf.is_missing(self.config.dataset, "root"):
-            stated = self.videos
-        return build_plan(self.config, int(stated) if stated else train_videos(self.config))
+        """What it would do; without the dataset, by its published number of videos."""
+        return build_plan(self.config, self.train_videos[0])
+
+    @cached_property
+    def train_videos(self) -> tuple[int, tuple[str, ...]]:
+        """How many videos it trains on, and a note where the number is the published one."""
+        return train_videos(self.config)
 
     def flops(self, plan: Plan) -> float:
         """Multiply-adds of the forward passes of all training clips of a plan; 0 where nothing is trained."""
@@ -110,7 +106,9 @@ class Entry:
         start = self.cell.weights_of or Path(self.config.init_from or "none").name
         flat: dict[str, Any] = {"processes": self.cell.processes, "init_from": start}
         _flatten("", OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True), flat)
-        return {key: v for key, v in flat.items() if key not in _BESIDES_TOO and key.split(".")[-1] not in PLACES}
+        return {
+            key: v for key, v in flat.items() if not key.startswith(_BESIDES_TOO) and key.split(".")[-1] not in PLACES
+        }
 
 
 def _flatten(prefix: str, value: Any, flat: dict[str, Any]) -> None:
@@ -137,10 +135,10 @@ def entries(table: Table, given: Sequence[str], weights: str | None) -> list[Ent
         if released and not starts and not cell.weights_of and not missing:
             path = Path(weights or ".", released.file)
             if weights and path.is_file():
-                overrides.append(f"init_from={quoted(path.resolve())}")
+                overrides.append(f"init_from={quote(path.resolve())}")
             else:
                 missing = f"needs {released.file} from {released.url}" + (f" in {weights}" if weights else "")
-        made.append(Entry(cell, overrides, missing, table.preset.videos))
+        made.append(Entry(cell, overrides, missing))
     return made
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,12 @@ from mgvideo.models.pretrained import guess_source, load_pretrained, read, tenso
 from mgvideo.paths import is_remote, plain
 
 from . import app
+from . import keys as own_keys
+from .groups import holds_text
 from .help import GROUPS, group_options
 from .schema import RunKeys, check_values
+from .suggest import suggestion
+from .values import read_dotlist
 
 DOWNLOADED = r"\w+_Weights\.\w+"  # torchvision's names of weights
 HELP = (
@@ -132,10 +135,9 @@ def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
     keys = list(app.flat_keys(cfg))
     for name in (override.split("=")[0] for override in overrides):
         if name not in keys:
-            near = difflib.get_close_matches(name, [*(f.name for f in fields(own)), *keys], n=1, cutoff=0.5)
-            raise UserError(f"{name} is no key here, nor of {file}" + (f": did you mean {near[0]}?" if near else ""))
+            raise UserError(f"{name} is no key here, nor of {file}{suggestion(name, keys, own_keys.names(own))}")
     try:
-        return OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))  # type: ignore[return-value]
+        return OmegaConf.merge(cfg, read_dotlist(overrides, partial(holds_text, cfg)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
@@ -158,7 +160,7 @@ def _check_trust(file: Path, saved: Any, overrides: Sequence[str], prefix: str =
 @cache
 def own_targets() -> set[str]:
     """All that the configs of mgvideo name to be called."""
-    texts = [file.read_text() for file in Path(str(configs.__file__)).parent.rglob("*.yaml")]
+    texts = [file.read_text(encoding="utf-8") for file in Path(str(configs.__file__)).parent.rglob("*.yaml")]
     return {target for text in texts for target in re.findall(r"\b_target_: ([\w.]+)", text)}
 
 

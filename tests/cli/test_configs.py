@@ -1,16 +1,23 @@
 """Every config composes, and what it names can be built."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from training import TINY
 
+from mgvideo.checkpoint import differences
+from mgvideo.cli import app
 from mgvideo.cli.app import compose_config
-from mgvideo.cli.build import build_plan
+from mgvideo.cli.build import build_data, build_plan
 from mgvideo.cli.help import group_options
+from mgvideo.cli.plan import train_videos
+from mgvideo.cli.resume import made_of
 from mgvideo.errors import UserError
+from mgvideo.precision import choose_precision
 
 OPTIONS = group_options()
 
@@ -49,6 +56,56 @@ def test_each_experiment_plans_with_each_schedule(experiment: str, schedule: str
     assert plan.steps > 10
     with torch.device("meta"):
         instantiate(plain(composed(f"experiment={experiment}", "++dataset.num_classes=5"), "model"))
+
+
+@pytest.mark.parametrize("experiment", OPTIONS["experiment"])
+def test_each_experiment_plans_without_its_data(experiment: str) -> None:
+    cfg = composed(f"experiment={experiment}")
+    videos, notes = train_videos(cfg)
+    assert build_plan(cfg, videos).steps > 100
+    assert bool(notes) == (experiment != "motion")
+
+
+@pytest.mark.parametrize("schedule", OPTIONS["schedule"])
+@pytest.mark.parametrize("dataset", ["kinetics400", "charades", "ssv2", "folder", "motion"])
+def test_fewer_epochs_need_no_other_key(dataset: str, schedule: str) -> None:
+    recipe = composed(f"dataset={dataset}").base
+    cfg = composed(f"dataset={dataset}", f"schedule={schedule}", "base.epochs=7")
+    assert cfg.base.warmup_epochs == pytest.approx(recipe.warmup_epochs * 7 / recipe.epochs)
+    assert list(cfg.base.lr_steps) == pytest.approx([step * 7 / recipe.epochs for step in recipe.lr_steps])
+    assert build_plan(cfg, 5000).epochs == pytest.approx(
+        7 * cfg.schedule.epoch_factor, rel=0.15
+    )  # rounded to whole ones
+
+
+def test_without_a_recipe_nothing_is_scaled() -> None:
+    base = composed("~recipe", "base.batch=8", "base.epochs=5").base
+    assert (base.batch, base.epochs, list(base.lr_steps)) == (8, 5, [0])
+    assert OmegaConf.is_missing(base, "lr")
+
+
+def test_cfg_job_prints_the_scaled_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run_net.py"])
+    app.main("run", "", lambda _: None, ["--cfg", "job", "base.epochs=10", "base.batch=32"])
+    printed = OmegaConf.create(capsys.readouterr().out).base
+    assert (printed.lr, list(printed.lr_steps), printed.warmup_epochs) == (0.1, [0, 6, 9], 1.5)
+
+
+def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> None:
+    """A checkpoint's fingerprint holds the recipe as it is scaled."""
+    data_keys = [key for key in TINY if key.startswith("dataset.")]
+    precision = choose_precision("fp32", torch.device("cpu"))
+
+    def fingerprint(*overrides: str) -> dict[str, Any]:
+        cfg = composed(*data_keys, f"dataset.root={motion_root}", *overrides)
+        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        return made_of(cfg, build_data(cfg), precision)
+
+    scaled = fingerprint("base.epochs=10", "base.batch=32")
+    by_hand = ["base.lr_steps=[0,6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
+    assert differences(scaled, fingerprint("base.epochs=10", "base.batch=32", *by_hand)) == []
+    changed = " ".join(differences(scaled, fingerprint("base.epochs=5", "base.batch=32")))
+    assert all(key in changed for key in ("base.epochs", "base.lr_steps", "base.warmup_epochs"))
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])

@@ -14,7 +14,9 @@ from hydra.utils import instantiate
 from refusals import said
 
 from mgvideo.cli import app
-from mgvideo.cli.plan import clip_flops, main, read_keys, show
+from mgvideo.cli.build import build_plan
+from mgvideo.cli.help import group_options
+from mgvideo.cli.plan import clip_flops, main, read_keys, show, train_videos
 from mgvideo.errors import UserError
 from mgvideo.plan import Grid
 
@@ -88,9 +90,95 @@ def test_senseless_keys_are_refused(arguments: list[str], key: str) -> None:
         read_keys(arguments)
 
 
-def test_unknown_number_of_videos_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="videos="):
-        shown([], ["dataset=kinetics400"], capsys)
+PUBLISHED = {
+    "kinetics400": 240_436, "kinetics600": 383_393, "kinetics700": 542_357, "charades": 7_985, "ssv2": 168_913,
+    "ucf101": 9_537, "hmdb51": 3_570,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", group_options()["dataset"])
+def test_a_published_dataset_is_planned_without_its_data(name: str) -> None:
+    cfg = app.compose_config("run", [f"dataset={name}"])
+    if name == "motion":  # made on first use, of as many videos as its config states
+        assert train_videos(cfg) == (1024, ())
+    elif name == "folder":
+        with pytest.raises(UserError, match=r"^dataset\.root is not set: add dataset\.root=… to the command$"):
+            train_videos(cfg)
+    else:
+        count, (note,) = train_videos(cfg)
+        assert count == PUBLISHED[name]
+        assert note == f"planned for the published {count:,} training videos, as dataset.root is not set"
+        assert build_plan(cfg, count).dataset_size == count
+
+
+def test_the_published_number_is_that_of_the_fold(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = [train_videos(app.compose_config("run", ["dataset=ucf101", f"dataset.fold={n}"]))[0] for n in (1, 2, 3)]
+    assert counts == [9537, 9586, 9624]
+    with pytest.raises(UserError, match=r"dataset\.root is not set"):
+        train_videos(app.compose_config("run", ["dataset=ucf101", "dataset.fold=4"]))
+
+
+def test_the_published_number_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, note = ["dataset=hmdb51"], "planned for the published 3,570 training videos"
+    text = shown(["gpus=1"], overrides, capsys)
+    assert "3,570 clips" in text
+    assert f"note: {note}" in text
+    assert note in json.loads(shown(["gpus=1", "format=json"], overrides, capsys))["notes"][-1]
+    assert f"note: {note}" in shown(["gpus=1", "format=png", f"out={tmp_path / 'plan.png'}"], overrides, capsys)
+    assert note not in shown(["gpus=1", "videos=3570"], overrides, capsys)
+
+
+def test_a_dataset_at_hand_counts_and_a_wrong_root_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.csv").write_text("".join(f"{n}.mp4 0\n" for n in range(70)))
+    overrides = ["dataset=kinetics400", f"dataset.root={tmp_path}"]
+    text = shown(["gpus=1"], overrides, capsys)
+    assert "70 clips" in text
+    assert "published" not in text
+    for wrong in (tmp_path / "none", tmp_path / "train.csv"):
+        with pytest.raises(
+            UserError, match=r"dataset\.root: no folder .*; or add videos=N to plan without the dataset"
+        ):
+            shown([], ["dataset=kinetics400", f"dataset.root={wrong}"], capsys)
+    with pytest.raises(UserError, match=r"Charades_v1_train\.csv: cannot be read.*videos=N"):
+        shown([], ["dataset=charades", f"dataset.root={tmp_path}"], capsys)
+
+
+def test_an_unknown_number_of_videos_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"dataset\.root is not set.*; or add videos=N to plan without the dataset"):
+        shown([], ["dataset=folder"], capsys)
+    with pytest.raises(UserError, match=r"dataset\.train_videos=many: give a whole number from 1 up"):
+        shown([], ["dataset=ssv2", "dataset.train_videos=many"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("available", "planned", "note"),
+    [
+        (0, 8, "planned for 8 GPUs, as this machine has none; gpus=N sets the number"),
+        (1, 1, "planned for the 1 GPU of this machine; gpus=N sets the number"),
+        (2, 2, "planned for the 2 GPUs of this machine; gpus=N sets the number"),
+    ],
+)
+def test_gpus_are_those_of_the_machine(
+    available: int, planned: int, note: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    result = json.loads(shown(["videos=1024", "format=json"], [], capsys))
+    assert (result["gpus"], result["notes"][-1]) == (planned, note)
+    result = json.loads(shown(["videos=1024", "format=json", "gpus=4"], [], capsys))
+    assert result["gpus"] == 4
+    assert not [line for line in result["notes"] if "GPU" in line]
+
+
+def test_gpus_of_the_machine_that_no_run_could_use(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(UserError, match=r"^3 ranks cannot share .*; or add gpus=N to plan for another number$"):
+        shown(["videos=1024"], [], capsys)
+    with pytest.raises(UserError, match=r"^3 ranks cannot share .* change base\.batch$"):
+        shown(["videos=1024", "gpus=3"], [], capsys)
 
 
 def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,9 +188,32 @@ def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
         read_keys(["videos=1024", "out=s3://bucket/plan.txt"])
 
 
-def test_base_lr_follows_base_batch_unless_it_is_set() -> None:
-    for extra, lr, told in ([], 0.1, True), (["base.lr=0.07"], 0.07, False):
-        own = ["videos=1024", "format=json", "at=[10]", "schedule=baseline", "base.batch=32", *extra]
-        result = subprocess.run([sys.executable, PROGRAM, *own], capture_output=True, text=True, check=True)
-        assert json.loads(result.stdout)["lr_at_epoch"] == [[10, pytest.approx(lr)]]
-        assert ("linear rule" in result.stderr) == told
+@pytest.mark.parametrize(
+    ("overrides", "lr", "ends", "starts"),
+    [
+        (["base.batch=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
+        (["base.batch=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
+        (
+            ["base.epochs=30"], 0.05, [18, 27, 30],
+            [
+                "base.lr_steps: [0, 12, 18] of the recipe's 20 epochs becomes [0, 18, 27] at base.epochs=30, and "
+                "base.warmup_epochs 3 becomes 4.5 (set either to choose both)"
+            ],
+        ),
+        (["base.epochs=30", "base.batch=8"], 0.025, [18, 27, 30], ["base.lr: 0.05 at", "base.lr_steps: [0, 12"]),
+        (["base.epochs=20"], 0.05, [12, 18, 20], []),
+        (["base.epochs=30", "base.lr_steps=[0,25]"], 0.05, [25, 30], []),
+        (["base.epochs=30", "base.warmup_epochs=9"], 0.05, [12, 18, 30], []),
+    ],
+)  # fmt: skip
+def test_the_recipe_follows_batch_and_epochs_that_are_set_alone(
+    overrides: list[str], lr: float, ends: list[float], starts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["gpus=1", "videos=1024", "format=json", "at=[10]", "schedule=baseline", *overrides])
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert result["lr_at_epoch"] == [[10, pytest.approx(lr)]]
+    assert [phase["epoch_end"] for phase in result["phases"]] == ends
+    lines = printed.err.splitlines()
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))

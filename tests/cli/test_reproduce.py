@@ -59,6 +59,12 @@ def test_every_cell_composes_and_plans(table: str, preset: str) -> None:
             assert entry.config.schedule.name == entry.plan.schedule
 
 
+def test_overrides_of_all_cells_scale_the_recipe_as_in_a_run() -> None:
+    (entry, *_) = entries(load_table("schedules", "kinetics"), ["base.epochs=10", "dataset.root=data"], None)
+    assert entry.recipe()["base.lr_steps"] == pytest.approx([0, 940 / 239, 1540 / 239, 1960 / 239])
+    assert not [key for key in entry.recipe() if "train_videos" in key]  # only what plans without the data count
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_else_is_quoted(preset: str) -> None:
     cells = [entry.cell for each in of_preset(preset).values() for entry in each]

@@ -10,10 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
+from mgvideo.checkpoint import Checkpoints
+from mgvideo.cli.run import explained
+from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
+from mgvideo.watch import at
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +216,27 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
     result = run_program("model=i3d_r50", "--cfg", "job", cwd=tmp_path)
     assert result.returncode == 0
     assert "mgvideo.models.i3d" in result.stdout
+
+
+def test_memory_that_runs_out_anywhere_is_told_with_the_place_and_a_key(tmp_path: Path) -> None:
+    at("after step 4, in precise BN, batch 1 of 2")
+    told = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower loader.max_clips_per_step"
+    for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
+        with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+            allocate()
+
+
+def test_a_kernel_that_is_not_deterministic_is_refused_with_the_key(tmp_path: Path) -> None:
+    pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        told = r"^deterministic=true: max_unpooling2d\S* does not have a deterministic implementation: set determ"
+        with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+            F.max_unpool2d(pooled, where, 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_other_errors_of_torch_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mat1"), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)

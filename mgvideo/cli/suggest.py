@@ -1,0 +1,191 @@
+"""From a key that does not exist to the one that was meant: by the names of other projects, then by its spelling.
+
+The tables hold what PySlowFast, MMAction2, Lightning, timm and torchvision's scripts call things. A test holds their
+targets against the configs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+# our key: their names for it, upper case as lower case; a name without a dot stands for any that ends with it
+SAME = {
+    "base.batch": (
+        "batch_size bs batchsize global_batch_size total_batch_size train_batch_size samples_per_gpu "
+        "videos_per_gpu batch_size_per_gpu train.batch_size"
+    ),
+    "base.frames": (
+        "num_frames n_frames nframes clip_len clip_length clip_size frames_per_clip num_segments sequence_length "
+        "seq_len frame_num"
+    ),
+    "base.size": (
+        "crop_size train_crop_size image_size img_size input_size resolution train_size side crop spatial_size"
+    ),
+    "base.stride": "sampling_rate frame_interval frame_stride temporal_stride sample_rate frame_step tau frame_rate",
+    "base.jitter": (
+        "train_jitter_scales jitter_scales short_side short_side_scale min_max_scale resize_scale scale_jitter"
+    ),
+    "base.epochs": "epochs max_epoch max_epochs num_epochs n_epochs total_epochs epoch num_train_epochs",
+    "base.lr": "lr base_lr learning_rate init_lr initial_lr blr max_lr learningrate",
+    "base.lr_steps": "milestones steps lr_milestones lr_steps decay_epochs step_size lr_decay_epochs step",
+    "base.gamma": "lr_gamma decay_rate lr_decay_rate lr_factor",
+    "base.lr_policy": "scheduler lr_scheduler sched lr_schedule lr_config lr_scheduler_type policy",
+    "base.warmup_epochs": "warmup lr_warmup_epochs warmup_iters warmup_steps warm_up_epochs",
+    "base.warmup_lr": "warmup_start_lr warmup_lr_init lr_warmup_decay warmup_ratio warmup_factor warmup_bias_lr",
+    "optimizer": "optimizing_method optim opt optim_wrapper optimiser optimizer_name",
+    "optimizer.momentum": "sgd_momentum",
+    "optimizer.weight_decay": "wd decay weightdecay l2",
+    "loader.workers": (
+        "num_workers workers n_workers nworkers num_threads workers_per_gpu dataloader_num_workers j "
+        "num_data_workers data_workers"
+    ),
+    "loader.prefetch": "prefetch_factor prefetch",
+    "loader.max_clips_per_step": (
+        "micro_batch_size micro_batch microbatch accum_iter accumulate_grad_batches gradient_accumulation_steps "
+        "grad_accum accumulation_steps grad_accum_steps accumulation update_freq"
+    ),
+    "train.log_every": "log_period log_interval log_every_n_steps print_freq logging_steps log_freq display_interval",
+    "train.evals_per_phase": (
+        "eval_period eval_interval val_interval eval_freq check_val_every_n_epoch val_check_interval eval_every "
+        "val_every validate_every evaluation_interval"
+    ),
+    "train.precise_bn_batches": "num_batches_precise use_precise_stats precise_bn precise_bn_iters num_iters_precise",
+    "train.profile": "profiler profiling",
+    "test.batch": "test.batch_size val_batch_size eval_batch_size test_batch_size val.batch_size",
+    "test.clips": (
+        "num_ensemble_views num_clips test_num_clips clips_per_video num_views n_clips test_clips num_sample_clips"
+    ),
+    "test.crops": "num_spatial_crops num_crops test_num_crop three_crop threecrop test_crops num_sample_crops",
+    "test.size": "test_crop_size val_size eval_size test_size val_crop_size test_image_size",
+    "test.enable": "do_test test_after",
+    "checkpoint.every_steps": (
+        "checkpoint_period save_interval checkpoint_interval save_every save_freq ckpt_interval save_steps "
+        "every_n_train_steps checkpoint_every save_period ckpt_freq"
+    ),
+    "checkpoint.keep": "max_keep_ckpts save_top_k save_total_limit checkpoint_hist keep_checkpoints keep_last",
+    "resume": (
+        "resume_from auto_resume resume_from_checkpoint ckpt_path resume_path resume_training resume_checkpoint"
+    ),
+    "init_from": (
+        "pretrained checkpoint_file_path load_from weights finetune init_cfg pretrained_weights pretrained_path "
+        "checkpoint_path pretrain ckpt load model_path pretrained_model from_pretrained "
+        "start_checkpoint initial_checkpoint model_weights model.weights"
+    ),
+    "output_dir": (
+        "work_dir workdir save_dir log_dir logdir default_root_dir out exp_dir out_dir save_path output "
+        "experiment_dir checkpoint_dir output_path results_dir exp_name"
+    ),
+    "seed": "rng_seed random_seed seed_everything manual_seed random_state",
+    "precision": "amp use_amp fp16 bf16 mixed_precision autocast dtype half use_fp16",
+    "compile": "torch_compile torchcompile torchscript use_compile",
+    "deterministic": "cudnn_deterministic use_deterministic_algorithms",
+    "hang_timeout": "dist_timeout nccl_timeout ddp_timeout",
+    "normalize.mean": "mean image_mean pixel_mean data.mean",
+    "normalize.std": "std image_std pixel_std data.std",
+    "dataset": "data data_name dataset_name train.dataset test.dataset dataset_type data_set",
+    "dataset.root": (
+        "path_to_data_dir path_prefix data_dir data_path data_root root dataset_path video_path video_dir "
+        "dataset_root datadir data_folder videos video_root data_prefix root_dir"
+    ),
+    "dataset.num_classes": "num_classes nb_classes n_classes classes num_class num_labels",
+    "dataset.frame_cache": "cache cache_dir frame_cache_dir",
+    "model": "arch backbone network net model_name architecture model_type",
+    "model.dropout": "dropout_rate dropout_ratio drop_rate drop",
+    "model.depth": "resnet.depth num_layers",
+    "model.width": "width_per_group base_channels num_filters",
+    "schedule": "multigrid multigrid.long_cycle multigrid.short_cycle long_cycle short_cycle multigrid_schedule",
+    "schedule.epoch_factor": "epoch_factor",
+    "schedule.long_factors": "long_cycle_factors",
+    "schedule.short_factors": "short_cycle_factors",
+    "schedule.bn_group": "bn_base_size bn_group_size sub_batch_size",
+    "decoder": "decoding_backend video_backend backend decode_backend video_reader",
+}
+
+# what another key or nothing at all does here: their names for it
+OTHERWISE = {
+    "start a process for each GPU instead: torchrun --nproc-per-node=N": (
+        "gpus num_gpus gpu devices gpu_ids n_gpu ngpus nproc_per_node accelerator nproc num_processes device cuda "
+        "world_size gpus_per_node"
+    ),
+    "start the command on each node instead: torchrun --nnodes=N, or see docs/slurm.md": (
+        "num_shards nodes num_nodes nnodes shard_id"
+    ),
+    "train.enable=false tests without training": (
+        "eval_only evaluate test_only eval only_test val_only do_train do_eval"
+    ),
+    "there is no gradient clipping": (
+        "clip_grad clip_grad_norm clip_grad_l2norm clip_grad_val gradient_clip_val max_norm grad_clip clip_norm "
+        "max_grad_norm gradient_clip clip_gradients optimizer.clip optimizer.clip_norm grad_clip_norm"
+    ),
+    "there is no average of weights over steps": "ema model_ema ema_decay model_ema_decay use_ema ema_momentum swa",
+    "there is no early stopping": "patience early_stopping early_stop early_stopping_patience",
+    "there is no mixing of clips or labels": (
+        "mixup cutmix mixup_alpha cutmix_alpha label_smoothing smoothing mixup_prob"
+    ),
+    "there are no such augmentations: clips are scaled, cropped and flipped": (
+        "color_jitter random_erasing rand_augment randaugment autoaugment aa reprob aug auto_augment"
+    ),
+    "a plan counts epochs, base.epochs, and shows its steps: mgvideo plan": (
+        "max_steps max_iters iterations num_iters total_steps max_iter num_steps niters"
+    ),
+    "memory is pinned wherever there is a GPU": "pin_memory pin_mem",
+    "every epoch is shuffled": "shuffle train_shuffle",
+    "ranks meet by what torchrun or SLURM says": (
+        "local_rank rank master_addr master_port init_method dist_backend dist_url rdzv_endpoint"
+    ),
+    "BN groups follow schedule.bn_group on any number of GPUs": (
+        "sync_bn syncbn sync_batchnorm norm_type num_sync_devices num_splits bn_type"
+    ),
+    "TensorBoard is always written; there is no other tracker": (
+        "wandb use_wandb tensorboard use_tensorboard mlflow logger"
+    ),
+}
+
+_NEAR = 0.7  # the ratio of difflib from which on a word counts as a misspelling
+
+
+def _by_name(table: dict[str, str]) -> dict[str, str]:
+    return {name: target for target, names in table.items() for name in names.split()}
+
+
+_SAME, _OTHERWISE = _by_name(SAME), _by_name(OTHERWISE)
+
+
+def suggestion(word: str, keys: Iterable[str], own: Sequence[str] = ()) -> str:
+    """What to say after "… is no key": the key that was meant, what there is instead, or nothing.
+
+    `own` are the keys of the program besides those of a run. They come before names of other projects.
+    """
+    keys, word = list(keys), word.lower().replace("-", "_").lstrip("_")
+    last = word.rpartition(".")[2]
+    misspelt = difflib.get_close_matches(word, own, n=1, cutoff=_NEAR)
+    if misspelt:
+        return f", did you mean {misspelt[0]}?"
+    for name in dict.fromkeys((word, last)):
+        if name in keys and name != word:
+            return f", did you mean {name}?"
+        if _SAME.get(name) in keys:
+            return f", did you mean {_SAME[name]}?"
+        if name in _OTHERWISE:
+            return f": {_OTHERWISE[name]}"
+    near = _with_last_part(last, keys) or _near(word, keys)
+    return f", did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _with_last_part(last: str, keys: Sequence[str]) -> list[str]:
+    """Keys that end with this part, of the shallowest such alone."""
+    found = [key for key in keys if key.rpartition(".")[2].lower() == last]
+    return [key for key in found if key.count(".") == min(other.count(".") for other in found)]
+
+
+def _near(word: str, keys: Sequence[str]) -> list[str]:
+    """Keys whose last part, and whose block where the word names one, are spelt alike."""
+    block, _, last = word.rpartition(".")
+    keys = [key for key in keys if not block or _ratio(block, key.rpartition(".")[0]) >= _NEAR]
+    near = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=_NEAR)
+    return _with_last_part(near[0], keys) if near else []
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()

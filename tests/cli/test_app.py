@@ -1,0 +1,63 @@
+"""The command line that repeats a run with other values, however the run was started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.hydra_config import HydraConfig
+
+from mgvideo.cli.app import compose_config, same_command
+
+OVERRIDES = ["dataset.root=/my data", "base.jitter=[36,40]", "base.lr=0.1", "resume=never", "+model.extra=1"]
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+STARTS = {
+    "script": (["tools/run_net.py"], {}, ["PYTHON", "tools/run_net.py"]),
+    "script elsewhere": (["HERE/tools/run_net.py"], {}, ["PYTHON", "tools/run_net.py"]),
+    "installed": (["/opt/bin/mgvideo", "run"], {}, ["/opt/bin/mgvideo", "run"]),
+    "module": (["/opt/mgvideo/cli/__main__.py", "run"], {}, ["PYTHON", "-m", "mgvideo.cli", "run"]),
+    "torchrun": (
+        ["tools/run_net.py"],
+        TORCHRUN,
+        ["PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", "tools/run_net.py"],
+    ),
+    "installed, torchrun": (
+        ["/opt/bin/mgvideo", "run"],
+        TORCHRUN,
+        [
+            *("PYTHON", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"),
+            *("--no-python", "/opt/bin/mgvideo", "run"),
+        ],
+    ),
+    "two nodes": (["tools/run_net.py"], {**TORCHRUN, "WORLD_SIZE": "8"}, ["PYTHON", "tools/run_net.py"]),
+    "own folder": (
+        ["tools/run_net.py", "--config-dir", "my configs"],
+        {},
+        ["PYTHON", "tools/run_net.py", "--config-dir", "my configs"],
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_command_starts_the_same_program_with_one_thing_changed(
+    start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, environment, expected = STARTS[start]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(HydraConfig, "get", lambda: compose_config("run", OVERRIDES).hydra)
+    # as hydra.main leaves it: the program's name, and what follows it but for the name of ours
+    words = [word.replace("HERE", str(tmp_path)) for word in started if word != "run"]
+    monkeypatch.setattr(sys, "argv", [*words, *OVERRIDES])
+    command = same_command({"base.lr": "0.05"}, without=["resume"])
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    kept = ["dataset.root=/my data", "base.jitter=[36,40]", "+model.extra=1"]
+    assert shlex.split(command) == [python if word == "PYTHON" else word for word in expected] + [*kept, "base.lr=0.05"]

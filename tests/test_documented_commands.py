@@ -1,0 +1,284 @@
+"""Every command that README, docs, comments of configs and the programs show works.
+
+Plans, `--help` and `--list` are run. What would take long or needs the user's data is composed by the real program,
+with a stand-in for each placeholder, and is planned where it trains.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import pytest
+from documents import SCRIPT, Shown, all_shown
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.run import get_args_parser as torchrun_parser
+from training import ROOT
+
+from mgvideo import cli
+from mgvideo.cli import app, export, predict, reproduce, trained
+from mgvideo.cli.build import build_plan
+from mgvideo.cli.groups import check_groups
+from mgvideo.cli.jobs import Job, placed
+from mgvideo.cli.schema import RunKeys, check_values
+from mgvideo.errors import UserError
+
+SHOWN = all_shown()
+TOOLS = {
+    "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
+    "export": "export", "benchmark": "benchmark",
+}  # fmt: skip
+# programs that are not ours, and why they are not run
+ELSEWHERE = {
+    "git": "clones from wherever the user has it",
+    "cd": "enters that clone",
+    "scancel": "needs a job of the user's",
+    "scontrol": "needs a job of the user's",
+    "ffmpeg": "needs a video of the user's",
+    "tensorboard": "is a server that does not end",
+}
+PACKAGES = {"torch-tb-profiler": "a viewer that mgvideo itself does not need"}  # in no extra of ours
+STAND_INS = {
+    "experiment": "kinetics/slowfast_8x8_r50", "model": "slowfast_small", "dataset": "kinetics400",
+    "table": "schedules", "preset": "motion", "benchmark": "measured.json", "out": "out.onnx",
+}  # fmt: skip
+FIRST = {"COMMAND": "check", "PROGRAM": "run", "NAME": "step", "check|pyramid|list|motion": "check"}
+
+
+def filled_in(words: Sequence[str]) -> list[str]:
+    """Words of a command with a value for each placeholder: `…`, and words in capitals."""
+    filled = []
+    for word in words:
+        name, is_key, value = word.partition("=")
+        if word in FIRST:
+            filled.append(FIRST[word])
+        elif word == "…" or re.fullmatch(r"\[\S+=\S+\]", word):
+            continue
+        elif is_key and (not value or "…" in value or re.fullmatch(r"[A-Z]+", value)):
+            filled.append(f"{name}={STAND_INS.get(name.lstrip('+-'), 'stand_in')}")
+        else:
+            filled.append(word)
+    return filled
+
+
+def measured() -> str:
+    """A benchmark of every grid that a documented plan may have."""
+    grids = [f"{frames}x{size}" for frames in (4, 8, 16, 32, 64) for size in (32, 45, 64, 112, 158, 224)]
+    return json.dumps({"step_seconds": dict.fromkeys(grids, 0.1)})
+
+
+compose_once = cache(app.compose_config)
+
+
+@cache
+def composed(*overrides: str) -> DictConfig:
+    """A run's config, checked and planned as the run itself does it."""
+    cfg = app.compose_config("run", overrides)
+    check_values(cfg)
+    check_groups(cfg)
+    build_plan(cfg, max(cfg.dataset.get("train_videos") or 0, 1000 * cfg.base.batch))
+    return cfg
+
+
+def compose_run(arguments: Sequence[str]) -> None:
+    """Compose what `mgvideo run` would train, each run of a sweep for itself."""
+    flags = get_args_parser().parse_args(list(arguments))
+    jobs = [flags.overrides]
+    if flags.multirun:
+        parsed = OverridesParser.create().parse_overrides(flags.overrides)
+        (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    for overrides in jobs:
+        composed(*overrides)
+
+
+def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
+    """Compose the recipe of a checkpoint: that of a run's folder, or of the network that is named."""
+    if ckpt.startswith("runs/") or ckpt == "stand_in":
+        cfg = OmegaConf.masked_copy(composed("output_dir=unused"), [f.name for f in fields(RunKeys)])
+        Path("config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        check_values(trained.run_config(Path("config.yaml"), overrides, own))
+    else:
+        check_values(trained.foreign_config(ckpt, overrides))
+
+
+def compose_cell(reproduction: reproduce.Reproduction) -> bool:
+    """Compose a cell of a table; all of them are composed in tests/cli/test_reproduce.py."""
+    entry = next((entry for entry in reproduction.cells if entry.missing is None), reproduction.cells[0])
+    composed(*entry.overrides, "output_dir=unused")
+    if reproduction.given.launcher:
+        placed(
+            Job(entry, 0, Path(), reproduction.table.preset.processes), reproduction.given.launcher, reproduction.queue
+        )
+    return False
+
+
+def compose_soak(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
+    """Compose the runs that tools/soak.py would kill."""
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "tools/soak.py")
+    assert spec
+    assert spec.loader
+    soak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+
+    def run(arguments: Sequence[str], *_: object) -> tuple[int, float, int]:
+        compose_run(arguments)
+        raise InterruptedError
+
+    patch.setattr(soak, "run", run)
+    patch.setattr(soak, "spoiled", lambda *_: 0)
+    patch.setattr("sys.argv", ["soak.py", *arguments])
+    with pytest.raises(InterruptedError):
+        soak.main()
+
+
+def pip_install(words: Sequence[str]) -> None:
+    """Extras exist, and packages are those of an extra."""
+    declared = re.search(r"extras_require=(\{.*?\n    \})", (ROOT / "setup.py").read_text(), re.S)
+    assert declared
+    extras = eval(declared[1])
+    ours = {re.split(r"[\[<>=]", package)[0] for packages in extras.values() for package in packages}
+    for word in words:
+        if word.startswith("-"):
+            continue
+        extra = re.fullmatch(r"(?:\.|mgvideo)\[([\w,]+)\]", word)
+        if extra:
+            assert {*extra[1].split(",")} <= extras.keys(), word
+        else:
+            assert word in ours | PACKAGES.keys(), word
+
+
+def make(words: Sequence[str]) -> None:
+    """The targets exist, and so do the variables that are set."""
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        name, is_variable, _ = word.partition("=")
+        assert (rf"$({name})" if is_variable else f"\n{name}:") in makefile, word
+
+
+class Programs:
+    """Our programs, each with its real reading of arguments; only plans, help and lists then go on to the end."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        patch.setattr(app, "compose_config", lambda name, overrides: deepcopy(compose_once(name, tuple(overrides))))
+        patch.setattr(export, "run", lambda given, rest: compose_trained(given.ckpt, rest, export.ExportKeys))
+        patch.setattr(predict, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, predict.PredictKeys))
+        patch.setattr(reproduce.Reproduction, "run", compose_cell)
+
+    def __call__(self, program: str, arguments: Sequence[str]) -> None:
+        """Run or compose `mgvideo PROGRAM …`."""
+        if not arguments and program != "run":  # only named
+            arguments = ["--help"]
+        with self.patch.context() as patch:
+            if program == "plan":
+                arguments = [word for word in arguments if not word.startswith("dataset.root=")]
+            elif not {"-h", "--help"} & set(arguments):
+                patch.setattr(app, "main", lambda *given: compose_run(given[3]))
+            module = importlib.import_module(f"mgvideo.cli.{program}")
+            module.main(list(arguments))
+
+
+def perform(command: str, programs: Programs) -> None:
+    """Run or compose one command; fails where it can do neither."""
+    if "launcher=slurm" in command:
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
+    if ".onnx" in command:
+        pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    for part in re.split(r"\s+&&\s+", command):
+        words = shlex.split(part, comments=True)
+        while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words.pop(0)
+        _perform(filled_in(words), programs)
+
+
+def _perform(words: list[str], programs: Programs) -> None:
+    first, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+    if first in ("python", "python3") and rest[0] == "-m":
+        if rest[1] != "venv":
+            assert importlib.util.find_spec(rest[1]), rest[1]
+    elif first in ("python", "python3"):
+        _perform(rest, programs)
+    elif first == "tools/soak.py":
+        compose_soak(rest, programs.patch)
+    elif re.fullmatch(r"tools/\w+\.py", first):
+        assert (ROOT / first).exists(), first
+        programs(TOOLS[Path(first).stem], rest)
+    elif first == "mgvideo":
+        assert rest[0] in cli.PROGRAMS, rest[0]
+        programs(rest[0], rest[1:])
+    elif first == "torchrun":
+        parsed = torchrun_parser().parse_args(rest)
+        _perform([parsed.training_script, *parsed.training_script_args], programs)
+    elif first == "sbatch":
+        script = next(i for i, word in enumerate(rest) if not word.startswith("-"))
+        assert ROOT / rest[script] == SCRIPT
+        programs("run", rest[script + 1 :])
+    elif first == "make":
+        make(rest)
+    elif first == "pip":
+        assert rest[0] == "install"
+        pip_install(rest[1:])
+    else:
+        assert first in ELSEWHERE, f"neither run nor composed: {first}"
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    monkeypatch.chdir(tmp_path)
+    Path("measured.json").write_text(measured())
+    return Programs(monkeypatch)
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=lambda shown: f"{shown.where}: {shown.text}")
+def test_a_shown_command_works(command: Shown, programs: Programs) -> None:
+    perform(command.text, programs)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python tools/plan.py experiment=kinetics/slowfast_8x8",
+        "python tools/run_net.py dataset=kinetics400 base.batches=8",
+        "python tools/run_net.py precision=fp8",
+        "torchrun --processes=8 tools/run_net.py model=i3d_r50",
+        "sbatch --nodes=4 tools/slurm/train.sbatch model=i3d",
+        "python tools/run_net.py --multirun schedule=baseline,coarse",
+        "python tools/reproduce.py table=schedules cells=[best]",
+        "python tools/predict.py clip.mp4 ckpt=runs/motion/first clip=3",
+        "python tools/export.py ckpt=runs/motion/first out=network.tflite",
+        "python tools/prepare_data.py pyramid dataset=kinetics400 dataset.root=/data",
+        "python tools/benchmark.py steps",
+        "python tools/soak.py --kills 3 model=none",
+        "mgvideo train",
+        "make everything",
+        "pip install 'mgvideo[all]'",
+        "kubectl apply -f train.yaml",
+    ],
+)
+def test_a_wrong_command_would_be_seen(command: str, programs: Programs) -> None:
+    with pytest.raises((SystemExit, UserError, AssertionError)):
+        perform(command, programs)
+
+
+def test_commands_are_found_wherever_they_are_shown() -> None:
+    first_words = {(shown.where, shown.text.split()[0]) for shown in SHOWN}
+    assert first_words >= {
+        ("README.md", "torchrun"),
+        ("docs/slurm.md", "sbatch"),
+        ("docs/benchmarks/speed.md", "tools/benchmark.py"),
+        ("configs/launcher/slurm.yaml", "python"),
+        ("tools/slurm/train.sbatch", "sbatch"),
+        ("mgvideo/cli/prepare.py", "mgvideo"),
+        ("mgvideo/cli/run.py", "python"),
+    }
