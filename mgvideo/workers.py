@@ -57,7 +57,7 @@ def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
 
     Forked from this process they would be as quick to start, but every page that it writes then is copied first.
     """
-    forkserver.set_forkserver_preload(["__main__", "mgvideo.loader", *modules])
+    forkserver.set_forkserver_preload(["__main__", "mgvideo.loader", "mgvideo.sampler", *modules])
     use_short_socket_paths()
     # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the
     # folder that it starts in, which may be a checkout of something else than what is installed

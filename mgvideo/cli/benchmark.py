@@ -25,6 +25,7 @@ BENCHMARKS = {
     "loader": "clips a second of the real loader at each grid of a plan, beside the bare library that only decodes",
     "step": "milliseconds of a training step at each grid, by model, precision, memory format and compilation",
     "soak": "whether memory and open files of the loader's workers stay flat over many clips",
+    "sampler": "the time in which a rank finds its clips of a step, at several numbers of ranks",
     "train": "the trainer beside a bare loop, waiting for data, phase boundaries, and multigrid beside the baseline",
 }
 

@@ -10,7 +10,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.batches import share
 from mgvideo.batchnorm import convert_group_batchnorm
 from mgvideo.distributed import barrier, gather_objects, local_rank, rank, rank_cpus, rank_memory, world_size
 from mgvideo.dropout import convert_clip_dropout
@@ -20,6 +19,7 @@ from mgvideo.microbatch import clips_that_fit
 from mgvideo.plan import Base, Grid, Plan, require
 from mgvideo.precision import Normalize, Precision, cudnn_warning, probe_convolutions
 from mgvideo.schedule import Schedule, make_plan
+from mgvideo.shards import shard_batch
 from mgvideo.shared_memory import BatchSizes, check_room
 from mgvideo.tasks import TASKS, Task
 
@@ -180,12 +180,12 @@ def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> 
     if options.workers == 0:
         return []
     base, test = plan.base, cfg.test
-    shares = (
-        (share(slot.batch, phase.bn_groups, rank(), world_size()), slot)
+    shards = (
+        (shard_batch(slot.batch, phase.bn_groups, rank(), world_size()), slot)
         for phase in plan.phases
         for slot in phase.slots
     )
-    training = [3 * slot.grid.volume * (part.stop - part.start) for part, slot in shares] if cfg.train.enable else []
+    training = [3 * slot.grid.volume * (shard.stop - shard.start) for shard, slot in shards] if cfg.train.enable else []
     if cfg.train.enable and cfg.train.evals_per_phase:
         training.append(3 * base.frames * base.size**2 * test.batch)
     tested = 3 * base.frames * test.size**2 * test.crops * test.batch if test.enable else 0

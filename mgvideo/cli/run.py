@@ -18,7 +18,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.batches import check_shares
 from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
 from mgvideo.distributed import joined, rank, world_size
 from mgvideo.errors import NonFiniteError, UserError
@@ -34,6 +33,7 @@ from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
 from mgvideo.report import Report, hardware
 from mgvideo.schedule import baseline_of
+from mgvideo.shards import check_shards
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
@@ -80,7 +80,9 @@ def run(cfg: DictConfig) -> None:
         torch.backends.cudnn.benchmark = not cfg.deterministic  # shapes are few and come again
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
-        check_shares(plan, world_size())
+        check_shards(plan, world_size())
+        if cfg.train.precise_bn_clips:
+            check_shards(baseline_of(plan), world_size())
         precision = choose_precision(cfg.precision, device)
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
@@ -246,7 +248,7 @@ def build_trainer(
             max_clips=fits,
             log_every=cfg.train.log_every,
             evals_per_phase=cfg.train.evals_per_phase,
-            precise_bn_batches=cfg.train.precise_bn_batches,
+            precise_bn_clips=cfg.train.precise_bn_clips,
             checkpoint_every=cfg.checkpoint.every_steps,
             checkpoint_minutes=cfg.checkpoint.every_minutes,
             max_bad_fraction=cfg.dataset.max_bad_fraction,

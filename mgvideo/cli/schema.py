@@ -89,7 +89,11 @@ class TrainKeys:
     enable: bool = key(True, "train at all")
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
     evals_per_phase: int = key(1, "evaluations on the validation videos a phase, its end included; 0: none", least=0)
-    precise_bn_batches: int = key(200, "batches for precise BN before each evaluation and the test; 0: none", least=0)
+    precise_bn_clips: int = key(
+        12_800,
+        "clips for precise BN before each evaluation and the test, at most one pass over the dataset; 0: none",
+        least=0,
+    )
     profile: int = key(0, "steps to trace with torch.profiler, after the first few, into output_dir/profile", least=0)
 
 
