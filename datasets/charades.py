@@ -104,7 +104,7 @@ def charades(
 def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:
     actions: dict[str, list[Action]] = {}
     for number, row in read_table(file, lines, COLUMNS, exact=COLUMNS):
-        name, text = row["id"], row.get("actions", "")
+        name, text = row.get("id", ""), row.get("actions", "")
         if not name or name in actions:
             raise UserError(f"{file}:{number}: expected the id of another video, found {name!r}")
         try:

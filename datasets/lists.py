@@ -90,7 +90,7 @@ def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
     if is_header(lines, COLUMNS):
         for number, fields in read_table(file, lines, COLUMNS):
             try:
-                yield number, _path(fields["path"]), _parse_labels(fields.get("label", ""))
+                yield number, _path(fields.get("path", "")), _parse_labels(fields.get("label", ""))
             except ValueError as error:
                 raise UserError(f"{file}:{number}: {error}") from None
         return

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mgvideo.errors import UserError
+from mgvideo.resources import cpu_count
 from mgvideo.signals import blocked
 
 Item = TypeVar("Item")
@@ -36,7 +37,7 @@ def parallel(
     Raises:
         UserError: a process died. It names the items in progress, one of which may have killed it.
     """
-    processes = min(processes or len(os.sched_getaffinity(0)), len(items))
+    processes = min(processes or cpu_count(), len(items))
     if processes <= 1:
         yield from map(work, items)
         return

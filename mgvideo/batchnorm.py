@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .errors import UserError
 
 aten = torch.ops.aten
+MAX_DEFERRED_FORWARDS = 16  # statistics that a layer keeps before it adds them up
 
 
 class GroupBatchNorm3d(nn.BatchNorm3d):
@@ -37,9 +38,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     num_batches_tracked: Tensor
     groups: int = 1
     process_group: dist.ProcessGroup | None = None
-    # statistics of this step that wait for its end: those added up already, see `_sums`, and one more a forward
-    pending: Tensor | None = None
-    waiting: list[_Statistics]
+    # Inside deferred_running_stats: sums over the groups so far, see `_sums`, and the forwards not yet added to them.
+    deferred_sums: Tensor | None = None
+    deferred_forwards: list[_Statistics]
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises `[n, channels, t, h, w]`; in training n must be a multiple of `groups`, or UserError."""
@@ -57,7 +58,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         Of a channels_last_3d tensor this view is channels_last, and only for that CUDA has fast kernels.
         """
         alone = self.groups == 1 and self.process_group is None
-        if not self.training or (alone and self.pending is None):
+        if not self.training or (alone and self.deferred_sums is None):
             return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
@@ -69,23 +70,25 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             output, mean, var = _MergedNormalise.apply(
                 input, self.weight, self.bias, self.groups, fold, self.eps, self.process_group
             )
-            found = _Statistics(mean, var, _ranks(self.process_group))
+            statistics = _Statistics(mean, var, _ranks(self.process_group))
         elif self.groups > 1:
             normalise = _GroupNormalise if input.device.type == "cpu" else _GroupNormaliseAtOnce
             output, mean, invstd = normalise.apply(input, self.weight, self.bias, self.groups, self.eps)
-            found = _Statistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
+            statistics = _Statistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
         else:
             # With momentum 1, running statistics become the batch's own.
             mean, var = torch.zeros((2, 1, self.num_features), dtype=_stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
-            found = _Statistics(mean, var)
-        if self.pending is None:
+            statistics = _Statistics(mean, var)
+        if self.deferred_sums is None:
             if self.track_running_stats:
-                _update_running([self], _sums(found))
+                _update_running([self], _sums(statistics))
         elif torch.compiler.is_compiling():  # which fuses what it traces
-            self.pending.add_(_sums(found))
+            self.deferred_sums.add_(_sums(statistics))
         else:
-            self.waiting.append(found)
+            self.deferred_forwards.append(statistics)
+            if len(self.deferred_forwards) == MAX_DEFERRED_FORWARDS:
+                _add_deferred([self])
         return output
 
 
@@ -133,27 +136,34 @@ def set_bn_groups(model: nn.Module, groups: int, process_group: dist.ProcessGrou
 
 
 @contextmanager
-def deferred_running_stats(model: nn.Module, world_group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Makes all training forwards inside it one update of the running statistics, over all ranks.
+def deferred_running_stats(
+    model: nn.Module, world_group: dist.ProcessGroup | None = None, momentum: float | None = None
+) -> Iterator[None]:
+    """Make all training forwards inside it one update of the running statistics, over all ranks.
 
-    Forwards accumulate on the device; on leaving, one all-reduce (over `world_group`, by default every rank; none
-    without torch.distributed) covers all layers. After an exception the running statistics are as before.
+    Every BN group of every forward and rank has the same weight. Forwards accumulate on the device, in memory that does
+    not grow with their number; on leaving, one all-reduce (over `world_group`, by default every rank; none without
+    torch.distributed) covers all layers. `momentum` takes the place of the layers' own: with 1 the running statistics
+    become those of the forwards inside, which is precise BN (Wu and Johnson 2021, arXiv 2105.07576, section 3). After
+    an exception the running statistics are as before.
     """
     layers = [layer for layer in _layers(model) if layer.training and layer.track_running_stats]
     for layer in layers:
-        layer.pending = torch.zeros((4, layer.num_features), dtype=torch.float64, device=layer.running_mean.device)
-        layer.waiting = []
+        device = layer.running_mean.device
+        layer.deferred_sums = torch.zeros((4, layer.num_features), dtype=torch.float64, device=device)
+        layer.deferred_forwards = []
     try:
         yield
         if layers:
-            sums = _all_sums(layers)
+            _add_deferred(layers)
+            sums = torch.cat([layer.deferred_sums for layer in layers], dim=1)  # type: ignore[misc]
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(sums, group=world_group)
-            _update_running(layers, sums)
+            _update_running(layers, sums, momentum)
     finally:
         for layer in layers:
-            layer.pending = None
-            layer.waiting = []
+            layer.deferred_sums = None
+            layer.deferred_forwards = []
 
 
 def _layers(model: nn.Module) -> list[GroupBatchNorm3d]:
@@ -165,10 +175,10 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Statistics(NamedTuple):
-    """What a forward found: means `[groups, channels]`, and how the groups spread, of which each of `ranks` has a part.
+    """Statistics of one forward: the groups' means and spreads, `[groups, channels]`; each of `ranks` has a part.
 
-    `spread` are unbiased variances or, where `size` is given, what the kernel makes of `size` values and `eps`: the
-    inverses of standard deviations.
+    `spread` holds unbiased variances or, where `size` is given, inverse standard deviations as the kernel computes
+    them from `size` values and `eps`.
     """
 
     mean: Tensor
@@ -178,42 +188,47 @@ class _Statistics(NamedTuple):
     eps: float = 0.0
 
 
-def _sums(found: _Statistics) -> Tensor:
-    """Sums over groups of mean, mean², variance and 1: float64 `[4, channels]`.
+def _sums(statistics: _Statistics) -> Tensor:
+    """Sum mean, mean², variance and 1 over groups: float64 `[4, channels]`.
 
     Each of the ranks that share a group counts its part of it. In float64 a mean of squares may lose the square of
     the mean and still be precise.
     """
-    mean, var = found.mean.double(), found.spread.double()
-    if found.size:
-        var = (var.pow(-2) - found.eps).clamp(min=0) * (found.size / (found.size - 1))
-    return torch.stack((mean, mean.square(), var, torch.ones_like(mean))).sum(1) / found.ranks
+    mean, var = statistics.mean.double(), statistics.spread.double()
+    if statistics.size:
+        var = (var.pow(-2) - statistics.eps).clamp(min=0) * (statistics.size / (statistics.size - 1))
+    return torch.stack((mean, mean.square(), var, torch.ones_like(mean))).sum(1) / statistics.ranks
 
 
 @torch.no_grad()
-def _all_sums(layers: Sequence[GroupBatchNorm3d]) -> Tensor:
-    """The layers' sums of this step side by side.
+def _add_deferred(layers: Sequence[GroupBatchNorm3d]) -> None:
+    """Add the layers' deferred forwards to their sums.
 
-    What waits is added up for layers alike at once: of many such small tensors each costs its calls.
+    Forwards of one layer, and then layers of as many groups, are added at once: the tensors are so small that the time
+    is that of the calls.
     """
-    pending = [layer.pending for layer in layers if layer.pending is not None]
-    alike = defaultdict(list)
-    for layer, sums in zip(layers, pending, strict=True):
-        for i, found in enumerate(layer.waiting):
-            alike[i, len(found.mean), found[2:]].append((sums, found))
-    for pairs in alike.values():
-        mean = torch.cat([found.mean for _, found in pairs], dim=1)
-        spread = torch.cat([found.spread for _, found in pairs], dim=1)
-        parts = _sums(pairs[0][1]._replace(mean=mean, spread=spread)).split([s.shape[1] for s, _ in pairs], dim=1)
-        torch._foreach_add_([sums for sums, _ in pairs], parts)
-    return torch.cat(pending, dim=1)
+    alike = defaultdict(list)  # by groups, and (ranks, size, eps)
+    for layer in layers:
+        forwards = defaultdict(list)
+        for statistics in layer.deferred_forwards:
+            forwards[statistics[2:]].append(statistics)
+        for kind, several in forwards.items():
+            mean = torch.cat([statistics.mean for statistics in several])
+            spread = torch.cat([statistics.spread for statistics in several])
+            alike[len(mean), kind].append((layer.deferred_sums, mean, spread))
+        layer.deferred_forwards = []
+    for (_, kind), several_layers in alike.items():
+        sums, means, spreads = zip(*several_layers, strict=True)
+        statistics = _Statistics(torch.cat(means, dim=1), torch.cat(spreads, dim=1), *kind)
+        torch._foreach_add_(list(sums), _sums(statistics).split([mean.shape[1] for mean in means], dim=1))
 
 
 @torch.no_grad()
-def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor) -> None:
-    """Moves running statistics to the mean of means, and to the mean of variances plus the variance of means.
+def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor, momentum: float | None = None) -> None:
+    """Move running statistics to the mean of means, and to the mean of variances plus the variance of means.
 
-    `sums` holds the layers' `_sums` side by side. A layer that no group went through keeps its statistics.
+    `sums` holds the layers' `_sums` side by side; `momentum` takes the place of their own. A layer that no group went
+    through keeps its statistics.
     """
     count = sums[3]
     mean, square, var = sums[:3] / torch.where(count > 0, count, 1)
@@ -221,9 +236,10 @@ def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor) -> None:
     dtype, sizes = layers[0].running_mean.dtype, [layer.num_features for layer in layers]
     means, variances, ran = (flat.to(dtype).split(sizes) for flat in (mean, var, count > 0))
     torch._foreach_add_([layer.num_batches_tracked for layer in layers], [part[0] > 0 for part in ran])
-    weights = torch._foreach_mul(ran, [1.0 if layer.momentum is None else layer.momentum for layer in layers])
-    for layer, weight in zip(layers, weights, strict=True):
-        if layer.momentum is None:  # torch keeps the plain average of all updates
+    momenta = [layer.momentum if momentum is None else momentum for layer in layers]
+    weights = torch._foreach_mul(ran, [1.0 if value is None else value for value in momenta])
+    for layer, weight, value in zip(layers, weights, momenta, strict=True):
+        if value is None:  # torch keeps the plain average of all updates
             weight /= layer.num_batches_tracked.clamp(min=1)
     torch._foreach_lerp_([layer.running_mean for layer in layers], means, weights)
     torch._foreach_lerp_([layer.running_var for layer in layers], variances, weights)

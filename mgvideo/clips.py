@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .plan import Grid
+from .shards import BatchShard
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class ClipRequest:
     grid: Grid
     seed: int
     view: View | None = None
+
+
+class BatchRequest(NamedTuple):
+    """The clips of one batch, and in training which part of the global batch they are."""
+
+    clips: Sequence[ClipRequest]
+    shard: BatchShard | None = None
 
 
 @dataclass(frozen=True)

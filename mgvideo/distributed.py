@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from fractions import Fraction
 from functools import cache
 from typing import Any
 from uuid import uuid4
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from .errors import UserError
+from .launch import choose_gpu, launched_number, ranks_from_slurm, visible_gpus
+from .resources import cpu_share, find_resources, memory_share
 from .signals import Stopped, defer, heed, requeue
 from .watch import LEAVING, Watch, at
 
@@ -38,23 +41,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """This process's rank on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def ranks_from_slurm() -> None:
-    """Where srun started this process, and torchrun did not, set the variables that torchrun would."""
-    env = os.environ
-    if "WORLD_SIZE" in env or "SLURM_STEP_NUM_TASKS" not in env:
-        return
-    env["WORLD_SIZE"], env["RANK"] = env["SLURM_STEP_NUM_TASKS"], env["SLURM_PROCID"]
-    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(len(env["SLURM_GTIDS"].split(",")))
-    if "MASTER_ADDR" not in env:
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        )
-        env["MASTER_ADDR"] = nodes.stdout.split()[0]
-    # the same on all ranks, another for each job, below the ports that systems hand out
-    env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
+    return launched_number("LOCAL_RANK", "0")
 
 
 @contextmanager
@@ -62,41 +49,42 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     """The device of this process, ranks joined where a launcher such as torchrun or srun started several.
 
     Inside, a signal raises Stopped; where that ends it, the job goes back into SLURM's queue.
+
+    Raises:
+        UserError: the launcher's variables make no sense, ranks do not meet, or a rank has no GPU of its own.
     """
     ranks_from_slurm()
-    cuda = torch.cuda.is_available()
-    if cuda and local_rank() >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {os.environ.get('RANK', '0')} is number {local_rank()} on this node, which has "
-            f"{torch.cuda.device_count()} GPUs: start at most that many processes a node"
-        )
-    device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    with _alone() if alone else _together(device, timedelta(seconds=timeout_s)):
+    alone = launched_number("WORLD_SIZE", "1") == 1
+    with _alone() if alone else _together(timedelta(seconds=timeout_s)) as device:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        limit_threads(rank_cpus())
         heed()
         yield device
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _alone() -> Iterator[torch.device]:
     try:
-        yield
+        yield torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     except Stopped as stop:
         requeue(stop.number)
         raise
 
 
 @contextmanager
-def _together(device: torch.device, timeout: timedelta) -> Iterator[None]:
+def _together(timeout: timedelta) -> Iterator[torch.device]:
     """Inside, ranks are joined and watch each other; a signal that comes before waits until they can leave together."""
-    store, number, size = next(iter(rendezvous("env://", timeout=timeout)))
+    store, number, size = _rendezvous(timeout)
     store = dist.PrefixStore(_meeting(store, number, size, timeout), store)
     watch = Watch(store.clone(), number, size)
     watch.start()
     failed = True
     try:
+        # compared before NCCL starts, which names neither the rank nor the reason
+        store.set(f"gpus{number}", json.dumps(visible_gpus()))
+        gpu = choose_gpu(number, [json.loads(text) for text in store.multi_get([f"gpus{r}" for r in range(size)])])
+        device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
         cuda = device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo",
@@ -106,7 +94,7 @@ def _together(device: torch.device, timeout: timedelta) -> Iterator[None]:
             timeout=timeout,
             device_id=device if cuda else None,
         )
-        yield
+        yield device
         failed = False
     except (Exception, SystemExit) as error:
         defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
@@ -126,6 +114,22 @@ def _together(device: torch.device, timeout: timedelta) -> Iterator[None]:
         watch.stop(failed and not isinstance(reason, Stopped))
         if not failed:
             dist.destroy_process_group()
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store where ranks meet, this rank's number, and how many they are."""
+    number, size, port = (launched_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} MASTER_PORT={port}"
+    if number >= size:
+        raise UserError(f"RANK={number} WORLD_SIZE={size}: ranks count from 0, so {size - 1} is the last")
+    try:
+        return next(iter(rendezvous("env://", timeout=timeout)))
+    except (ValueError, RuntimeError) as error:  # torch's errors of its store are of the latter kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"rank {number} of {size} cannot meet the others at {place} ({reason}): the address must be that of rank "
+            "0's machine, the port free there, and all ranks be started"
+        ) from error
 
 
 def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
@@ -226,6 +230,27 @@ def gather_objects(item: object) -> list:
     items: list = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def rank_cpus() -> Fraction:
+    """CPU cores of this rank, its share of what the ranks of its machine may use. All ranks call it together."""
+    own = find_resources()
+    return cpu_share(own, gather_objects(own))
+
+
+def rank_memory() -> int:
+    """Bytes of memory that this rank may take, its share of what its machine has free. All ranks call it together."""
+    own = find_resources()
+    return memory_share(own, gather_objects(own))
+
+
+def limit_threads(cores: int | Fraction) -> None:
+    """Let torch use no more threads than a process has cores, unless OMP_NUM_THREADS says how many it is to use.
+
+    torch counts the cores that it may run on, whoever else runs there and whatever quota there is.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, int(cores))))
 
 
 @cache

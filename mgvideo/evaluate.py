@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
-from .batches import Batches, share
-from .batchnorm import set_bn_groups
-from .clips import ClipRequest, Failure, View
+from .batchnorm import GroupBatchNorm3d, deferred_running_stats, set_bn_groups
+from .clips import Failure
 from .distributed import all_reduce, gather_objects, neighbours, rank, world_size
+from .dropout import dropout_of
 from .loader import Batch, Loader
-from .microbatch import explain_out_of_memory, pieces
+from .microbatch import explain_out_of_memory, split_into_micro_batches
 from .plan import Grid
 from .precision import Normalize, Precision
+from .random_streams import Stream, random_seed
+from .sampler import ClipSampler, view_requests
 from .signals import stop_if_asked
 from .tasks import Task
 
@@ -62,16 +63,9 @@ class Evaluator:
         needs no padding. `beat` is told of each batch on every rank.
         """
         videos = len(self.loader.dataset)
-        mine = range(rank(), videos * views.clips, world_size())
-
-        def requests(step: int) -> list[ClipRequest]:
-            part = mine[step * self.batch : (step + 1) * self.batch]
-            return [
-                ClipRequest(i // views.clips, views.grid, 0, View(i % views.clips, views.clips, views.crops))
-                for i in part
-            ]
-
-        device, steps = self.precision.device, range(-(-len(mine) // self.batch))
+        own = range(rank(), videos * views.clips, world_size())
+        requests = partial(view_requests, views.grid, views.clips, views.crops, own, self.batch)
+        device, steps = self.precision.device, range(-(-len(own) // self.batch))
         scores, seen = torch.zeros(videos, self.classes, device=device), torch.zeros(videos, device=device)
         labels = self.task.no_labels(videos, self.classes).to(device)
         failures: list[Failure] = []
@@ -120,46 +114,34 @@ class Evaluator:
 def precise_bn(
     model: nn.Module,
     loader: Loader,
-    batches: Batches,
-    steps: int,
+    sampler: ClipSampler,
+    batches: int,
     normalize: Normalize,
     precision: Precision,
     max_clips: int,
     beat: Beat = lambda *_: None,
 ) -> None:
-    """Replace BN's running statistics by those of `steps` batches of the base grid (fvcore), equal on all ranks.
+    """Replace BN's running statistics by those of the sampler's first `batches` global batches, equal on all ranks.
 
-    `batches` is of a baseline plan, so that groups are as in training; ranks' statistics are aggregated by their mean,
-    and by the mean of variances plus the variance of means.
+    Every BN group of every batch has the same weight, whichever rank it is on; at most `max_clips` clips are run at
+    once. After an exception the running statistics are as before.
     """
-    phase = batches.plan.phases[0]
-    part = share(phase.slots[0].batch, phase.bn_groups, rank(), world_size())
-    cuts = pieces(part, max_clips)
-    group = neighbours(len(part.ranks))
-
-    def inputs() -> Iterator[Tensor]:
-        beat(0, steps, True)
-        for done, batch in enumerate(loader.open(lambda step: batches(step)[part.start : part.stop], range(steps))):
-            stop_if_asked()
-            clips = batch.clips.to(precision.device, non_blocking=True)
-            for piece in cuts:
-                beat(done, steps, False)
-                set_bn_groups(model, piece.groups, group)
-                yield normalize(clips[piece.start : piece.stop])
-            beat(done + 1, steps, True)
-
-    model.train()
-    with precision.autocast():
-        update_bn_stats(model, inputs(), num_iters=steps * len(cuts))
-    beat(steps, steps, True)  # which the last of the inputs, not asked for another, has not told
-    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
-    if world_size() == 1 or not layers:
+    if not any(isinstance(module, GroupBatchNorm3d) for module in model.modules()):
         return
-    means = torch.cat([layer.running_mean for layer in layers])  # type: ignore[misc]
-    variances = torch.cat([layer.running_var for layer in layers])  # type: ignore[misc]
-    mean = all_reduce(means.clone()) / world_size()
-    variance = all_reduce(variances + (means - mean) ** 2) / world_size()
-    sizes = [layer.num_features for layer in layers]
-    for layer, m, v in zip(layers, mean.split(sizes), variance.split(sizes), strict=True):
-        layer.running_mean.copy_(m)  # type: ignore[union-attr]
-        layer.running_var.copy_(v)  # type: ignore[union-attr]
+    requests = partial(sampler.shard, rank=rank(), world=world_size())
+    model.train()
+    with torch.no_grad(), deferred_running_stats(model, momentum=1.0):
+        beat(0, batches, True)
+        for done, batch in enumerate(loader.open(requests, range(batches))):
+            stop_if_asked()
+            shard = batch.shard
+            assert shard is not None, "the sampler's batches carry their shard"
+            group, seed = neighbours(len(shard.ranks)), random_seed(sampler.seed, Stream.DROPOUT, done)
+            clips = batch.clips.to(precision.device, non_blocking=True)
+            for start, stop, groups in split_into_micro_batches(shard, max_clips):
+                beat(done, batches, False)
+                set_bn_groups(model, groups, group)
+                torch.manual_seed(seed)
+                with dropout_of(model, shard.batch, shard.start + start, shard.start + stop), precision.autocast():
+                    model(normalize(clips[start:stop]))
+            beat(done + 1, batches, True)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .batches import share
 from .errors import UserError
 from .plan import Grid, Phase, Plan, Slot, number, require
+from .shards import shard_batch
 
 ClipCost = Callable[[Grid], float]
 
@@ -30,9 +30,9 @@ def cost(phases: Iterable[Phase], clip_cost: ClipCost = pixels) -> float:
 
 
 def gpu_shares(phase: Phase, slot: Slot, gpus: int) -> tuple[int, int]:
-    """The fewest and the most clips of a slot's step that a GPU takes. Raises UserError as `batches.share`."""
-    parts = [share(slot.batch, phase.bn_groups, rank, gpus) for rank in range(gpus)]
-    sizes = [part.stop - part.start for part in parts]
+    """The fewest and the most clips of a slot's step that a GPU takes. Raises UserError as `shard_batch`."""
+    shards = [shard_batch(slot.batch, phase.bn_groups, rank, gpus) for rank in range(gpus)]
+    sizes = [shard.stop - shard.start for shard in shards]
     return min(sizes), max(sizes)
 
 
@@ -41,9 +41,9 @@ def bn_layout(phase: Phase, gpus: int) -> tuple[str, int]:
 
     Where groups do not divide among GPUs, the most on one.
     """
-    part = share(phase.batch, phase.bn_groups, gpus - 1, gpus)
-    if len(part.ranks) > 1:
-        return "sync", len(part.ranks)
+    shard = shard_batch(phase.batch, phase.bn_groups, gpus - 1, gpus)
+    if len(shard.ranks) > 1:
+        return "sync", len(shard.ranks)
     groups = -(-phase.bn_groups // gpus)
     return ("sub", groups) if groups > 1 else ("plain", 1)
 

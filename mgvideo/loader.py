@@ -1,7 +1,8 @@
-"""From the batches of a plan to tensors on the host: a DataLoader a phase, the next one up before the last is done."""
+"""From batch requests to tensors on the host: one DataLoader a phase, the next one started before the last is done."""
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from . import workers
-from .clips import ClipRequest, Failure, Sample
+from .clips import BatchRequest, ClipRequest, Failure, Sample
 from .errors import UserError
+from .resources import available_cpus
+from .shards import BatchShard
+from .shared_memory import explain_full, is_full, room_for_queues
 from .signals import Stopped, received
 
 
@@ -34,7 +38,7 @@ class Batch(NamedTuple):
     """Clips uint8 `[n, t, s, s, 3]`, labels int64 `[n]` or float32 `[n, classes]`, indices int64 `[n]`.
 
     `failures` are the videos that could not be read, `bad_clips` the clips that were drawn for one of them: a clip's
-    substitute may fail as well.
+    substitute may fail as well. A training batch carries its shard: the part of the global batch that the n clips are.
     """
 
     clips: Tensor
@@ -42,14 +46,15 @@ class Batch(NamedTuple):
     indices: Tensor
     failures: tuple[Failure, ...] = ()
     bad_clips: int = 0
+    shard: BatchShard | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # between processes each tensor costs a handshake, half a millisecond: for the clips alone is it worth one
+        # Each tensor sent between processes costs a handshake, half a millisecond: only the clips are worth it.
         return _received, (self.clips, self.labels.numpy(), self.indices.numpy(), *self[3:])
 
 
-def _received(clips: Tensor, labels: np.ndarray, indices: np.ndarray, *rest: Any) -> Batch:
-    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), *rest)
+def _received(clips: Tensor, labels: np.ndarray, indices: np.ndarray, *others: Any) -> Batch:
+    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), *others)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -76,17 +81,24 @@ class LoaderOptions:
 PATIENCE = 10.0  # seconds to wait in all for workers that only idle cores run, before others take their place
 
 
-class _Steps:
-    """A batch sampler: the requests of each step, made when a worker is free for them."""
+class _StepDataset(Dataset):
+    """Item `step` is the batch of that step. Workers make the requests, which costs the training process no time."""
 
-    def __init__(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> None:
-        self.requests, self.steps = requests, steps
+    def __init__(
+        self,
+        dataset: ClipDataset,
+        requests: Callable[[int], BatchRequest],
+        collate: Callable[[Sequence[Sample]], Batch],
+    ) -> None:
+        self.dataset, self.requests, self.collate = dataset, requests, collate
 
-    def __iter__(self) -> Iterator[list[ClipRequest]]:
-        return map(self.requests, self.steps)
+    def __getitem__(self, step: int) -> Batch:
+        clips, shard = self.requests(step)
+        return self.collate([self.dataset[clip] for clip in clips])._replace(shard=shard)
 
-    def __len__(self) -> int:
-        return len(self.steps)
+
+def _unchanged(batch: Any) -> Any:
+    return batch
 
 
 def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float, idle: bool) -> Iterator[Batch]:
@@ -133,18 +145,26 @@ def dead_worker(error: Exception) -> BaseException:
     process is; a batch that is being fetched from it raises an OSError or an EOFError.
     """
     text = str(error).splitlines()[0] if str(error) else ""
+    if is_full(error):
+        return UserError(explain_full())
     reported = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
     raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
     fetching = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_in_worker
     if reported or fetching:
         if received():
             return Stopped(received())
+        if "Bus error" in text or workers.killed_by(signal.SIGBUS):
+            return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
         return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
     return error
 
 
 class Loader:
-    """Loads what `requests(step)` names, for any range of steps."""
+    """Loads the clips that `requests(step)` returns, for any range of steps.
+
+    Worker processes call `requests`, which pickle must therefore be able to send: a function of a module, a
+    `functools.partial`, a method of a dataclass.
+    """
 
     def __init__(
         self,
@@ -156,10 +176,12 @@ class Loader:
         self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
         served = options.workers > 0 and options.start_method == "forkserver"
         self.idle = options.idle and served and workers.CAN_IDLE
+        if options.workers:
+            workers.use_short_socket_paths()
         if served:
             workers.start_server([type(dataset).__module__])
 
-    def open(self, requests: Callable[[int], list[ClipRequest]], steps: range) -> Iterator[Batch]:
+    def open(self, requests: Callable[[int], BatchRequest], steps: range) -> Iterator[Batch]:
         """Start the workers on `steps` at once; the iterator yields one batch a step."""
         if not steps:
             return iter(())
@@ -170,7 +192,7 @@ class Loader:
         self,
         batches: Iterator[Batch],
         started: Sequence[BaseProcess],
-        requests: Callable[[int], list[ClipRequest]],
+        requests: Callable[[int], BatchRequest],
         steps: range,
     ) -> Iterator[Batch]:
         """Batches of workers that only idle cores run; where those are waited for most of the time, of others."""
@@ -191,41 +213,41 @@ class Loader:
             del batches  # and with it what waits for the killed ones
             yield from self.open(requests, range(step, steps.stop))
 
-    def _open(
-        self, requests: Callable[[int], list[ClipRequest]], steps: range
-    ) -> tuple[Iterator[Batch], list[BaseProcess]]:
+    def _open(self, requests: Callable[[int], BatchRequest], steps: range) -> tuple[Iterator[Batch], list[BaseProcess]]:
         count = min(self.options.workers, len(steps))
-        largest = max(len(requests(step)) for step in steps[:3])
-        dataset: Dataset = self.dataset  # type: ignore[assignment]
+        largest = max(len(requests(step).clips) for step in steps[:3])  # a short cycle has up to three batch sizes
         loader = DataLoader(
-            dataset,
-            batch_sampler=_Steps(requests, steps),  # type: ignore[arg-type]
+            _StepDataset(self.dataset, requests, self.collate),
+            sampler=steps,
+            batch_size=None,
+            collate_fn=_unchanged,
             num_workers=count,
-            collate_fn=self.collate,
             pin_memory=self.pin,
-            worker_init_fn=partial(workers.begin, self.idle),
+            worker_init_fn=partial(workers.begin, self.idle, available_cpus()),
             prefetch_factor=self.options.prefetch if count else None,
             multiprocessing_context=self.options.start_method if count else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        with workers.starting() as started:
+        with workers.starting() as started, room_for_queues():
             batches = iter(loader)
         if not count:
             return batches, started
         timeout = PATIENCE + largest / 50 if self.idle else self.options.timeout + largest
         return _plainly(batches, started, timeout, self.idle), started
 
-    def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
-        """One batch a step through consecutive stretches of steps, a new DataLoader for each.
+    def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
+        """Yield one batch a step through consecutive stretches of steps, with a new DataLoader for each.
 
-        The next stretch's workers start as soon as the last batch of this one is in a worker's hands, so that a
-        boundary costs no wait. They start beside the step that runs then, but for forked ones: a fork takes along
-        what other threads hold.
+        The next stretch's workers start as soon as a worker has the last batch of this one to load, so that a boundary
+        costs no wait. They start in a thread, beside the step that runs then. Forked workers do not: a fork copies the
+        locks that other threads hold.
         """
         options = self.options
         ahead, beside = max(1, options.workers * options.prefetch), options.workers and options.start_method != "fork"
-        with ThreadPoolExecutor(1) as thread:
+        # A new thread's current CUDA device is 0, and the pin-memory thread inherits that of the thread that starts it.
+        set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin else None
+        with ThreadPoolExecutor(1, initializer=set_device) as thread:
             following: Iterator[Batch] | Future[Iterator[Batch]] = self.open(requests, stretches[0])
             for steps, after in pairwise([*stretches, range(0)]):
                 current = following.result() if isinstance(following, Future) else following

@@ -1,4 +1,4 @@
-"""Cutting a rank's share of a batch into pieces that its memory holds, whole BN groups where it can."""
+"""Micro-batches: parts of a rank's shard that fit into memory, whole BN groups where possible."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from .batches import Share
 from .errors import UserError
 from .plan import Base, Grid, Plan
 from .precision import Precision, without_tuning
+from .shards import BatchShard
 
 MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
 MAX_MEMORY_SHARE = 0.8  # the same, for a run that was begun with a number of clips and should keep it
 
 
-class Piece(NamedTuple):
-    """Clips `[start, stop)` of a rank's share, run at once, in `groups` BN groups."""
+class MicroBatch(NamedTuple):
+    """Clips `[start, stop)` of a rank's shard, run at once, in `groups` BN groups."""
 
     start: int
     stop: int
     groups: int
 
 
-def pieces(share: Share, limit: int) -> list[Piece]:
-    """Cut a share into the fewest pieces of at most `limit` clips, never inside a BN group that fits.
+def split_into_micro_batches(shard: BatchShard, limit: int) -> list[MicroBatch]:
+    """Cut a shard into the fewest micro-batches of at most `limit` clips, never inside a BN group that fits.
 
-    Where not even one group fits, groups shrink: each piece normalises by its own clips. Ranks that share a group
-    get the same number of pieces, since they meet in every one.
+    Where not even one group fits, groups shrink: each micro-batch is normalised by its own clips. Ranks that share a
+    group get the same number of micro-batches, since each of them has a collective operation.
     """
-    clips = share.stop - share.start
-    if len(share.ranks) > 1:
-        largest = math.ceil(share.group_size / len(share.ranks))
-        count = min(share.group_size // len(share.ranks), math.ceil(largest / limit))
-        return [Piece(i * clips // count, (i + 1) * clips // count, 1) for i in range(count)]
-    size = share.group_size
+    clips = shard.stop - shard.start
+    if len(shard.ranks) > 1:
+        largest = math.ceil(shard.group_size / len(shard.ranks))
+        count = min(shard.group_size // len(shard.ranks), math.ceil(largest / limit))
+        return [MicroBatch(i * clips // count, (i + 1) * clips // count, 1) for i in range(count)]
+    size = shard.group_size
     whole = limit // size
     if whole == 0:
         parts = math.ceil(size / limit)
-        cuts = [g * size + i * size // parts for g in range(share.groups) for i in range(parts)] + [clips]
-        return [Piece(a, b, 1) for a, b in pairwise(cuts)]
-    count = math.ceil(share.groups / whole)
-    cuts = [i * share.groups // count for i in range(count + 1)]
-    return [Piece(a * size, b * size, b - a) for a, b in pairwise(cuts)]
+        bounds = [g * size + i * size // parts for g in range(shard.groups) for i in range(parts)] + [clips]
+        return [MicroBatch(a, b, 1) for a, b in pairwise(bounds)]
+    count = math.ceil(shard.groups / whole)
+    bounds = [i * shard.groups // count for i in range(count + 1)]
+    return [MicroBatch(a * size, b * size, b - a) for a, b in pairwise(bounds)]
 
 
-def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes: int = 1) -> int:
+def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memory: int) -> int:
     """How many clips of `grid` a training step holds at once, from the activations that two clips save.
 
-    `processes` share the memory of a CPU. Runs one forward on a copy of the model.
+    On a CPU they take a share of `host_memory` bytes, on a GPU of what is free there. Runs one forward on a copy of the
+    model.
     """
     model = copy.deepcopy(model).train()
     saved: dict[int, int] = {}
@@ -76,7 +76,7 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, processes
         torch.cuda.empty_cache()  # what the probes are done with counts as taken otherwise
         free = torch.cuda.mem_get_info(precision.device)[0]
     else:
-        free = psutil.virtual_memory().available // processes
+        free = host_memory
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
 
 

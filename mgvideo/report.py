@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from .checkpoint import write_atomic
 from .clips import Failure
-from .distributed import world_size
+from .distributed import gather_objects, rank_cpus, world_size
 from .monitor import duration
 from .plan import Plan
 
@@ -93,8 +92,9 @@ class Report:
 
 
 def hardware(device: torch.device) -> str:
-    """What the run ran on, in words."""
+    """Describe in words what the run ran on. All ranks call it together."""
     if device.type == "cuda":
         return f"{world_size()} × {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
-    return f"{len(os.sched_getaffinity(0))} CPU cores ({name}), {world_size()} rank{'s' * (world_size() > 1)}"
+    cores = int(sum(gather_objects(rank_cpus())))
+    return f"{cores} CPU cores ({name}), {world_size()} rank{'s' * (world_size() > 1)}"

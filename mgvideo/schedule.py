@@ -102,8 +102,10 @@ def make_plan(base: Base, schedule: Schedule, dataset_size: int) -> Plan:
 
 
 def baseline_of(plan: Plan) -> Plan:
-    """What the recipe of a plan is without any cycle."""
-    return make_plan(plan.base, replace(BASELINE, min_size=1), plan.dataset_size)
+    """Return the plan of the same recipe without any cycle, with BN groups as large as in the plan's last phase."""
+    last = plan.phases[-1]
+    schedule = replace(BASELINE, min_size=1, bn_group=last.batch // last.bn_groups)
+    return make_plan(plan.base, schedule, plan.dataset_size)
 
 
 def scale_lr(recipe_batch: int, recipe_lr: float, batch: int) -> float:

@@ -1,4 +1,4 @@
-"""One optimizer step on a rank's share of a batch: to the device, forward and backward by pieces, the update."""
+"""One optimizer step on a rank's shard of a batch: copy to the device, forward and backward by micro-batch, update."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .batches import Share, share
 from .batchnorm import deferred_running_stats, set_bn_groups
-from .distributed import neighbours, rank, world_size
+from .distributed import neighbours, world_size
 from .dropout import dropout_of
 from .loader import Batch
-from .microbatch import explain_out_of_memory, fewer_clips, pieces
+from .microbatch import explain_out_of_memory, fewer_clips, split_into_micro_batches
 from .optim import SkippableStep
 from .plan import Grid, Plan, Slot
 from .precision import Normalize, Precision
+from .random_streams import Stream, random_seed
+from .shards import BatchShard
 from .tasks import Task
 
 
@@ -66,21 +66,22 @@ class Stepper:
             self.parallel = compiled(self.parallel, compile, plan)
 
     def __call__(self, step: int, batch: Batch) -> Tensor:
-        """Take a step; returns this rank's part of the mean loss over the global batch, on the device."""
-        phase, slot = self.plan.phase(step), self.plan.slot(step)
-        part = share(slot.batch, phase.bn_groups, rank(), world_size())
+        """Take a step on a batch that carries its shard.
+
+        Returns this rank's part of the mean loss over the global batch, on the device.
+        """
+        assert batch.shard is not None, "a training batch carries its shard"
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(step)
-        with explain_out_of_memory(partial(self._explain_out_of_memory, step, part)):
-            total = self._accumulate(step, part, *self._transferred(batch))
+        with explain_out_of_memory(partial(self._explain_out_of_memory, step, batch.shard)):
+            total = self._accumulate(step, batch.shard, *self._transferred(batch))
             self._update(step, total)
         return total
 
-    def _explain_out_of_memory(self, step: int, part: Share) -> str:
+    def _explain_out_of_memory(self, step: int, shard: BatchShard) -> str:
         """Where memory ran out, and the key to lower."""
         grid, phase = self.plan.slot(step).grid, self.plan.phases.index(self.plan.phase(step))
-        cuts = pieces(part, self._limit(grid))
-        clips = max(piece.stop - piece.start for piece in cuts)
+        clips = max(stop - start for start, stop, _ in split_into_micro_batches(shard, self._limit(grid)))
         lower = fewer_clips(clips, grid, self.plan.base)
         if lower is None:
             advice = "choose a smaller model, base.size or base.frames, or precision=bf16"
@@ -106,32 +107,31 @@ class Stepper:
             tensor.record_stream(computing)
         return clips, labels
 
-    def _accumulate(self, step: int, part: Share, clips: Tensor, labels: Tensor) -> Tensor:
-        """Gradients of the mean loss over the global batch; returns this rank's part of that loss."""
+    def _accumulate(self, step: int, shard: BatchShard, clips: Tensor, labels: Tensor) -> Tensor:
+        """Accumulate gradients of the mean loss over the global batch; return this rank's part of that loss."""
         slot = self.plan.slot(step)
-        batch, cuts = slot.batch, pieces(part, self._limit(slot.grid))
-        group = neighbours(len(part.ranks))
+        micro_batches = split_into_micro_batches(shard, self._limit(slot.grid))
+        group = neighbours(len(shard.ranks))
         total = torch.zeros((), device=self.device)
-        # dropout draws from (seed, step), whatever the rank: a resumed run needs no generator state
-        seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        # Dropout's seed depends on (seed, step) alone, not on the rank, and a resumed run needs no generator state.
+        seed = random_seed(self.seed, Stream.DROPOUT, step)
         graph = (slot, self.plan.phase(step).bn_groups)
         watched = self.compile == "off" or graph in self.compiled  # compiling may take minutes
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
-            for i, piece in enumerate(cuts):
+            for i, (start, stop, groups) in enumerate(micro_batches):
                 self.tell(step, "forward", 2 * i + 1, watched)
-                set_bn_groups(self.model, piece.groups, group)
+                set_bn_groups(self.model, groups, group)
                 torch.manual_seed(seed)
                 with ExitStack() as stack:
-                    first = part.start + piece.start
-                    stack.enter_context(dropout_of(self.model, batch, first, first + piece.stop - piece.start))
-                    if piece is not cuts[-1]:  # ranks exchange gradients once a step
+                    stack.enter_context(dropout_of(self.model, shard.batch, shard.start + start, shard.start + stop))
+                    if i < len(micro_batches) - 1:  # ranks exchange gradients once a step
                         stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
-                    pixels = self.normalize(clips[piece.start : piece.stop])
+                    pixels = self.normalize(clips[start:stop])
                     with self.precision.autocast():
                         logits = self.parallel(pixels)
-                    loss = self.task.loss(logits.to(pixels.dtype), labels[piece.start : piece.stop]) / batch
+                    loss = self.task.loss(logits.to(pixels.dtype), labels[start:stop]) / shard.batch
                     self.tell(step, "backward", 2 * i + 2, watched)
                     # DDP averages over ranks, which may hold different numbers of clips: undo it here
                     self.scaler.scale(loss * world_size()).backward()

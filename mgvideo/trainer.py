@@ -7,15 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .batches import Batches, share
 from .checkpoint import Checkpoints
 from .clips import Failure
 from .distributed import Votes, barrier, gather_objects, rank, world_size
@@ -27,6 +26,8 @@ from .optim import load_optimizer_state
 from .plan import Phase, Plan
 from .precision import Normalize, Precision
 from .profiling import Profiler
+from .random_streams import Stream, random_seed
+from .sampler import ClipSampler
 from .schedule import baseline_of
 from .signals import Stopped, received
 from .stepper import Stepper
@@ -45,7 +46,7 @@ class TrainOptions:
     max_clips: int  # clips of the base grid that a rank runs at once
     log_every: int = 10  # steps
     evals_per_phase: int = 1
-    precise_bn_batches: int = 200  # 0: none
+    precise_bn_clips: int = 12_800  # 0: none
     checkpoint_every: int = 0  # steps; phase ends always
     checkpoint_minutes: float = 0.0  # 0: never by time
     max_bad_fraction: float = 0.05  # of the clips read
@@ -80,7 +81,7 @@ class Trainer:
         self.model, self.plan, self.task, self.optimizer, self.loader = model, plan, task, optimizer, loader
         self.seed, self.normalize, self.precision, self.options = seed, normalize, precision, options
         self.monitor, self.checkpoints, self.validate = monitor, checkpoints, validate
-        self.batches = Batches(plan, len(loader.dataset), seed)
+        self.sampler = ClipSampler(plan, len(loader.dataset), seed)
         self.progress = Progress()
         self.device = precision.device
         self.stepper = Stepper(
@@ -194,7 +195,7 @@ class Trainer:
         at(f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit)
 
     def step(self, step: int, batch: Batch) -> None:
-        """One optimizer step on this rank's share of the global batch."""
+        """Take one optimizer step on this rank's shard of the global batch, which the batch carries."""
         loss = self.stepper(step, batch)
         window = self.window
         window.loss = loss.double() if window.loss is None else window.loss + loss
@@ -220,12 +221,8 @@ class Trainer:
         )
 
     def _stream(self, step: int) -> Iterator[Batch]:
-        """This rank's batches from `step` on, the loader rebuilt at each phase."""
-
-        def requests(s: int) -> list:
-            part = share(self.plan.slot(s).batch, self.plan.phase(s).bn_groups, rank(), world_size())
-            return self.batches(s)[part.start : part.stop]
-
+        """Yield this rank's batches from `step` on; each phase has its own DataLoader."""
+        requests = partial(self.sampler.shard, rank=rank(), world=world_size())
         stretches = [range(max(step, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > step]
         return self.loader.phases(requests, stretches)
 
@@ -306,15 +303,19 @@ class Trainer:
         return tell
 
     def precise_bn(self) -> None:
-        """Exact BN statistics for the weights as they are, from batches that depend on the step alone."""
-        if not self.options.precise_bn_batches:
+        """Replace BN's running statistics by exact ones of the current weights.
+
+        The clips depend on the step alone: whole batches of the base grid, at most `precise_bn_clips` clips and one
+        pass over the dataset, but at least one batch.
+        """
+        clips = self.options.precise_bn_clips
+        if not clips:
             return
-        seed = int(np.random.SeedSequence([self.seed, self.progress.step]).generate_state(1)[0])
-        plan = baseline_of(self.plan)
-        batches = Batches(plan, len(self.loader.dataset), seed)
-        steps = min(self.options.precise_bn_batches, batches.plan.steps)
-        beat, clips = self.beat("in precise BN", -3), self.options.max_clips
-        precise_bn(self.model, self.loader, batches, steps, self.normalize, self.precision, clips, beat)
+        plan, videos = baseline_of(self.plan), len(self.loader.dataset)
+        sampler = ClipSampler(plan, videos, random_seed(self.seed, Stream.PRECISE_BN, self.progress.step))
+        batches = max(1, min(clips, videos) // plan.base.batch)
+        beat, limit = self.beat("in precise BN", -3), self.options.max_clips
+        precise_bn(self.model, self.loader, sampler, batches, self.normalize, self.precision, limit, beat)
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint in the background; what was logged before it goes to disk before it."""

@@ -7,13 +7,16 @@ import gc
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing import active_children, forkserver, parent_process
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children, forkserver, parent_process, util
 from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
+from .errors import UserError
+from .resources import run_on
 from .signals import blocked
 
 # torch is imported where a worker needs it: the server starts while a program still imports its own
@@ -23,12 +26,39 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 _one_at_a_time = threading.Lock()  # to tell whose workers started when
 
 
+# bytes of a socket's path that systems accept (104 with its end on macOS), and what multiprocessing adds to a folder
+_LONGEST_SOCKET, _SOCKET_NAME = 103, len("/pymp-12345678/listener-12345678")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+def use_short_socket_paths() -> None:
+    """Where TMPDIR is too long for sockets, let multiprocessing keep its own in another folder; the rest stays there.
+
+    Raises:
+        UserError: no folder can be written.
+    """
+    try:
+        folder, before = tempfile.gettempdir(), tempfile.tempdir
+        if len(os.fsencode(folder)) + _SOCKET_NAME > _LONGEST_SOCKET:
+            tempfile.tempdir = next(short for short in _SHORT_FOLDERS if os.access(short, os.W_OK))
+        try:
+            util.get_temp_dir()  # which multiprocessing keeps, and hands on to the processes that it starts
+        finally:
+            tempfile.tempdir = before
+    except StopIteration:
+        told = f"TMPDIR={folder} is too long for the sockets of loader workers"
+        raise UserError(f"{told}: give a folder of at most {_LONGEST_SOCKET - _SOCKET_NAME} characters") from None
+    except OSError as error:
+        raise UserError(f"no folder for temporary files ({error.strerror}): set TMPDIR to one that has room") from error
+
+
 def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
     """Start the small process that workers are forked from, once; it imports what they need while this one goes on.
 
     Forked from this process they would be as quick to start, but every page that it writes then is copied first.
     """
-    forkserver.set_forkserver_preload(["__main__", "mgvideo.loader", *modules])
+    forkserver.set_forkserver_preload(["__main__", "mgvideo.loader", "mgvideo.sampler", *modules])
+    use_short_socket_paths()
     # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the
     # folder that it starts in, which may be a checkout of something else than what is installed
     paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
@@ -71,15 +101,22 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def begin(idle: bool, _: int) -> None:
-    """What a worker does first, once it has torch; an `idle` one only runs when a core has nothing else to do."""
+def killed_by(number: int) -> bool:
+    """Whether a signal has killed a worker. torch knows which one only of those that it forked itself."""
+    return any(worker.exitcode == -number for worker in _workers)
+
+
+def begin(idle: bool, cpus: frozenset[int], _: int) -> None:
+    """Prepare a worker that runs on `cpus`; an `idle` one only runs when a core has nothing else to do."""
     import torch
 
     from .memory import keep_freed_memory
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `blocked`, should a library unblock it
+    run_on(cpus)
     if idle:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # some sandboxes refuse it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
     keep_freed_memory()
     threading.Thread(target=_leave_with_parent, daemon=True).start()

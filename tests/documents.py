@@ -77,10 +77,10 @@ def joined(lines: Sequence[str]) -> list[str]:
 def in_text(text: str) -> Iterator[str]:
     """Our commands in running text: each as far as its words are those of a command."""
     place = 0
-    while found := OURS.search(text, place):
-        words, place = [found[0]], found.end()
+    while match := OURS.search(text, place):
+        words, place = [match[0]], match.end()
         subcommand = re.compile(r" ([a-z]+)(?= |$)").match(text, place)
-        if subcommand and re.search(r"(?:benchmark|prepare)\b|prepare_data", found[0]):
+        if subcommand and re.search(r"(?:benchmark|prepare)\b|prepare_data", match[0]):
             words, place = [*words, subcommand[1]], subcommand.end()
         while (word := re.compile(r"\s+(\S+)").match(text, place)) and "\n\n" not in word[0]:
             argument = word[1].rstrip("`'\").,:;")
@@ -130,8 +130,8 @@ def all_shown() -> list[Shown]:
     places += [(path, in_comments(path)) for path in (*CONFIGS, SCRIPT)]
     places += [(path, in_strings(path)) for path in sorted(SOURCES)]
     places += [(ROOT / "mgvideo/cli/run.py", advised())]
-    found: dict[str, Path] = {}
+    first_places: dict[str, Path] = {}
     for path, commands in places:
         for command in commands:
-            found.setdefault(command, path)
-    return [Shown(str(path.relative_to(ROOT)), command) for command, path in found.items()]
+            first_places.setdefault(command, path)
+    return [Shown(str(path.relative_to(ROOT)), command) for command, path in first_places.items()]

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgvideo.clips import ClipRequest, Sample
+from mgvideo.clips import BatchRequest, ClipRequest, Sample, View
 from mgvideo.datasets import motion as real
 from mgvideo.models.small import r2plus1d_small
+from mgvideo.plan import Grid
+
+GRID = Grid(4, 24, (1, 3), (28, 40))
 
 
 class Faulty:
@@ -104,3 +107,9 @@ class FaultyNetwork(nn.Module):
 def network(fault: str, after: int = 0, once: str = "", **arguments: Any) -> FaultyNetwork:
     """`mgvideo.models.small.r2plus1d_small` with a fault."""
     return FaultyNetwork(r2plus1d_small(**arguments), fault, after, once)
+
+
+def requests(step: int) -> BatchRequest:
+    """Three clips; in a module that loader workers import quickly. All steps but the first have three crops of each."""
+    view = View(0, 1, 3) if step else None
+    return BatchRequest([ClipRequest(index, GRID, 10 * step + index, view) for index in range(3)])

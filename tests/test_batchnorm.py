@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -248,19 +249,43 @@ def test_variance_of_nearly_constant_channels_far_from_zero():
     torch.testing.assert_close((bn.running_mean.double(), bn.running_var.double()), want, rtol=1e-3, atol=0)
 
 
-def test_precise_bn_sees_every_batch():
-    model = nn.Sequential(grouped(2))
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_momentum_1_is_precise_bn(momentum: float | None):
+    want, got = (nn.Sequential(grouped(1), nn.ReLU(), grouped(1)) for _ in range(2))
+    want[2].momentum = got[2].momentum = momentum
     batches = [clips(8, seed) for seed in range(3)]
-    update_bn_stats(model, batches, num_iters=3)
-    runs = torch.stack(batches).unflatten(1, (2, -1))
-    values = runs[0, 0].numel() * 2 / CHANNELS
-    means, variances = runs.mean((2, 4, 5, 6)), runs.var((2, 4, 5, 6))
-    per_batch = [aggregate(m, v) for m, v in zip(means, variances, strict=True)]
-    mean = torch.stack([m for m, _ in per_batch]).mean(0)
-    square = torch.stack([m.square() + v * (values - 1) / values for m, v in per_batch]).mean(0)
-    torch.testing.assert_close(model[0].running_mean, mean)
-    torch.testing.assert_close(model[0].running_var, square - mean.square())
-    assert model[0].momentum == 0.3
+    update_bn_stats(want, batches, num_iters=3)
+    with torch.no_grad(), deferred_running_stats(got, momentum=1.0):
+        for batch in batches:
+            got(batch)
+    middle = [nn.Sequential(grouped(1), nn.ReLU())(batch) for batch in batches]
+    for i, inputs in ((0, batches), (2, middle)):
+        torch.testing.assert_close(got[i].running_mean, want[i].running_mean, **CLOSE)
+        # fvcore's variances within batches are biased, torch's running ones are not
+        values = inputs[0].numel() / CHANNELS
+        of_means = torch.stack([batch.mean((0, 2, 3, 4)) for batch in inputs]).var(0, correction=0)
+        want_var = (want[i].running_var - of_means) * values / (values - 1) + of_means
+        torch.testing.assert_close(got[i].running_var, want_var, **CLOSE)
+    assert got[0].momentum == 0.3
+    assert got[2].momentum == momentum
+
+
+def test_deferred_statistics_take_no_more_memory_for_more_forwards():
+    def tensors_after(forwards: int) -> int:
+        bn = grouped(2)
+        with torch.no_grad(), deferred_running_stats(bn):
+            for seed in range(forwards):
+                bn(clips(4, seed))
+            return sum(type(item) is Tensor for item in gc.get_objects())
+
+    assert tensors_after(100) <= tensors_after(20)
+    many, few = grouped(2), grouped(50)
+    with deferred_running_stats(many):
+        for batch in clips(100).chunk(25):
+            many(batch)
+    with deferred_running_stats(few):
+        few(clips(100))
+    torch.testing.assert_close(many.state_dict(), few.state_dict(), **CLOSE)
 
 
 def test_bad_groups_are_told():

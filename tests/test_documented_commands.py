@@ -144,9 +144,9 @@ def compose_soak(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
 
 def pip_install(words: Sequence[str]) -> None:
     """Extras exist, and packages are those of an extra."""
-    found = re.search(r"extras_require=(\{.*?\n    \})", (ROOT / "setup.py").read_text(), re.S)
-    assert found
-    extras = eval(found[1])
+    declared = re.search(r"extras_require=(\{.*?\n    \})", (ROOT / "setup.py").read_text(), re.S)
+    assert declared
+    extras = eval(declared[1])
     ours = {re.split(r"[\[<>=]", package)[0] for packages in extras.values() for package in packages}
     for word in words:
         if word.startswith("-"):

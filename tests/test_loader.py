@@ -6,31 +6,29 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from faults import Faulty
-from training import KNOBS
+from faults import Faulty, requests
+from torch.utils.data import DataLoader
+from training import KNOBS, tiny_plan
 
-from mgvideo.clips import ClipRequest, Failure, Sample, View
+from mgvideo.clips import ClipRequest, Failure, Sample
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
 from mgvideo.errors import UserError
 from mgvideo.loader import Batch, ClipDataset, Loader, LoaderOptions, collate, dead_worker
-from mgvideo.plan import Grid
+from mgvideo.sampler import ClipSampler
 
-GRID = Grid(4, 24, (1, 3), (28, 40))
 METHODS = ["fork", "forkserver", "spawn"]
-
-
-def requests(step: int) -> list[ClipRequest]:
-    view = View(0, 1, 3) if step else None
-    return [ClipRequest(index, GRID, 10 * step + index, view) for index in range(3)]
 
 
 def telling(samples: Sequence[Sample]) -> Batch:
@@ -50,6 +48,40 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
     for a, b in zip(here, there, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
         assert (a.failures[0].reason, b.failures[0].reason) == ("False", "True")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_carries_its_shard(motion_root: str, method: str) -> None:
+    sampler = ClipSampler(tiny_plan("baseline"), KNOBS.train, seed=0)
+    requests = partial(sampler.shard, rank=1, world=2)
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(workers=2, start_method=method))
+    batches = list(loader.open(requests, range(3)))
+    for step, batch in enumerate(batches):
+        clips, shard = requests(step)
+        assert batch.shard == shard
+        assert batch.indices.tolist() == [clip.index for clip in clips]
+
+
+@pytest.mark.filterwarnings("ignore")  # there may be no GPU to pin memory for
+def test_later_phases_start_their_workers_on_this_ranks_device(
+    motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = threading.local()  # as CUDA keeps it: a new thread's current device is 0
+    devices.current = 3
+    starts = []
+
+    class Recording(DataLoader):
+        def __iter__(self) -> Any:
+            starts.append((threading.get_ident(), torch.cuda.current_device()))
+            return super().__iter__()
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: getattr(devices, "current", 0))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(devices, "current", device))
+    monkeypatch.setattr("mgvideo.loader.DataLoader", Recording)
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(workers=1), pin=True)
+    assert len(list(loader.phases(requests, [range(2), range(2, 4), range(4, 5)]))) == 5
+    assert [device for _, device in starts] == [3, 3, 3]
+    assert len({thread for thread, _ in starts}) == 2, "the first phase starts in this thread, the others beside it"
 
 
 class Starving:

@@ -25,7 +25,7 @@ from mgvideo.paths import register
 RUN = [
     *(argument for argument in TINY if "knobs" not in argument),
     *("dataset=kinetics400", "dataset.num_classes=8", "loader.workers=0", "test.enable=false"),
-    *("precision=fp32", "checkpoint.every_steps=2", "train.precise_bn_batches=0", "loader.max_clips_per_step=16"),
+    *("precision=fp32", "checkpoint.every_steps=2", "train.precise_bn_clips=0", "loader.max_clips_per_step=16"),
 ]
 
 

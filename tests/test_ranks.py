@@ -17,7 +17,8 @@ from mgvideo.errors import NonFiniteError
 # At a base batch of 8 the plan's last phase holds one BN group, which two ranks synchronise; at 16 clips every rank
 # holds whole groups in every phase.
 BATCHES = (8, 16)
-
+# Two ranks hold one and two of the three BN groups of 24 clips, and share the one group of 8.
+PRECISE_BATCHES = (8, 24)
 
 Job = tuple[str, int, "str | None"]  # a run's name, its base batch, and the run from whose middle it starts
 
@@ -47,28 +48,44 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
             trainer.train()
             trainer.monitor.close()
             torch.save(trainer.model.state_dict(), place / f"rank{rank}.pt")
+        for batch in PRECISE_BATCHES:
+            options = {"max_clips": 16, "precise_bn_clips": 48}
+            plan = tiny_plan("baseline", batch=batch)
+            trainer = tiny_trainer(folder / "precise", motion_root, plan, double=True, **options)
+            trainer.precise_bn()
+            trainer.monitor.close()
+            torch.save(trainer.model.state_dict(), folder / f"precise_{batch}_{rank}_of_{world}.pt")
 
 
-def test_two_ranks_train_as_one_does_also_from_the_middle_on(tmp_path: Path, motion_root: str) -> None:
-    port = free_port()
-    train(0, 1, port, tmp_path, motion_root, [("one", batch, None) for batch in BATCHES])
-    jobs: list[Job] = [*(("two", batch, None) for batch in BATCHES), ("one_then_two", 8, "one")]
-    mp.spawn(train, (2, port, tmp_path, motion_root, jobs), nprocs=2)
-    train(0, 1, port, tmp_path, motion_root, [("two_then_one", 8, "two")])
-    for run, batch, before in (*jobs, ("two_then_one", 8, "two")):
-        losses, found = metrics(tmp_path / "one" / str(batch)), metrics(tmp_path / run / str(batch))
+TWO: list[Job] = [*(("two", batch, None) for batch in BATCHES), ("one_then_two", 8, "one")]
+ONE_AGAIN: list[Job] = [("two_then_one", 8, "two")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
+    """The folder of all runs, on one rank, on two, and on one again."""
+    port, folder = free_port(), tmp_path_factory.mktemp("runs")
+    train(0, 1, port, folder, motion_root, [("one", batch, None) for batch in BATCHES])
+    mp.spawn(train, (2, port, folder, motion_root, TWO), nprocs=2)
+    train(0, 1, port, folder, motion_root, ONE_AGAIN)
+    return folder
+
+
+def test_two_ranks_train_as_one_does_also_from_the_middle_on(runs: Path) -> None:
+    for run, batch, before in (*TWO, *ONE_AGAIN):
+        losses, found = metrics(runs / "one" / str(batch)), metrics(runs / run / str(batch))
         start = min(found) - 1
         assert 5 <= start <= 10 if before else start == 0
         assert found == pytest.approx({step: losses[step] for step in range(start + 1, 21)}, rel=1e-8)
-        one, two = (torch.load(tmp_path / name / str(batch) / "rank0.pt") for name in ("one", run))
+        one, two = (torch.load(runs / name / str(batch) / "rank0.pt") for name in ("one", run))
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
         if run != "two_then_one":
-            other = torch.load(tmp_path / run / str(batch) / "rank1.pt")
+            other = torch.load(runs / run / str(batch) / "rank1.pt")
             assert all(torch.equal(value, two[name]) for name, value in other.items()), "ranks drifted apart"
-    validation = metrics(tmp_path / "one/8", "val_top1")
+    validation = metrics(runs / "one/8", "val_top1")
     assert len(validation) == 4
-    assert metrics(tmp_path / "two/8", "val_top1") == validation
+    assert metrics(runs / "two/8", "val_top1") == validation
 
 
 def lose_on_one(rank: int, world: int, port: int, folder: Path, motion_root: str) -> None:
@@ -96,3 +113,13 @@ def test_a_loss_that_is_infinite_on_one_rank_ends_all_before_a_checkpoint(tmp_pa
     assert lines[0] == lines[1]
     assert "not finite at step 2 " in lines[0]
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1, 2]
+
+
+@pytest.mark.parametrize("batch", PRECISE_BATCHES)
+def test_precise_bn_of_two_ranks_is_that_of_one(runs: Path, batch: int) -> None:
+    one, *two = (torch.load(runs / f"precise_{batch}_{rank}.pt") for rank in ("0_of_1", "0_of_2", "1_of_2"))
+    names = [name for name in one if name.endswith(("running_mean", "running_var"))]
+    assert len(names) > 8
+    for name in names:
+        assert torch.equal(two[0][name], two[1][name]), name
+        torch.testing.assert_close(two[0][name], one[name], rtol=1e-9, atol=1e-12)

@@ -182,7 +182,7 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
     capsys.readouterr()
     line = said(main, again, capsys)
-    assert "was made by another recipe, model or dataset: " in line
+    assert "was made by another recipe, model, dataset or plan: " in line
     assert "dataset.train.fingerprint was " in line
     assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")
     main([*again, "checkpoint.strict=false"])
@@ -217,8 +217,8 @@ def test_what_changes_the_result_is_kept_or_refused(
     checkpoints = Checkpoints(whole / "checkpoints")
     path = checkpoints.path(checkpoints.steps()[-2])
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"]
-    line = said(main, [*run, "precision=bf16", "train.precise_bn_batches=3", "decoder=decord"], capsys)
-    for told in ("precision was fp32, is bf16", "train.precise_bn_batches was 2, is 3", "decoder._target_ was "):
+    line = said(main, [*run, "precision=bf16", "train.precise_bn_clips=24", "decoder=decord"], capsys)
+    for told in ("precision was fp32, is bf16", "train.precise_bn_clips was 16, is 24", "decoder._target_ was "):
         assert told in line
     line = said(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
     assert "does not fit this network" in line

@@ -44,7 +44,7 @@ def test_loss_falls_and_training_clips_are_learned(tmp_path: Path, motion_root: 
         workers=2,
         validate=True,
         evals_per_phase=0,
-        precise_bn_batches=8,
+        precise_bn_clips=64,
     )
     trainer.train()
     losses = list(metrics(tmp_path).values())
@@ -78,7 +78,7 @@ def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion_root: str, validate: bool) -> None:
     plan = tiny_plan(epochs=8, lr_steps=(0, 5))
     model = nn.Sequential(i3d_small(16, width=4), nn.Dropout(0.3), nn.Linear(16, 8))
-    options = {"validate": validate, "precise_bn_batches": 1, "checkpoint_every": 3, "seed": 5}
+    options = {"validate": validate, "precise_bn_clips": 8, "checkpoint_every": 3, "seed": 5}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=model, **options)
     whole.train()
@@ -119,10 +119,10 @@ def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
     model = nn.Sequential(*drops, r2plus1d_small(8, width=4, dropout=0.3))
     whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=copy.deepcopy(model), double=True)
     whole.train()
-    pieces = tiny_trainer(tmp_path / "pieces", motion_root, plan, model=model, double=True, max_clips=8)
-    pieces.train()
-    assert_equal(weights(pieces), weights(whole), tolerance=1e-9)
-    assert metrics(tmp_path / "pieces") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
+    split = tiny_trainer(tmp_path / "split", motion_root, plan, model=model, double=True, max_clips=8)
+    split.train()
+    assert_equal(weights(split), weights(whole), tolerance=1e-9)
+    assert metrics(tmp_path / "split") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
 
 
 class Syncs(TorchDispatchMode):
@@ -237,7 +237,7 @@ def limits(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 def test_a_hang_is_noticed_in_precise_bn_and_in_validation(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"precise_bn_batches": 2, "hang_timeout": 7}
+    options = {"precise_bn_clips": 16, "hang_timeout": 7}
     told = limits(tiny_trainer(tmp_path, motion_root, tiny_plan(), validate=True, **options), monkeypatch)
     for doing in ("in precise BN", "validating"):
         assert {limit for where, limit in told if doing in where} == {7, None}  # None: waiting for other ranks

@@ -38,7 +38,7 @@ TINY = [
     "model=r2plus1d_small",
     "model.width=4",
     *("base.frames=8", "base.size=32", "base.jitter=[36,40]", "base.batch=8", "base.epochs=2", "base.lr=0.05"),
-    *("base.lr_steps=[0,1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_batches=2"),
+    *("base.lr_steps=[0,1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_clips=16"),
     *("test.size=32", "test.clips=1", "loader.workers=1", "train.log_every=2"),
     "loader.start_method=fork",  # no second import of everything for every small run
 ]
@@ -78,7 +78,7 @@ def tiny_trainer(
     train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loading) for split in ("train", "val"))
     side = plan.base.size
     views = Views(Grid(plan.base.frames, side, (2, 2), (side, side)))
-    settings = {"max_clips": 1000, "log_every": 2, "precise_bn_batches": 0, **options}
+    settings = {"max_clips": 1000, "log_every": 2, "precise_bn_clips": 0, **options}
     return Trainer(
         model,
         plan,

@@ -7,7 +7,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
+from mgvideo.errors import UserError
 from mgvideo.signals import note
 from mgvideo.workers import start_server
 
@@ -53,7 +55,8 @@ def _run(words: Sequence[str]) -> None:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):
             note()  # imports take a while, in which a job may be asked to stop
             if not any(word.startswith(("-", "loader.workers=0", "loader.start_method=")) for word in arguments):
-                start_server()  # and workers take as long to import theirs
+                with suppress(UserError):  # raised again where the run can report it
+                    start_server()  # and workers take as long to import theirs
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
     usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())

@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from argparse import ArgumentError
+from argparse import ArgumentError, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -21,10 +21,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from mgvideo.distributed import limit_threads
 from mgvideo.errors import UserError
+from mgvideo.resources import available_cpus, cpu_count, run_on
 from mgvideo.schedule import scale_lr
 from mgvideo.watch import RankError
 
@@ -53,14 +55,18 @@ def main(
         print(help_text(config_name, description))
         return
     with reported():
-        flags, overrides, multirun = _flags_and_overrides(config_name, arguments)
-        overrides = quote_texts(config_name, overrides, multirun)
-        if not multirun:
-            check(config_name, overrides, more_keys)
+        flags, overrides, parsed = _flags_and_overrides(config_name, arguments)
+        overrides = quote_texts(config_name, overrides, parsed.multirun)
+        if not parsed.multirun:
+            cfg = check(config_name, overrides, more_keys)
+            if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes it anew
+                overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_steps", "warmup_epochs")]
 
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
         with reported() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
+            run_on(available_cpus())
+            limit_threads(cpu_count())
             for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
                 if os.environ.get("RANK", "0") == "0":
                     print(line, file=sys.stderr)
@@ -71,8 +77,8 @@ def main(
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
 
 
-def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[list[str], list[str], bool]:
-    """Hydra's flags and the overrides, in any order, and whether this is a sweep.
+def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[list[str], list[str], Namespace]:
+    """Hydra's flags and the overrides, in any order, and the flags as Hydra parses them.
 
     Raises:
         UserError: a flag that does not exist, or one without its value.
@@ -88,7 +94,7 @@ def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[li
         hint = suggestion(unknown.lstrip("-").partition("=")[0], _all_keys(config_name))
         raise UserError(f"{unknown} is no flag{hint or ':'} Keys are given as key=value")
     overrides = [*parsed.overrides, *rest]
-    return [word for word in arguments if word not in overrides], overrides, parsed.multirun
+    return [word for word in arguments if word not in overrides], overrides, parsed
 
 
 def quote_texts(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
@@ -240,30 +246,31 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     base.lr follows base.batch by the linear rule, unless it is given too. base.lr_steps and base.warmup_epochs follow
     base.epochs in proportion, unless one of them is given too.
     """
-    given = {_key_of(override) for override in overrides}
-    batch = "base.batch" in given and "base.lr" not in given
-    epochs = "base.epochs" in given and not given & {"base.lr_steps", "base.warmup_epochs"}
+    keys = {_key_of(override) for override in overrides}
+    batch = "base.batch" in keys and "base.lr" not in keys
+    epochs = "base.epochs" in keys and not keys & {"base.lr_steps", "base.warmup_epochs"}
     if not (batch or epochs):
         return []
     rest = [override for override in overrides if _key_of(override) not in ("base.batch", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    told = []
-    if batch:
+    unset = {key for key in ("batch", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}  # no recipe to follow
+    messages = []
+    if batch and not unset & {"batch", "lr"}:
         base.lr = scale_lr(recipe.batch, recipe.lr, base.batch)
-        told.append(
+        messages.append(
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch} becomes {base.lr:g} at "
             f"base.batch={base.batch} (linear rule; set base.lr to choose another)"
         )
-    if epochs and 0 < base.epochs != recipe.epochs:
+    if epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_steps, base.warmup_epochs = [factor * step for step in recipe.lr_steps], factor * recipe.warmup_epochs
-        told.append(
+        messages.append(
             f"base.lr_steps: {_epochs(recipe.lr_steps)} of the recipe's {recipe.epochs:g} epochs becomes "
             f"{_epochs(base.lr_steps)} at base.epochs={base.epochs:g}, and base.warmup_epochs {recipe.warmup_epochs:g} "
             f"becomes {base.warmup_epochs:g} (set either to choose both)"
         )
-    return told
+    return messages
 
 
 def _key_of(override: str) -> str:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mgvideo.paths import writing
 from mgvideo.plan import Grid, Plan, require
+from mgvideo.resources import cpu_count
 
 from . import app, keys
 
@@ -24,6 +25,7 @@ BENCHMARKS = {
     "loader": "clips a second of the real loader at each grid of a plan, beside the bare library that only decodes",
     "step": "milliseconds of a training step at each grid, by model, precision, memory format and compilation",
     "soak": "whether memory and open files of the loader's workers stay flat over many clips",
+    "sampler": "the time in which a rank finds its clips of a step, at several numbers of ranks",
     "train": "the trainer beside a bare loop, waiting for data, phase boundaries, and multigrid beside the baseline",
 }
 
@@ -60,7 +62,7 @@ def conditions(device: torch.device | None = None) -> dict[str, Any]:
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
     return {
         **gpu,
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cpu_count(),
         "load_before": round(os.getloadavg()[0], 2),
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.table import Table
 
-from mgvideo.clips import ClipRequest, Sample
+from mgvideo.clips import BatchRequest, ClipRequest, Sample
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.pyramid import Pyramid
 from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
@@ -157,10 +157,11 @@ def measure_all(
                     progress(done, total)
 
 
-def random_requests(grid: Grid, videos: int, batch: int, step: int) -> list[ClipRequest]:
-    """Clips of random videos: the same for every loader."""
+def random_requests(grid: Grid, videos: int, batch: int, step: int) -> BatchRequest:
+    """Request clips of random videos, the same for every loader."""
     rng = np.random.default_rng(step)
-    return [ClipRequest(int(rng.integers(videos)), grid, int(rng.integers(2**63))) for _ in range(batch)]
+    clips = [ClipRequest(int(rng.integers(videos)), grid, int(rng.integers(2**63))) for _ in range(batch)]
+    return BatchRequest(clips)
 
 
 def _timed_collate(clock: Clock, samples: Sequence[Sample]) -> Batch:
@@ -169,7 +170,7 @@ def _timed_collate(clock: Clock, samples: Sequence[Sample]) -> Batch:
 
 
 def measure(
-    loader: Loader, requests: Callable[[int], list[ClipRequest]], clock: Clock, seconds: float, into: Measured
+    loader: Loader, requests: Callable[[int], BatchRequest], clock: Clock, seconds: float, into: Measured
 ) -> None:
     """Add what a loader delivers in some seconds, from when all its workers are at work."""
     batches = loader.open(requests, ENDLESS)

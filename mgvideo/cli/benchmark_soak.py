@@ -11,16 +11,16 @@ from functools import partial
 from multiprocessing import active_children
 from statistics import mean
 
-import numpy as np
 import psutil
 from omegaconf import DictConfig
 
-from mgvideo.clips import ClipRequest
+from mgvideo.clips import BatchRequest
 from mgvideo.errors import UserError
 from mgvideo.loader import Loader
 from mgvideo.plan import Grid, require
 
 from . import keys
+from .benchmark_loader import random_requests
 from .build import build_data, build_plan, loader_options
 from .schema import key
 
@@ -96,14 +96,12 @@ def _word(flat: bool) -> str:
     return "flat" if flat else "growing"
 
 
-def mixed_requests(grids: Sequence[Grid], videos: int, batch: int, step: int) -> list[ClipRequest]:
-    """Clips of random videos, at the grids in turn."""
-    rng = np.random.default_rng(step)
-    grid = grids[step % len(grids)]
-    return [ClipRequest(int(rng.integers(videos)), grid, int(rng.integers(2**63))) for _ in range(batch)]
+def mixed_requests(grids: Sequence[Grid], videos: int, batch: int, step: int) -> BatchRequest:
+    """Request clips of random videos, at the grids in turn."""
+    return random_requests(grids[step % len(grids)], videos, batch, step)
 
 
-def soak(loader: Loader, requests: Callable[[int], list[ClipRequest]], given: Keys) -> Iterator[Look]:
+def soak(loader: Loader, requests: Callable[[int], BatchRequest], given: Keys) -> Iterator[Look]:
     """Load the clips with one set of workers; a look every so many clips."""
     clips = failures = 0
     start, before = time.monotonic(), {child.pid for child in active_children()}

@@ -16,16 +16,16 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
-from mgvideo.batches import share
 from mgvideo.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.checkpoint import Checkpoints
-from mgvideo.clips import ClipRequest
+from mgvideo.clips import BatchRequest
 from mgvideo.loader import Batch, Loader
-from mgvideo.microbatch import pieces
+from mgvideo.microbatch import split_into_micro_batches
 from mgvideo.monitor import Monitor
 from mgvideo.plan import Plan, require
 from mgvideo.precision import choose_precision
 from mgvideo.schedule import baseline_of
+from mgvideo.shards import shard_batch
 from mgvideo.trainer import Trainer
 
 from . import keys
@@ -90,12 +90,12 @@ class HeldBatches(Loader):
         super().__init__(loader.dataset, loader.options, loader.pin)
         self.held = held
 
-    def phases(self, requests: Callable[[int], list[ClipRequest]], stretches: Sequence[range]) -> Iterator[Batch]:
-        """One batch a step."""
+    def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
+        """Yield one batch a step."""
         for steps in stretches:
             for step in steps:
-                wanted = requests(step)
-                yield self.held[_name(wanted[0].grid.name, len(wanted))]
+                clips, shard = requests(step)
+                yield self.held[_name(clips[0].grid.name, len(clips))]._replace(shard=shard)
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
@@ -199,22 +199,22 @@ def timed(trainer: Trainer, held: dict[str, Batch]) -> list[tuple[float, float]]
 
 
 def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float]:
-    """Seconds of steps that do what must be done: transfer; normalise, forward, loss, backward by pieces; optimizer."""
+    """Seconds of minimal steps: transfer; normalise, forward, loss and backward by micro-batch; optimizer."""
     model, device, clips = trainer.model.train(), trainer.device, len(batch.labels)
     plan, grid = trainer.plan, batch.clips.shape[1:4].numel()
     limit = max(1, trainer.options.max_clips * plan.base.frames * plan.base.size**2 // grid)
-    cuts = pieces(share(clips, groups, 0, 1), limit)
+    micro_batches = split_into_micro_batches(shard_batch(clips, groups, 0, 1), limit)
     marks = []
     for _ in range(visits + 2):
         marks.append(mark(device))
         pixels, labels = batch.clips.to(device), batch.labels.to(device)
         trainer.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(model):
-            for piece in cuts:
-                set_bn_groups(model, piece.groups)
+            for start, stop, bn_groups in micro_batches:
+                set_bn_groups(model, bn_groups)
                 with trainer.precision.autocast():
-                    logits = trainer.stepper.parallel(trainer.normalize(pixels[piece.start : piece.stop]))
-                trainer.task.loss(logits.float(), labels[piece.start : piece.stop]).div(clips).backward()
+                    logits = trainer.stepper.parallel(trainer.normalize(pixels[start:stop]))
+                trainer.task.loss(logits.float(), labels[start:stop]).div(clips).backward()
         trainer.optimizer.step()
     return between(marks)[1:]
 

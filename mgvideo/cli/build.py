@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.distributed import barrier, gather_objects, local_rank
+from mgvideo.distributed import barrier, gather_objects, local_rank, rank, rank_cpus, rank_memory, world_size
 from mgvideo.dropout import convert_clip_dropout
 from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
@@ -20,9 +19,13 @@ from mgvideo.microbatch import clips_that_fit
 from mgvideo.plan import Base, Grid, Plan, require
 from mgvideo.precision import Normalize, Precision, cudnn_warning, probe_convolutions
 from mgvideo.schedule import Schedule, make_plan
+from mgvideo.shards import shard_batch
+from mgvideo.shared_memory import BatchSizes, check_room
 from mgvideo.tasks import TASKS, Task
 
 from .app import flat_keys
+
+MOST_WORKERS = 16  # processes a rank, unless loader.workers says more; not measured yet
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,13 @@ def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
 
 
 def loader_options(cfg: DictConfig) -> LoaderOptions:
-    """Workers: as many as there are cores to each rank of this node, at most 8, unless set."""
+    """How to load clips; where `loader.workers` is null, one worker for each core that this rank has to itself.
+
+    All ranks call it together.
+    """
     workers = cfg.loader.workers
     if workers is None:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
+        workers = max(1, min(MOST_WORKERS, int(rank_cpus())))
     methods = ("fork", "forkserver", "spawn")
     if cfg.loader.start_method not in methods:
         raise UserError(f"loader.start_method={cfg.loader.start_method}: choose one of {', '.join(methods)}")
@@ -163,5 +168,25 @@ def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precisio
         return cfg.loader.max_clips_per_step
     base = plan.base
     grid = Grid(base.frames, base.size, (base.stride, base.stride), base.jitter)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(gather_objects(clips_that_fit(model, grid, precision, ranks)))
+    return min(gather_objects(clips_that_fit(model, grid, precision, rank_memory())))
+
+
+def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> list[str]:
+    """What to warn of where /dev/shm may not hold the batches of this run. All ranks call it together.
+
+    Raises:
+        UserError: it cannot hold them.
+    """
+    if options.workers == 0:
+        return []
+    base, test = plan.base, cfg.test
+    shards = (
+        (shard_batch(slot.batch, phase.bn_groups, rank(), world_size()), slot)
+        for phase in plan.phases
+        for slot in phase.slots
+    )
+    training = [3 * slot.grid.volume * (shard.stop - shard.start) for shard, slot in shards] if cfg.train.enable else []
+    if cfg.train.enable and cfg.train.evals_per_phase:
+        training.append(3 * base.frames * base.size**2 * test.batch)
+    tested = 3 * base.frames * test.size**2 * test.crops * test.batch if test.enable else 0
+    return check_room(BatchSizes(max(training, default=0), tested), options.workers, options.prefetch)

@@ -18,7 +18,6 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgvideo.batches import check_shares
 from mgvideo.errors import UserError
 from mgvideo.forecast import Benchmark, predict, read_benchmark, remedies
 from mgvideo.plan import Grid, Plan, require
@@ -26,6 +25,7 @@ from mgvideo.plan_figure import draw_plans
 from mgvideo.plan_json import plan_json
 from mgvideo.plan_table import demand_table, plan_table
 from mgvideo.schedule import Schedule, baseline_of, make_plan
+from mgvideo.shards import check_shards
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys, unset_dataset_key
@@ -103,14 +103,14 @@ def _plan(given: PlanKeys, cfg: DictConfig) -> Plan:
 
 def _gpus_of_this_machine(plan: Plan) -> tuple[int, tuple[str, ...]]:
     """How many GPUs there are, or the default where there is none, and a note that says which."""
-    found = torch.cuda.device_count()
-    gpus = found or GPUS
+    available = torch.cuda.device_count()
+    gpus = available or GPUS
     try:
-        check_shares(plan, gpus)
+        check_shards(plan, gpus)
     except UserError as error:
         raise UserError(f"{error}; or add gpus=N to plan for another number") from error
     number = f"{gpus} GPU{'s' * (gpus > 1)}"
-    chosen = f"the {number} of this machine" if found else f"{number}, as this machine has none"
+    chosen = f"the {number} of this machine" if available else f"{number}, as this machine has none"
     return gpus, (f"planned for {chosen}; gpus=N sets the number",)
 
 

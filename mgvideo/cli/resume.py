@@ -37,7 +37,7 @@ def made_of(cfg: DictConfig, data: Data, precision: Precision) -> dict[str, Any]
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
     sections["precision"] = precision.name
-    sections["train"] = {"precise_bn_batches": cfg.train.precise_bn_batches}
+    sections["train"] = {"precise_bn_clips": cfg.train.precise_bn_clips}
     parts = ("train", "val")
     sections["dataset"] = {
         "task": cfg.dataset.task,

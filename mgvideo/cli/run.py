@@ -18,7 +18,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.batches import check_shares
 from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
 from mgvideo.distributed import joined, rank, world_size
 from mgvideo.errors import NonFiniteError, UserError
@@ -34,6 +33,7 @@ from mgvideo.plan_table import plan_table
 from mgvideo.precision import Precision, choose_precision
 from mgvideo.report import Report, hardware
 from mgvideo.schedule import baseline_of
+from mgvideo.shards import check_shards
 from mgvideo.signals import Stopped, defer, listening
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
@@ -46,6 +46,7 @@ from .build import (
     build_model,
     build_normalize,
     build_plan,
+    check_shared_memory,
     fall_back_if_convolutions_are_wrong,
     loader_options,
     max_clips,
@@ -79,7 +80,9 @@ def run(cfg: DictConfig) -> None:
         torch.backends.cudnn.benchmark = not cfg.deterministic  # shapes are few and come again
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
-        check_shares(plan, world_size())
+        check_shards(plan, world_size())
+        if cfg.train.precise_bn_clips:
+            check_shards(baseline_of(plan), world_size())
         precision = choose_precision(cfg.precision, device)
         mirror = Mirror(cfg.output_dir)
         folder = mirror.folder
@@ -213,6 +216,8 @@ def build_trainer(
 ) -> Trainer:
     """The trainer, its optimizer and its validation."""
     options = loader_options(cfg)
+    for warning in check_shared_memory(cfg, plan, options):
+        monitor.say(f"warning: {warning}")
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
@@ -221,9 +226,9 @@ def build_trainer(
         check_forward(model, smallest, precision.device)
     fits = max_clips(cfg, model, plan, precision)
     if state and cfg.loader.max_clips_per_step is None:
-        fits, warning = keep_max_clips(state.get("max_clips"), fits, plan)
-        if warning:
-            monitor.say(f"warning: {warning}")
+        fits, changed = keep_max_clips(state.get("max_clips"), fits, plan)
+        if changed:
+            monitor.say(f"warning: {changed}")
     if fits < clips_at_once(plan, world_size()):
         monitor.say(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
@@ -243,7 +248,7 @@ def build_trainer(
             max_clips=fits,
             log_every=cfg.train.log_every,
             evals_per_phase=cfg.train.evals_per_phase,
-            precise_bn_batches=cfg.train.precise_bn_batches,
+            precise_bn_clips=cfg.train.precise_bn_clips,
             checkpoint_every=cfg.checkpoint.every_steps,
             checkpoint_minutes=cfg.checkpoint.every_minutes,
             max_bad_fraction=cfg.dataset.max_bad_fraction,

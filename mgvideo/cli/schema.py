@@ -89,7 +89,11 @@ class TrainKeys:
     enable: bool = key(True, "train at all")
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
     evals_per_phase: int = key(1, "evaluations on the validation videos a phase, its end included; 0: none", least=0)
-    precise_bn_batches: int = key(200, "batches for precise BN before each evaluation and the test; 0: none", least=0)
+    precise_bn_clips: int = key(
+        12_800,
+        "clips for precise BN before each evaluation and the test, at most one pass over the dataset; 0: none",
+        least=0,
+    )
     profile: int = key(0, "steps to trace with torch.profiler, after the first few, into output_dir/profile", least=0)
 
 
@@ -108,7 +112,9 @@ class TestKeys:
 class LoaderKeys:
     """How clips are loaded; none of it changes which clips a step sees."""
 
-    workers: int | None = key(None, "worker processes a rank; null: one a core, shared by a node's ranks", least=0)
+    workers: int | None = key(
+        None, "worker processes a rank; null: one a core that it has to itself, at most 16", least=0
+    )
     prefetch: int = key(2, "batches that each worker keeps ready", least=1)
     start_method: str = key("forkserver", "forkserver, fork or spawn", choices=("fork", "forkserver", "spawn"))
     timeout: float = key(

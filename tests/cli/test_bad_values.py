@@ -18,7 +18,7 @@ WRONG_VALUES = [
     *("base.batch=0", "base.frames=0", "base.size=-1", "base.stride=0", "base.jitter=[40]", "base.jitter=[40,36]"),
     *("base.epochs=0", "base.lr=-1", "base.lr=nan", "base.lr_steps=[1]", "base.lr_steps=[0,9]", "base.gamma=0"),
     *("base.warmup_epochs=-1", "base.warmup_epochs=9", "base.warmup_lr=-1", "base.lr_policy=linear"),
-    *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_batches=-1"),
+    *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_clips=-1"),
     *("test.clips=0", "test.crops=2", "test.size=0", "test.batch=0"),
     *("loader.workers=-1", "loader.prefetch=0", "loader.start_method=thread", "loader.timeout=0"),
     *("loader.timeout=inf", "loader.max_clips_per_step=0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_a_leak_shows(motion_root: str, workers: int) -> None:
     dataset = Leaky(video_list(str(folder), "train.csv", decoder=PyAV()))
     loader = Loader(dataset, LoaderOptions(workers=workers))
     given = read_keys(["clips=96", "every=8"])
-    looks = list(soak(loader, lambda step: mixed_requests(GRIDS, len(dataset), given.batch, step), given))
+    looks = list(soak(loader, partial(mixed_requests, GRIDS, len(dataset), given.batch), given))
     memory, files = grown(looks)
     assert memory > given.growth
     assert files > 20

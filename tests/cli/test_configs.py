@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from training import TINY
 
 from mgvideo.checkpoint import differences
+from mgvideo.cli import app
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import build_data, build_plan
 from mgvideo.cli.help import group_options
@@ -75,6 +76,19 @@ def test_fewer_epochs_need_no_other_key(dataset: str, schedule: str) -> None:
     assert build_plan(cfg, 5000).epochs == pytest.approx(
         7 * cfg.schedule.epoch_factor, rel=0.15
     )  # rounded to whole ones
+
+
+def test_without_a_recipe_nothing_is_scaled() -> None:
+    base = composed("~recipe", "base.batch=8", "base.epochs=5").base
+    assert (base.batch, base.epochs, list(base.lr_steps)) == (8, 5, [0])
+    assert OmegaConf.is_missing(base, "lr")
+
+
+def test_cfg_job_prints_the_scaled_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["run_net.py"])
+    app.main("run", "", lambda _: None, ["--cfg", "job", "base.epochs=10", "base.batch=32"])
+    printed = OmegaConf.create(capsys.readouterr().out).base
+    assert (printed.lr, list(printed.lr_steps), printed.warmup_epochs) == (0.1, [0, 6, 9], 1.5)
 
 
 def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> None:

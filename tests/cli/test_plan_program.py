@@ -153,7 +153,7 @@ def test_an_unknown_number_of_videos_says_how_to_go_on(capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("there", "planned", "note"),
+    ("available", "planned", "note"),
     [
         (0, 8, "planned for 8 GPUs, as this machine has none; gpus=N sets the number"),
         (1, 1, "planned for the 1 GPU of this machine; gpus=N sets the number"),
@@ -161,14 +161,14 @@ def test_an_unknown_number_of_videos_says_how_to_go_on(capsys: pytest.CaptureFix
     ],
 )
 def test_gpus_are_those_of_the_machine(
-    there: int, planned: int, note: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    available: int, planned: int, note: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
-    told = json.loads(shown(["videos=1024", "format=json"], [], capsys))
-    assert (told["gpus"], told["notes"][-1]) == (planned, note)
-    told = json.loads(shown(["videos=1024", "format=json", "gpus=4"], [], capsys))
-    assert told["gpus"] == 4
-    assert not [line for line in told["notes"] if "GPU" in line]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    result = json.loads(shown(["videos=1024", "format=json"], [], capsys))
+    assert (result["gpus"], result["notes"][-1]) == (planned, note)
+    result = json.loads(shown(["videos=1024", "format=json", "gpus=4"], [], capsys))
+    assert result["gpus"] == 4
+    assert not [line for line in result["notes"] if "GPU" in line]
 
 
 def test_gpus_of_the_machine_that_no_run_could_use(
@@ -189,7 +189,7 @@ def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("overrides", "lr", "ends", "told"),
+    ("overrides", "lr", "ends", "starts"),
     [
         (["base.batch=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
         (["base.batch=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
@@ -207,7 +207,7 @@ def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ],
 )  # fmt: skip
 def test_the_recipe_follows_batch_and_epochs_that_are_set_alone(
-    overrides: list[str], lr: float, ends: list[float], told: list[str], capsys: pytest.CaptureFixture[str]
+    overrides: list[str], lr: float, ends: list[float], starts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["gpus=1", "videos=1024", "format=json", "at=[10]", "schedule=baseline", *overrides])
     printed = capsys.readouterr()
@@ -215,5 +215,5 @@ def test_the_recipe_follows_batch_and_epochs_that_are_set_alone(
     assert result["lr_at_epoch"] == [[10, pytest.approx(lr)]]
     assert [phase["epoch_end"] for phase in result["phases"]] == ends
     lines = printed.err.splitlines()
-    assert len(lines) == len(told)
-    assert all(line.startswith(start) for line, start in zip(lines, told, strict=True))
+    assert len(lines) == len(starts)
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))

@@ -32,7 +32,7 @@ PUBLISHED = {
     "ssv2": {(63.0, 88.5), (63.5, 88.7)},
     "motion": set(),
 }
-FAST = ["train.precise_bn_batches=0", "loader.workers=0", "test.crops=1"]
+FAST = ["train.precise_bn_clips=0", "loader.workers=0", "test.crops=1"]
 ON_SLURM = ["table=schedules", "processes=8", "launcher=slurm"]
 SHORT = [*TINY, *FAST, "base.epochs=0.5", "base.lr_steps=[0]", "seeds=[0,1]"]
 

@@ -19,7 +19,7 @@ PLAIN = 6
 RUN = [
     *(argument for argument in TINY if "knobs" not in argument),
     *("dataset=kinetics400", "dataset.num_classes=8", "loader.workers=0", "loader.max_clips_per_step=16"),
-    *("precision=fp32", "train.precise_bn_batches=0", "train.evals_per_phase=0"),
+    *("precision=fp32", "train.precise_bn_clips=0", "train.evals_per_phase=0"),
 ]
 
 

@@ -150,6 +150,11 @@ def test_headers_and_comments_are_no_videos(tmp_path: Path, text: str) -> None:
     assert len(video_list(str(tmp_path), "list.csv")) == 2, "as Excel writes it"
 
 
+def test_a_row_without_a_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"list\.csv:3: it has no path"):
+        listed(tmp_path, "label,path\n0,x.mp4\n1\n")
+
+
 def test_a_path_may_begin_with_a_hash(tmp_path: Path) -> None:
     assert listed(tmp_path, "#20_Rhythm_clap.avi 1\n#no label, a comment\n# x.avi 1\n") == [("#20_Rhythm_clap.avi", 1)]
 

@@ -233,6 +233,7 @@ def test_charades_reads_frame_lists(tmp_path: Path) -> None:
             "id,actions\nAAAAA,c001 0 1\n\nAAAAA,c002 0 1\n",
             r"train\.csv:4: expected the id of another video, found 'AAAAA'",
         ),
+        ("actions,id\nc001 0 1\n", r"train\.csv:2: expected the id of another video, found ''"),
         ("id,actions\nAAAAA,c001 0 nan\n", r"train\.csv:2: expected actions as"),
         (
             'id,actions\nAAAAA,"c001 0 1\nBBBBB,c002 0 1"\n',

@@ -1,4 +1,7 @@
-"""A real SLURM of two nodes on this host, which dies with the process that started it."""
+"""A real SLURM of two nodes on this host, which dies with the process that started it.
+
+Tasks are bound to cores where srun's --cpu-bind says so. Both nodes have this host's cores.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
+TaskPluginParam=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 JobAcctGatherType=jobacct_gather/none

@@ -1,0 +1,15 @@
+"""Prints, as a rank, the cores that it gets of its machine and the loader workers that it would start."""
+
+import json
+import os
+import sys
+
+from mgvideo.cli.app import compose_config
+from mgvideo.cli.build import loader_options
+from mgvideo.distributed import joined, rank, rank_cpus, world_size
+
+with joined(timeout_s=60):
+    cores, options = rank_cpus(), loader_options(compose_config("run", []))
+    found = {"rank": rank(), "ranks": world_size(), "cores": str(cores), "workers": options.workers}
+    # in one piece: srun merges the lines of ranks
+    os.write(sys.stdout.fileno(), f"{json.dumps(found)}\n".encode())
