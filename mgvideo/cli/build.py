@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.distributed import barrier, gather_objects, local_rank, world_size
+from mgvideo.distributed import barrier, gather_objects, local_rank, rank, world_size
 from mgvideo.dropout import convert_clip_dropout
 from mgvideo.errors import UserError
 from mgvideo.loader import LoaderOptions
@@ -90,7 +90,9 @@ def build_model(cfg: DictConfig, precision: Precision, anew: bool = True) -> nn.
     if cfg.init_from and anew:
         from mgvideo.models.pretrained import load_pretrained
 
-        load_pretrained(model, cfg.init_from)
+        taken = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
+        if rank() == 0:
+            print(f"init_from: {taken}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
 
 
