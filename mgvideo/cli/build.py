@@ -106,7 +106,9 @@ def build_model(cfg: DictConfig, precision: Precision, anew: bool = True) -> nn.
     if cfg.init_from and anew:
         from mgvideo.models.pretrained import load_pretrained
 
-        load_pretrained(model, cfg.init_from)
+        taken = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
+        if rank() == 0:
+            print(f"init_from: {taken}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
 
 
