@@ -146,7 +146,7 @@ def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
 
 
 def loader_options(cfg: DictConfig) -> LoaderOptions:
-    """How to load clips; where `loader.workers` is null, one worker for each core that this rank has to itself.
+    """Return how clips are loaded; where `loader.workers` is null, by one worker for each core of this rank.
 
     All ranks call it together.
     """
@@ -174,7 +174,7 @@ def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precisio
 
 
 def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> list[str]:
-    """What to warn of where /dev/shm may not hold the batches of this run. All ranks call it together.
+    """Return warnings where /dev/shm may not hold the batches of this run. All ranks call it together.
 
     Raises:
         UserError: it cannot hold them.
