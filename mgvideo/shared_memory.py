@@ -109,7 +109,7 @@ def is_full(error: Exception) -> bool:
 
 
 def explain_full(folder: Path = FOLDER) -> str:
-    """What to say where there was no room, and what to do."""
+    """Say that there was no room, and what to do."""
     room = find_room(folder)
     size = f" ({_size(room.total)})" if room and room.free else ""
     return (

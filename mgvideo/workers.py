@@ -32,7 +32,7 @@ _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def use_short_socket_paths() -> None:
-    """Where TMPDIR is too long for sockets, let multiprocessing keep its own in another folder; the rest stays there.
+    """Let multiprocessing keep its sockets in another folder where TMPDIR is too long for them; all else stays there.
 
     Raises:
         UserError: no folder can be written.

@@ -218,7 +218,8 @@ def _perform(words: list[str], programs: Programs) -> None:
         assert rest[0] in cli.PROGRAMS, rest[0]
         programs(rest[0], rest[1:])
     elif first == "torchrun":
-        parsed = torchrun_parser().parse_args(rest)
+        scriptless = all(word.startswith("-") for word in rest)  # named by its flags alone
+        parsed = torchrun_parser().parse_args([*rest, *["tools/run_net.py"] * scriptless])
         _perform([parsed.training_script, *parsed.training_script_args], programs)
     elif first == "sbatch":
         script = next(i for i, word in enumerate(rest) if not word.startswith("-"))

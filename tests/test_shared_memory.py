@@ -13,7 +13,7 @@ import pytest
 from training import KNOBS, ROOT, TINY
 
 from mgvideo import shared_memory
-from mgvideo.clips import ClipRequest, Sample
+from mgvideo.clips import BatchRequest, ClipRequest, Sample
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
 from mgvideo.errors import UserError
@@ -134,8 +134,8 @@ class Bus:
 GRID = Grid(16, 96, (1, 1), (96, 96))  # 432 KiB a clip
 
 
-def requests(step: int) -> list[ClipRequest]:
-    return [ClipRequest(0, GRID, step)]
+def requests(step: int) -> BatchRequest:
+    return BatchRequest([ClipRequest(0, GRID, step)])
 
 
 def last_words(motion_root: str, method: str, killed: bool) -> None:

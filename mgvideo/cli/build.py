@@ -106,7 +106,9 @@ def build_model(cfg: DictConfig, precision: Precision, anew: bool = True) -> nn.
     if cfg.init_from and anew:
         from mgvideo.models.pretrained import load_pretrained
 
-        load_pretrained(model, cfg.init_from)
+        taken = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
+        if rank() == 0:
+            print(f"init_from: {taken}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
 
 
@@ -144,7 +146,7 @@ def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
 
 
 def loader_options(cfg: DictConfig) -> LoaderOptions:
-    """How to load clips; where `loader.workers` is null, one worker for each core that this rank has to itself.
+    """Return how clips are loaded; where `loader.workers` is null, by one worker for each core of this rank.
 
     All ranks call it together.
     """
@@ -172,7 +174,7 @@ def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precisio
 
 
 def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> list[str]:
-    """What to warn of where /dev/shm may not hold the batches of this run. All ranks call it together.
+    """Return warnings where /dev/shm may not hold the batches of this run. All ranks call it together.
 
     Raises:
         UserError: it cannot hold them.

@@ -171,6 +171,9 @@ class RunKeys:
     init_from: str | None = key(
         None, "weights to start from: a checkpoint of ours, PySlowFast, PyTorchVideo, torchvision"
     )
+    init_from_key: str | None = key(
+        None, "where init_from holds several copies of the network, which: model or model_ema; null: an average first"
+    )
 
 
 def register() -> None:

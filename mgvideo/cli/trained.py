@@ -14,13 +14,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
+from torch import nn
 
 from mgvideo import configs
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.errors import UserError
-from mgvideo.models.naming import names
-from mgvideo.models.pretrained import guess_source, load_pretrained, read, tensors
+from mgvideo.models.pretrained import load_pretrained
+from mgvideo.models.state_dicts import find_copy
+from mgvideo.models.weights_file import read
 from mgvideo.paths import is_remote, plain
 
 from . import app
@@ -31,6 +32,7 @@ from .schema import RunKeys, check_values
 from .suggest import suggestion
 from .values import read_dotlist
 
+OF_THE_RUN = ("loader", "init_from_key")  # what its config says of another machine and of other weights
 DOWNLOADED = r"\w+_Weights\.\w+"  # torchvision's names of weights
 HELP = (
     "A checkpoint in its run's folder brings its recipe along. Weights from elsewhere need their network, model=…, and",
@@ -47,6 +49,7 @@ class Trained:
     cfg: DictConfig
     weights: str
     folder: Path | None  # of its run
+    taken: str  # what was read from the weights
 
     @property
     def classes(self) -> int:
@@ -72,8 +75,8 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Train
     check_values(cfg)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)
-    load_pretrained(model, weights)
-    return Trained(model.eval(), cfg, weights, config.parent if config else None)
+    taken = load_pretrained(model, weights, key=cfg.init_from_key)
+    return Trained(model.eval(), cfg, weights, config.parent if config else None, taken)
 
 
 def locate(ckpt: str | None) -> tuple[str, Path | None]:
@@ -129,7 +132,8 @@ def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
     saved: Any = OmegaConf.load(file)
     _check_trust(file, OmegaConf.to_container(saved), overrides)
     try:
-        cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), {key: saved[key] for key in saved if key != "loader"})
+        kept = {key: saved[key] for key in saved if key not in OF_THE_RUN}
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), kept)
     except OmegaConfBaseException as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
     keys = list(app.flat_keys(cfg))
@@ -179,13 +183,10 @@ def foreign_config(weights: str, overrides: Sequence[str]) -> DictConfig:
 
 def _classes_in(weights: str, cfg: DictConfig) -> int:
     """How many classes the classifier in a file of weights tells apart."""
-    given: dict[str, Tensor] = tensors(read(weights), weights)
     cfg.model.num_classes = cfg.model.num_classes or 1
     with torch.device("meta"):
         model: nn.Module = instantiate(cfg.model)
-    classifier = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-    theirs = {ours: name for name, ours in names(model, guess_source(model, given, weights)).items()}
-    weight = given.get(theirs[f"{classifier}.weight"])
-    if weight is None:
+    classes = find_copy(model, read(weights), weights, key=cfg.init_from_key).classes
+    if classes is None:
         raise UserError(f"{weights} has no classifier: weights to start from, with nothing to predict yet")
-    return len(weight)
+    return classes

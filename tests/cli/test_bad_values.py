@@ -13,7 +13,7 @@ from mgvideo.cli.run import main
 from mgvideo.cli.schema import RunKeys
 
 WRONG_TYPE = {"int": "many", "float": "much", "bool": "perhaps", "list[int]": "wide", "list[float]": "wide"}
-FREE = {"output_dir", "init_from", "resume", "base.lr_policy"}  # texts, whose wrong values are below
+FREE = {"output_dir", "init_from", "init_from_key", "resume", "base.lr_policy"}  # texts, whose wrong values are below
 WRONG_VALUES = [
     *("base.batch=0", "base.frames=0", "base.size=-1", "base.stride=0", "base.jitter=[40]", "base.jitter=[40,36]"),
     *("base.epochs=0", "base.lr=-1", "base.lr=nan", "base.lr_steps=[1]", "base.lr_steps=[0,9]", "base.gamma=0"),

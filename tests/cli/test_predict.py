@@ -223,6 +223,23 @@ def test_weights_from_elsewhere_say_how_many_classes_there_are(
     assert {c["class"] for c in entry["classes"]} == {"walk", "run", "jump", "fly", "swim"}
 
 
+def test_of_several_copies_of_a_network_one_is_named(
+    foreign: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(foreign)
+    other = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    torch.save({"model": state, "model_ema": other}, tmp_path / "both=1, [2].pth")
+    torch.save({"module": other}, tmp_path / "other.pth")
+    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", *ONE_VIEW]
+
+    def scores(name: Path, *more: str) -> list[dict[str, Any]]:
+        return predicted([videos / "00000.mp4", f"ckpt={name}", *network, *more], capsys)
+
+    both = tmp_path / "both=1, [2].pth"
+    assert scores(both) == scores(tmp_path / "other.pth")
+    assert scores(both, "init_from_key=model") == scores(foreign) != scores(both)
+
+
 SEGMENTS = (1, 3, 6, 8, 11, 13, 15, 18)  # the middles of eight segments of 20 frames, as PySlowFast has them
 
 

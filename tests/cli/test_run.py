@@ -198,6 +198,8 @@ def test_what_weights_do_not_fit_is_told(tmp_path: Path, motion_root: str) -> No
     data = [*TINY, f"dataset.root={motion_root}", "output_dir=out"]
     result = run_program(*data, "init_from=five.pt", "train.enable=false", "test.enable=false", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    taken = len(r2plus1d_small(5, width=4).state_dict()) - 2
+    assert f"init_from: {taken} tensors from five.pt, under model, with names of mgvideo; the head in" in result.stdout
     assert result.stderr.strip().splitlines() == [
         "the head in five.pt is for another number of classes: it is left out, ours starts anew"
     ]

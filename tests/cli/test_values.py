@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from refusals import said
+from training import ROOT
 
 from mgvideo.cli import app, keys, plan
 from mgvideo.cli.predict import PredictKeys
@@ -132,3 +135,16 @@ def test_the_runs_of_a_table_get_them(tmp_path: Path) -> None:
     assert cell.config.dataset.root == root
     parsed = OverridesParser.create().parse_overrides(cell.overrides)
     assert not any(override.is_sweep_override() for override in parsed), "a comma in a path, of --multirun"
+
+
+def test_the_commands_of_the_page_do_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (?:\$ )?python tools/(\w+)\.py (.*)\n(?:    (error: .*))?", page, re.MULTILINE)
+    assert len(commands) == 5
+    for program, words, error in commands:
+        run = {"run_net": main, "plan": plan.main}[program]
+        if error:
+            assert said(run, shlex.split(words), capsys) == error
+        else:
+            run(shlex.split(words))
+            assert capsys.readouterr().out

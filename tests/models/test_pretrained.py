@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from zoo import build
 
 from mgvideo.errors import UserError
+from mgvideo.models.naming import names
 from mgvideo.models.pretrained import export_pyslowfast, load_pretrained
+from mgvideo.models.small import slowfast_small
 
 CAFFE2_NAMES = {  # as in the model zoo's files → as in PySlowFast
     "conv1_w": "s1.pathway0_stem.conv.weight",
@@ -231,6 +233,157 @@ def test_weights_of_another_network_are_refused() -> None:
         load_pretrained(build("slow_r50", width=8), {"fc1.weight": torch.zeros(1)})
     with pytest.raises(UserError, match="source 'tensorflow'"):
         load_pretrained(build("slow_r50", width=8), {"fc1.weight": torch.zeros(1)}, "tensorflow")
+
+
+# what trainers do to a state dict on its way into a file
+CONTAINERS = {
+    "torch.compile of DDP": lambda state: {"state_dict": prefixed("_orig_mod.module.", state)},
+    "DDP of torch.compile": lambda state: {"model": prefixed("module._orig_mod.", state)},
+    "DDP twice": lambda state: prefixed("module.module.", state),
+    "FSDP": lambda state: prefixed("_fsdp_wrapped_module.", state),
+    "a compiled part": lambda state: {
+        re.sub(r"^(\w+\.)", r"\1_orig_mod.", name): tensor for name, tensor in state.items()
+    },
+    "Lightning": lambda state: {
+        "state_dict": {**prefixed("model.", state), "loss.weight": torch.ones(8), "val_acc.total": torch.tensor(3)},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(4)}}}],
+        "pytorch-lightning_version": "2.5",
+    },
+    "Lightning, compiled": lambda state: {"state_dict": prefixed("net._orig_mod.", state)},
+    "AveragedModel": lambda state: {**prefixed("module.", state), "n_averaged": torch.tensor(7)},
+    "timm": lambda state: {"state_dict_ema": state, "epoch": 3, "metric": 76.1},
+    "torchvision": lambda state: {"model_ema": {**prefixed("module.", state), "n_averaged": torch.tensor(7)}},
+    "mmengine": lambda state: {"ema_state_dict": prefixed("module.", state), "meta": {"epoch": 3}},
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None, "global_steps": 4},
+    "nested": lambda state: {"state_dict": {"model": prefixed("net.", state)}},
+    "deeply nested": lambda state: {"checkpoint": {"trainer": [{"ema": {"shadow": state}}]}},
+    "MoCo": lambda state: {"state_dict": prefixed("module.encoder_q.", state), "queue": torch.zeros(4, 4)},
+    "a distilled student": lambda state: {"student": state, "loss": {"temperature": torch.tensor(2.0)}},
+    "parameters": lambda state: {"model": {name: nn.Parameter(t, False) for name, t in state.items()}},
+    "arrays": lambda state: {"params": {name: tensor.numpy() for name, tensor in state.items()}},
+}
+
+
+def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[str, dict[str, Tensor]]:
+    """The same network's weights with the names of each source."""
+    state = slowfast_small(5, width=8).state_dict()
+    return {
+        source: {theirs: state[ours] for theirs, ours in names(slowfast_small(5, width=8), source).items()}
+        for source in ("mgvideo", "pyslowfast", "pytorchvideo")
+    }
+
+
+@pytest.mark.parametrize("source", ["mgvideo", "pyslowfast", "pytorchvideo"])
+@pytest.mark.parametrize("trainer", CONTAINERS)
+def test_wrappers_and_containers_are_seen_through(
+    trainer: str, source: str, states: dict[str, dict[str, Tensor]]
+) -> None:
+    model = slowfast_small(5, width=8)
+    told = load_pretrained(model, CONTAINERS[trainer](states[source]))
+    assert_loaded(model, states["mgvideo"])
+    assert told.startswith(f"{len(states['mgvideo'])} tensors from the given state dict")
+    assert f"with names of {source}" in told
+
+
+def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_what_was_taken_and_what_was_left_is_told(states: dict[str, dict[str, Tensor]]) -> None:
+    count = len(states["mgvideo"])
+    told = load_pretrained(slowfast_small(5, width=8), CONTAINERS["Lightning"](states["pyslowfast"]))
+    assert told == (
+        f"{count} tensors from the given state dict, under state_dict.model, with names of pyslowfast; "
+        "not used: state_dict.loss, state_dict.val_acc, optimizer_states"
+    )
+    assert load_pretrained(slowfast_small(5, width=8), states["mgvideo"]) == (
+        f"{count} tensors from the given state dict, with names of mgvideo"
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "taken"),
+    [
+        ("model", "model_ema", "model_ema"),
+        ("state_dict_ema", "state_dict", "state_dict_ema"),
+        ("student.backbone", "teacher.backbone", "teacher.backbone"),
+        ("encoder_q", "encoder_k", "encoder_q"),
+        ("model", "swa_model", "swa_model"),
+        ("rgb", "flow", "rgb"),
+    ],
+)
+def test_of_several_copies_one_is_taken_by_a_rule_and_another_by_its_name(
+    first: str, second: str, taken: str, states: dict[str, dict[str, Tensor]]
+) -> None:
+    state = states["mgvideo"]
+    copies = {first: state, second: {name: tensor + 1 for name, tensor in state.items()}}
+    content = {"epoch": 1, **{f"{key}.{name}": t for key, copy in copies.items() for name, t in copy.items()}}
+    model, other = slowfast_small(5, width=8), first if taken == second else second
+    told = load_pretrained(model, content)
+    assert_loaded(model, copies[taken])
+    assert f"under {taken}, " in told
+    assert f"other copies of this network in it: {other} (init_from_key=NAME takes one)" in told
+    assert f"under {other}, " in load_pretrained(model, content, key=other.split(".")[0])
+    assert_loaded(model, copies[other])
+    with pytest.raises(UserError, match=f"init_from_key=none: .* but in {first}, {second}"):
+        load_pretrained(model, content, key="none")
+
+
+def test_an_average_of_the_parameters_alone_is_passed_over(states: dict[str, dict[str, Tensor]]) -> None:
+    state = states["mgvideo"]
+    average = {name: tensor + 1 for name, tensor in state.items() if "running" not in name}
+    model = slowfast_small(5, width=8)
+    told = load_pretrained(model, {"model": state, "ema": average})
+    assert_loaded(model, state)
+    assert "ema is passed over: ema." in told
+    assert "is missing" in told
+
+
+def test_a_head_beside_the_body_is_taken_and_a_missing_one_told(
+    states: dict[str, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    state = states["mgvideo"]
+    body = prefixed("backbone.", {name: tensor for name, tensor in state.items() if not name.startswith("head.")})
+    head = {"cls_head.fc_cls.weight": state["head.fc.weight"], "cls_head.fc_cls.bias": state["head.fc.bias"]}
+    model = slowfast_small(5, width=8)
+    assert "its head is state_dict.cls_head.fc_cls" in load_pretrained(model, {"state_dict": {**body, **head}})
+    assert_loaded(model, state)
+    assert not caplog.records
+    own = model.head.fc.weight.clone()
+    other = {name: torch.cat([tensor, tensor]) for name, tensor in head.items()}
+    for beside in ({}, other, {"projector.0.weight": torch.zeros(5, own.shape[1]), "projector.0.bias": torch.zeros(5)}):
+        caplog.clear()
+        assert "ours starts anew" in load_pretrained(model, {"encoder": body, **beside})
+        assert [record.message.endswith("ours starts anew") for record in caplog.records] == [True]
+        assert torch.equal(model.head.fc.weight, own)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("i3d_r101", "i3d_r50"), ("i3d_nln_r50", "i3d_r50"), ("i3d_r50", "i3d_nln_r50")]
+)
+@pytest.mark.parametrize("source", ["mgvideo", "pyslowfast", "caffe2", "pytorchvideo"])
+def test_half_a_network_is_never_loaded(theirs: str, ours: str, source: str) -> None:
+    other, model = build(theirs, width=8), build(ours, width=8)
+    state = other.state_dict()
+    content = {"epoch": 1, "state_dict": {name: state[own] for name, own in names(other, source).items()}}
+    with pytest.raises(UserError, match="does not fit this network"):
+        load_pretrained(model, content)
+
+
+def test_weights_that_are_no_numbers_are_refused(states: dict[str, dict[str, Tensor]]) -> None:
+    for name, wrong in (("head.fc.weight", torch.nan), ("slow.stem.bn.running_var", torch.inf)):
+        content = {**states["mgvideo"], name: torch.full_like(states["mgvideo"][name], wrong)}
+        with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+            load_pretrained(slowfast_small(5, width=8), content)
+    compressed = {name: tensor.to(torch.int8) for name, tensor in states["mgvideo"].items()}
+    with pytest.raises(UserError, match="is int8, as of a compressed network"):
+        load_pretrained(slowfast_small(5, width=8), compressed)
 
 
 class Command:
