@@ -277,6 +277,7 @@ class _GroupNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of these two they would be zeros, made in every step
         return y, mean, invstd
 
     @staticmethod
@@ -324,6 +325,7 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
         ctx.save_for_backward(x, mean, invstd, scale)
         ctx.affine = weight is not None
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of these two they would be zeros, made in every step
         return y, mean, invstd
 
     @staticmethod
@@ -419,6 +421,7 @@ class _MergedNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, size)
         ctx.fold, ctx.eps, ctx.process_group = fold, eps, process_group
         ctx.mark_non_differentiable(mean, unbiased)
+        ctx.set_materialize_grads(False)
         y = torch.empty_like(x)
         weight, bias, mean_f, var_f = _folded(fold, weight, bias, mean, var)
         for part, y_i, mean_i, var_i in zip(parts, _parts(y, groups, fold), mean_f, var_f, strict=True):

@@ -87,7 +87,9 @@ def run(given: Keys, cfg: DictConfig) -> None:
     if given.format == "json":
         print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
     else:
-        Console(soft_wrap=True, highlight=False).print(table(findings))
+        # in a file or a pipe wide enough for a bug report
+        console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+        console.print(table(findings))
     if any(finding.status == "failure" for finding in findings):
         raise SystemExit(1)
 
@@ -205,7 +207,7 @@ def precision(machine: Machine) -> Iterator[Finding]:
     """The precision that a run chooses, and whether its convolutions are right and fast."""
     chosen = machine.precision
     yield Finding("precision", "ok", str(chosen))
-    model = chosen.place(_model(machine.cfg, "slowfast_small"))
+    model = chosen.place(_model("slowfast_small"))
     grids = [slot.grid for phase in machine.plan.phases for slot in phase.slots]
     faults = probe_convolutions(model, grids, chosen)
     for fault in faults.wrong:
@@ -219,7 +221,8 @@ def precision(machine: Machine) -> Iterator[Finding]:
 
 def decoders(machine: Machine) -> Iterator[Finding]:
     """Each decoder on a real file: the same frames as PyAV gives."""
-    libraries = ", ".join(f"{name} {'.'.join(map(str, version))}" for name, version in av.library_versions.items())
+    versions = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+    libraries = f"libavcodec {versions['libavcodec']}, libavformat {versions['libavformat']}"
     path, wanted = machine.videos.path(0), None
     for name, make in (("pyav", PyAV), ("decord", Decord), ("torchcodec", TorchCodec)):
         try:
@@ -300,8 +303,7 @@ def disk(machine: Machine) -> Iterator[Finding]:
         yield Finding("disk", "failure", f"cannot write in {place}: {error.strerror}", "set output_dir")
 
 
-def _model(cfg: DictConfig, name: str) -> nn.Module:
-    del cfg
+def _model(name: str) -> nn.Module:
     composed = app.compose_config("run", [f"model={name}", "dataset.num_classes=8"])
     return convert_group_batchnorm(instantiate(composed.model))
 
@@ -324,7 +326,7 @@ class _Step:
 
     def __init__(self, machine: Machine, name: str) -> None:
         self.precision, self.device = machine.precision, machine.device
-        self.model = self.precision.place(_model(machine.cfg, name)).train()
+        self.model = self.precision.place(_model(name)).train()
         self.normalize = build_normalize(machine.cfg, self.precision)
         self.optimizer = sgd(self.model, 1e-3)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype is torch.float16)
