@@ -282,7 +282,9 @@ class _GroupNormalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, mean, invstd = ctx.saved_tensors
         dy = _dense(dy, like=x)
         groups, affine = len(mean), weight is not None
@@ -330,7 +332,9 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, mean, invstd, scale = ctx.saved_tensors
         clips, gradients = _by_group(x, len(mean)), _by_group(_dense(dy, like=x), len(mean))
         share = mean.numel() / x.numel()  # one over the values of a group in a channel
@@ -430,7 +434,9 @@ class _MergedNormalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, mean, var, size = ctx.saved_tensors
         groups, fold = len(mean), ctx.fold
         gain = torch.ones_like(mean[0]) if weight is None else weight
