@@ -39,7 +39,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     groups: int = 1
     process_group: dist.ProcessGroup | None = None
     # Inside deferred_running_stats: sums over the groups so far, see `_sums`, and the forwards not yet added to them.
-    deferred_sums: Tensor | None = None
+    # The sums are the same tensor in every step, as CUDA graphs require.
+    deferring: bool = False
+    deferred_sums: Tensor
     deferred_forwards: list[_Statistics]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         Of a channels_last_3d tensor this view is channels_last, and only for that CUDA has fast kernels.
         """
         alone = self.groups == 1 and self.process_group is None
-        if not self.training or (alone and self.deferred_sums is None):
+        if not self.training or (alone and not self.deferring):
             return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
@@ -80,7 +82,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             mean, var = torch.zeros((2, 1, self.num_features), dtype=_stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
             statistics = _Statistics(mean, var)
-        if self.deferred_sums is None:
+        if not self.deferring:
             if self.track_running_stats:
                 _update_running([self], _sums(statistics))
         elif torch.compiler.is_compiling():  # which fuses what it traces
@@ -149,21 +151,24 @@ def deferred_running_stats(
     """
     layers = [layer for layer in _layers(model) if layer.training and layer.track_running_stats]
     for layer in layers:
-        device = layer.running_mean.device
-        layer.deferred_sums = torch.zeros((4, layer.num_features), dtype=torch.float64, device=device)
-        layer.deferred_forwards = []
+        if not hasattr(layer, "deferred_sums"):
+            device = layer.running_mean.device
+            sums = torch.zeros((4, layer.num_features), dtype=torch.float64, device=device)
+            layer.register_buffer("deferred_sums", sums, persistent=False)
+        layer.deferring, layer.deferred_forwards = True, []
+    if layers:
+        torch._foreach_zero_([layer.deferred_sums for layer in layers])
     try:
         yield
         if layers:
             _add_deferred(layers)
-            sums = torch.cat([layer.deferred_sums for layer in layers], dim=1)  # type: ignore[misc]
+            sums = torch.cat([layer.deferred_sums for layer in layers], dim=1)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(sums, group=world_group)
             _update_running(layers, sums, momentum)
     finally:
         for layer in layers:
-            layer.deferred_sums = None
-            layer.deferred_forwards = []
+            layer.deferring, layer.deferred_forwards = False, []
 
 
 def _layers(model: nn.Module) -> list[GroupBatchNorm3d]:
@@ -272,11 +277,14 @@ class _GroupNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of these two they would be zeros, made in every step
         return y, mean, invstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, mean, invstd = ctx.saved_tensors
         dy = _dense(dy, like=x)
         groups, affine = len(mean), weight is not None
@@ -319,11 +327,14 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
         ctx.save_for_backward(x, mean, invstd, scale)
         ctx.affine = weight is not None
         ctx.mark_non_differentiable(mean, invstd)
+        ctx.set_materialize_grads(False)  # of these two they would be zeros, made in every step
         return y, mean, invstd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, mean, invstd, scale = ctx.saved_tensors
         clips, gradients = _by_group(x, len(mean)), _by_group(_dense(dy, like=x), len(mean))
         share = mean.numel() / x.numel()  # one over the values of a group in a channel
@@ -414,6 +425,7 @@ class _MergedNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, size)
         ctx.fold, ctx.eps, ctx.process_group = fold, eps, process_group
         ctx.mark_non_differentiable(mean, unbiased)
+        ctx.set_materialize_grads(False)
         y = torch.empty_like(x)
         weight, bias, mean_f, var_f = _folded(fold, weight, bias, mean, var)
         for part, y_i, mean_i, var_i in zip(parts, _parts(y, groups, fold), mean_f, var_f, strict=True):
@@ -422,7 +434,9 @@ class _MergedNormalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, mean, var, size = ctx.saved_tensors
         groups, fold = len(mean), ctx.fold
         gain = torch.ones_like(mean[0]) if weight is None else weight

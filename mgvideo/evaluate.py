@@ -75,14 +75,14 @@ class Evaluator:
             for step, batch in enumerate(self.loader.open(requests, steps)):
                 stop_if_asked()
                 beat(step, len(steps), False)
-                indices = batch.indices.to(device)
+                indices = batch.indices.to(device, non_blocking=True)
                 if self.task.reduce == "sum":
                     scores.index_add_(0, indices, self._forward(model, batch))  # deterministic on GPUs too
                 else:
                     rows = indices[:, None].expand(-1, self.classes)
                     scores.scatter_reduce_(0, rows, self._forward(model, batch), "amax")
                 seen.index_add_(0, indices, torch.ones_like(indices, dtype=seen.dtype))
-                labels[indices] = batch.labels.to(device)
+                labels[indices] = batch.labels.to(device, non_blocking=True)
                 failures += batch.failures
                 beat(step + 1, len(steps), True)
         all_reduce(scores, dist.ReduceOp.SUM if self.task.reduce == "sum" else dist.ReduceOp.MAX)

@@ -147,7 +147,8 @@ def dead_worker(error: Exception) -> BaseException:
     text = str(error).splitlines()[0] if str(error) else ""
     if is_full(error):
         return UserError(explain_full())
-    reported = text.startswith("DataLoader worker") and ("killed" in text or "exited" in text)
+    of_a_process = text.startswith(("DataLoader worker", "Pin memory thread"))  # the latter ends with its workers
+    reported = of_a_process and ("killed" in text or "exited" in text)
     raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
     fetching = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_in_worker
     if reported or fetching:

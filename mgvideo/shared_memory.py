@@ -49,7 +49,7 @@ def fewest_bytes(sizes: Sequence[BatchSizes]) -> int:
 
 
 @dataclass(frozen=True)
-class _Room:
+class Room:
     """A file system for shared memory: an identifier, a host that mounts it, its bytes and how many are free."""
 
     identifier: str
@@ -58,18 +58,18 @@ class _Room:
     free: int
 
 
-def find_room(folder: Path = FOLDER) -> _Room | None:
+def find_room(folder: Path = FOLDER) -> Room | None:
     """The room in `folder`; nothing is free where it is missing or read-only. None: this system sets no limit."""
     if sys.platform != "linux":
         return None
     try:
         about, device = os.statvfs(folder), folder.stat().st_dev
     except OSError:
-        return _Room(machine_id(), platform.node(), 0, 0)
+        return Room(machine_id(), platform.node(), 0, 0)
     if about.f_blocks == 0:  # a tmpfs of size=0
         return None
     free = about.f_bavail * about.f_frsize if os.access(folder, os.W_OK) else 0
-    return _Room(f"{machine_id()} {device}", platform.node(), about.f_blocks * about.f_frsize, free)
+    return Room(f"{machine_id()} {device}", platform.node(), about.f_blocks * about.f_frsize, free)
 
 
 def check_room(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FOLDER) -> list[str]:

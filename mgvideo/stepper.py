@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,15 +55,17 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self.compiled: set[tuple[Slot, int]] = set()  # what has run: slots with their BN groups
+        self.prepared: set[tuple[Slot, int]] = set()  # slots that have run, with their BN groups
         # clips travel beside the computation of the step before
         self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.parallel: nn.Module = model
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # Every rank computes the same buffers. torch 2.15 renames the argument.
+            arguments = signature(DistributedDataParallel).parameters
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+            options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+            self.parallel = DistributedDataParallel(model, device_ids=ids, **options)
         if compile != "off":
             self.parallel = compiled(self.parallel, compile, plan)
 
@@ -116,7 +120,9 @@ class Stepper:
         # Dropout's seed depends on (seed, step) alone, not on the rank, and a resumed run needs no generator state.
         seed = random_seed(self.seed, Stream.DROPOUT, step)
         graph = (slot, self.plan.phase(step).bn_groups)
-        watched = self.compile == "off" or graph in self.compiled  # compiling may take minutes
+        # A slot's first step may take minutes: it compiles, and on a GPU cuDNN times its kernels.
+        prepares = self.compile != "off" or self.device.type == "cuda"
+        watched = not prepares or graph in self.prepared
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
@@ -136,7 +142,7 @@ class Stepper:
                     # DDP averages over ranks, which may hold different numbers of clips: undo it here
                     self.scaler.scale(loss * world_size()).backward()
                 total = total + loss.detach()
-        self.compiled.add(graph)
+        self.prepared.add(graph)
         return total
 
     def _update(self, step: int, loss: Tensor) -> None:

@@ -256,7 +256,7 @@ class Trainer:
                 "loss": sum(r[0] for r in ranks) / window.steps,
                 "clips_per_s": round(window.clips / elapsed, 2),
                 "data_wait": round(max(r[3] for r in ranks) / elapsed, 4),
-                "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30 if cuda else _resident_gib(), 3),
+                "memory_gib": round(_peak_gib(self.device) if cuda else _resident_gib(), 3),
                 "seconds": round(self.progress.seconds, 3),
             }
         )
@@ -339,6 +339,13 @@ def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
 def _grid_name(plan: Plan, step: int) -> str:
     grid = plan.slot(step).grid
     return f"{grid.frames}×{grid.size}²"
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most memory that tensors took on a GPU since the last call."""
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 2**30
 
 
 def _resident_gib() -> float:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda":  # tests/gpu; all other tests run the same code on every machine
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, and for the processes that tests start
+
 import pytest
 from training import KNOBS
 

@@ -529,3 +529,14 @@ def test_a_group_over_two_ranks_counts_once(two_ranks: list[dict]):
         for name, value in zip(("running_mean", "running_var"), aggregate(*moments), strict=True):
             want = 0.7 * plain().state_dict()[name] + 0.3 * value
             torch.testing.assert_close(results["shared and own"][name], want, **CLOSE)
+
+
+def test_sums_stay_at_one_address_as_cuda_graphs_require():
+    model = nn.Sequential(grouped(2), grouped(1))
+    addresses = []
+    for _ in range(2):
+        with deferred_running_stats(model):
+            model(clips(4))
+            addresses.append([layer.deferred_sums.data_ptr() for layer in model])
+    assert addresses[0] == addresses[1]
+    assert model.state_dict().keys() == nn.Sequential(plain(), plain()).state_dict().keys()

@@ -33,7 +33,7 @@ def test_two_loaders_keep_batches_ready_in_training_and_one_in_the_test() -> Non
 
 def check(monkeypatch: pytest.MonkeyPatch, free: int | None, workers: int = 4, total: int = 0) -> list[str]:
     """One rank's batches of 40 MiB; None: the system sets no limit."""
-    room = None if free is None else shared_memory._Room("x", "node1", total or free, free)
+    room = None if free is None else shared_memory.Room("x", "node1", total or free, free)
     monkeypatch.setattr(shared_memory, "find_room", lambda folder: room)
     return check_room(BatchSizes(40 * MIB, 0), workers, prefetch=2)
 
@@ -65,7 +65,7 @@ def test_room_for_less_than_two_batches_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_ranks_share_the_room_of_their_container_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks, two in one container."""
-    one, other = (shared_memory._Room(name, name, GIB, GIB) for name in ("one", "other"))
+    one, other = (shared_memory.Room(name, name, GIB, GIB) for name in ("one", "other"))
     sizes = BatchSizes(GIB // 6, 0)
     monkeypatch.setattr(shared_memory, "gather_objects", lambda item: [(one, sizes), (other, sizes), (one, sizes)])
     assert len(check_room(sizes, 1, 1)) == 0

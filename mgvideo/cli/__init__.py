@@ -19,15 +19,17 @@ from .terminal import restart_in_utf8_mode, terminal
 # the cores: docs/benchmarks/speed.md. Before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# A plan's grids differ in the sizes of their tensors, which leaves gaps between segments of fixed size in GPU memory.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # fvcore compiles losses that nobody here uses as it is imported, and torch says at length what it thinks of that
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-# the new name is unknown to torch 2.11
-warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 # several labels: the largest score over views, which a test holds to what it should be
 warnings.filterwarnings("ignore", "index_reduce", UserWarning)
 
 PROGRAMS = {
     "run": "train and test a network",
+    "doctor": "check this machine before training",
     "plan": "show the plan of a run before paying for it",
     "prepare": "check a dataset, build its pyramid, list it, or make the embedded one",
     "reproduce": "run a table of the paper and report it",

@@ -1,0 +1,399 @@
+"""`mgvideo doctor`: check this machine before training, in one table to read and to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from mgvideo import __version__
+from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.datasets.decoders import Decoder, Decord, PyAV, TorchCodec
+from mgvideo.datasets.motion import Knobs, make_motion, motion
+from mgvideo.errors import UserError
+from mgvideo.loader import Loader
+from mgvideo.optim import sgd
+from mgvideo.plan import Plan
+from mgvideo.precision import Precision, choose_precision, cudnn_warning, probe_convolutions
+from mgvideo.resources import available_cpus, cpu_count, find_resources
+from mgvideo.sampler import ClipSampler
+from mgvideo.shared_memory import find_room
+
+from . import app, keys
+from .build import build_normalize, build_plan, loader_options
+from .schema import key
+
+PACKAGES = ("torchvision", "torchmetrics", "hydra-core", "omegaconf", "fvcore", "iopath", "av", "decord", "torchcodec")
+FAMILIES = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")  # of configs/model
+OPEN_FILES = 4096  # that loader workers, checkpoints and sockets may need at once; 1,024 is a common limit
+DISK_GIB = 10  # below which checkpoints and decoded frames may not fit
+VIDEOS = Knobs(train=32, val=4)  # of the dataset that is made for the last checks
+MEASURED_S = 3.0
+
+
+@dataclass
+class Keys:
+    """What this program takes besides the keys of a run."""
+
+    format: str = key("table", "table or json")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table: what was checked, `ok`, `warning` or `failure`, what was found, and what to do."""
+
+    check: str
+    status: str
+    found: str
+    remedy: str = ""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point of `mgvideo doctor` and tools/doctor.py."""
+    own, rest = keys.split(Keys, arguments)
+    with app.reported():
+        given = keys.read(Keys, own)
+        if given.format not in ("table", "json"):
+            raise UserError(f"format={given.format}: choose table or json")
+    intro = "Check this machine before training. Exit code 1 where something fails. Takes the keys of a run, and:"
+    text = "\n".join([intro, "", *keys.describe(Keys)])
+    app.main("run", text, partial(run, given), rest, keys.names(Keys))
+
+
+def run(given: Keys, cfg: DictConfig) -> None:
+    """Run every check, print the table, and exit with 1 where one fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        findings = list(examine(cfg, Path(folder)))
+    if given.format == "json":
+        print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+    else:
+        # in a file or a pipe wide enough for a bug report
+        console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+        console.print(table(findings))
+    if any(finding.status == "failure" for finding in findings):
+        raise SystemExit(1)
+
+
+def table(findings: Sequence[Finding]) -> Table:
+    """The findings, one a row."""
+    grid = Table(box=None, pad_edge=False)
+    for heading in ("check", "", "found", "what to do"):
+        grid.add_column(heading, overflow="fold")
+    for finding in findings:
+        grid.add_row(finding.check, finding.status, finding.found, finding.remedy)
+    return grid
+
+
+def examine(cfg: DictConfig, folder: Path) -> Iterator[Finding]:
+    """The findings of all checks; an error that a check does not expect is a failure of that check alone."""
+    machine = Machine(cfg, folder)
+    for name, check in CHECKS.items():
+        print(f"checking {name} …", file=sys.stderr, flush=True)
+        try:
+            yield from check(machine)
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            remedy = "" if isinstance(error, UserError) else "report this line as a bug"
+            yield Finding(
+                name, "failure", line if isinstance(error, UserError) else f"{type(error).__name__}: {line}", remedy
+            )
+
+
+@dataclass
+class Machine:
+    """What the checks share: the config of a run, a folder for files, and what they build of both."""
+
+    cfg: DictConfig
+    folder: Path
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that a run of one process would take."""
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The precision that a run would choose."""
+        return choose_precision(self.cfg.precision, self.device)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of the config for the small dataset of the last checks."""
+        return build_plan(self.cfg, max(VIDEOS.train, self.cfg.base.batch))
+
+    @cached_property
+    def videos(self) -> Any:
+        """A dataset of real mp4 files, made anew."""
+        make_motion(str(self.folder), VIDEOS)
+        return motion(str(self.folder), VIDEOS, "train", PyAV())
+
+
+def versions(machine: Machine) -> Iterator[Finding]:
+    """Python, the operating system, and the packages that matter."""
+    del machine
+    yield Finding("system", "ok", f"Python {platform.python_version()} on {platform.platform()}")
+    yield Finding(
+        "mgvideo, torch", "ok", f"mgvideo {__version__}, torch {torch.__version__} (CUDA {torch.version.cuda})"
+    )
+    found, missing = [], []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    absent = f"; not installed: {', '.join(missing)}" if missing else ""
+    yield Finding("packages", "ok", f"{', '.join(found)}{absent}")
+
+
+def gpus(machine: Machine) -> Iterator[Finding]:
+    """GPUs, cuDNN and NCCL; a GPU that torch does not see."""
+    if not torch.cuda.is_available():
+        listed = _nvidia_gpus()
+        if listed:
+            yield Finding(
+                "GPU", "failure", f"torch does not see {listed}", "install a torch for CUDA, or a newer driver"
+            )
+        else:
+            yield Finding("GPU", "ok", "none: training runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        busy = free < 0.8 * total
+        text = (
+            f"{about.name}, capability {about.major}.{about.minor}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        )
+        remedy = "another program uses its memory: stop it, or set CUDA_VISIBLE_DEVICES" if busy else ""
+        yield Finding(f"GPU {index}", "warning" if busy else "ok", text, remedy)
+    warning = cudnn_warning(machine.precision)
+    version = torch.backends.cudnn.version()
+    yield Finding("cuDNN", "warning" if warning else "ok", str(version), warning or "")
+    nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    if nccl:
+        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Finding("NCCL", "failure", "not in this torch", "install a torch with NCCL to train on several GPUs")
+
+
+def _nvidia_gpus() -> str:
+    """What the driver lists, where it is installed."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, encoding="utf-8", errors="replace")
+    return listed.stdout.partition("\n")[0] if listed.returncode == 0 else ""
+
+
+def precision(machine: Machine) -> Iterator[Finding]:
+    """The precision that a run chooses, and whether its convolutions are right and fast."""
+    chosen = machine.precision
+    yield Finding("precision", "ok", str(chosen))
+    model = chosen.place(_model("slowfast_small"))
+    grids = [slot.grid for phase in machine.plan.phases for slot in phase.slots]
+    faults = probe_convolutions(model, grids, chosen)
+    for fault in faults.wrong:
+        yield Finding("kernels", "warning", fault, "precision=auto falls back to fp32; or install another torch")
+    for fault in faults.slow:
+        yield Finding("kernels", "warning", fault, "try precision=fp32, or install another torch")
+    if not (faults.wrong or faults.slow):
+        compared = "nothing to compare in fp32" if chosen.dtype is None else f"right in {chosen.name}"
+        yield Finding("kernels", "ok", f"convolutions: {compared}")
+
+
+def decoders(machine: Machine) -> Iterator[Finding]:
+    """Each decoder on a real file: the same frames as PyAV gives."""
+    versions = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
+    libraries = f"libavcodec {versions['libavcodec']}, libavformat {versions['libavformat']}"
+    path, wanted = machine.videos.path(0), None
+    for name, make in (("pyav", PyAV), ("decord", Decord), ("torchcodec", TorchCodec)):
+        try:
+            frames = _middle_frames(make(), path)
+        except UserError as error:
+            yield Finding(f"decoder {name}", "failure" if name == "pyav" else "warning", "does not work", str(error))
+            continue
+        wanted = frames if wanted is None else wanted
+        same = (frames.float() - wanted.float()).abs().mean() < 2  # libraries round colours differently
+        text = f"reads H.264{f'; {libraries}' if name == 'pyav' else ''}" if same else "gives other frames than PyAV"
+        yield Finding(f"decoder {name}", "ok" if same else "failure", text, "" if same else "use decoder=pyav")
+
+
+def _middle_frames(decoder: Decoder, path: str) -> Tensor:
+    import numpy as np
+
+    from mgvideo.datasets.videofile import Box
+
+    with decoder.open(path) as video:
+        return video.read(np.array([20, 22, 24]), Box(0, 0, video.height, video.width))
+
+
+def cores(machine: Machine) -> Iterator[Finding]:
+    """CPU cores that this process may use, and the loader workers that they give."""
+    own = find_resources()
+    limits = [f"a quota of {float(limit):g} cores" for limit in own.cpu_limits.values()]
+    about = ", ".join([f"{cpu_count()} usable, of {len(available_cpus())} that this process may run on", *limits])
+    options = loader_options(machine.cfg)
+    few = machine.device.type == "cuda" and options.workers < 4
+    remedy = "give each GPU 8 or more cores (SLURM: --cpus-per-task), or prepare a pyramid" if few else ""
+    yield Finding("CPU cores", "warning" if few else "ok", f"{about}; {options.workers} loader workers", remedy)
+    memory = min([own.memory, *own.memory_limits.values()]) / 2**30
+    small = memory < 4
+    yield Finding(
+        "memory", "warning" if small else "ok", f"{memory:.1f} GiB available", "4 GiB or more" if small else ""
+    )
+
+
+def shared_memory(machine: Machine) -> Iterator[Finding]:
+    """Room in /dev/shm, through which loader workers pass their batches."""
+    del machine
+    room = find_room()
+    if room is None:
+        yield Finding("/dev/shm", "ok", "no limit on this system")
+        return
+    small = room.free < 2**30
+    text = f"{room.free / 2**20:.0f} MiB free"
+    remedy = "in Docker: docker run --shm-size=8g; else fewer loader.workers" if small else ""
+    yield Finding("/dev/shm", "warning" if small else "ok", text, remedy)
+
+
+def open_files(machine: Machine) -> Iterator[Finding]:
+    """How many files and sockets a process may have open."""
+    del machine
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    few = limit != resource.RLIM_INFINITY and limit < OPEN_FILES
+    yield Finding("open files", "warning" if few else "ok", f"at most {limit}", "ulimit -n 65536" if few else "")
+
+
+def disk(machine: Machine) -> Iterator[Finding]:
+    """Free space where the run's folder will be."""
+    from mgvideo.paths import is_remote
+
+    target = str(machine.cfg.output_dir)
+    if is_remote(target):
+        yield Finding("disk", "ok", f"{target} is remote: not checked")
+        return
+    place = next(p for p in (Path(target).absolute(), *Path(target).absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    little = free < DISK_GIB
+    yield Finding(
+        "disk", "warning" if little else "ok", f"{free:.0f} GiB free in {place}", "set output_dir" if little else ""
+    )
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        yield Finding("disk", "failure", f"cannot write in {place}: {error.strerror}", "set output_dir")
+
+
+def _model(name: str) -> nn.Module:
+    composed = app.compose_config("run", [f"model={name}", "dataset.num_classes=8"])
+    return convert_group_batchnorm(instantiate(composed.model))
+
+
+def families(machine: Machine) -> Iterator[Finding]:
+    """A training step of a small network of each family: loss and weights stay finite."""
+    for name in FAMILIES:
+        step = _Step(machine, name)
+        finite = step(4, 8, 64)
+        seconds = step.seconds
+        text = f"a training step of 4 clips of 8×64²: {1e3 * seconds:.0f} ms"
+        if finite:
+            yield Finding(name, "ok", text)
+        else:
+            yield Finding(name, "failure", "loss or weights are not finite", "try precision=fp32")
+
+
+class _Step:
+    """Bare training steps of a small network."""
+
+    def __init__(self, machine: Machine, name: str) -> None:
+        self.precision, self.device = machine.precision, machine.device
+        self.model = self.precision.place(_model(name)).train()
+        self.normalize = build_normalize(machine.cfg, self.precision)
+        self.optimizer = sgd(self.model, 1e-3)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision.dtype is torch.float16)
+        self.seconds = 0.0
+
+    def __call__(self, clips: int, frames: int, size: int, groups: int = 1) -> bool:
+        """Take two steps on random pixels, and time the second. Returns whether loss and weights are finite."""
+        pixels = torch.randint(0, 256, (clips, frames, size, size, 3), dtype=torch.uint8).to(self.device)
+        labels = torch.arange(clips, device=self.device) % 8
+        set_bn_groups(self.model, groups)
+        loss = torch.zeros(())
+        for _ in range(2):
+            started = time.perf_counter()
+            self.optimizer.zero_grad(set_to_none=True)
+            with deferred_running_stats(self.model), self.precision.autocast():
+                logits = self.model(self.normalize(pixels))
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # waits for the device
+            self.seconds = time.perf_counter() - started
+        return finite and bool(torch.isfinite(loss))
+
+
+def data(machine: Machine) -> Iterator[Finding]:
+    """Clips a second of the loader on a small real dataset, beside those of the training step on the base grid."""
+    base, batch = machine.plan.base, machine.plan.base.batch
+    step = _Step(machine, "slowfast_small")
+    step(batch, base.frames, base.size)
+    trained = batch / step.seconds
+    loaded = _loader_rate(machine)
+    slow = loaded < trained
+    text = f"{loaded:.0f} clips a second loaded, {trained:.0f} trained (slowfast_small, {base.frames}×{base.size}²)"
+    remedy = (
+        "the loader sets the pace: more cores, dataset.frame_cache or a pyramid; see benchmark loader" if slow else ""
+    )
+    yield Finding("loader and step", "warning" if slow else "ok", text, remedy)
+
+
+def _loader_rate(machine: Machine) -> float:
+    from mgvideo.schedule import baseline_of
+
+    plan = baseline_of(machine.plan)
+    sampler = ClipSampler(plan, len(machine.videos), seed=0)
+    loader = Loader(machine.videos, loader_options(machine.cfg))
+    with ExitStack() as stack:
+        batches = loader.open(partial(sampler.shard, rank=0, world=1), range(plan.steps))
+        stack.callback(getattr(batches, "close", lambda: None))
+        next(batches)  # workers are up
+        clips, started = 0, time.perf_counter()
+        for batch in batches:
+            clips += len(batch.labels)
+            if time.perf_counter() - started > MEASURED_S:
+                break
+        return clips / (time.perf_counter() - started)
+
+
+CHECKS: dict[str, Callable[[Machine], Iterator[Finding]]] = {
+    "versions": versions,
+    "GPU": gpus,
+    "precision": precision,
+    "decoders": decoders,
+    "CPU cores": cores,
+    "shared memory": shared_memory,
+    "open files": open_files,
+    "disk": disk,
+    "networks": families,
+    "loader and step": data,
+}

@@ -1,0 +1,50 @@
+"""The GPU check, rehearsed without a GPU: sections run as processes of their own, and one that fails costs no other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgvideo.cli import benchmark_gpu
+from mgvideo.cli.app import compose_config
+from mgvideo.cli.benchmark_gpu import Keys, Section
+
+
+def test_sections_run_in_order_and_failures_stay_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = {
+        "first": Section(["-c", "print('said by the first')"], 30),
+        "fails": Section(["-c", "raise SystemExit(3)"], 30),
+        "hangs": Section(["-c", "import time; time.sleep(600)"], 1),
+        "last": Section(["-c", ""], 30),
+    }
+    monkeypatch.setattr(benchmark_gpu, "make_sections", lambda out, rehearse: sections)
+    benchmark_gpu.run(Keys(out=str(tmp_path / "out")), compose_config("run", []))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["first: ok", "fails: exit code 3"]
+    assert lines[2].startswith("hangs: ended at its limit of 1 s")
+    assert lines[3].startswith("last: ok")
+    assert "said by the first" in (tmp_path / "out" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_every_section_is_a_command_that_composes(rehearse: bool, tmp_path: Path) -> None:
+    from mgvideo.cli import benchmark_step, benchmark_train, doctor, keys
+
+    programs = {"step": benchmark_step.Keys, "train": benchmark_train.Keys, "doctor": doctor.Keys}
+    for section in benchmark_gpu.make_sections(tmp_path, rehearse).values():
+        words = [word for word in section.words if "=" in word]
+        name = next((word for word in reversed(section.words) if word in programs), None)
+        rest = keys.split(programs[name], words)[1] if name and "benchmark" in section.words else words
+        compose_config("run", [word for word in rest if not word.startswith(("format=", "-"))])
+
+
+def test_layers_are_measured_in_every_way() -> None:
+    times = benchmark_gpu.measure_layers(torch.device("cpu"), benchmark_gpu.SMALL_MAPS)
+    assert len(times) == 6
+    assert all(time > 0 for time in times.values())
+    json.dumps(times)

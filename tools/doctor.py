@@ -1,0 +1,8 @@
+"""Check this machine before training: python tools/doctor.py [format=json] [group=option] [key=value] …"""
+
+import sys
+
+if __name__ == "__main__":  # worker processes import this file, and need no more of it
+    from mgvideo.cli.doctor import main
+
+    main(sys.argv[1:])
