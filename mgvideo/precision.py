@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,8 @@ from .plan import Grid
 
 MAX_GRADIENT_ERROR = 0.05  # relative, of a gradient's norm; bf16 itself gives 0.003
 MAX_SLOWDOWN = 1.2  # against float32
+# values of ONEDNN_MAX_CPU_ISA under which oneDNN has no bf16 instructions, or none for gradients (AVX2_VNNI_2)
+NO_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Precision:
     dtype: torch.dtype | None
     channels_last: bool
     why: str
+    warning: str | None = None  # for the user, before a long run
 
     def autocast(self) -> AbstractContextManager:
         """The context that a forward runs in."""
@@ -56,9 +60,21 @@ def _auto(device: torch.device) -> tuple[torch.dtype | None, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name(device)} computes in bf16"
         return torch.float16, f"{torch.cuda.get_device_name(device)} has no bf16"
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+    if cpu_has_bf16():
         return torch.bfloat16, "this CPU has bf16 instructions"
     return None, "this CPU has no bf16 instructions"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether convolutions on this CPU run in bf16 instructions: AMX or AVX-512 BF16.
+
+    False on aarch64, where oneDNN has no bf16 kernels for the gradients of convolutions. The instructions count only
+    where oneDNN may use them: ONEDNN_MAX_CPU_ISA lowers what it uses, `torch.cpu._is_*` report the bare CPU.
+    """
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return False
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return limit not in NO_BF16
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

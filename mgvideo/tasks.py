@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision, multiclass_confusion_matrix
 
 
 class Task(Protocol):
@@ -56,7 +55,9 @@ class SingleLabel:
     def confusion(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Counts `[classes, classes]` of true by predicted class, failed videos left out."""
         read = ~scores.isnan().any(1)
-        return multiclass_confusion_matrix(scores[read].argmax(1), labels[read], num_classes=scores.shape[1])
+        classes = scores.shape[1]
+        pairs = labels[read] * classes + scores[read].argmax(1)
+        return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
 class MultiLabel:
@@ -82,6 +83,8 @@ class MultiLabel:
 
         As the official evaluation of Charades, without the videos that have no label at all.
         """
+        from torchmetrics.functional.classification import binary_average_precision  # takes a second to import
+
         told = labels.any(1)
         scores, labels = scores[told].nan_to_num(0), labels[told].long()
         present = labels.any(0).nonzero().flatten().tolist()

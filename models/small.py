@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .i3d import ResNet3d
-from .r2plus1d import R2Plus1D
 from .slowfast import SlowFast
+
+if TYPE_CHECKING:
+    from .r2plus1d import R2Plus1D
 
 
 def slowfast_small(num_classes: int, *, width: int = 32, dropout: float = 0.0) -> SlowFast:
@@ -36,4 +40,6 @@ def i3d_nln_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) ->
 
 def r2plus1d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> R2Plus1D:
     """R(2+1)D of four blocks in three stages."""
+    from .r2plus1d import R2Plus1D  # imports torchvision, which takes a second
+
     return R2Plus1D(num_classes, (1, 1, 2), width=width, dropout=dropout)

@@ -17,5 +17,5 @@ from mgvideo.datasets.motion import make_motion
 def motion_root(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the small Motion dataset of `training.KNOBS` in it."""
     root = tmp_path_factory.mktemp("motion")
-    make_motion(str(root), KNOBS)
+    make_motion(str(root), KNOBS, processes=1)  # others would take longer to start than this takes
     return str(root)

@@ -61,7 +61,7 @@ class Faulty:
         if self.fault == "raise":
             raise ValueError("a fault made by the tests")
         if self.fault == "hang":
-            time.sleep(600)
+            time.sleep(3600)
         if self.fault == "exit":
             sys.exit(0)
         if self.fault == "ctrl-c":  # a terminal sends it to all processes of the foreground group

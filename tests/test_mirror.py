@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from training import KNOBS, ROOT, TINY, end_state, metrics
+from training import KNOBS, TINY, end_state, metrics, start_program
 from web import Bucket, s3, served
 
 from mgvideo.checkpoint import Checkpoints
@@ -76,21 +74,21 @@ def test_a_run_lives_on_s3(tmp_path: Path, motion_root: str) -> None:
             client.upload_file(str(file), "videos", f"my data/{file.relative_to(videos)}")
         run = [*RUN, "dataset.root=s3://videos/my data", "loader.workers=2", "output_dir=s3://videos/runs/a"]
         whole, again = (Path(f"runs/remote/s3/{name}") for name in ("first", "videos/runs/a"))
-        run_net(run, environment)
+        run_net(run, environment, tmp_path)
         again.rename(whole)
         newest = f"checkpoints/step_{Checkpoints(whole / 'checkpoints').steps()[-1]:08d}.pt"
         client.delete_object(Bucket="videos", Key=f"runs/a/{newest}")
-        run_net(run, environment)
+        run_net(run, environment, tmp_path)
         client.download_file("videos", f"runs/a/{newest}", "newest.pt")
     assert end_state(again)["tensors"] == end_state(whole)["tensors"]
     assert metrics(again) == metrics(whole)
     assert Path("newest.pt").read_bytes() == (again / newest).read_bytes()
 
 
-def run_net(overrides: list[str], environment: dict[str, str]) -> None:
-    command = [sys.executable, str(ROOT / "tools/run_net.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
-    assert done.returncode == 0, done.stderr
+def run_net(overrides: list[str], environment: dict[str, str], folder: Path) -> None:
+    process = start_program(*overrides, log=folder / "log", environment=environment)
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()
 
 
 def saved(mirror: Mirror, *steps: int) -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
-from training import free_port, metrics, tiny_plan, tiny_trainer
+from training import SERVED, free_port, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.distributed import joined
 from mgvideo.errors import NonFiniteError
+from mgvideo.workers import start_server
 
 # At a base batch of 8 the plan's last phase holds one BN group, which two ranks synchronise; at 16 clips every rank
 # holds whole groups in every phase.
@@ -66,7 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
     """The folder of all runs, on one rank, on two, and on one again."""
     port, folder = free_port(), tmp_path_factory.mktemp("runs")
     train(0, 1, port, folder, motion_root, [("one", batch, None) for batch in BATCHES])
-    mp.spawn(train, (2, port, folder, motion_root, TWO), nprocs=2)
+    start_server(SERVED)
+    mp.start_processes(train, (2, port, folder, motion_root, TWO), nprocs=2, start_method="forkserver")
     train(0, 1, port, folder, motion_root, ONE_AGAIN)
     return folder
 
@@ -108,7 +110,9 @@ def lose_on_one(rank: int, world: int, port: int, folder: Path, motion_root: str
 
 
 def test_a_loss_that_is_infinite_on_one_rank_ends_all_before_a_checkpoint(tmp_path: Path, motion_root: str) -> None:
-    mp.spawn(lose_on_one, (2, free_port(), tmp_path, motion_root), nprocs=2)
+    start_server(SERVED)
+    ranks = (2, free_port(), tmp_path, motion_root)
+    mp.start_processes(lose_on_one, ranks, nprocs=2, start_method="forkserver")
     lines = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
     assert lines[0] == lines[1]
     assert "not finite at step 2 " in lines[0]

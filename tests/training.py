@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from mgvideo import cli
 from mgvideo.batchnorm import convert_group_batchnorm
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.datasets.decoders import PyAV
@@ -27,8 +35,10 @@ from mgvideo.optim import sgd
 from mgvideo.plan import Base, Grid, Plan
 from mgvideo.precision import Normalize, choose_precision
 from mgvideo.schedule import Schedule, make_plan
+from mgvideo.signals import ASKING
 from mgvideo.tasks import SingleLabel
 from mgvideo.trainer import Trainer, TrainOptions
+from mgvideo.workers import start_server
 
 ROOT = Path(__file__).parents[1]
 KNOBS = Knobs(train=64, val=12, frames=20, height=48, width=64)
@@ -42,6 +52,8 @@ TINY = [
     *("test.size=32", "test.clips=1", "loader.workers=1", "train.log_every=2"),
     "loader.start_method=fork",  # no second import of everything for every small run
 ]
+# what the server of `start_process` imports: the program, and what its training needs of torch
+SERVED = ("training", "mgvideo.cli.run", "mgvideo.models.r2plus1d", "torch._dynamo")
 BASE = Base(
     batch=8, frames=8, size=32, stride=2, jitter=(36, 40), epochs=2, lr=0.05, lr_steps=(0, 1), gamma=0.1,
     warmup_epochs=0, warmup_lr=0.0,
@@ -122,11 +134,64 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_program(*arguments: str, cwd: Path, processes: int = 0, timeout: float = 240) -> subprocess.CompletedProcess:
-    """Run tools/run_net.py as a user would, under torchrun where `processes` is not 0."""
+def run_program(
+    *arguments: str, cwd: Path, processes: int = 0, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """The run program in a folder: in this process, which has imported it, or `fresh`, or in several under torchrun."""
+    if not fresh and not processes:
+        return _run_here(arguments, cwd)
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
     if processes:
         launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [sys.executable, *launcher, str(ROOT / "tools" / "run_net.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def start_program(*arguments: str, log: Path, **options: Any) -> BaseProcess:
+    """Start the run program as `start_process` does, for runs that are killed or fail."""
+    return start_process(cli.main, ["run", *arguments], log=log, **options)
+
+
+def start_process(
+    target: Callable, *arguments: object, log: Path, cwd: Path | None = None, environment: dict[str, str] | None = None
+) -> BaseProcess:
+    """Call a function in a process of its own, whose output goes to a file.
+
+    It is forked from a server that has imported everything, which takes a fresh process seconds. Unlike that, it leaves
+    without what `atexit` holds.
+    """
+    start_server(SERVED)
+    variables = {**os.environ, **(environment or {})}
+    inside = (log, cwd or Path.cwd(), variables, target, arguments)
+    process = multiprocessing.get_context("forkserver").Process(target=_call, args=inside)
+    process.start()
+    return process
+
+
+def _call(log: Path, cwd: Path, environment: dict[str, str], target: Callable, arguments: Sequence[object]) -> None:
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # which the server blocks
+    with open(log, "a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    target(*arguments)
+
+
+def _run_here(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    from mgvideo.cli.run import main  # takes a second, which processes that need other parts of this file save
+
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    before = os.getcwd()
+    os.chdir(cwd)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main(arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        os.chdir(before)
+        torch.use_deterministic_algorithms(False)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())

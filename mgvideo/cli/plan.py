@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from mgvideo.errors import UserError
 from mgvideo.forecast import Benchmark, predict, read_benchmark, remedies
 from mgvideo.plan import Grid, Plan, require
-from mgvideo.plan_figure import draw_plans
 from mgvideo.plan_json import plan_json
 from mgvideo.plan_table import demand_table, plan_table
 from mgvideo.schedule import Schedule, baseline_of, make_plan
@@ -79,6 +78,8 @@ def show(given: PlanKeys, cfg: DictConfig) -> None:
     plan = replace(plan, notes=(*plan.notes, *notes))
     try:
         if given.format == "png":
+            from mgvideo.plan_figure import draw_plans  # imports matplotlib
+
             draw_plans(variants(plan, instantiate(cfg.schedule)), str(given.out))
             _print_notes(plan, sys.stdout)
         elif given.out is not None:

