@@ -95,3 +95,17 @@ def test_releases_of_cudnn_that_compute_wrongly_in_bf16_are_told(
     assert cudnn_warning(BF16) is None
     if version == 91002 and warning:
         assert warning.startswith("cuDNN 9.10 computes")
+
+
+def test_bf16_without_its_instructions_warns_and_auto_avoids_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert choose_precision("auto", cpu).dtype is None
+    assert choose_precision("auto", cpu).warning is None
+    chosen = choose_precision("bf16", cpu)
+    assert chosen.dtype is torch.bfloat16
+    assert "emulated" in str(chosen.warning)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_precision("auto", cpu).dtype is torch.bfloat16
+    assert choose_precision("bf16", cpu).warning is None

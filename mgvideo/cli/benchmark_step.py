@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.forecast import cost
 from mgvideo.plan import Grid, Plan, require
-from mgvideo.precision import Precision, choose_precision, probe_convolutions
+from mgvideo.precision import Precision, choose_precision, is_emulated, probe_convolutions
 from mgvideo.schedule import baseline_of
 from mgvideo.stepper import compiled
 
@@ -49,6 +49,7 @@ class Keys:
         [REFERENCE, "auto/channels_last/off"],
         "precision/memory format/compilation[/BN groups]; the first is what the others are compared with",
     )
+    emulated: bool = key(False, "measure variants in bf16 too on a CPU without bf16 instructions, which takes long")
     clips: int = key(4, "clips of the base grid in a step; a smaller grid has as many more as its volume allows")
     batch: int | None = key(None, "instead: clips in a step, the same at every grid")
     seconds: float = key(3.0, "to measure each cell, in each round; one step at least")
@@ -176,13 +177,28 @@ def variant(name: str, device: torch.device) -> Variant:
     return Variant(name, chosen, mode, *map(int, groups))
 
 
+def measured_variants(given: Keys, device: torch.device) -> list[str]:
+    """The variants to measure: those that this CPU would emulate are left out, and named, unless `emulated` is set.
+
+    Raises:
+        UserError: none is left.
+    """
+    left_out = [v for v in given.variants if is_emulated(v.partition("/")[0], device) and not given.emulated]
+    measured = [v for v in given.variants if v not in left_out]
+    message = f"left out, since this CPU has no bf16 instructions: {', '.join(left_out)}; emulated=true measures them"
+    require(bool(measured), message)
+    if left_out:
+        print(message, file=sys.stderr)
+    return measured
+
+
 def run(given: Keys, cfg: DictConfig) -> None:
     """Measure and report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as a run has it
     plan = build_plan(cfg, 1000 * cfg.base.batch)
     grids = choose_grids(plan, given.grids)
-    variants = [variant(name, device) for name in given.variants]
+    variants = [variant(name, device) for name in measured_variants(given, device)]
     about = {**conditions(device), "threads": torch.get_num_threads()}
     own = cfg.model._target_.rpartition(".")[2]
     models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in given.models}

@@ -98,7 +98,7 @@ def run(cfg: DictConfig) -> None:
             step = progress["step"]
             monitor = Monitor(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
             try:
-                for warning in [*faults, *warnings, *told]:
+                for warning in [*filter(None, [precision.warning]), *faults, *warnings, *told]:
                     monitor.say(f"warning: {warning}")
                 announce(cfg, monitor, plan, precision, data)
                 trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints, state)

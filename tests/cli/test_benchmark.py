@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 from refusals import said
 from training import KNOBS, TINY
 
@@ -97,7 +98,7 @@ def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: s
 
 
 def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
-    own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,bf16/channels_last/off/2]"]
+    own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
     cfg = app.compose_config("run", TINY)
     for format in ("table", "json"):
         benchmark_step.run(benchmark_step.read_keys([*own, f"format={format}", f"out={tmp_path / format}"]), cfg)
@@ -114,6 +115,20 @@ def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
     assert "fp32/contiguous/off" in table
     assert "steps saved" in table
     assert all(time.compute > 0 for time in predict(plan, 1, read_benchmark(tmp_path / "json")))
+
+
+def test_step_leaves_out_what_this_cpu_would_emulate(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    bf16, fp32, cpu = "bf16/channels_last/off", "fp32/contiguous/off", torch.device("cpu")
+    given = benchmark_step.read_keys([f"variants=[{fp32},{bf16}]"])
+    assert benchmark_step.measured_variants(given, cpu) == [fp32]
+    assert f"no bf16 instructions: {bf16}; emulated=true" in capsys.readouterr().err
+    given = benchmark_step.read_keys([f"variants=[{fp32},{bf16}]", "emulated=true"])
+    assert benchmark_step.measured_variants(given, cpu) == [fp32, bf16]
+    with pytest.raises(UserError, match="left out, since this CPU has no bf16 instructions"):
+        benchmark_step.measured_variants(benchmark_step.read_keys([f"variants=[{bf16}]"]), cpu)
 
 
 def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root: str) -> None:
