@@ -39,6 +39,8 @@ class Action(NamedTuple):
 class TimedDataset(VideoDataset):
     """A multi-label dataset whose labels are actions with times."""
 
+    timed_labels = True
+
     def __init__(
         self,
         root: str,

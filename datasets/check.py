@@ -7,15 +7,17 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
+
 from mgvideo.paths import is_remote, join
 
+from .frame_table import video_streams
 from .parallel import Progress, parallel, silent
 from .pyav import PyAV, PyAVVideo
 from .video import VideoDataset
@@ -29,8 +31,12 @@ THUMBNAIL = 64  # short side that they are shrunk to where they are large
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a video: `problem` is one of missing, unreadable, too short, rotated, variable frame rate and
-    zero duration, or, over its lines in the lists, duplicate, conflicting labels and overlap."""
+    """What is wrong with a video, or unusual.
+
+    `problem` is one of missing, unreadable, too short, variable frame rate, zero duration, broken times, slow, rotated,
+    stretched, interlaced, edit list, no keyframe and several videos, or, over its lines in the lists, duplicate,
+    conflicting labels and overlap.
+    """
 
     path: str
     problem: str
@@ -150,19 +156,62 @@ def check_file(path: str, min_frames: int, fully: bool, decoder: Decoder) -> lis
     return findings
 
 
-def _oddities(video: Video, min_frames: int) -> Iterable[tuple[str, str]]:
+def _oddities(video: Video, min_frames: int) -> Iterator[tuple[str, str]]:
     if video.frames < min_frames:
         yield "too short", f"{video.frames} frames, fewer than {min_frames}"
-    if not isinstance(video, PyAVVideo):  # images have neither rotation nor times
-        return
-    if video.turns:
-        yield "rotated", f"by {90 * video.turns} degrees; decord leaves it to PyAV"
-    gaps = {after - before for before, after in pairwise(video.times)}
+    if isinstance(video, PyAVVideo):  # images have neither times nor shapes of their own
+        yield from _times(video)
+        yield from _picture(video)
+        yield from _left_out(video)
+
+
+def _times(video: PyAVVideo) -> Iterator[tuple[str, str]]:
+    """Where frames are not spaced evenly, and where the file does not say when they are shown."""
+    table = video.table
+    gaps = np.diff(table.ticks)
     # containers round times to their clock, so that even frames differ by a tick
-    if gaps and max(gaps) - min(gaps) > max(1, 0.1 * min(gaps)):
-        yield "variable frame rate", f"{min(gaps)} to {max(gaps)} ticks of the file's clock between frames"
-    if video.frames > 1 and video.times[0] == video.times[-1]:
+    if len(gaps) and gaps.max() - gaps.min() > max(1, 0.1 * gaps.min()):
+        base = video.stream.time_base
+        low, high = (float(gap * base) for gap in (gaps.min(), gaps.max()))
+        yield "variable frame rate", f"{low:.3g} to {high:.3g} s between frames, of which a stride counts each as one"
+    if video.frames > 1 and table.ticks[0] == table.ticks[-1]:
         yield "zero duration", "all frames have the same time"
+    if table.breaks:
+        yield (
+            "broken times",
+            f"at {table.breaks} of {video.frames} frames they are missing, repeat or start over: frames are read in "
+            "the order of decoding, and start and end count on from one to the next",
+        )
+    if table.counted:
+        yield "slow", "its packets do not tell its frames: each clip decodes it from its beginning; build a pyramid"
+
+
+def _picture(video: PyAVVideo) -> Iterator[tuple[str, str]]:
+    """Where pictures are shown otherwise than they are stored."""
+    turn = video.orientation
+    if not turn.upright or not turn.exact:
+        words = [f"by {turn.degrees} degrees"] if turn.degrees else []
+        words += ["mirrored left to right"] if turn.mirrored else []
+        reason = ", then ".join(words) or "not at all"
+        near = "" if turn.exact else "the nearest to what its file asks for: "
+        yield "rotated", f"{near}{reason}; PyAV reads it under all decoders"
+    aspect = video.stream.sample_aspect_ratio
+    if aspect and aspect != 1:
+        yield "stretched", f"pixels are shown {aspect.numerator}:{aspect.denominator} wide, and read as squares"
+    if video.interlaced:
+        yield "interlaced", "players join the two halves of a frame, which are read as they are stored"
+
+
+def _left_out(video: PyAVVideo) -> Iterator[tuple[str, str]]:
+    """What a file holds and is not read."""
+    if video.table.discarded:
+        yield "edit list", f"{video.table.discarded} stored frames are not shown, and not read"
+    if video.table.lost:
+        yield "no keyframe", f"the first {video.table.lost} frames cannot be decoded, and are not read"
+    videos = video_streams(video.container)
+    if len(videos) > 1:
+        places = ", ".join(str(stream.index) for stream in videos)
+        yield "several videos", f"streams {places}, of which {video.index} is read"
 
 
 def write_findings(file: str, findings: Sequence[Finding]) -> None:

@@ -27,7 +27,7 @@ class _Other(Video):
     """A video open in another library than PyAV, which stands in where that library fails."""
 
     def __init__(self, like: PyAVVideo, short_side: int | None) -> None:
-        self.path, self.local, self.frames, self.fps = like.path, like.local, like.frames, like.fps
+        self.path, self.local, self.frames, self.times = like.path, like.local, like.frames, like.times
         self.height, self.width, self.short_side = like.height, like.width, short_side
         self.file = self._open()
 
@@ -78,7 +78,7 @@ class Decord(_Library):
         _import("decord", "decord")
 
     def _suits(self, like: PyAVVideo) -> bool:
-        return not like.turns and like.width > 72  # of the widths up to 72 it fails to copy six
+        return like.width > 72  # of the widths up to 72 it fails to copy six
 
     def _video(self, like: PyAVVideo, short_side: int | None) -> _Other:
         return _DecordVideo(like, short_side)

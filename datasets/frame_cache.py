@@ -20,8 +20,9 @@ from mgvideo.paths import to_write
 
 from .videofile import Box, Decoder, Video
 
+FORMAT = 2  # of the files; those of another one are not read
 STALE = 3600  # seconds after which a file that is half written is taken to be a killed run's
-HEADER = struct.Struct("4d")  # before the pixels: frames, height, width, frames a second
+HEADER = struct.Struct("3q")  # frames, height, width; then the times of the frames, then their pixels
 
 
 class FrameCache:
@@ -63,7 +64,7 @@ class FrameCache:
             found = os.stat(path)
         except OSError:  # for the decoder to explain
             return None
-        name = f"{os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
+        name = f"{FORMAT} {os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
         return f"{self.folder}/{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.frames"
 
     def _room(self, video: Video) -> bool:
@@ -78,7 +79,8 @@ class FrameCache:
         frames = video.read(np.arange(video.frames)).numpy()
         with NamedTemporaryFile(dir=self.folder, delete=False) as part:
             try:
-                part.write(HEADER.pack(*frames.shape[:3], video.fps))
+                part.write(HEADER.pack(*frames.shape[:3]))
+                part.write(np.ascontiguousarray(video.times, np.float64).data)
                 part.write(np.ascontiguousarray(frames).data)
                 part.close()
                 os.replace(part.name, place)
@@ -96,17 +98,18 @@ class _Kept(Video):
         # read, not mapped: a map's pages are each found anew for every clip, which takes longer than to copy them
         self.file = open(place, "rb", buffering=0)  # noqa: SIM115
         header = self.file.read(HEADER.size)
-        *shape, self.fps = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0, 0, 0)
-        self.frames, self.height, self.width = map(int, shape)
-        size = HEADER.size + 3 * math.prod(map(int, shape))
-        if not self.frames or size != os.fstat(self.file.fileno()).st_size:
+        shape = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0, 0)
+        self.frames, self.height, self.width = shape
+        self.pixels = HEADER.size + 8 * (self.frames + 1)  # where they begin
+        if not self.frames or self.pixels + 3 * math.prod(shape) != os.fstat(self.file.fileno()).st_size:
             self.file.close()
             raise OSError(f"{place} is not what was written")
+        self.times = np.frombuffer(self.file.read(self.pixels - HEADER.size), np.float64)
 
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:
         rows = np.empty((len(indices), box.height, self.width, 3), np.uint8)
         for part, index in zip(rows, indices.tolist(), strict=True):
-            start = HEADER.size + 3 * self.width * (index * self.height + box.top)
+            start = self.pixels + 3 * self.width * (index * self.height + box.top)
             if os.preadv(self.file.fileno(), [part.data], start) < part.nbytes:
                 raise OSError(f"{self.file.name} was cut short")
         return torch.from_numpy(rows[:, :, box.left : box.left + box.width])

@@ -30,12 +30,13 @@ class FrameFolders:
 
 class _FrameFolder(Video):
     def __init__(self, path: str, fps: float) -> None:
-        self.path, self.fps = path, fps
+        self.path = path
         names = [name for name in os.listdir(path) if not is_leftover(name)]
         self.files = sorted(name for name in names if Path(name).suffix.lower() in SUFFIXES)
         if not self.files:
             raise DecodeError(path, "no images in the folder")
         self.frames = len(self.files)
+        self.times = np.arange(self.frames + 1) / fps
         with Image.open(os.path.join(path, self.files[0])) as image:
             self.width, self.height = image.size
 

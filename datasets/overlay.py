@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mgvideo.errors import UserError
-from mgvideo.paths import local
 
-from .videofile import DecodeError, check_file, errors_over
+from .pyav import PyAV
 
 Picture = NDArray[np.uint8]  # RGB [h, w, 3]
 Paint = Callable[[Picture, int], Picture]  # a frame and its number to what takes its place
@@ -42,39 +41,21 @@ def rewrite(source: str, target: Path, paint: Paint) -> None:
         OSError: the target cannot be written.
         av.FFmpegError: the frames cannot be encoded.
     """
-    with errors_over(source):
-        check_file(source, copy := local(source))
-        opened = av.open(copy)
     part = target.with_name(f".{target.name}.part.mp4")
     try:
-        with opened as container, av.open(str(part), "w") as output:
-            stream: Any = container.streams.video[0]
+        with PyAV().open(source) as video, av.open(str(part), "w") as output:
             encoder: Any = None
-            first = 0
-            for number, frame in enumerate(_frames(source, container, stream)):
-                upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+            for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.walk(), strict=True)):
+                upright = video.orientation.apply(frame.to_ndarray(format="rgb24"))
                 painted = paint(np.ascontiguousarray(upright), number)
-                if encoder is None:
-                    encoder, first = _encoder(output, stream, painted), frame.pts
+                encoder = encoder or _encoder(output, video.stream, painted)
                 new = av.VideoFrame.from_ndarray(painted, format="rgb24")
-                new.pts, new.time_base = frame.pts - first, stream.time_base
+                new.pts, new.time_base = time, video.stream.time_base
                 output.mux(encoder.encode(new))
-            output.mux(encoder.encode() if encoder else [])
+            output.mux(encoder.encode())
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _frames(source: str, container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a source, whose times must rise to be written; raises DecodeError."""
-    latest = None
-    with errors_over(source):
-        for number, frame in enumerate(container.decode(stream)):
-            if frame.pts is None or (latest is not None and frame.pts <= latest):
-                time = "no time" if frame.pts is None else f"a time that is not after frame {number - 1}'s"
-                raise DecodeError(source, f"frame {number} has {time}: it cannot be written with its times")
-            latest = frame.pts
-            yield frame
 
 
 def _encoder(output: Any, stream: Any, picture: Picture) -> Any:

@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 
 from mgvideo.errors import UserError
 from mgvideo.paths import belongs_to, is_remote, join, plain, read_bytes, relative
 
+from .orientation import Orientation
 from .parallel import Progress, parallel, silent
-from .pyav import PyAV
+from .pyav import PyAV, PyAVVideo
 from .videofile import DecodeError, Decoder, Video, errors_over
 
 KEYFRAME = 8
 OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": str(KEYFRAME), "bf": "0", "threads": "1"}
 COLOURS = ("colorspace", "color_range", "color_primaries", "color_trc")  # what a decoder has to know of a picture's
-ROTATED = "is rotated, and read from the original"  # a reason to have no levels that is no failure
 SAMPLE = 16  # videos to encode before saying how much space all will take
 
 
@@ -51,19 +52,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Row:
-    """A video in a pyramid's manifest: its short side, frames and bytes, those of its levels, why it has none."""
+    """A video in a pyramid's manifest: its short side, frames and bytes, those of its levels, why it has none.
+
+    `start`: seconds at which its first frame appears.
+    """
 
     path: str
     short_side: int = 0
     frames: int = 0
+    start: float = 0.0
     bytes: int = 0
     level_bytes: int = 0
     failure: str = ""
-
-    @property
-    def failed(self) -> bool:
-        """Whether levels were wanted, and could not be made."""
-        return self.failure not in ("", ROTATED)
 
 
 class Pyramid:
@@ -72,20 +72,24 @@ class Pyramid:
     def __init__(self, folder: str, root: str, decoder: Decoder) -> None:
         self.folder, self.root, self.decoder = folder, root, decoder
         self.layout, rows = read_manifest(self.folder)
-        self.short_sides = {row.path: row.short_side for row in rows if not row.failure}
+        self.rows = {row.path: row for row in rows if not row.failure}
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `videofile.Decoder.open`; the level depends on `short_side`, and one that was lost is the original."""
         file = self.locate(path, short_side)
         if file != path:
             with suppress(DecodeError):
-                return self.decoder.open(file, short_side)
+                video = self.decoder.open(file, short_side)
+                if start := self.rows[relative(path, self.root)].start:
+                    video.times = video.times + start
+                return video
         return self.decoder.open(path, short_side)
 
     def locate(self, path: str, short_side: int | None) -> str:
         """The file that is read in place of an original for a short side: a level of it, or the original."""
         name = relative(path, self.root)
-        side = self._side(self.short_sides.get(name), short_side)
+        row = self.rows.get(name)
+        side = self._side(row.short_side if row else None, short_side)
         return path if side is None else level_path(self.folder, side, name)
 
     def _side(self, original: int | None, drawn: int | None) -> int | None:
@@ -174,7 +178,7 @@ def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
     part = folder / "rows.jsonl.part"
     part.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
     part.replace(folder / "rows.jsonl")
-    return {row.path: row for row in rows if not row.failed}
+    return {row.path: row for row in rows if not row.failure}
 
 
 def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, Row]) -> int:
@@ -193,19 +197,20 @@ def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, R
 
 
 def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
-    """Encode and verify all levels of one video; they appear under their names when they are whole."""
+    """Encode and verify all levels of one video, upright; they appear under their names when they are whole."""
     source = join(root, name)
     parts: dict[Path, Path] = {}
     try:
         with errors_over(source), _errors_over_levels(folder):
-            with PyAV().open(source) as video:
-                short_side, frames, original = min(video.height, video.width), video.frames, video.local
             for side in layout.sides:
                 final = Path(level_path(folder, side, name))
                 final.parent.mkdir(parents=True, exist_ok=True)
                 parts[final] = final.with_name(f".{final.name}.part.mp4")
-            sides = (min(side, short_side) for side in layout.sides)
-            _encode(original, list(zip(parts.values(), sides, strict=True)))
+            with PyAV().open(source) as video:
+                short_side, frames, original = min(video.height, video.width), video.frames, video.local
+                sides = (min(side, short_side) for side in layout.sides)
+                _encode(video, list(zip(parts.values(), sides, strict=True)))
+                start = float(video.times[0])
             for part in parts.values():
                 with PyAV().open(str(part)) as level:
                     if level.frames != frames:
@@ -213,7 +218,7 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
             level_bytes = sum(part.stat().st_size for part in parts.values())
             for final, part in parts.items():
                 part.replace(final)
-            return Row(name, short_side, frames, os.path.getsize(original), level_bytes)
+            return Row(name, short_side, frames, start, os.path.getsize(original), level_bytes)
     except DecodeError as error:
         return Row(name, failure=error.reason)
     finally:
@@ -234,35 +239,44 @@ def _errors_over_levels(folder: str) -> Iterator[None]:
         raise
 
 
-def _encode(source: str, targets: Sequence[tuple[Path, int]]) -> None:
+def _encode(video: PyAVVideo, targets: Sequence[tuple[Path, int]]) -> None:
     """Decode once, encode at each short side; frames keep their times."""
     with ExitStack() as stack:
-        container = stack.enter_context(av.open(source))
-        stream: Any = container.streams.video[0]
-        stream.codec_context.thread_count = 1
         outputs: list[tuple[Any, Any]] = []
-        for frame in container.decode(stream):
-            if frame.rotation % 360:
-                raise DecodeError(source, ROTATED)
+        for time, frame in zip(video.rising_ticks(), video.walk(), strict=True):
             if not outputs:
-                outputs = [_output(stack, stream, frame, *target) for target in targets]
+                outputs = [_output(stack, video, frame, *target) for target in targets]
             for output, encoder in outputs:
-                smaller = frame.reformat(encoder.width, encoder.height, "yuv420p", interpolation="BICUBIC")
-                smaller.pts, smaller.time_base = frame.pts, stream.time_base
+                height, width = video.orientation.size(encoder.height, encoder.width)
+                smaller = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC")
+                if not video.orientation.upright:
+                    smaller = _turned(smaller, video.orientation)
+                smaller.pts, smaller.time_base = time, video.stream.time_base
                 smaller.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses its own keyframes
                 output.mux(encoder.encode(smaller))
         for output, encoder in outputs:
             output.mux(encoder.encode())
 
 
-def _output(stack: ExitStack, stream: Any, frame: Any, path: Path, short_side: int) -> tuple[Any, Any]:
+def _turned(frame: Any, orientation: Orientation) -> Any:
+    """A `yuv420p` frame as it is shown."""
+    h, w = frame.height, frame.width
+    planes = np.split(frame.to_ndarray().ravel(), [h * w, h * w * 5 // 4])
+    sizes = (h, w), (h // 2, w // 2), (h // 2, w // 2)
+    upright = [orientation.apply(plane.reshape(size)) for plane, size in zip(planes, sizes, strict=True)]
+    joined = np.concatenate([plane.ravel() for plane in upright])
+    return av.VideoFrame.from_ndarray(joined.reshape(-1, upright[0].shape[1]), format="yuv420p")
+
+
+def _output(stack: ExitStack, video: PyAVVideo, frame: Any, path: Path, short_side: int) -> tuple[Any, Any]:
     output = stack.enter_context(av.open(str(path), "w"))
-    encoder: Any = output.add_stream("libx264", rate=stream.average_rate or 25, options=OPTIONS)
+    encoder: Any = output.add_stream("libx264", rate=video.stream.average_rate or 25, options=OPTIONS)
     scale = short_side / min(frame.height, frame.width)
     # H.264's colours come in blocks of 2 × 2
-    encoder.height, encoder.width = (max(2, 2 * round(side * scale / 2)) for side in (frame.height, frame.width))
+    height, width = (max(2, 2 * round(side * scale / 2)) for side in (frame.height, frame.width))
+    encoder.height, encoder.width = video.orientation.size(height, width)
     encoder.pix_fmt = "yuv420p"
-    encoder.codec_context.time_base = stream.time_base
+    encoder.codec_context.time_base = video.stream.time_base
     for field in COLOURS:
         setattr(encoder.codec_context, field, getattr(frame, field))
     return output, encoder

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ from mgvideo.clips import ClipRequest
 from mgvideo.errors import UserError
 
 from .videofile import Box
+
+SLACK_S = 0.001  # annotations and files round times: a stretch that begins so shortly before a frame begins with it
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,20 @@ def choose(request: ClipRequest, sampling: Sampling) -> Choice:
     return Choice(stride, short_side, start, top, left, sampling.flip and bool(heads < 0.5))
 
 
-def frame_span(seconds: Sequence[float] | np.ndarray, fps: float, frames: int) -> tuple[int, int]:
-    """First frame, and one past the last, of a stretch in seconds: none where it begins after all `frames`."""
-    first = int(seconds[0] * fps)
-    if math.isinf(seconds[1]):
-        return first, frames
-    return first, min(max(round(seconds[1] * fps), first + 1), frames)
+def frame_span(seconds: Sequence[float] | np.ndarray, times: np.ndarray) -> tuple[int, int]:
+    """First frame, and one past the last, of those on display in a stretch of seconds, of which the end is not part.
+
+    `times`: see `videofile.Video.times`. A stretch that begins after the video has no frames, any other at least one.
+    """
+    start, end = seconds
+    frames = len(times) - 1
+    if start <= times[0] and end > times[-1]:
+        return 0, frames
+    slack = min(SLACK_S, float(np.median(np.diff(times))) / 4)
+    if start > times[-1] - slack:
+        return frames, frames
+    first = max(0, int(np.searchsorted(times[:-1], start + slack, "right")) - 1)
+    return first, max(first + 1, int(np.searchsorted(times[:-1], end - slack)))
 
 
 def clip_indices(request: ClipRequest, choice: Choice, sampling: Sampling, first: int, stop: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch.utils.data import get_worker_info
 from mgvideo.clips import ClipRequest, Sample
 from mgvideo.paths import local
 
+from .frame_table import open_stream
 from .sampling import choose, clip_indices
 from .video import VideoDataset
 from .videofile import Box, Decoder, Video
@@ -61,7 +61,7 @@ class TimedDecoder:
 class _TimedVideo(Video):
     def __init__(self, video: Video, clock: Clock) -> None:
         self.video, self.clock, self.path = video, clock, video.path
-        self.frames, self.fps, self.height, self.width = video.frames, video.fps, video.height, video.width
+        self.frames, self.times, self.height, self.width = video.frames, video.times, video.height, video.width
 
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:
         with self.clock.measure("decode"):
@@ -130,11 +130,8 @@ def _torchcodec(path: str, choose: Callable[[int], np.ndarray]) -> None:
 
 def _pyav(path: str, choose: Callable[[int], np.ndarray]) -> None:
     """Seek to the keyframe before the first frame and decode up to the last, as the usual loaders do."""
-    import av
-
-    with av.open(path) as container:
-        stream: Any = container.streams.video[0]
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    container, stream = open_stream(path, path)
+    with container:
         first = stream.start_time or 0
         ticks = 1 / (stream.average_rate * stream.time_base)
         frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)  # webm does not say

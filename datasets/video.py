@@ -35,8 +35,11 @@ class VideoDataset:
     """Videos with labels; `dataset[request]` is a pure function of the request and the files.
 
     A label that is a tuple makes the dataset multi-label. `notes` are what whoever starts a run should know, `missing`
-    the videos that the annotations list but that are not there, and so no part of the dataset.
+    the videos that the annotations list but that are not there, and so no part of the dataset. `timed_labels`: the
+    label of a training clip depends on the stretch of its video that it covers.
     """
+
+    timed_labels = False
 
     def __init__(
         self,
@@ -120,18 +123,20 @@ class VideoDataset:
             clip = torch.zeros(request.view.crops, grid.frames, grid.size, grid.size, 3, dtype=torch.uint8)
         return Sample(clip, self.label(request.index), request.index, failures)
 
-    def _read(self, index: int, request: ClipRequest) -> tuple[Tensor, tuple[float, float]]:
-        """A clip as `Sample` describes it, cropped before it is resized, and the seconds that it covers."""
+    def _read(self, index: int, request: ClipRequest) -> tuple[Tensor, tuple[float, float] | None]:
+        """A clip as `Sample` describes it, cropped before it is resized, and, for `timed_labels`, its seconds."""
         choice = choose(request, self.sampling)
         with self.decoder.open(self.path(index), choice.short_side) as video:
-            first, stop = frame_span(self._spans[index], video.fps, video.frames)
+            first, stop, span = 0, video.frames, self._spans[index].tolist()
+            if span != [0, math.inf]:
+                first, stop = frame_span(span, video.times)
             if first >= stop:
-                raise DecodeError(video.path, f"ends before {self._spans[index][0]:g} s, where its stretch begins")
+                raise DecodeError(video.path, f"ends before {span[0]:g} s, where its stretch begins")
             indices = clip_indices(request, choice, self.sampling, first, stop)
             boxes = crop_boxes(request, choice, video.height, video.width)
             frames = video.read(indices, boxes[0] if request.view is None else None)
-        size, fps = request.grid.size, video.fps or math.inf
-        seconds = (float(indices[0] / fps), float(indices[-1] / fps))
+            seconds = (float(video.times[indices[0]]), float(video.times[indices[-1]])) if self.timed_labels else None
+        size = request.grid.size
         if request.view is not None:
             return torch.stack([resize(box.of(frames), size) for box in boxes]), seconds
         clip = resize(frames, size)

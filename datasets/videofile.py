@@ -45,13 +45,17 @@ class Box(NamedTuple):
 
 
 class Video(ABC):
-    """An open video, a context manager: `frames` frames, `fps` a second on average, read at `height` × `width`."""
+    """An open video, a context manager: `frames` frames, read at `height` × `width`.
+
+    `times`: seconds at which each frame appears, and at which the last one disappears, on a player's clock: float64
+    `[frames + 1]`, never falling.
+    """
 
     path: str
     frames: int
-    fps: float
     height: int
     width: int
+    times: np.ndarray
 
     def read(self, indices: Sequence[int] | np.ndarray, box: Box | None = None) -> Tensor:
         """Frames `indices` (any order, repeats allowed), or a box of them: uint8 RGB `[n, height, width, 3]`.

@@ -22,7 +22,7 @@ from mgvideo.datasets.check import Finding, broken_share, check, listed, repeate
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import ROTATED, Layout, Row, build
+from mgvideo.datasets.pyramid import Layout, Row, build
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
@@ -241,15 +241,12 @@ def _short_side(paths: Sequence[str]) -> int:
 
 
 def _say_rows(rows: Sequence[Row], allowed: float) -> None:
-    failed = [row for row in rows if row.failed]
-    rotated = sum(row.failure == ROTATED for row in rows)
+    failed = [row for row in rows if row.failure]
     before, levels = sum(row.bytes for row in rows), sum(row.level_bytes for row in rows)
     print(
-        f"{len(rows) - len(failed) - rotated} videos: {_size(levels)} beside {_size(before)} of originals "
+        f"{len(rows) - len(failed)} videos: {_size(levels)} beside {_size(before)} of originals "
         f"({levels / max(1, before):.2f} times), {_size(before + levels)} in all"
     )
-    if rotated:
-        print(f"{rotated} are rotated, and read from the original")
     if failed:
         print(
             f"{len(failed)} are left to be read from the original, for instance {failed[0].path}: {failed[0].failure}"

@@ -58,8 +58,8 @@ def test_a_rotated_video_is_written_upright(tmp_path: Path) -> None:
     source, target = write_turned(tmp_path / "turned.mp4", frames=5), tmp_path / "drawn.mp4"
     annotate(str(source), target, ["x"])
     with PyAV().open(str(source)) as video, PyAV().open(str(target)) as drawn:
-        assert video.turns
-        assert not drawn.turns
+        assert not video.orientation.upright
+        assert drawn.orientation.upright
         assert (drawn.height, drawn.width) == (video.height, video.width)
         below = slice(video.height // 2, None)
         off = drawn.read([3]).int()[:, below] - video.read([3]).int()[:, below]

@@ -1,0 +1,373 @@
+"""What the first bits of compressed packets say: whether decoding may start there, and how many frames come out.
+
+Containers often say neither: AVI flags wrong keyframes, VP8 stores frames that are never shown, DivX stores two frames
+in one packet, broadcast H.264 stores half a frame in each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+OPEN_START, CLOSED_START = 1, 2  # frames that are stored after an open start and shown before it are lost
+
+MAX_PLACEHOLDER_BYTES = 19  # of an MPEG-4 packet that may stand for a frame stored elsewhere: FFmpeg's own limit
+INTRA, BIDIRECTIONAL = 0, 2  # types of MPEG-4 pictures
+MPEG_INTRA, MPEG_BIDIRECTIONAL = 1, 3  # of MPEG-1 and MPEG-2 pictures
+H264_SLICE, H264_IDR, H264_MESSAGE, H264_PARAMETERS = 1, 5, 6, 7  # types of H.264 units
+H264_RECOVERY_POINT = 6  # a type of message
+H264_CHROMA_PROFILES = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
+AV1_FRAMES = {3, 6}  # types of AV1 units that begin with a frame's header
+HEVC_BROKEN_LINK, HEVC_IDR, HEVC_RANDOM_ACCESS, HEVC_PICTURE = range(16, 19), range(19, 21), range(16, 22), range(32)
+# codecs without B-frames, each packet a frame; of others than these and those with a parser nothing is known
+SIMPLE_CODECS = {"ffv1", "png"}
+
+
+class PacketParser:
+    """Reads the packets of one stream in the order in which they are stored, or, unless `needs_all`, its keyframes.
+
+    `starts`: OPEN_START or CLOSED_START for the number of each packet at which decoding may start. `hidden`: numbers of
+    packets whose frames are never shown. `one_to_one`: each other packet is one frame. `reorders`: some frame is stored
+    before one that is shown earlier; None where packets do not tell. `packed`: FFmpeg's filter `mpeg4_unpack_bframes`
+    makes packets one to one.
+    """
+
+    needs_all = True
+    reorders: bool | None = False
+    packed = False
+
+    def __init__(self, one_to_one: bool = True) -> None:
+        self.starts: dict[int, int] = {}
+        self.hidden: set[int] = set()
+        self.one_to_one = one_to_one
+
+    def add(self, number: int, packet: Any) -> None:
+        """Read packet `number`. Raises IndexError, StopIteration or ValueError where it makes no sense."""
+        raise NotImplementedError
+
+
+class KeyframeParser(PacketParser):
+    """Codecs that show frames in the order in which they are stored, and whose keyframes are flagged rightly."""
+
+    needs_all = False
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        self.starts[number] = CLOSED_START
+
+
+class MicrosoftParser(PacketParser):
+    """MS-MPEG-4 and WMV1."""
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        if memoryview(packet)[0] >> 6 == INTRA:
+            self.starts[number] = CLOSED_START
+
+
+class Mpeg2Parser(PacketParser):
+    """MPEG-1 and MPEG-2."""
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        data = bytes(packet)
+        kind = data[data.index(b"\0\0\1\0") + 5] >> 3 & 7
+        self.reorders = self.reorders or kind == MPEG_BIDIRECTIONAL
+        if kind == MPEG_INTRA:
+            self.starts[number] = OPEN_START
+
+
+class Mpeg4Parser(PacketParser):
+    """MPEG-4 part 2, as DivX and XviD write it.
+
+    In a packed bitstream a packet may also hold the B-frame that belongs into the next one. That one holds another
+    B-frame, which moves on in turn, or a placeholder.
+    """
+
+    moved: int | None = None  # type of the frame that belongs into the next packet
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        data = bytes(packet)
+        types = [data[match.end()] >> 6 for match in re.finditer(rb"\x00\x00\x01\xb6(?=.)", data, re.DOTALL)]
+        moved, small = self.moved, len(data) <= MAX_PLACEHOLDER_BYTES
+        frame = types[0] if moved is None and types else moved
+        if len(types) == 1 and not (small and moved is None):  # a small one may also say that there is no frame
+            self.moved = None if small or moved is None else types[0]
+        elif len(types) == 2 and moved is None:
+            self.packed, self.moved = True, types[1]
+        else:
+            self.one_to_one = False
+        self.reorders = self.reorders or BIDIRECTIONAL in types
+        if frame == BIDIRECTIONAL and number - 1 in self.starts:
+            self.starts[number - 1] = OPEN_START
+        if frame == INTRA and moved is self.moved is None:
+            self.starts[number] = CLOSED_START
+
+
+class H264Parser(PacketParser):
+    """H.264. Where the stream may be interlaced, two packets may be the two fields of one frame."""
+
+    reorders = None
+
+    def __init__(self, extradata: bytes | None) -> None:
+        super().__init__()
+        extradata = extradata or b""
+        self.prefix = (extradata[4] & 3) + 1 if extradata[:1] == b"\1" else 0
+        units = islice(_units(extradata[6:], 2), extradata[5] & 31) if self.prefix else _units(extradata, 0)
+        self._read_parameters(next((unit for unit in units if unit[0] & 31 == H264_PARAMETERS), None))
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        for unit in _units(memoryview(packet), self.prefix):
+            kind = unit[0] & 31
+            if kind == H264_PARAMETERS:
+                self._read_parameters(bytes(unit))
+            elif kind == H264_MESSAGE and _recovers_at_once(bytes(unit)):
+                self.starts[number] = OPEN_START
+            elif kind in (H264_SLICE, H264_IDR):
+                if kind == H264_IDR:
+                    self.starts[number] = CLOSED_START
+                if self.needs_all:
+                    self.one_to_one &= self.slices is not None and not self.slices.is_field(bytes(unit[:20]))
+                return  # what precedes the picture says all
+
+    def _read_parameters(self, unit: bytes | None) -> None:
+        self.slices = None if unit is None else slice_format(unit)
+        self.needs_all = self.slices is None or self.slices.may_be_field
+
+
+class SliceFormat:
+    """What a sequence parameter set `unit` of H.264 says of the slices that refer to it (ITU-T H.264, 7.3.2.1.1)."""
+
+    def __init__(self, unit: bytes) -> None:
+        bits = Bits(unit[1:])
+        profile, _, _, _ = bits.read(8), bits.read(8), bits.read(8), bits.exp_golomb()
+        chroma, self.separate_planes = 1, False
+        if profile in H264_CHROMA_PROFILES:
+            chroma = bits.exp_golomb()
+            self.separate_planes = chroma == 3 and bool(bits.read(1))
+            bits.exp_golomb(), bits.exp_golomb(), bits.read(1)  # bit depths, transform bypass
+            if bits.read(1):
+                for number in range(12 if chroma == 3 else 8):
+                    if bits.read(1):
+                        _skip_scaling_list(bits, 16 if number < 6 else 64)
+        self.frame_number_bits = bits.exp_golomb() + 4
+        order = bits.exp_golomb()
+        if order == 0:
+            bits.exp_golomb()
+        elif order == 1:
+            bits.read(1), bits.exp_golomb(), bits.exp_golomb()
+            for _ in range(bits.exp_golomb()):
+                bits.exp_golomb()
+        bits.exp_golomb(), bits.read(1), bits.exp_golomb(), bits.exp_golomb()  # references, gaps, width, height
+        self.may_be_field = not bits.read(1)
+
+    def is_field(self, unit: bytes) -> bool:
+        """Whether a slice, of which `unit` is the beginning, belongs to a field, which is half a frame (7.3.3)."""
+        bits = Bits(unit[1:])
+        bits.exp_golomb(), bits.exp_golomb(), bits.exp_golomb()  # first macroblock, type, picture parameter set
+        bits.read(2 * self.separate_planes + self.frame_number_bits)
+        return self.may_be_field and bool(bits.read(1))
+
+
+@lru_cache(256)
+def slice_format(unit: bytes) -> SliceFormat:
+    """The format of a parameter set, of which the files of a dataset share a few."""
+    return SliceFormat(unit)
+
+
+def _skip_scaling_list(bits: Bits, size: int) -> None:
+    last = scale = 8
+    for _ in range(size):
+        if scale:
+            code = bits.exp_golomb()
+            scale = (last + ((code + 1) // 2 if code % 2 else -(code // 2))) % 256
+            last = scale or last
+
+
+def _recovers_at_once(unit: bytes) -> bool:
+    """Whether a unit of messages says that from here on frames are right (D.2.8): no I-frame is enough for that."""
+    unit, place = unit.replace(b"\0\0\3", b"\0\0"), 1
+    while place + 2 < len(unit):
+        kind, size = 0, 0
+        while unit[place] == 255:
+            kind, place = kind + 255, place + 1
+        kind, place = kind + unit[place], place + 1
+        while unit[place] == 255:
+            size, place = size + 255, place + 1
+        size, place = size + unit[place], place + 1
+        if kind == H264_RECOVERY_POINT:
+            return Bits(unit[place : place + size]).exp_golomb() == 0
+        place += size
+    return False
+
+
+class HevcParser(PacketParser):
+    """H.265."""
+
+    needs_all = False
+    reorders = None
+
+    def __init__(self, extradata: bytes | None) -> None:
+        super().__init__()
+        self.prefix = (extradata[21] & 3) + 1 if extradata and extradata[0] == 1 else 0
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        kinds = (unit[0] >> 1 & 63 for unit in _units(memoryview(packet), self.prefix))
+        kind = next(kind for kind in kinds if kind in HEVC_PICTURE)
+        if kind in HEVC_RANDOM_ACCESS:
+            self.starts[number] = CLOSED_START if kind in HEVC_IDR else OPEN_START
+        # what leads to a broken link inside the stream is not shown
+        self.one_to_one &= number == 0 or kind not in HEVC_BROKEN_LINK
+
+
+class Vp8Parser(PacketParser):
+    """VP8 (RFC 6386, 9.1)."""
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        first = memoryview(packet)[0]
+        if not first >> 4 & 1:
+            self.hidden.add(number)
+        if not first & 1:
+            self.starts[number] = CLOSED_START
+
+
+class Vp9Parser(PacketParser):
+    """VP9: a packet may hold several frames, of which one is shown (bitstream specification, annex B)."""
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        frames = [Bits(frame) for frame in _vp9_frames(bytes(packet))]
+        shown, keyframe = 0, False
+        for place, bits in enumerate(frames):
+            bits.read(2)
+            profile = bits.read(1) + 2 * bits.read(1)
+            bits.read(profile == 3)
+            if bits.read(1):  # shows a frame that was decoded before
+                shown += 1
+            else:
+                keyframe |= not bits.read(1) and place == 0
+                shown += bits.read(1)
+        self.one_to_one &= shown < 2
+        if not shown:
+            self.hidden.add(number)
+        if keyframe:
+            self.starts[number] = CLOSED_START
+
+
+def _vp9_frames(data: bytes) -> list[bytes]:
+    """The first bytes of each frame in a packet."""
+    marker = data[-1]
+    count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
+    index = data[-2 - count * width :]
+    if marker >> 5 != 6 or len(index) != 2 + count * width or index[0] != marker:
+        return [data[:2]]
+    sizes = [int.from_bytes(index[1 + i * width :][:width], "little") for i in range(count)]
+    return [data[sum(sizes[:i]) :][:2] for i in range(count)]
+
+
+class Av1Parser(PacketParser):
+    """AV1 (bitstream specification, 5.3 to 5.9)."""
+
+    def add(self, number: int, packet: Any) -> None:
+        """See `PacketParser.add`."""
+        shown = 0
+        for place, bits in enumerate(_av1_frames(bytes(packet))):
+            if bits.read(1):  # shows a frame that was decoded before
+                shown += 1
+            else:
+                kind, visible = bits.read(2), bits.read(1)
+                shown += visible
+                if place == 0 and packet.is_keyframe and kind == 0 and visible:
+                    self.starts[number] = CLOSED_START
+        self.one_to_one &= shown < 2
+        if not shown:
+            self.hidden.add(number)
+
+
+def _av1_frames(data: bytes) -> Iterator[Bits]:
+    """The header of each frame in a packet."""
+    place = 0
+    while place < len(data):
+        first = data[place]
+        place += 2 if first & 4 else 1
+        size, shift = len(data) - place, 0
+        if first & 2:
+            size = 0
+            while True:
+                size |= (data[place] & 127) << shift
+                shift, place = shift + 7, place + 1
+                if data[place - 1] < 128:
+                    break
+        if first >> 3 & 15 in AV1_FRAMES:
+            yield Bits(data[place : place + 1])
+        place += size
+
+
+class Bits:
+    """Reads bits from the front of some bytes. Raises ValueError at the end."""
+
+    def __init__(self, data: bytes) -> None:
+        data = data.replace(b"\0\0\3", b"\0\0")
+        self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
+
+    def read(self, count: int) -> int:
+        """The next `count` bits as a number."""
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("a header ends early")
+        return self.value >> self.left & (1 << count) - 1
+
+    def exp_golomb(self) -> int:
+        """The next number, written as H.264 writes most."""
+        zeros = self.left - (self.value & (1 << self.left) - 1).bit_length()
+        return self.read(2 * zeros + 1) - 1
+
+
+def _units(data: Any, prefix: int) -> Iterator[Any]:
+    """The units of an H.264 or H.265 packet, slices of it: after start codes, or after a length of `prefix` bytes."""
+    if not prefix:
+        start = None
+        for match in re.finditer(rb"\x00\x00\x01(?=.)", data, re.DOTALL):
+            if start is not None:
+                yield data[start : match.start()]
+            start = match.end()
+        if start is not None:
+            yield data[start:]
+        return
+    place = 0
+    while place + prefix < len(data):
+        size = int.from_bytes(data[place : place + prefix], "big")
+        place += prefix
+        if size:
+            yield data[place : place + size]
+        place += size
+
+
+def packet_parser(stream: Any) -> PacketParser:
+    """A parser for the packets of a PyAV video stream, as they are from its beginning."""
+    codec, extradata = stream.codec_context.codec, stream.codec_context.extradata
+    name = codec.canonical_name
+    if name in EXTRADATA_PARSERS:
+        return EXTRADATA_PARSERS[name](extradata)
+    return PARSERS[name]() if name in PARSERS else KeyframeParser(codec.intra_only or name in SIMPLE_CODECS)
+
+
+EXTRADATA_PARSERS: dict[str, Any] = {"h264": H264Parser, "hevc": HevcParser}
+PARSERS: dict[str, type[PacketParser]] = {
+    "av1": Av1Parser,
+    "mpeg1video": Mpeg2Parser,
+    "mpeg2video": Mpeg2Parser,
+    "mpeg4": Mpeg4Parser,
+    "msmpeg4v2": MicrosoftParser,
+    "msmpeg4v3": MicrosoftParser,
+    "wmv1": MicrosoftParser,
+    "vp8": Vp8Parser,
+    "vp9": Vp9Parser,
+}
