@@ -26,6 +26,7 @@ BENCHMARKS = {
     "step": "milliseconds of a training step at each grid, by model, precision, memory format and compilation",
     "soak": "whether memory and open files of the loader's workers stay flat over many clips",
     "sampler": "the time in which a rank finds its clips of a step, at several numbers of ranks",
+    "ranks": "the first and the last of many ranks through a long cycle, simulated: shards, collectives, host time",
     "gpu": "check and measure everything on one GPU, in one call of under ten minutes",
     "train": "the trainer beside a bare loop, waiting for data, phase boundaries, and multigrid beside the baseline",
 }
