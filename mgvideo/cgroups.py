@@ -38,10 +38,10 @@ def _limits(controller: str, read: Callable[[Path], Limit | None], root: Path) -
 def _folders(controller: str, root: Path) -> Iterator[Path]:
     """Folders of the cgroups around this process, from its own outwards, as far as they are mounted here."""
     paths: dict[str, str] = {}
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)  # version 2 names no controllers
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+    for line in (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         before, _, after = line.partition(" - ")
         mounted, point = before.split()[3:5]
         kind, _, options = after.split()[:3]
@@ -72,9 +72,11 @@ def _upwards(mount: Path, inside: str) -> Iterator[Path]:
 
 def _cpu_quota(folder: Path) -> Fraction | None:
     if (folder / "cpu.max").exists():
-        quota, period = (folder / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
     else:
-        quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        quota, period = (
+            (folder / f"cpu.cfs_{name}_us").read_text(encoding="utf-8").strip() for name in ("quota", "period")
+        )
     return None if quota in ("max", "-1") else Fraction(int(quota), int(period))
 
 
@@ -83,9 +85,9 @@ def _memory_left(folder: Path) -> int | None:
         limits, usage, prefix = ["memory.max", "memory.high"], "memory.current", ""
     else:
         limits, usage, prefix = ["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_"
-    values = [text for name in limits if (text := (folder / name).read_text().strip()) != "max"]
+    values = [text for name in limits if (text := (folder / name).read_text(encoding="utf-8").strip()) != "max"]
     if not values:
         return None
-    counters = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    counters = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
     cached = sum(int(counters.get(f"{prefix}{name}_file", 0)) for name in ("active", "inactive"))
-    return max(0, min(map(int, values)) - int((folder / usage).read_text()) + cached)
+    return max(0, min(map(int, values)) - int((folder / usage).read_text(encoding="utf-8")) + cached)

@@ -59,7 +59,7 @@ class Resources:
 def machine_id() -> str:
     """An identifier of this machine, the same in all of its containers, from its last start on."""
     path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else platform.node()
+    return path.read_text(encoding="utf-8").strip() if path.exists() else platform.node()
 
 
 def find_resources() -> Resources:
