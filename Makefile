@@ -3,16 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 TABLES ?= schedules tradeoff generality ablations
 
-.PHONY: train test reproduce bench lint format clean
+.PHONY: train test test-all test-gpu reproduce bench lint format clean
 .DEFAULT_GOAL := train
 
 train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multigrid
 	$(BIN)/python tools/run_net.py
 
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+test: $(READY)  ## what each part must do: minutes on 2 cores; ARGS goes to pytest
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## the rest too: every network on every grid, SLURM, several nodes
+	$(PYTEST) $(ARGS)
+
+test-gpu: $(READY)  ## tests/gpu, on a machine with a GPU
+	MGVIDEO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu $(ARGS)
 
 reproduce: $(READY)  ## the paper's tables on Motion, hours on 2 cores: TABLES picks some, ARGS goes to tools/reproduce.py
 	failed=0; for table in $(TABLES); do $(BIN)/python tools/reproduce.py table=$$table $(ARGS) || failed=1; done; exit $$failed

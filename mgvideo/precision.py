@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,12 +20,9 @@ from .plan import Grid
 
 MAX_GRADIENT_ERROR = 0.05  # relative, of a gradient's norm; bf16 itself gives 0.003
 MAX_SLOWDOWN = 1.2  # against float32
+X86 = ("x86_64", "AMD64")  # what platform.machine() calls it
 # values of ONEDNN_MAX_CPU_ISA under which oneDNN has no bf16 instructions, or none for gradients (AVX2_VNNI_2)
-EMULATED = (
-    "this CPU has no bf16 instructions, so precision=bf16 is emulated, which took 1.2 to 1.3 times the "
-    "CPU time of fp32 (slowfast_small, AVX2 imitated on an AMD EPYC): use precision=auto or fp32"
-)
-NO_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Precision:
     dtype: torch.dtype | None
     channels_last: bool
     why: str
-    warning: str | None = None  # for the user, before a long run
+    warning: str | None = None  # what to print before a long run
 
     def autocast(self) -> AbstractContextManager:
         """The context that a forward runs in."""
@@ -66,23 +64,36 @@ def _auto(device: torch.device) -> tuple[torch.dtype | None, str]:
         return torch.float16, f"{torch.cuda.get_device_name(device)} has no bf16"
     if cpu_has_bf16():
         return torch.bfloat16, "this CPU has bf16 instructions"
-    return None, "this CPU has no bf16 instructions"
+    if platform.machine() in X86:
+        return None, "this CPU has no bf16 instructions"
+    return None, f"bf16 has not been measured on {platform.machine()}"
 
 
 def cpu_has_bf16() -> bool:
-    """Whether convolutions on this CPU run in bf16 instructions: AMX or AVX-512 BF16.
+    """Whether this CPU trains in bf16 instructions: AMX or AVX-512 BF16, where oneDNN may use them.
 
-    False on aarch64, where oneDNN has no bf16 kernels for the gradients of convolutions. The instructions count only
-    where oneDNN may use them: ONEDNN_MAX_CPU_ISA lowers what it uses, `torch.cpu._is_*` report the bare CPU.
+    `ONEDNN_MAX_CPU_ISA` limits what oneDNN uses; `torch.cpu._is_*` report the bare CPU. False on aarch64, where
+    training in bf16 has not been measured.
     """
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return False
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    return limit not in NO_BF16
+    return limit not in WITHOUT_BF16
+
+
+def _emulation_warning() -> str:
+    """What to say where bf16 is chosen on a CPU that does not train in bf16 instructions."""
+    if platform.machine() in X86:
+        slower = "3.5 times as long as in fp32 with AVX2, 1.3 to 1.5 times with AVX-512"
+        return (
+            "precision=bf16: this CPU has no bf16 instructions and emulates them. A step of SlowFast-small took "
+            f"{slower} (docs/benchmarks/speed.md). precision=auto takes fp32"
+        )
+    return f"precision=bf16 has not been measured on {platform.machine()}: precision=auto takes fp32"
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """`auto`, `fp32`, `bf16` or `fp16` on a device.
+    """`auto`, `fp32`, `bf16` or `fp16` on a device. Its `warning` says where bf16 is emulated.
 
     Raises:
         UserError: an unknown name, or fp16 on a CPU, whose gradients it underflows without being faster.
@@ -97,14 +108,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         raise UserError("precision=fp16 needs a GPU: use precision=auto, bf16 or fp32")
     else:
         dtype, why = dtypes[name], "as asked"
-        if is_emulated(name, device):
-            warning = EMULATED
+        if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+            warning = _emulation_warning()
     return Precision(device, dtype, dtype is not None, why, warning)
-
-
-def is_emulated(name: str, device: torch.device) -> bool:
-    """Whether `bf16` on this CPU runs without bf16 instructions."""
-    return name == "bf16" and device.type == "cpu" and not cpu_has_bf16()
 
 
 @dataclass(frozen=True)

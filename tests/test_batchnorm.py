@@ -20,6 +20,8 @@ from mgvideo.batchnorm import GroupBatchNorm3d, convert_group_batchnorm, deferre
 from mgvideo.errors import UserError
 from mgvideo.workers import start_server
 
+pytestmark = pytest.mark.numeric
+
 CHANNELS = 6
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # in float64
 LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mgvideo.flatconv import FlatConv3d, convert_flat_convs
 from mgvideo.precision import cpu_has_bf16
 
+pytestmark = pytest.mark.numeric
+
 FLAT = {
     "pointwise": nn.Conv3d(32, 24, 1, bias=False),
     "pointwise, strided": nn.Conv3d(32, 24, 1, (2, 2, 2)),

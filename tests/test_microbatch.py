@@ -9,6 +9,8 @@ from mgvideo.plan import Grid
 from mgvideo.precision import choose_precision
 from mgvideo.shards import shard_batch
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("limit", [1, 3, 8, 9, 16, 63, 64, 1000])
 @pytest.mark.parametrize(("batch", "groups", "world"), [(64, 8, 1), (64, 8, 3), (128, 8, 2), (24, 3, 2)])

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -27,7 +26,8 @@ def test_the_wheel_owns_one_name_and_its_command_trains(tmp_path: Path, motion_r
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel, cwd=tmp_path)
     # dependencies come from the tests' own environment: a path file there shows them, but not its editable mgvideo
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    packages = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "dependencies.pth").write_text("\n".join(packages))
     where = run(python, "-c", "import mgvideo.models; print(mgvideo.models.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(tmp_path)
     overrides = [*TINY, f"dataset.root={motion_root}", "base.epochs=0.25", "base.lr_steps=[0]", "schedule=baseline"]

@@ -14,9 +14,39 @@ from mgvideo.models.small import i3d_small
 from mgvideo.plan import Grid
 from mgvideo.precision import ConvolutionFaults, Precision, choose_precision, cudnn_warning, probe_convolutions
 
+pytestmark = pytest.mark.numeric
+
 GRIDS = [Grid(2, 16, (1, 1), (16, 16)), Grid(4, 24, (1, 1), (24, 24))]
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, True, "a test")
 GPU = torch.device("cuda")
+
+
+CPU = torch.device("cpu")
+
+
+def test_bf16_counts_where_onednn_may_use_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    for limit in ("", "AVX512_CORE_BF16", "AVX512_CORE_AMX", "ALL"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert choose_precision("auto", CPU).dtype is torch.bfloat16
+        assert choose_precision("bf16", CPU).warning is None
+    for limit in ("AVX512_CORE", "AVX2", "avx2"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert str(choose_precision("auto", CPU)) == "fp32, contiguous (this CPU has no bf16 instructions)"
+        asked = choose_precision("bf16", CPU)
+        assert asked.dtype is torch.bfloat16
+        assert asked.warning is not None
+        assert "3.5 times as long" in asked.warning
+        assert choose_precision("fp32", CPU).warning is None
+
+
+def test_other_cpus_train_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert str(choose_precision("auto", CPU)) == "fp32, contiguous (bf16 has not been measured on aarch64)"
+    assert "not been measured on aarch64" in str(choose_precision("bf16", CPU).warning)
 
 
 class Broken(Precision):
@@ -95,17 +125,3 @@ def test_releases_of_cudnn_that_compute_wrongly_in_bf16_are_told(
     assert cudnn_warning(BF16) is None
     if version == 91002 and warning:
         assert warning.startswith("cuDNN 9.10 computes")
-
-
-def test_bf16_without_its_instructions_warns_and_auto_avoids_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    assert choose_precision("auto", cpu).dtype is None
-    assert choose_precision("auto", cpu).warning is None
-    chosen = choose_precision("bf16", cpu)
-    assert chosen.dtype is torch.bfloat16
-    assert "emulated" in str(chosen.warning)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert choose_precision("auto", cpu).dtype is torch.bfloat16
-    assert choose_precision("bf16", cpu).warning is None

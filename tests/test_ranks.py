@@ -15,6 +15,8 @@ from mgvideo.distributed import joined
 from mgvideo.errors import NonFiniteError
 from mgvideo.workers import start_server
 
+pytestmark = pytest.mark.numeric
+
 # At a base batch of 8 the plan's last phase holds one BN group, which two ranks synchronise; at 16 clips every rank
 # holds whole groups in every phase.
 BATCHES = (8, 16)

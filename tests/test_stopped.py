@@ -20,6 +20,7 @@ import torch
 from faults import overrides
 from refusals import said
 from training import KNOBS, ROOT, SERVED, TINY, end_state, metrics
+from videos import needs_decord
 
 from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.cli.run import main
@@ -211,6 +212,7 @@ def test_begun_anew_in_a_used_folder_it_keeps_its_own_and_goes_on_when_started_a
     assert not (checkpoints.folder / "aside_2").exists()
 
 
+@needs_decord
 def test_what_changes_the_result_is_kept_or_refused(
     whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,8 @@ from mgvideo.models.small import i3d_small, r2plus1d_small
 from mgvideo.signals import Stopped
 from mgvideo.trainer import Trainer
 
+pytestmark = pytest.mark.numeric
+
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     trainer.monitor.close()

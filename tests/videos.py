@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import pytest
 
+needs_decord = pytest.mark.skipif(find_spec("decord") is None, reason="decord has no build for this CPU")
+DECORD = pytest.param("decord", marks=needs_decord)
 BITS = 8
 
 

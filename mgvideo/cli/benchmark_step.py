@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.forecast import cost
 from mgvideo.plan import Grid, Plan, require
-from mgvideo.precision import Precision, choose_precision, is_emulated, probe_convolutions
+from mgvideo.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.schedule import baseline_of
 from mgvideo.stepper import compiled
 
@@ -49,7 +49,9 @@ class Keys:
         [REFERENCE, "auto/channels_last/off"],
         "precision/memory format/compilation[/BN groups]; the first is what the others are compared with",
     )
-    emulated: bool = key(False, "measure variants in bf16 too on a CPU without bf16 instructions, which takes long")
+    emulated: bool = key(
+        False, "measure variants in bf16 on a CPU without bf16 instructions too, several times as slow"
+    )
     clips: int = key(4, "clips of the base grid in a step; a smaller grid has as many more as its volume allows")
     batch: int | None = key(None, "instead: clips in a step, the same at every grid")
     seconds: float = key(3.0, "to measure each cell, in each round; one step at least")
@@ -177,19 +179,18 @@ def variant(name: str, device: torch.device) -> Variant:
     return Variant(name, chosen, mode, *map(int, groups))
 
 
-def measured_variants(given: Keys, device: torch.device) -> list[str]:
-    """The variants to measure: those that this CPU would emulate are left out, and named, unless `emulated` is set.
+def without_emulation(variants: Sequence[Variant]) -> list[Variant]:
+    """Leave out variants whose bf16 this CPU emulates, and say so.
 
     Raises:
         UserError: none is left.
     """
-    left_out = [v for v in given.variants if is_emulated(v.partition("/")[0], device) and not given.emulated]
-    measured = [v for v in given.variants if v not in left_out]
-    message = f"left out, since this CPU has no bf16 instructions: {', '.join(left_out)}; emulated=true measures them"
-    require(bool(measured), message)
-    if left_out:
-        print(message, file=sys.stderr)
-    return measured
+    names = [v.name for v in variants if v.precision.warning]
+    if names:
+        reason = "this CPU does not train in bf16 instructions; emulated=true measures it all the same"
+        require(len(names) < len(variants), f"variants={','.join(names)}: {reason}")
+        print(f"left out: {', '.join(names)}: {reason}", file=sys.stderr)
+    return [v for v in variants if v.name not in names]
 
 
 def run(given: Keys, cfg: DictConfig) -> None:
@@ -198,7 +199,9 @@ def run(given: Keys, cfg: DictConfig) -> None:
     torch.backends.cudnn.benchmark = True  # as a run has it
     plan = build_plan(cfg, 1000 * cfg.base.batch)
     grids = choose_grids(plan, given.grids)
-    variants = [variant(name, device) for name in measured_variants(given, device)]
+    variants = [variant(name, device) for name in given.variants]
+    if not given.emulated:
+        variants = without_emulation(variants)
     about = {**conditions(device), "threads": torch.get_num_threads()}
     own = cfg.model._target_.rpartition(".")[2]
     models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in given.models}
@@ -244,18 +247,26 @@ def measure(
 
 def peak(precision: Precision, seconds: float = 1.0) -> float:
     """FLOPs a second of a large matrix product in the same precision; on a GPU float32 is TF32, as in convolutions."""
-    cuda = precision.device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
-    n = 8192 if cuda else 2048
-    a = torch.randn(n, n, device=precision.device, dtype=precision.dtype or torch.float32)
+    largest = 8192 if precision.device.type == "cuda" else 2048
+    n = largest // 16
+    while n < largest and _product_seconds(n, precision) < seconds / 10:  # where bf16 is emulated, a small one does
+        n *= 2
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        start = time.perf_counter()
-        a @ a
-        if cuda:
-            torch.cuda.synchronize(precision.device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, _product_seconds(n, precision))
     return 2 * n**3 / best
+
+
+def _product_seconds(n: int, precision: Precision) -> float:
+    a = torch.randn(n, n, device=precision.device).to(precision.dtype or torch.float32)
+    if precision.device.type == "cuda":
+        torch.cuda.synchronize(precision.device)
+    start = time.perf_counter()
+    a @ a
+    if precision.device.type == "cuda":
+        torch.cuda.synchronize(precision.device)
+    return time.perf_counter() - start
 
 
 def table(title: str, rows: dict[str, Cell], peak_flops: float, all_rows: dict[str, dict[str, Cell]]) -> Table:

@@ -203,6 +203,8 @@ def build(given: PredictKeys, trained: Trained) -> Predictor:
     grid = Grid(cfg.base.frames, side, (cfg.base.stride, cfg.base.stride), (side, side))
     views = Views(grid, given.clips or cfg.test.clips, given.crops or cfg.test.crops)
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision.warning:
+        print(f"warning: {precision.warning}", file=sys.stderr)
     precision.place(trained.model)
     names = class_names(given.classes, trained)
     return Predictor(trained, views, precision, build_normalize(cfg, precision), names)

@@ -7,9 +7,9 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
 from refusals import said
 from training import KNOBS, TINY
+from videos import DECORD, needs_decord
 
 from mgvideo.cli import app, benchmark_step, benchmark_train
 from mgvideo.cli.benchmark import main
@@ -56,6 +56,7 @@ def test_json_has_a_row_for_each_grid_and_predicts_a_run(tmp_path: Path, motion_
     assert all(time.loading > 0 for time in predict(build_plan(cfg, KNOBS.train), 1, benchmark))
 
 
+@needs_decord
 def test_table_of_chosen_grids(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
     own = ["seconds=0.05", "rounds=1", "decoders=[pyav,decord]", "grids=[8x32]"]
     run(read_keys(own), app.compose_config("run", [*TINY, f"dataset.root={motion_root}"]))
@@ -82,7 +83,7 @@ def test_the_clock_counts_each_stage_once(motion_root: str, monkeypatch: pytest.
     assert sum(spent.values()) == next(ticks) - 1, "from the first look at the time to the last"
 
 
-@pytest.mark.parametrize("name", ["decord", "pyav"])
+@pytest.mark.parametrize("name", [DECORD, "pyav"])
 def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: str) -> None:
     dataset, clock, asked = motion(motion_root, KNOBS, "train", PyAV()), Clock(0), []
 
@@ -97,6 +98,7 @@ def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: s
     assert clock.total()[STAGES.index("decode")] > 0
 
 
+@pytest.mark.numeric
 def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
     own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
     cfg = app.compose_config("run", TINY)
@@ -117,18 +119,20 @@ def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
     assert all(time.compute > 0 for time in predict(plan, 1, read_benchmark(tmp_path / "json")))
 
 
-def test_step_leaves_out_what_this_cpu_would_emulate(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_step_leaves_out_what_this_cpu_emulates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    bf16, fp32, cpu = "bf16/channels_last/off", "fp32/contiguous/off", torch.device("cpu")
-    given = benchmark_step.read_keys([f"variants=[{fp32},{bf16}]"])
-    assert benchmark_step.measured_variants(given, cpu) == [fp32]
-    assert f"no bf16 instructions: {bf16}; emulated=true" in capsys.readouterr().err
-    given = benchmark_step.read_keys([f"variants=[{fp32},{bf16}]", "emulated=true"])
-    assert benchmark_step.measured_variants(given, cpu) == [fp32, bf16]
-    with pytest.raises(UserError, match="left out, since this CPU has no bf16 instructions"):
-        benchmark_step.measured_variants(benchmark_step.read_keys([f"variants=[{bf16}]"]), cpu)
+    own = ["seconds=0.01", "rounds=1", "clips=1", "grids=[2x16]", "format=json", f"out={tmp_path / 'json'}"]
+    variants = "variants=[fp32/contiguous/off,bf16/contiguous/off]"
+    cfg = app.compose_config("run", TINY)
+    benchmark_step.run(benchmark_step.read_keys([*own, variants]), cfg)
+    assert [row["variant"] for row in json.loads((tmp_path / "json").read_text())["rows"]] == ["fp32/contiguous/off"]
+    assert "left out: bf16/contiguous/off: this CPU does not" in capsys.readouterr().err
+    benchmark_step.run(benchmark_step.read_keys([*own, variants, "emulated=true"]), cfg)
+    assert len(json.loads((tmp_path / "json").read_text())["rows"]) == 2
+    with pytest.raises(UserError, match="variants=bf16/contiguous/off: this CPU does not"):
+        benchmark_step.run(benchmark_step.read_keys([*own, "variants=[bf16/contiguous/off]"]), cfg)
 
 
 def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from refusals import said
 from training import TINY
-from videos import bad_files, odd_files, write, write_turned
+from videos import DECORD, bad_files, odd_files, write, write_turned
 
 from mgvideo.cli.run import main
 from mgvideo.datasets.decoders import TorchCodec
@@ -55,7 +55,7 @@ def named(folder: Path, root: Path, top: str) -> dict[str, str]:
     return {row["path"]: row["reason"] for row in rows if Path(row["path"]).is_relative_to(root / top)}
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "decord", "torchcodec"])
+@pytest.mark.parametrize("decoder", ["pyav", DECORD, "torchcodec"])
 def test_training_survives_every_file_and_names_the_bad_ones(
     paths: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
 ) -> None:

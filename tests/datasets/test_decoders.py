@@ -6,6 +6,8 @@ import ctypes
 import gc
 import os
 import random
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,13 @@ from mgvideo.datasets.decoders import Box, DecodeError, Decoder, Decord, PyAV, T
 from mgvideo.errors import UserError
 
 
-def available() -> list[Decoder]:
-    try:
-        return [Decord(), PyAV(), TorchCodec()]
-    except UserError:  # no FFmpeg on this machine
-        return [Decord(), PyAV()]
+def available() -> Iterator[Decoder]:
+    for kind in (Decord, PyAV, TorchCodec):
+        with suppress(UserError):  # no FFmpeg on this machine, or no build for it
+            yield kind()
 
 
-DECODERS = available()
+DECODERS = list(available())
 NAMES = [type(decoder).__name__ for decoder in DECODERS]
 each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
 

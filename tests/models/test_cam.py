@@ -9,6 +9,8 @@ from zoo import build
 
 from mgvideo.models.cam import class_maps, joined
 
+pytestmark = pytest.mark.numeric
+
 FAMILIES = ["slow_r50", "i3d_nln_small", "slowfast_8x8_r50", "slowfast_small", "r2plus1d_18", "r2plus1d_r50"]
 
 

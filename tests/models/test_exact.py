@@ -17,6 +17,8 @@ from mgvideo.models.nonlocal_block import NonLocal
 from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.table import ROWS, Row, count_gflops, count_parameters, markdown
 
+pytestmark = pytest.mark.numeric
+
 
 def test_every_case_is_tested() -> None:
     assert CASES.keys() == CONFIGS.keys()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +13,8 @@ from zoo import NAMES, build
 from mgvideo.errors import UserError
 from mgvideo.flatconv import FlatConv3d, convert_flat_convs
 from mgvideo.models.slowfast import slow_indices
+
+pytestmark = pytest.mark.numeric
 
 # the grids of the plans of the published recipes, of 32 and of 64 frames
 PUBLISHED = [
@@ -41,14 +41,13 @@ def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) ->
     check(name, frames, size, batch=2)
 
 
-def published() -> Iterator[Any]:
-    """Every network with every grid, quick: all networks on the smallest, one of each family on all but the largest."""
-    for name, (frames, size) in product(NAMES, PUBLISHED):
-        quick = (frames, size) == PUBLISHED[0] or (name in QUICK and size < 224)
-        yield pytest.param(name, frames, size, marks=() if quick else pytest.mark.slow)
+def published(name: str, frames: int, size: int) -> Any:
+    """Not slow: all networks on the smallest grid, one of each family on all but the largest."""
+    quick = (frames, size) == PUBLISHED[0] or (name in QUICK and size < 224)
+    return pytest.param(name, frames, size, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "frames", "size"), published())
+@pytest.mark.parametrize(("name", "frames", "size"), [published(name, *grid) for name in NAMES for grid in PUBLISHED])
 def test_every_network_trains_on_every_published_grid(name: str, frames: int, size: int) -> None:
     check(name, frames, size, batch=2 if frames * size**2 < 16 * 224**2 else 1)
 

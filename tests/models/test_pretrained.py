@@ -21,6 +21,8 @@ from mgvideo.models.naming import names
 from mgvideo.models.pretrained import export_pyslowfast, load_pretrained
 from mgvideo.models.small import slowfast_small
 
+pytestmark = pytest.mark.numeric
+
 CAFFE2_NAMES = {  # as in the model zoo's files → as in PySlowFast
     "conv1_w": "s1.pathway0_stem.conv.weight",
     "res_conv1_bn_s": "s1.pathway0_stem.bn.weight",
