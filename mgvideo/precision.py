@@ -84,7 +84,7 @@ def cpu_has_bf16() -> bool:
 def _emulation_warning() -> str:
     """What to say where bf16 is chosen on a CPU that does not train in bf16 instructions."""
     if platform.machine() in X86:
-        slower = "3.5 times as long as in fp32 with AVX2, 1.3 to 1.5 times with AVX-512"
+        slower = "3.5 times as long as in fp32 with AVX2, 1.3 to 1.6 times with AVX-512"
         return (
             "precision=bf16: this CPU has no bf16 instructions and emulates them. A step of SlowFast-small took "
             f"{slower} (docs/benchmarks/speed.md). precision=auto takes fp32"
