@@ -109,12 +109,14 @@ def convert_clip_dropout(model: nn.Module) -> nn.Module:
     Converts `nn.Dropout`, `nn.Dropout1d` to `nn.Dropout3d`, and torchvision's `StochasticDepth` in row mode.
 
     Raises:
-        UserError: a layer of torch or torchvision that draws random numbers and has no per-clip version. What else
-            draws random numbers, `mgvideo.forward_check` finds.
+        UserError: a layer of torch or torchvision that draws random numbers and has no per-clip version, or one whose
+            probability is none. What else draws random numbers, `mgvideo.forward_check` finds.
     """
     for name, module in model.named_modules():
         kind = type(module)
         if kind in PER_CLIP:
+            if not 0 <= module.p <= 1:  # torch itself lets NaN pass
+                raise UserError(f"model: {name} ({kind.__name__}) has p={module.p}: give a probability from 0 to 1")
             module.__class__ = PER_CLIP[kind]
         elif _is_stochastic_depth(module) and module.mode == "row":
             module.__class__ = ClipDropPath

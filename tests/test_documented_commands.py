@@ -37,7 +37,7 @@ from mgvideo.errors import UserError
 SHOWN = all_shown()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
-    "export": "export", "benchmark": "benchmark",
+    "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
 # programs that are not ours, and why they are not run
 ELSEWHERE = {
@@ -46,6 +46,9 @@ ELSEWHERE = {
     "scancel": "needs a job of the user's",
     "scontrol": "needs a job of the user's",
     "ffmpeg": "needs a video of the user's",
+    "docker": "needs an image of the user's",
+    "export": "sets variables of the shell",
+    "srun": "needs a cluster; tests/slurm has a small one",
     "tensorboard": "is a server that does not end",
 }
 PACKAGES = {"torch-tb-profiler": "a viewer that mgvideo itself does not need"}  # in no extra of ours
