@@ -34,7 +34,8 @@ class Finding:
     """What is wrong with a video, or unusual.
 
     `problem` is one of missing, unreadable, too short, variable frame rate, zero duration, broken times, slow, rotated,
-    stretched, interlaced, edit list, no keyframe and several videos, or, over its lines in the lists, duplicate,
+    stretched, interlaced, edit list, damaged, no keyframe
+    and several videos, or, over its lines in the lists, duplicate,
     conflicting labels and overlap.
     """
 
@@ -206,6 +207,8 @@ def _left_out(video: PyAVVideo) -> Iterator[tuple[str, str]]:
     """What a file holds and is not read."""
     if video.table.discarded:
         yield "edit list", f"{video.table.discarded} stored frames are not shown, and not read"
+    if video.table.damaged:
+        yield "damaged", f"{video.table.damaged} packets are not as they were written"
     if video.table.lost:
         yield "no keyframe", f"the first {video.table.lost} frames cannot be decoded, and are not read"
     videos = video_streams(video.container)

@@ -27,6 +27,7 @@ from .videofile import DecodeError
 PICTURES = (
     Disposition.attached_pic.value | Disposition.timed_thumbnails.value
 )  # covers and previews, which are no videos
+LOSSY_FORMATS = {"mpegts"}  # of broadcasts and cameras: players go on where packets are lost
 SOUGHT_BY_DTS = {"mpegts"}  # formats that find a packet by its time of decoding
 NO_DISPLAY_TIMES = {"avi"}  # formats whose display times FFmpeg makes up from the order in which frames are stored
 RESTART_FRAMES = 16  # a decoder reorders no more frames: times that go back further start over
@@ -55,8 +56,8 @@ class FrameTable:
     `packed`: packets pass FFmpeg's filter `mpeg4_unpack_bframes`. `counted`: found by decoding all packets, passing
     over those that cannot be decoded. `simple`: by time, all that is stored is shown, and what follows a keyframe is
     shown after it and needs nothing stored before it. What is not as people expect: `discarded` packets that an edit
-    list keeps from being shown, `lost` frames at the beginning that cannot be decoded, `breaks` in the times of
-    counted frames.
+    list keeps from being shown, `damaged` ones, `lost` frames at the beginning that cannot be decoded, `breaks` in the
+    times of counted frames.
     """
 
     ticks: np.ndarray
@@ -67,6 +68,7 @@ class FrameTable:
     counted: bool = False
     simple: bool = False
     discarded: int = 0
+    damaged: int = 0
     lost: int = 0
     breaks: int = 0
 
@@ -177,6 +179,7 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
     dts: list[Any] = []
     keyframes: set[int] = set()
     discarded: set[int] = set()
+    damaged = 0
     for packet in container.demux(stream):
         if not packet.size:
             continue
@@ -185,8 +188,7 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
         dts.append(packet.dts)
         if packet.is_discard:
             discarded.add(number)
-        if packet.is_corrupt:
-            parser.one_to_one = False
+        damaged += packet.is_corrupt
         if packet.is_keyframe:
             keyframes.add(number)
         elif not parser.needs_all:
@@ -198,7 +200,8 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
     if not pts:
         raise DecodeError(path, "no frames")
     table = None
-    if parser.one_to_one and 0 in parser.starts:
+    lossy = damaged > 0 and container.format.name in LOSSY_FORMATS
+    if parser.one_to_one and 0 in parser.starts and not lossy:
         left_out = discarded | parser.hidden
         shown = [i for i in range(len(pts)) if i not in left_out] if left_out else range(len(pts))
         reorders = stream.codec_context.has_b_frames if parser.reorders is None else parser.reorders
@@ -210,8 +213,10 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
             table = _table_by_time(parser, pts, seeks, shown, discarded, simple)
         elif not discarded:
             table = _table_by_number(parser, pts if timed else dts, dts, shown)
-    table = table or _count_frames(path, local, stream.index)
-    return replace(table, discarded=len(discarded)) if discarded else table
+    if table is None:
+        no_times = container.format.name in NO_DISPLAY_TIMES
+        table = _count_frames(path, local, stream.index, sorted(set(dts) - {None}) if no_times else None)
+    return replace(table, discarded=len(discarded), damaged=damaged) if discarded or damaged else table
 
 
 def _are_display_times(pts: Sequence[Any], dts: Sequence[Any], shown: Sequence[int], reorders: bool) -> bool:
@@ -263,12 +268,14 @@ def _table_by_number(
     return FrameTable(np.array(times), np.arange(len(times)), tuple(starts), packed=parser.packed)
 
 
-def _count_frames(path: str, local: str, index: int) -> FrameTable:
-    """The table of a stream by decoding all of it."""
+def _count_frames(path: str, local: str, index: int, decoding: Sequence[int] | None) -> FrameTable:
+    """The table of a stream by decoding all of it; frames have the times `decoding` of packets, or else their own."""
     found = os.stat(local)
     times, gap = _decoded_times(path, local, index, found.st_size, found.st_mtime_ns)
     if not times:
         raise DecodeError(path, "no frame can be decoded")
+    if decoding is not None:
+        times = (*decoding[: len(times)], *((None,) * (len(times) - len(decoding))))
     breaks = sum(b is None or (a is not None and b <= a) for a, b in pairwise((None, *times)))
     return FrameTable(steady(times, gap), np.arange(len(times)), (), counted=True, breaks=breaks)
 

@@ -15,7 +15,8 @@ from typing import Any
 OPEN_START, CLOSED_START = 1, 2  # frames that are stored after an open start and shown before it are lost
 
 MAX_PLACEHOLDER_BYTES = 19  # of an MPEG-4 packet that may stand for a frame stored elsewhere: FFmpeg's own limit
-INTRA, BIDIRECTIONAL = 0, 2  # types of MPEG-4 pictures
+EMPTY_BYTES = 7  # a packet of no more has no picture in it
+INTRA, PREDICTED, BIDIRECTIONAL = 0, 1, 2  # types of MPEG-4 pictures
 MPEG_INTRA, MPEG_BIDIRECTIONAL = 1, 3  # of MPEG-1 and MPEG-2 pictures
 H264_SLICE, H264_IDR, H264_MESSAGE, H264_PARAMETERS = 1, 5, 6, 7  # types of H.264 units
 H264_RECOVERY_POINT = 6  # a type of message
@@ -94,17 +95,21 @@ class Mpeg4Parser(PacketParser):
         data = bytes(packet)
         types = [data[match.end()] >> 6 for match in re.finditer(rb"\x00\x00\x01\xb6(?=.)", data, re.DOTALL)]
         moved, small = self.moved, len(data) <= MAX_PLACEHOLDER_BYTES
+        if moved is None:
+            # a small packet may say that there is no frame
+            regular = (len(types) == 1 and not small) or (len(types) == 2 and types[1] == BIDIRECTIONAL)
+            self.moved = types[1] if len(types) == 2 else None
+        elif len(data) <= EMPTY_BYTES or (small and types == [PREDICTED]):
+            regular, self.moved = True, None
+        else:  # of other packets than B-frames of some size FFmpeg's filter makes something else than its decoder
+            regular, self.moved = types == [BIDIRECTIONAL] and not small, BIDIRECTIONAL
         frame = types[0] if moved is None and types else moved
-        if len(types) == 1 and not (small and moved is None):  # a small one may also say that there is no frame
-            self.moved = None if small or moved is None else types[0]
-        elif len(types) == 2 and moved is None:
-            self.packed, self.moved = True, types[1]
-        else:
-            self.one_to_one = False
+        self.one_to_one &= regular
+        self.packed |= len(types) == 2
         self.reorders = self.reorders or BIDIRECTIONAL in types
         if frame == BIDIRECTIONAL and number - 1 in self.starts:
             self.starts[number - 1] = OPEN_START
-        if frame == INTRA and moved is self.moved is None:
+        if frame == INTRA and moved is None and self.moved is None:
             self.starts[number] = CLOSED_START
 
 

@@ -151,8 +151,8 @@ def deferred_running_stats(
     """
     layers = [layer for layer in _layers(model) if layer.training and layer.track_running_stats]
     for layer in layers:
-        if not hasattr(layer, "deferred_sums"):
-            device = layer.running_mean.device
+        sums, device = getattr(layer, "deferred_sums", None), layer.running_mean.device
+        if sums is None or (sums.dtype, sums.device) != (torch.float64, device):  # none yet, or model.to() changed it
             sums = torch.zeros((4, layer.num_features), dtype=torch.float64, device=device)
             layer.register_buffer("deferred_sums", sums, persistent=False)
         layer.deferring, layer.deferred_forwards = True, []

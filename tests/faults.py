@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mgvideo.clips import BatchRequest, ClipRequest, Sample, View
 from mgvideo.datasets import motion as real
-from mgvideo.models.small import r2plus1d_small
 from mgvideo.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
@@ -106,6 +105,8 @@ class FaultyNetwork(nn.Module):
 
 def network(fault: str, after: int = 0, once: str = "", **arguments: Any) -> FaultyNetwork:
     """`mgvideo.models.small.r2plus1d_small` with a fault."""
+    from mgvideo.models.small import r2plus1d_small  # loader workers import this module, and need no network
+
     return FaultyNetwork(r2plus1d_small(**arguments), fault, after, once)
 
 

@@ -542,4 +542,7 @@ def test_sums_stay_at_one_address_as_cuda_graphs_require():
             model(clips(4))
             addresses.append([layer.deferred_sums.data_ptr() for layer in model])
     assert addresses[0] == addresses[1]
+    model.float()
+    with deferred_running_stats(model):
+        assert {layer.deferred_sums.dtype for layer in model} == {torch.float64}, "sums of squares need it"
     assert model.state_dict().keys() == nn.Sequential(plain(), plain()).state_dict().keys()

@@ -304,7 +304,7 @@ def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, mo
         trainer.train()
     bad, clips = map(int, re.findall(r"(\d+) of (\d+) clips", str(error.value))[0])
     trainer.monitor.close()
-    requests = [request for step in range(trainer.progress.step) for request in trainer.batches(step)]
+    requests = [request for step in range(trainer.progress.step) for request in trainer.sampler.shard(step).clips]
     paths = [trainer.loader.dataset.path(request.index) for request in requests]
     assert clips == len(requests) >= 100
     assert bad == sum(path in map(str, files[::2]) for path in paths)

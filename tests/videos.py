@@ -28,10 +28,10 @@ def numbered(number: int, height: int, width: int) -> np.ndarray:
     )
 
 
-def number_of(frame: Any) -> int:
+def number_of(frame: Any, bits: int = BITS) -> int:
     """The number that a frame `[h, w, 3]` shows, whatever it was resized to."""
     picture = np.asarray(frame).astype(float).mean((0, 2))
-    middles = (np.arange(BITS) + 0.5) * len(picture) / BITS
+    middles = (np.arange(bits) + 0.5) * len(picture) / bits
     return int(sum(1 << bit for bit, x in enumerate(middles.astype(int)) if picture[x] > 120))
 
 
@@ -102,6 +102,14 @@ FILES: dict[str, dict[str, Any]] = {
     "avi.avi": {"codec": "mpeg4", "options": {"g": "10"}},
     "h.265": {"codec": "libx265", "options": {"g": "12", "x265-params": "log-level=none"}},
     "b-frames.avi": {"codec": "mpeg4", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
+    "h264.avi": {"options": {"g": "12", "bf": "3", "b_strategy": "0"}},
+    "msmpeg4.avi": {"codec": "msmpeg4", "options": {"g": "12", "qscale": "2", "flags": "qscale"}},
+    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+    "raw.h264": {"options": {"g": "12", "bf": "3", "b_strategy": "0"}},
+    "vp8.ivf": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}},
+    "mpeg-2.mpg": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
+    "refresh.mkv": {"options": {"x264-params": "intra-refresh=1:keyint=10:bframes=0"}},
+    "interlaced.ts": {"options": {"g": "12", "x264-params": "tff=1"}},
     "stream.ts": {"options": {"bf": "3", "g": "250"}},
     "av1": {"codec": "libsvtav1", "options": {"preset": "12", "g": "10", "svtav1-params": "lp=1"}},
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "12", "deadline": "realtime", "cpu-used": "8"}},

@@ -50,7 +50,7 @@ SAME = {
         "eval_period eval_interval val_interval eval_freq check_val_every_n_epoch val_check_interval eval_every "
         "val_every validate_every evaluation_interval"
     ),
-    "train.precise_bn_batches": "num_batches_precise use_precise_stats precise_bn precise_bn_iters num_iters_precise",
+    "train.precise_bn_clips": "num_batches_precise use_precise_stats precise_bn precise_bn_iters num_iters_precise",
     "train.profile": "profiler profiling",
     "test.batch": "test.batch_size val_batch_size eval_batch_size test_batch_size val.batch_size",
     "test.clips": (
