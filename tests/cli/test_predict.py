@@ -152,10 +152,10 @@ def test_what_cannot_be_drawn_names_the_file_at_fault(
     with pytest.raises(SystemExit):
         main([str(good), str(still), f"ckpt={trained}", f"out={tmp_path / 'out'}", *ONE_VIEW])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors[0] == f"error: {good}: cannot be written to {tmp_path / 'out/good.mp4'}: Is a directory"
-    assert errors[1].startswith(f"error: {still}: ")
-    assert "time" in errors[1]
-    assert str(tmp_path / "out") not in errors[1]
+    assert errors == [f"error: {good}: cannot be written to {tmp_path / 'out/good.mp4'}: Is a directory"]
+    (drawn,) = (tmp_path / "out").glob("still.*")
+    with PyAV().open(str(still)) as source, PyAV().open(str(drawn)) as target:
+        assert target.frames == source.frames, "times that repeat cost no frame"
 
 
 @pytest.fixture
@@ -183,7 +183,8 @@ def test_every_window_of_a_long_video_has_its_own_heat(
     once, both = heats
     assert (once.starts, both.starts) == ([0, 10], [0, 10, 20, 30])
     assert (once.maps[0] - once.maps[1]).abs().mean() > 0.02, "windows differ"
-    torch.testing.assert_close(both.maps, once.maps.repeat(2, 1, 1, 1), atol=0.1, rtol=0)
+    error = (both.maps - once.maps.repeat(2, 1, 1, 1)).abs().mean()  # the second file is encoded anew
+    assert error < (once.maps[0] - once.maps[1]).abs().mean() / 2, f"{error}"
     painted = (frames_of(tmp_path / "out/twice.mp4") - original.repeat(2, 1, 1, 1))[:, 20:].abs().mean((1, 2, 3))
     assert len(painted) == 40
     assert painted.min() > 5
