@@ -16,7 +16,7 @@ from mgvideo.errors import UserError
 
 from .videofile import Box
 
-SLACK_S = 0.001  # annotations and files round times: a stretch that begins so shortly before a frame begins with it
+SLACK_S = 0.0015  # annotations and files round times: a stretch that begins so shortly before a frame begins with it
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def frame_span(seconds: Sequence[float] | np.ndarray, times: np.ndarray) -> tupl
     frames = len(times) - 1
     if start <= times[0] and end > times[-1]:
         return 0, frames
-    slack = min(SLACK_S, float(np.median(np.diff(times))) / 4)
+    slack = min(SLACK_S, 0.4 * float(np.median(np.diff(times))))
     if start > times[-1] - slack:
         return frames, frames
     first = max(0, int(np.searchsorted(times[:-1], start + slack, "right")) - 1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fields import FIELD
 from training import KNOBS
 
 from mgvideo.clips import ClipRequest, View
@@ -40,6 +41,16 @@ def test_clips_are_the_same_and_each_file_is_decoded_once(tmp_path: Path, motion
         assert ours.clip.equal(theirs.clip)
         assert ours.label.equal(theirs.label)
     assert counting.opened == 3
+
+
+def test_times_are_kept(tmp_path: Path) -> None:
+    cache, path = FrameCache(str(tmp_path), PyAV(), 1), str(FIELD / "vfr.mp4")
+    with PyAV().open(path) as video:
+        times = video.times
+    for _ in range(2):
+        with cache.open(path) as kept:
+            assert np.array_equal(kept.times, times)
+            assert kept.read([3]).shape == (1, 72, 192, 3)
 
 
 def test_a_replaced_file_is_decoded_anew(tmp_path: Path, motion_root: str) -> None:

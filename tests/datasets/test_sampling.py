@@ -72,6 +72,28 @@ def test_a_stretch_in_seconds_keeps_at_least_one_frame(seconds: tuple, span: tup
     assert frame_span(seconds, np.arange(101) / 25) == span
 
 
+@pytest.mark.parametrize("fps", [24, 25, 30000 / 1001, 30, 240])
+@pytest.mark.parametrize("digits", [3, 17])
+def test_a_stretch_begins_with_the_frame_that_begins_with_it(fps: float, digits: int) -> None:
+    times = np.arange(3001) / fps
+    clock = np.round(times, 3)  # as Matroska rounds them
+    for first in range(0, 2999, 7):
+        start, end = round(first / fps, digits), round((first + 5) / fps, digits)
+        assert frame_span((start, end), times) == (first, min(first + 5, 3000)), first
+        assert frame_span((start, end), clock) == (first, min(first + 5, 3000)), first
+
+
+def test_a_stretch_begins_with_the_frame_on_display_and_ends_before_the_next() -> None:
+    times = np.array([0, 0.1, 0.2, 1.0, 1.025, 1.05, 1.075])  # the third one for long
+    assert frame_span((0.0, 0.2), times) == (0, 2)
+    assert frame_span((0.15, 0.6), times) == (1, 3)
+    assert frame_span((0.5, 0.9), times) == (2, 3)
+    assert frame_span((0.5, 9), times) == (2, 6)
+    assert frame_span((1.02, 1.021), times) == (3, 4)
+    first, stop = frame_span((1.075, 2), times)
+    assert first >= stop, "it begins after the video"
+
+
 def test_a_crop_larger_than_the_frame_is_refused() -> None:
     with pytest.raises(UserError, match="crop of 112 pixels does not fit a short side of 100"):
         choose(ClipRequest(0, Grid(8, 112, (1, 1), (100, 128)), 0), PLAIN)
