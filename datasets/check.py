@@ -31,12 +31,9 @@ THUMBNAIL = 64  # short side that they are shrunk to where they are large
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a video, or unusual.
+    """What is wrong with a video, or unusual: `problem` is a word of docs/datasets/preparation.md.
 
-    `problem` is one of missing, unreadable, too short, variable frame rate, zero duration, broken times, slow, rotated,
-    stretched, interlaced, edit list, damaged, no keyframe
-    and several videos, or, over its lines in the lists, duplicate,
-    conflicting labels and overlap.
+    The first words are about the file, duplicate, conflicting labels and overlap about its lines in the lists.
     """
 
     path: str
@@ -208,7 +205,7 @@ def _left_out(video: PyAVVideo) -> Iterator[tuple[str, str]]:
     if video.table.discarded:
         yield "edit list", f"{video.table.discarded} stored frames are not shown, and not read"
     if video.table.damaged:
-        yield "damaged", f"{video.table.damaged} packets are not as they were written"
+        yield "damaged", f"{video.table.damaged} of its packets are incomplete or follow lost ones"
     if video.table.lost:
         yield "no keyframe", f"the first {video.table.lost} frames cannot be decoded, and are not read"
     videos = video_streams(video.container)

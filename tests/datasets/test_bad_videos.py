@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from fields import FIELD
 from refusals import said
 from training import TINY
 from videos import DECORD, bad_files, odd_files, write, write_turned
@@ -76,6 +77,26 @@ def test_training_survives_every_file_and_names_the_bad_ones(
     report = (tmp_path / "out/report.md").read_text()
     told = [line for line in report.splitlines() if line.startswith("- bad video, counted as wrong: ")]
     assert sorted(told) == sorted(f"- bad video, counted as wrong: {path}: {reason}" for path, reason in lost.items())
+
+
+@pytest.mark.parametrize("decoder", ["pyav", DECORD])
+def test_training_on_ucf101_reads_every_avi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    lists = Path("ucf/ucfTrainTestlist")
+    lists.mkdir(parents=True)
+    names = ["Jump/xvid_packed.avi", "Jump/xvid_small.avi", "Walk/h264_b.avi"] * 4
+    for name in set(names):
+        copy = Path("ucf/UCF-101") / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(FIELD / copy.name)
+    (lists / "classInd.txt").write_text("1 Jump\n2 Walk\n")
+    (lists / "trainlist01.txt").write_text("".join(f"{name} {1 + name.startswith('Walk')}\n" for name in names))
+    (lists / "testlist01.txt").write_text("".join(f"{name}\n" for name in names[:3]))
+    run = [word for word in RUN if not word.startswith(("dataset", "base.frames", "base.stride"))]
+    dataset = ["dataset=ucf101", "dataset.root=ucf", "dataset.num_classes=2", "base.frames=8", "base.stride=8"]
+    main([*run, *dataset, f"decoder={decoder}", "output_dir=out", "model.width=4"])
+    assert not Path("out/bad_videos.csv").exists()
+    assert "held-out videos" in Path("out/report.md").read_text()
 
 
 def test_too_many_bad_videos_end_the_run_with_one_line(

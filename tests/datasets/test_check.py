@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from fields import FIELD, NUMBERS, write_fields
 from PIL import Image
 from videos import numbered, write
 
@@ -31,6 +32,41 @@ def paths(tmp_path: Path) -> dict[str, str]:
     write(tmp_path / "even.mkv", fps=30)
     names = ("whole.mp4", "cut.mp4", "text.mp4", "short.mp4", "uneven.mp4", "even.mkv", "gone.mp4")
     return {name: str(tmp_path / name) for name in names}
+
+
+ODDITIES = {
+    "cat.ts": ["broken times", "slow", "damaged"],
+    "cover.wmv": ["slow", "several videos"],
+    "cut_g30.mp4": ["edit list"],
+    "dup.mkv": ["variable frame rate", "broken times", "slow"],
+    "recorder_live.webm": ["variable frame rate"],
+    "two_same.mp4": ["several videos"],
+    "vfr.mp4": ["variable frame rate"],
+    "xvid_small.avi": ["slow"],
+}
+
+
+@pytest.mark.parametrize("fully", [True, False])
+def test_what_is_not_read_as_people_may_expect_is_named(fully: bool) -> None:
+    found: dict[str, list[str]] = {name: [] for name in NUMBERS}
+    for finding in check([str(FIELD / name) for name in NUMBERS], fully=fully, processes=1):
+        found[Path(finding.path).name].append(finding.problem)
+        assert finding.reason
+    assert {name: problems for name, problems in found.items() if problems} == ODDITIES
+
+
+def test_pixels_that_are_no_squares_and_halves_of_frames_are_named(tmp_path: Path) -> None:
+    wide = write(tmp_path / "wide.mp4", options={"x264-params": "sar=16/11"})
+    halves = write_fields(tmp_path / "halves.ts", 10)
+    found = check([str(wide), str(halves)], processes=1)
+    assert [(Path(finding.path).name, finding.problem) for finding in found] == [
+        ("wide.mp4", "stretched"),
+        ("halves.ts", "slow"),
+        ("halves.ts", "interlaced"),
+    ]
+    assert "16:11" in found[0].reason
+    with PyAV().open(str(wide)) as video:
+        assert (video.height, video.width) == (60, 80), "as they are stored"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
