@@ -1,8 +1,8 @@
 """The decoders: PyAV, and decord or torchcodec where they are right, one thread each.
 
-All give the same frames for the same request: indices count frames in the order of display, seeks land on the exact
-frame, and an upright picture comes out whatever the file's rotation says. Where decord or torchcodec would misplace a
-frame (open GOPs, formats that seek roughly, such as MPEG-TS) or fail, PyAV reads the file instead.
+All give the same frames for the same request: indices count frames in the order of display, and pictures are upright.
+decord and torchcodec read MP4, MOV, Matroska and WebM files with one video stream whose packets are all shown, upright,
+and whose keyframes need nothing stored before them. Of other files they misplace frames, so PyAV reads those.
 """
 
 from __future__ import annotations
