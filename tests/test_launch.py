@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,6 +175,8 @@ def rank_with_a_gpu(rank: int, port: int, gpus: list[str], out: Path) -> None:
 
     def nccl(backend: str, device_id: torch.device, **_: object) -> None:
         (out / str(rank)).write_text(f"{backend} on {device_id}")
+        while len(list(out.iterdir())) < len(gpus):  # rank 0 has the store, which the others still read
+            time.sleep(0.01)
         os._exit(0)
 
     distributed.dist.init_process_group = nccl

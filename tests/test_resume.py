@@ -163,7 +163,7 @@ def test_after_a_loss_that_is_not_finite_the_printed_command_runs_to_the_end(
     run = [*TINY, f"dataset.root={motion_root}", "output_dir=out folder", "resume=never", *fault, "base.lr=0.04"]
     run += ["loader.workers=0", "precision=fp32", "checkpoint.every_steps=1", "train.evals_per_phase=0"]
     run += ["test.enable=false", "loader.max_clips_per_step=1000"]
-    failed = run_program(*run, cwd=tmp_path, processes=processes)
+    failed = run_program(*run, cwd=tmp_path, processes=processes, fresh=True)
     assert failed.returncode != 0
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert "loss or gradients are not finite at step " in line

@@ -17,6 +17,7 @@ from mgvideo.loader import Batch
 from mgvideo.optim import sgd
 from mgvideo.plan import Plan
 from mgvideo.precision import Normalize, Precision
+from mgvideo.shards import shard_batch
 from mgvideo.stepper import Stepper
 from mgvideo.tasks import SingleLabel
 
@@ -71,7 +72,8 @@ def batch(plan: Plan, step: int) -> Batch:
     slot, generator = plan.slot(step), torch.Generator().manual_seed(step)
     clips = torch.randint(256, (slot.batch, slot.grid.frames, slot.grid.size, slot.grid.size, 3), generator=generator)
     labels = torch.randint(8, (slot.batch,), generator=generator)
-    return Batch(clips.to(torch.uint8), labels, torch.arange(slot.batch), [])
+    shard = shard_batch(slot.batch, plan.phase(step).bn_groups, 0, 1)
+    return Batch(clips.to(torch.uint8), labels, torch.arange(slot.batch), shard=shard)
 
 
 def parameters(of: Stepper) -> list[Tensor]:
