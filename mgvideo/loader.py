@@ -132,10 +132,21 @@ def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: 
             if hung.is_set():
                 told = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
                 raise UserError(f"{told} Raise loader.timeout or loader.workers") from error
-            raise dead_worker(error) from error
+            raise dead_worker(_report_of_death(error)) from error
         finally:
             timer.cancel()
         yield batch
+
+
+def _report_of_death(error: Exception) -> Exception:
+    """Return torch's report where it follows an error that came of a worker's death: it is raised once, anywhere."""
+    if isinstance(error, RuntimeError) and not str(error).startswith("Pin memory thread"):
+        return error
+    try:
+        time.sleep(1)
+    except RuntimeError as report:
+        return report
+    return error
 
 
 def dead_worker(error: Exception) -> BaseException:
@@ -156,7 +167,8 @@ def dead_worker(error: Exception) -> BaseException:
             return Stopped(received())
         if "Bus error" in text or workers.killed_by(signal.SIGBUS):
             return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
-        return UserError(f"a loader worker died ({text}): out of memory? Lower loader.workers or loader.prefetch")
+        when = text or "as it sent a batch"
+        return UserError(f"a loader worker died ({when}): out of memory? Lower loader.workers or loader.prefetch")
     return error
 
 
