@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
-from mgvideo.paths import join
+from mgvideo.storage.paths import join
 
 from .decoders import Decoder
 from .frames import FrameFolders

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from mgvideo.paths import is_remote, join
+from mgvideo.storage.paths import is_remote, join
 
 from .frame_table import video_streams
 from .parallel import Progress, parallel, silent

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mgvideo.errors import UserError
-from mgvideo.paths import exists, is_remote, join, plain
+from mgvideo.storage.paths import exists, is_remote, join, plain
 
 from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder

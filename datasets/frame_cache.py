@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
-from mgvideo.paths import to_write
+from mgvideo.storage.paths import to_write
 
 from .videofile import Box, Decoder, Video
 

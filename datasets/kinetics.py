@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from mgvideo.errors import UserError
-from mgvideo.paths import join
+from mgvideo.storage.paths import join
 
 from .class_names import index_classes, suggest_class, unify_class_names
 from .decoders import Decoder

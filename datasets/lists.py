@@ -11,7 +11,7 @@ from contextlib import suppress
 from urllib.parse import unquote
 
 from mgvideo.errors import UserError
-from mgvideo.paths import exists, is_remote, join, plain
+from mgvideo.storage.paths import exists, is_remote, join, plain
 
 from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgvideo.errors import UserError
-from mgvideo.paths import to_write
+from mgvideo.storage.paths import to_write
 
 from .decoders import Decoder
 from .lists import video_list

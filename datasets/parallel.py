@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any, TypeVar
 
+from mgvideo.cpu.resources import cpu_count
+from mgvideo.distributed.signals import blocked
 from mgvideo.errors import UserError
-from mgvideo.resources import cpu_count
-from mgvideo.signals import blocked
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgvideo.paths import local
+from mgvideo.storage.paths import local
 
 from .frame_table import (
     FrameTable,

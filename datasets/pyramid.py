@@ -23,7 +23,7 @@ import av
 import numpy as np
 
 from mgvideo.errors import UserError
-from mgvideo.paths import belongs_to, is_remote, join, plain, read_bytes, relative
+from mgvideo.storage.paths import belongs_to, is_remote, join, plain, read_bytes, relative
 
 from .orientation import Orientation
 from .parallel import Progress, parallel, silent

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mgvideo.clips import ClipRequest
 from mgvideo.errors import UserError
+from mgvideo.loading.requests import ClipRequest
 
 from .videofile import Box
 

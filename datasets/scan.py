@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mgvideo.errors import UserError
-from mgvideo.paths import is_remote, plain
+from mgvideo.storage.paths import is_remote, plain
 
 # containers and raw streams that FFmpeg reads, of recorders, phones, cameras, browsers and archives
 _SUFFIXES = """

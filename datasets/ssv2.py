@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from mgvideo.errors import UserError
-from mgvideo.paths import join
+from mgvideo.storage.paths import join
 
 from .class_names import index_classes, normalize_class_name, suggest_class
 from .decoders import Decoder

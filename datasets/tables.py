@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mgvideo.errors import UserError
-from mgvideo.paths import read_bytes
+from mgvideo.storage.paths import read_bytes
 
 DELIMITERS = ",\t;| "
 MAX_RECORD_LINES = 50  # of a table with free text in some columns

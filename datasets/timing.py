@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mgvideo.clips import ClipRequest, Sample
-from mgvideo.paths import local
+from mgvideo.loading.requests import ClipRequest, Sample
+from mgvideo.storage.paths import local
 
 from .frame_table import open_stream
 from .sampling import choose, clip_indices

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mgvideo.clips import ClipRequest, Failure, Sample
 from mgvideo.errors import UserError
-from mgvideo.paths import join
+from mgvideo.loading.requests import ClipRequest, Failure, Sample
+from mgvideo.storage.paths import join
 
 from .decoders import DecodeError, Decoder, Decord
 from .sampling import Sampling, choose, clip_indices, crop_boxes, frame_span
@@ -85,12 +85,12 @@ class VideoDataset:
         return [*self._paths.tolist(), self._spans.tobytes(), self.labels.tobytes()]
 
     def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
-        """Label of a video, or of the stretch of it that a training clip covers: see `mgvideo.clips.Sample`."""
+        """Label of a video, or of the stretch of it that a training clip covers: see `mgvideo.loading.requests.Sample`."""
         label = torch.as_tensor(self.labels[index])
         return label.float() if label.ndim else label
 
     def __getitem__(self, request: ClipRequest) -> Sample:
-        """The clip of a request: see `mgvideo.clips.Sample`.
+        """The clip of a request: see `mgvideo.loading.requests.Sample`.
 
         Training draws a substitute for a video that cannot be read, from the request's own seed; raises UserError
         after ten in a row. A view of such a video is black. Either way the sample names the failures.

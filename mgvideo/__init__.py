@@ -1,5 +1,5 @@
 """mgvideo: multigrid training of video networks."""
 
-from . import resources as _resources  # noqa: F401  reads the CPUs of this process before torch is imported
+from mgvideo.cpu import resources as _resources  # noqa: F401  reads the CPUs of this process before torch is imported
 
 __version__ = "0.1.0"

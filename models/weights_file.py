@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from mgvideo.errors import UserError
-from mgvideo.paths import is_remote, local
+from mgvideo.storage.paths import is_remote, local
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".ckpt", ".bin", ".safetensors", ".pkl", ".npz", ".pth.tar")
 COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgvideo.clips import BatchRequest, ClipRequest, Sample, View
 from mgvideo.datasets import motion as real
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample, View
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
 

@@ -1,7 +1,7 @@
 """Recipes and schedules that several tests plan with."""
 
-from mgvideo.plan import Base
-from mgvideo.schedule import BASELINE, Schedule
+from mgvideo.plan.plan import Base
+from mgvideo.plan.schedules import BASELINE, Schedule
 
 KINETICS = Base(64, 32, 224, 2, (256, 320), 239, 0.1, (0, 94, 154, 196), 0.1, 34, 0.01)
 CHARADES = Base(16, 64, 224, 2, (256, 340), 57, 0.0375, (0, 41, 49), 0.1, 4, 1e-4)

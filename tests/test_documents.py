@@ -14,23 +14,16 @@ from documents import CONFIGS, PAGES, blocks, spans
 from omegaconf import OmegaConf
 from training import ROOT
 
-from mgvideo.cli import (
-    app,
-    benchmark_loader,
-    benchmark_soak,
-    benchmark_step,
-    benchmark_train,
-    export,
-    plan,
-    predict,
-    prepare,
-    reproduce,
-)
+from mgvideo.cli import app, export, plan, predict, prepare, reproduce
+from mgvideo.cli.benchmark import loader as benchmark_loader
+from mgvideo.cli.benchmark import soak as benchmark_soak
+from mgvideo.cli.benchmark import step as benchmark_step
+from mgvideo.cli.benchmark import train as benchmark_train
 from mgvideo.cli.groups import DatasetKeys
 from mgvideo.cli.help import GROUPS, group_options
 from mgvideo.cli.schema import RunKeys
 from mgvideo.datasets.motion import Knobs
-from mgvideo.schedule import Schedule
+from mgvideo.plan.schedules import Schedule
 
 SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
 OWN_KEYS = [

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mgvideo.precision import cpu_has_bf16
+from mgvideo.engine.precision import cpu_has_bf16
 
 needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16 instructions")
 

@@ -21,24 +21,24 @@ import torch
 from torch import nn
 
 from mgvideo import cli
-from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import Knobs, motion
-from mgvideo.distributed import rank
-from mgvideo.dropout import convert_clip_dropout
-from mgvideo.evaluate import Evaluator, Views
-from mgvideo.loader import Loader, LoaderOptions
+from mgvideo.distributed.ranks import rank
+from mgvideo.distributed.signals import ASKING
+from mgvideo.engine.evaluation import Evaluator, Views
+from mgvideo.engine.optimizers import sgd
+from mgvideo.engine.precision import Normalize, choose_precision
+from mgvideo.engine.tasks import SingleLabel
+from mgvideo.engine.trainer import Trainer, TrainOptions
+from mgvideo.layers.batchnorm import convert_group_batchnorm
+from mgvideo.layers.dropout import convert_clip_dropout
+from mgvideo.loading.loader import Loader, LoaderOptions
+from mgvideo.loading.workers import start_server
 from mgvideo.models.small import r2plus1d_small
-from mgvideo.monitor import Monitor
-from mgvideo.optim import sgd
-from mgvideo.plan import Base, Grid, Plan
-from mgvideo.precision import Normalize, choose_precision
-from mgvideo.schedule import Schedule, make_plan
-from mgvideo.signals import ASKING
-from mgvideo.tasks import SingleLabel
-from mgvideo.trainer import Trainer, TrainOptions
-from mgvideo.workers import start_server
+from mgvideo.plan.plan import Base, Grid, Plan
+from mgvideo.plan.schedules import Schedule, make_plan
+from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
+from mgvideo.tracking.run_logger import Monitor
 
 ROOT = Path(__file__).parents[1]
 KNOBS = Knobs(train=64, val=12, frames=20, height=48, width=64)

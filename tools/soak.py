@@ -24,8 +24,8 @@ from statistics import mean
 import psutil
 import torch
 
-from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.cli.terminal import terminal
+from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
 PROGRAM = Path(__file__).with_name("run_net.py")
 PREPARE = Path(__file__).with_name("prepare_data.py")

@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
+from mgvideo.distributed.signals import note
 from mgvideo.errors import UserError
-from mgvideo.signals import note
-from mgvideo.workers import start_server
+from mgvideo.loading.workers import start_server
 
 from .terminal import restart_in_utf8_mode, terminal
 

@@ -24,11 +24,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from mgvideo.distributed import limit_threads
+from mgvideo.cpu.resources import available_cpus, cpu_count, run_on
+from mgvideo.distributed.ranks import limit_threads
+from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
-from mgvideo.resources import available_cpus, cpu_count, run_on
-from mgvideo.schedule import scale_lr
-from mgvideo.watch import RankError
+from mgvideo.plan.schedules import scale_lr
 
 from . import values
 from .help import group_options, help_text

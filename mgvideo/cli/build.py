@@ -10,18 +10,18 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.batchnorm import convert_group_batchnorm
-from mgvideo.distributed import barrier, gather_objects, local_rank, rank, rank_cpus, rank_memory, world_size
-from mgvideo.dropout import convert_clip_dropout
+from mgvideo.distributed.ranks import barrier, gather_objects, local_rank, rank, rank_cpus, rank_memory, world_size
+from mgvideo.engine.micro_batches import clips_that_fit
+from mgvideo.engine.precision import Normalize, Precision, cudnn_warning, probe_convolutions
+from mgvideo.engine.tasks import TASKS, Task
 from mgvideo.errors import UserError
-from mgvideo.loader import LoaderOptions
-from mgvideo.microbatch import clips_that_fit
-from mgvideo.plan import Base, Grid, Plan, require
-from mgvideo.precision import Normalize, Precision, cudnn_warning, probe_convolutions
-from mgvideo.schedule import Schedule, make_plan
-from mgvideo.shards import shard_batch
-from mgvideo.shared_memory import BatchSizes, check_room
-from mgvideo.tasks import TASKS, Task
+from mgvideo.layers.batchnorm import convert_group_batchnorm
+from mgvideo.layers.dropout import convert_clip_dropout
+from mgvideo.loading.loader import LoaderOptions
+from mgvideo.loading.shared_memory import BatchSizes, check_room
+from mgvideo.plan.plan import Base, Grid, Plan, require
+from mgvideo.plan.schedules import Schedule, make_plan
+from mgvideo.plan.shards import shard_batch
 
 from .app import flat_keys
 

@@ -27,17 +27,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mgvideo import __version__
-from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.cpu.resources import available_cpus, cpu_count, find_resources
 from mgvideo.datasets.decoders import Decoder, Decord, PyAV, TorchCodec
 from mgvideo.datasets.motion import Knobs, make_motion, motion
+from mgvideo.engine.optimizers import sgd
+from mgvideo.engine.precision import Precision, choose_precision, cudnn_warning, probe_convolutions
 from mgvideo.errors import UserError
-from mgvideo.loader import Loader
-from mgvideo.optim import sgd
-from mgvideo.plan import Plan
-from mgvideo.precision import Precision, choose_precision, cudnn_warning, probe_convolutions
-from mgvideo.resources import available_cpus, cpu_count, find_resources
-from mgvideo.sampler import ClipSampler
-from mgvideo.shared_memory import find_room
+from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.loading.loader import Loader
+from mgvideo.loading.sampler import ClipSampler
+from mgvideo.loading.shared_memory import find_room
+from mgvideo.plan.plan import Plan
 
 from . import app, keys
 from .build import build_normalize, build_plan, loader_options
@@ -284,7 +284,7 @@ def open_files(machine: Machine) -> Iterator[Finding]:
 
 def disk(machine: Machine) -> Iterator[Finding]:
     """Free space where the run's folder will be."""
-    from mgvideo.paths import is_remote
+    from mgvideo.storage.paths import is_remote
 
     target = str(machine.cfg.output_dir)
     if is_remote(target):
@@ -368,7 +368,7 @@ def data(machine: Machine) -> Iterator[Finding]:
 
 
 def _loader_rate(machine: Machine) -> float:
-    from mgvideo.schedule import baseline_of
+    from mgvideo.plan.schedules import baseline_of
 
     plan = baseline_of(machine.plan)
     sampler = ClipSampler(plan, len(machine.videos), seed=0)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mgvideo.engine.precision import Normalize
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import SlowFast
-from mgvideo.paths import writing
-from mgvideo.plan import require
-from mgvideo.precision import Normalize
+from mgvideo.plan.plan import require
+from mgvideo.storage.paths import writing
 
 from . import app, keys
 from .schema import key

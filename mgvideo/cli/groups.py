@@ -13,8 +13,8 @@ from hydra.utils import get_object
 from omegaconf import MISSING, AnyNode, DictConfig, OmegaConf, StringNode
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
+from mgvideo.engine.tasks import TASKS
 from mgvideo.errors import UserError
-from mgvideo.tasks import TASKS
 
 from .schema import check_value, key
 

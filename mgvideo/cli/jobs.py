@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mgvideo.checkpoint import Checkpoints, write_atomic
+from mgvideo.distributed.signals import received, stop_if_asked
 from mgvideo.errors import UserError
-from mgvideo.monitor import Eta, duration
-from mgvideo.plan import Plan, require
-from mgvideo.signals import received, stop_if_asked
+from mgvideo.plan.plan import Plan, require
+from mgvideo.storage.checkpoints import Checkpoints, write_atomic
+from mgvideo.tracking.run_logger import Eta, duration
 
 from .help import group_options
 from .tables import Entry, key_of, merged

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgvideo.errors import UserError
-from mgvideo.paths import to_write
+from mgvideo.storage.paths import to_write
 
 from .values import declares_text, read_dotlist
 

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgvideo.errors import UserError
-from mgvideo.forecast import Benchmark, predict, read_benchmark, remedies
-from mgvideo.plan import Grid, Plan, require
-from mgvideo.plan_json import plan_json
-from mgvideo.plan_table import demand_table, plan_table
-from mgvideo.schedule import Schedule, baseline_of, make_plan
-from mgvideo.shards import check_shards
+from mgvideo.plan.forecast import Benchmark, predict, read_benchmark, remedies
+from mgvideo.plan.json_format import plan_json
+from mgvideo.plan.plan import Grid, Plan, require
+from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
+from mgvideo.plan.shards import check_shards
+from mgvideo.plan.table import demand_table, plan_table
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys, unset_dataset_key
@@ -78,7 +78,7 @@ def show(given: PlanKeys, cfg: DictConfig) -> None:
     plan = replace(plan, notes=(*plan.notes, *notes))
     try:
         if given.format == "png":
-            from mgvideo.plan_figure import draw_plans  # imports matplotlib
+            from mgvideo.plan.figure import draw_plans  # imports matplotlib
 
             draw_plans(variants(plan, instantiate(cfg.schedule)), str(given.out))
             _print_notes(plan, sys.stdout)

@@ -28,14 +28,14 @@ from mgvideo.datasets.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.sampling import Sampling
 from mgvideo.datasets.scan import scan_folder
 from mgvideo.datasets.video import Entry, VideoDataset
+from mgvideo.engine.evaluation import Evaluator, Scores, Views
+from mgvideo.engine.precision import Normalize, Precision, choose_precision
+from mgvideo.engine.tasks import TASKS
 from mgvideo.errors import UserError
-from mgvideo.evaluate import Evaluator, Scores, Views
-from mgvideo.loader import Loader
+from mgvideo.loading.loader import Loader
 from mgvideo.models.cam import class_maps, joined
-from mgvideo.paths import exists, is_remote, plain
-from mgvideo.plan import Grid, require
-from mgvideo.precision import Normalize, Precision, choose_precision
-from mgvideo.tasks import TASKS
+from mgvideo.plan.plan import Grid, require
+from mgvideo.storage.paths import exists, is_remote, plain
 
 from . import app, keys
 from .build import build_normalize, loader_options

@@ -26,8 +26,8 @@ from mgvideo.datasets.pyramid import Layout, Row, build
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
-from mgvideo.paths import exists, relative, writing
-from mgvideo.plan import require
+from mgvideo.plan.plan import require
+from mgvideo.storage.paths import exists, relative, writing
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys

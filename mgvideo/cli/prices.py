@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from mgvideo.errors import UserError
-from mgvideo.forecast import Benchmark, predict
-from mgvideo.monitor import duration
-from mgvideo.schedule import baseline_of
-from mgvideo.table import Table
+from mgvideo.plan.forecast import Benchmark, predict
+from mgvideo.plan.schedules import baseline_of
+from mgvideo.reproduce.tables import Table
+from mgvideo.tracking.run_logger import duration
 
 from .tables import Entry
 

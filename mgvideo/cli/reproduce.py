@@ -12,16 +12,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mgvideo.checkpoint import write_atomic
+from mgvideo.distributed.signals import Stopped, listening, stop_if_asked
 from mgvideo.errors import UserError
-from mgvideo.forecast import read_benchmark
-from mgvideo.monitor import duration
-from mgvideo.plan import require
-from mgvideo.results import Results, Row, read_outcome
-from mgvideo.results_figure import draw_results
-from mgvideo.results_page import page
-from mgvideo.signals import Stopped, listening, stop_if_asked
-from mgvideo.table import Table
+from mgvideo.plan.forecast import read_benchmark
+from mgvideo.plan.plan import require
+from mgvideo.reproduce.figure import draw_results
+from mgvideo.reproduce.page import page
+from mgvideo.reproduce.results import Results, Row, read_outcome
+from mgvideo.reproduce.tables import Table
+from mgvideo.storage.checkpoints import write_atomic
+from mgvideo.tracking.run_logger import duration
 
 from . import app, keys, prices
 from .build import require_dataset_keys

@@ -14,14 +14,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mgvideo import __version__
-from mgvideo.checkpoint import Checkpoints, differences, read_checkpoint
-from mgvideo.distributed import gather_objects, rank, world_size
+from mgvideo.distributed.ranks import gather_objects, rank, world_size
+from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_at_once
+from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError
-from mgvideo.microbatch import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_at_once
-from mgvideo.mirror import Mirror
-from mgvideo.paths import is_remote, plain
-from mgvideo.plan import Plan
-from mgvideo.precision import Precision
+from mgvideo.plan.plan import Plan
+from mgvideo.storage.checkpoints import Checkpoints, differences, read_checkpoint
+from mgvideo.storage.paths import is_remote, plain
+from mgvideo.storage.remote_output import Mirror
 
 from . import app
 from .build import Data

@@ -18,26 +18,26 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.checkpoint import Checkpoints, sole_run, write_atomic
-from mgvideo.distributed import joined, rank, world_size
+from mgvideo.distributed.ranks import joined, rank, world_size
+from mgvideo.distributed.signals import Stopped, defer, listening
+from mgvideo.distributed.watchdog import LEAVING, at, place
+from mgvideo.engine.evaluation import Evaluator, Scores, Views
+from mgvideo.engine.forward_check import check_forward
+from mgvideo.engine.micro_batches import clips_at_once, is_out_of_memory
+from mgvideo.engine.precision import Precision, choose_precision
+from mgvideo.engine.tasks import SingleLabel
+from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
-from mgvideo.evaluate import Evaluator, Scores, Views
-from mgvideo.forward_check import check_forward
-from mgvideo.loader import Loader, dead_worker
-from mgvideo.microbatch import clips_at_once, is_out_of_memory
-from mgvideo.mirror import Mirror
-from mgvideo.monitor import Monitor
-from mgvideo.paths import belongs_to
-from mgvideo.plan import Grid, Plan
-from mgvideo.plan_table import plan_table
-from mgvideo.precision import Precision, choose_precision
-from mgvideo.report import Report, hardware
-from mgvideo.schedule import baseline_of
-from mgvideo.shards import check_shards
-from mgvideo.signals import Stopped, defer, listening
-from mgvideo.tasks import SingleLabel
-from mgvideo.trainer import Trainer, TrainOptions
-from mgvideo.watch import LEAVING, at, place
+from mgvideo.loading.loader import Loader, dead_worker
+from mgvideo.plan.plan import Grid, Plan
+from mgvideo.plan.schedules import baseline_of
+from mgvideo.plan.shards import check_shards
+from mgvideo.plan.table import plan_table
+from mgvideo.storage.checkpoints import Checkpoints, sole_run, write_atomic
+from mgvideo.storage.paths import belongs_to
+from mgvideo.storage.remote_output import Mirror
+from mgvideo.tracking.report import Report, hardware
+from mgvideo.tracking.run_logger import Monitor
 
 from . import app
 from .build import (

@@ -13,9 +13,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
-from mgvideo.forecast import cost
-from mgvideo.plan import Plan
-from mgvideo.table import Cell, Preset, Table, presets_of, read_preset, read_table
+from mgvideo.plan.forecast import cost
+from mgvideo.plan.plan import Plan
+from mgvideo.reproduce.tables import Cell, Preset, Table, presets_of, read_preset, read_table
 
 from . import app
 from .build import build_plan

@@ -17,12 +17,12 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from mgvideo import configs
-from mgvideo.checkpoint import Checkpoints, read_checkpoint
 from mgvideo.errors import UserError
 from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
 from mgvideo.models.weights_file import read
-from mgvideo.paths import is_remote, plain
+from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
+from mgvideo.storage.paths import is_remote, plain
 
 from . import app
 from . import keys as own_keys

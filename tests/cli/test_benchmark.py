@@ -11,18 +11,20 @@ from refusals import said
 from training import KNOBS, TINY
 from videos import DECORD, needs_decord
 
-from mgvideo.cli import app, benchmark_step, benchmark_train
+from mgvideo.cli import app
 from mgvideo.cli.benchmark import main
-from mgvideo.cli.benchmark_loader import read_keys, run
+from mgvideo.cli.benchmark import step as benchmark_step
+from mgvideo.cli.benchmark import train as benchmark_train
+from mgvideo.cli.benchmark.loader import read_keys, run
 from mgvideo.cli.build import build_plan
-from mgvideo.clips import ClipRequest
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
 from mgvideo.datasets.pyramid import Layout, build
 from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
 from mgvideo.errors import UserError
-from mgvideo.forecast import predict, read_benchmark
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest
+from mgvideo.plan.forecast import predict, read_benchmark
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgvideo.cli import benchmark_gpu
 from mgvideo.cli.app import compose_config
-from mgvideo.cli.benchmark_gpu import Keys, Section
+from mgvideo.cli.benchmark import gpu as benchmark_gpu
+from mgvideo.cli.benchmark.gpu import Keys, Section
 
 
 def test_sections_run_in_order_and_failures_stay_alone(
@@ -33,7 +33,9 @@ def test_sections_run_in_order_and_failures_stay_alone(
 
 @pytest.mark.parametrize("rehearse", [True, False])
 def test_every_section_is_a_command_that_composes(rehearse: bool, tmp_path: Path) -> None:
-    from mgvideo.cli import benchmark_step, benchmark_train, doctor, keys
+    from mgvideo.cli import doctor, keys
+    from mgvideo.cli.benchmark import step as benchmark_step
+    from mgvideo.cli.benchmark import train as benchmark_train
 
     programs = {"step": benchmark_step.Keys, "train": benchmark_train.Keys, "doctor": doctor.Keys}
     for section in benchmark_gpu.make_sections(tmp_path, rehearse).values():

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from refusals import said
 from training import TINY
 
-from mgvideo import evaluate, stepper
 from mgvideo.cli import app
 from mgvideo.cli.benchmark import main
-from mgvideo.cli.benchmark_ranks import Collective, SimulatedRank, first_difference, read_keys, run
-from mgvideo.microbatch import MicroBatch, split_into_micro_batches
-from mgvideo.shards import BatchShard
+from mgvideo.cli.benchmark.ranks import Collective, SimulatedRank, first_difference, read_keys, run
+from mgvideo.engine import evaluation as evaluate
+from mgvideo.engine import train_step as stepper
+from mgvideo.engine.micro_batches import MicroBatch, split_into_micro_batches
+from mgvideo.plan.shards import BatchShard
 
 WORLD = 16
 CONFIG = [*TINY, "base.batch=32", "precision=fp32", "loader.workers=0", "loader.max_clips_per_step=2"]

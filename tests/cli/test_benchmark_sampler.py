@@ -11,7 +11,7 @@ from training import TINY
 
 from mgvideo.cli import app
 from mgvideo.cli.benchmark import main
-from mgvideo.cli.benchmark_sampler import read_keys, run
+from mgvideo.cli.benchmark.sampler import read_keys, run
 
 
 def test_a_row_for_each_number_of_ranks_at_one_batch_and_at_one_share(tmp_path: Path) -> None:

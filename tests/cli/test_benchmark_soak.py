@@ -12,12 +12,12 @@ import pytest
 from training import TINY
 
 from mgvideo.cli import app
-from mgvideo.cli.benchmark_soak import grown, mixed_requests, read_keys, run, soak
+from mgvideo.cli.benchmark.soak import grown, mixed_requests, read_keys, run, soak
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.lists import video_list
 from mgvideo.errors import UserError
-from mgvideo.loader import Loader, LoaderOptions
-from mgvideo.plan import Grid
+from mgvideo.loading.loader import Loader, LoaderOptions
+from mgvideo.plan.plan import Grid
 
 GRIDS = [Grid(2, 16, (1, 3), (20, 24)), Grid(4, 24, (1, 3), (28, 40))]
 

@@ -9,8 +9,8 @@ import torch
 from training import tiny_plan
 
 from mgvideo.cli.build import fall_back_if_convolutions_are_wrong
+from mgvideo.engine.precision import ConvolutionFaults, Precision
 from mgvideo.models.small import i3d_small
-from mgvideo.precision import ConvolutionFaults, Precision
 
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, True, "a test")
 GOOD = ConvolutionFaults()

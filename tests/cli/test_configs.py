@@ -9,15 +9,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from training import TINY
 
-from mgvideo.checkpoint import differences
 from mgvideo.cli import app
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import build_data, build_plan
 from mgvideo.cli.help import group_options
 from mgvideo.cli.plan import train_videos
 from mgvideo.cli.resume import made_of
+from mgvideo.engine.precision import choose_precision
 from mgvideo.errors import UserError
-from mgvideo.precision import choose_precision
+from mgvideo.storage.checkpoints import differences
 
 OPTIONS = group_options()
 

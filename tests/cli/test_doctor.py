@@ -14,7 +14,7 @@ from mgvideo.cli import doctor
 from mgvideo.cli.app import compose_config
 from mgvideo.datasets.decoders import Decord
 from mgvideo.errors import UserError
-from mgvideo.shared_memory import Room
+from mgvideo.loading.shared_memory import Room
 
 
 @pytest.fixture

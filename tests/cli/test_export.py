@@ -12,8 +12,8 @@ from torch import nn
 
 from mgvideo.cli import export
 from mgvideo.cli.export import main
+from mgvideo.engine.precision import Normalize
 from mgvideo.models.small import i3d_nln_small, i3d_small, r2plus1d_small, slowfast_small
-from mgvideo.precision import Normalize
 
 GRID = ["base.frames=8", "base.size=32", "base.jitter=[36,40]", "normalize.mean=[0.4,0.5,0.6]"]
 NETWORKS = {

@@ -18,7 +18,7 @@ from mgvideo.cli.build import build_plan
 from mgvideo.cli.help import group_options
 from mgvideo.cli.plan import clip_flops, main, read_keys, show, train_videos
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.plan.plan import Grid
 
 PROGRAM = Path(__file__).parents[2] / "tools/plan.py"
 

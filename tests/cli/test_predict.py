@@ -26,9 +26,9 @@ from mgvideo.datasets.motion import CLASSES, make_motion
 from mgvideo.datasets.overlay import Heat
 from mgvideo.datasets.video import resize
 from mgvideo.datasets.videofile import Box
+from mgvideo.engine.precision import Normalize
 from mgvideo.models.naming import names
 from mgvideo.models.small import r2plus1d_small, slowfast_small
-from mgvideo.precision import Normalize
 
 ONE_VIEW = ["clips=1", "crops=1", "size=32"]
 
@@ -360,7 +360,7 @@ def test_what_a_config_beside_the_weights_may_call_is_ours_or_asked_for(
     run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
     config = OmegaConf.load(run / "config.yaml")
     stolen = tmp_path / "stolen"
-    for copies in ("shutil.copyfile", "mgvideo.paths.shutil.copyfile", "${dataset.name}"):
+    for copies in ("shutil.copyfile", "mgvideo.storage.paths.shutil.copyfile", "${dataset.name}"):
         config.model.dropout = {"_target_": copies, "src": str(videos / "00000.mp4"), "dst": str(stolen)}
         OmegaConf.save(config, run / "config.yaml")
         line = said(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)

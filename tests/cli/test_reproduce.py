@@ -17,12 +17,12 @@ import pytest
 from refusals import said
 from training import TINY
 
-from mgvideo.checkpoint import sole_run
 from mgvideo.cli import reproduce
 from mgvideo.cli.reproduce import main
 from mgvideo.cli.tables import Entry, entries, load_table, tables
 from mgvideo.errors import UserError
-from mgvideo.table import read_table
+from mgvideo.reproduce.tables import read_table
+from mgvideo.storage.checkpoints import sole_run
 
 PRESETS = ("motion", "kinetics", "charades", "ssv2")
 # what may be quoted: see the published figures in models/README.md

@@ -15,11 +15,11 @@ from refusals import said
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
-from mgvideo.checkpoint import Checkpoints
 from mgvideo.cli.run import explained, main
+from mgvideo.distributed.watchdog import at
 from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
-from mgvideo.watch import at
+from mgvideo.storage.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from videos import DECORD, write
 
-from mgvideo.clips import ClipRequest
 from mgvideo.datasets.decoders import Decord, PyAV
 from mgvideo.datasets.motion import Knobs
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(4, 32, (2, 2), (32, 40))
 CONFIGS = str(files("mgvideo.configs"))

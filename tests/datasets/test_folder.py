@@ -12,12 +12,12 @@ import pytest
 import torch
 from videos import number_of, numbered, write
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.folder import split_of, video_folder
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 
 def tree(root: Path, *paths: str) -> None:

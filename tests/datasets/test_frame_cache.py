@@ -10,13 +10,13 @@ import pytest
 from fields import FIELD
 from training import KNOBS
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets.decoders import DecodeError, PyAV
 from mgvideo.datasets.frame_cache import FrameCache
 from mgvideo.datasets.motion import motion
 from mgvideo.datasets.videofile import Video
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgvideo.clips import ClipRequest
 from mgvideo.datasets.motion import CLASSES, Knobs, draw, make_motion, motion
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest
+from mgvideo.plan.plan import Grid
 
 SMALL = Knobs(train=16, val=8, frames=12, height=32, width=48)
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from videos import number_of, numbered, write
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets.charades import charades
 from mgvideo.datasets.kinetics import kinetics
 from mgvideo.datasets.ssv2 import ssv2
 from mgvideo.datasets.ucf_hmdb import hmdb51, ucf101
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(frames=4, size=60, strides=(2, 2), scales=(60, 60))
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from videos import number_of, write, write_turned
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets import pyramid as pyramid_module
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.lists import video_list
 from mgvideo.datasets.pyramid import Layout, Pyramid, build, level_path
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 LAYOUT = Layout(sides=(40, 60, 80), largest=100)
 PATHS = ["deep/a.mp4", "b frames.mkv", "late.mp4", "odd.mp4"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets.sampling import Choice, Sampling, choose, clip_indices, crop_boxes, frame_span
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(frames=8, size=112, strides=(2, 8), scales=(128, 160))
 

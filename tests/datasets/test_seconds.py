@@ -14,13 +14,13 @@ from fields import BITS, FIELD, NUMBERS
 from test_decoders import DECODERS, NAMES
 from videos import number_of, numbered
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets.charades import charades
 from mgvideo.datasets.decoders import Decoder, PyAV
 from mgvideo.datasets.folder import video_folder
 from mgvideo.datasets.frame_cache import FrameCache
 from mgvideo.datasets.pyramid import Layout, Pyramid, build
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 # of tables, and the first and last frame that they name
 STRETCHES = [

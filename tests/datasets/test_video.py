@@ -10,11 +10,11 @@ import pytest
 import torch
 from videos import number_of, write
 
-from mgvideo.clips import ClipRequest, View
 from mgvideo.datasets.decoders import Decord, PyAV
 from mgvideo.datasets.lists import video_list
 from mgvideo.errors import UserError
-from mgvideo.plan import Grid
+from mgvideo.loading.requests import ClipRequest, View
+from mgvideo.plan.plan import Grid
 
 GRID = Grid(frames=4, size=32, strides=(2, 4), scales=(40, 56))
 

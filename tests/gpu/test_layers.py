@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mgvideo.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
-from mgvideo.dropout import ClipDropout, dropout_of
+from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.layers.dropout import ClipDropout, dropout_of
 from mgvideo.models.pooling import max_pool
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative, for sums of some thousand values

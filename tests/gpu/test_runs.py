@@ -8,7 +8,7 @@ import pytest
 import torch
 from training import TINY, end_state, run_program
 
-from mgvideo.checkpoint import Checkpoints, read_checkpoint
+from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
 DETERMINISTIC = [*TINY, "deterministic=true", "train.evals_per_phase=0", "test.enable=false"]
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mgvideo.batchnorm import convert_group_batchnorm
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import build_plan
-from mgvideo.dropout import convert_clip_dropout
-from mgvideo.loader import Batch
-from mgvideo.optim import sgd
-from mgvideo.plan import Plan
-from mgvideo.precision import Normalize, Precision
-from mgvideo.shards import shard_batch
-from mgvideo.stepper import Stepper
-from mgvideo.tasks import SingleLabel
+from mgvideo.engine.optimizers import sgd
+from mgvideo.engine.precision import Normalize, Precision
+from mgvideo.engine.tasks import SingleLabel
+from mgvideo.engine.train_step import Stepper
+from mgvideo.layers.batchnorm import convert_group_batchnorm
+from mgvideo.layers.dropout import convert_clip_dropout
+from mgvideo.loading.loader import Batch
+from mgvideo.plan.plan import Plan
+from mgvideo.plan.shards import shard_batch
 
 # relative error of all gradients together; a CPU has 6e-4 in float32 and 0.065 in bf16
 MAX_ERROR = {None: 2e-3, torch.bfloat16: 0.12}

@@ -10,8 +10,8 @@ from tolerance import needs_bf16
 from torch import nn
 from zoo import NAMES, build
 
+from mgvideo.cpu.convolutions import FlatConv3d, convert_flat_convs
 from mgvideo.errors import UserError
-from mgvideo.flatconv import FlatConv3d, convert_flat_convs
 from mgvideo.models.slowfast import slow_indices
 
 pytestmark = pytest.mark.numeric

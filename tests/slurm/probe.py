@@ -6,7 +6,7 @@ import sys
 
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import loader_options
-from mgvideo.distributed import joined, rank, rank_cpus, world_size
+from mgvideo.distributed.ranks import joined, rank, rank_cpus, world_size
 
 with joined(timeout_s=60):
     cores, options = rank_cpus(), loader_options(compose_config("run", []))

@@ -1,0 +1,198 @@
+"""`mgvideo benchmark gpu`: check and measure everything on one GPU in one call of under ten minutes.
+
+Each section is a process of its own with a limit, in order of worth. Results are written as they come, so that a crash
+or the limit costs one section. On a machine without a GPU it rehearses: small sizes, no claim about GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from mgvideo.cli.benchmark import conditions
+from mgvideo.cli.schema import key
+from mgvideo.errors import UserError
+from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.models.pooling import max_pool
+from mgvideo.plan.plan import require
+
+ROOT = Path(__file__).parents[2]  # of the checkout, which holds the tests
+KINETICS = ["experiment=kinetics/slowfast_8x8_r50", "dataset.root=unused", "dataset.num_classes=400", "base.batch=8"]
+MAPS = (
+    (64, 64, 8, 28, 28),
+    (64, 256, 8, 28, 28),
+    (64, 8, 32, 28, 28),
+    (64, 1024, 8, 7, 7),
+)  # [n, c, t, h, w] of SlowFast
+SMALL_MAPS = ((8, 16, 2, 8, 8),)
+
+
+@dataclass
+class Keys:
+    """What this program takes besides the keys of a run."""
+
+    sections: list[str] = key([], "of doctor, steps, train, grids, layers, compile, multigrid; none: all")
+    minutes: float = key(9.0, "for all sections together")
+    out: str = key("gpu_check", "folder for results: a JSON or text file a section, and log.txt")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One process: the words after the interpreter, and the seconds that it may take at most."""
+
+    words: Sequence[str]
+    limit_s: int
+
+
+def read_keys(overrides: Sequence[str]) -> Keys:
+    """This program's own keys. Raises UserError where a value is of no use."""
+    from mgvideo.cli import keys
+
+    given = keys.read(Keys, overrides)
+    require(given.minutes > 0, f"minutes={given.minutes}: give a number above 0")
+    return given
+
+
+def run(given: Keys, cfg: DictConfig) -> None:
+    """Run the sections one after the other, and print what each of them ended with."""
+    out = Path(given.out).absolute()
+    sections = make_sections(out, rehearse=not torch.cuda.is_available())
+    for name in given.sections:
+        require(name in sections, f"sections: there is no {name}; there are: {', '.join(sections)}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed below
+    except OSError as error:
+        raise UserError(f"cannot write out={out}: {error.strerror}") from error
+    deadline = time.monotonic() + 60 * given.minutes
+    with log:
+        for name in given.sections or sections:
+            line = _run_section(name, sections[name], deadline - time.monotonic(), log)
+            print(line, flush=True)
+            log.write(f"{line}\n")
+    print(f"results: {out}")
+
+
+def _run_section(name: str, section: Section, left_s: float, log: Any) -> str:
+    if left_s < 10:
+        return f"{name}: no time left"
+    started, limit = time.monotonic(), min(section.limit_s, left_s)
+    words = [sys.executable, *section.words]
+    environment = {**os.environ, "MGVIDEO_TEST_DEVICE": "cuda" if torch.cuda.is_available() else "cpu"}
+    try:
+        done = subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit)
+        end = "ok" if done.returncode == 0 else f"exit code {done.returncode}"
+    except subprocess.TimeoutExpired:
+        end = f"ended at its limit of {limit:.0f} s"
+    return f"{name}: {end}, {time.monotonic() - started:.0f} s"
+
+
+def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
+    """The sections in order of worth; `rehearse` makes them small enough for a CPU."""
+    program = ["-m", "mgvideo.cli"]
+    step = [*program, "benchmark", "step", "rounds=1", "format=json"]
+    if rehearse:
+        grids = [*step, "clips=1", "seconds=0.1", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
+        compiled = [*step, "clips=1", "seconds=0.1", "grids=4x45", "variants=[fp32/contiguous/off]"]
+        tests = ["-k", "batch_norm or mask or pooling"]
+        small = [
+            "base.epochs=0.1",
+            "base.lr_steps=[0]",
+            "base.warmup_epochs=0",
+            "test.clips=1",
+            "train.evals_per_phase=0",
+        ]
+    else:
+        networks = "models=[slowfast_8x8_r50,i3d_r50,r2plus1d_18]"
+        variants = "bf16/channels_last/off,bf16/channels_last/off/8,fp32/contiguous/off,fp16/contiguous/off"
+        grids = [*step, *KINETICS, networks, "clips=8", "seconds=0.6", f"variants=[{variants}]"]
+        modes = ("off", "off/8", "default", "default/8", "reduce-overhead", "reduce-overhead/8")
+        variants = ",".join(f"bf16/channels_last/{mode}" for mode in modes)
+        compiled = [*step, *KINETICS, "clips=8", "seconds=0.6", "grids=8x112", f"variants=[{variants}]"]
+        tests, small = [], []
+    return {
+        "doctor": Section([*program, "doctor", "format=json"], 60),
+        "steps": Section(["-m", "pytest", "-q", "tests/gpu", *tests], 120),
+        "train": Section([*program, "run", f"output_dir={out / 'run'}", "train.profile=5", *small], 100),
+        "grids": Section([*grids, f"out={out / 'grids.json'}"], 130),
+        "layers": Section(["-m", "mgvideo.cli.benchmark.gpu", str(out / "layers.json")], 60),
+        "compile": Section([*compiled, f"out={out / 'compile.json'}"], 110),
+        "multigrid": Section(
+            [*program, "benchmark", "train", "format=json", f"out={out / 'multigrid.json'}", *small], 120
+        ),
+    }
+
+
+def measure_layers(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
+    """Milliseconds of batch norm and pooling, forward and backward, in each way of computing them.
+
+    Batch norm as 5-D, as its 4-D view, contiguous, and in eight groups; max pooling as 3-D and as 2-D.
+    """
+    return {
+        f"{name}, {'×'.join(map(str, shape))}": _milliseconds(forward, clips.detach().requires_grad_())
+        for shape in shapes
+        for name, (forward, clips) in _ways(shape, device).items()
+    }
+
+
+def _ways(shape: tuple[int, ...], device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Each way of computing a layer, and the bf16 clips that it takes."""
+    clips = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    last = clips.to(memory_format=torch.channels_last_3d)
+    plain = nn.BatchNorm3d(shape[1]).to(device)
+    grouped = convert_group_batchnorm(nn.BatchNorm3d(shape[1])).to(device)
+    set_bn_groups(grouped, 8)
+    window = ((1, 3, 3), (1, 2, 2), (0, 1, 1))
+
+    def norm(x: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, plain.weight, plain.bias, True)
+
+    def in_groups(x: Tensor) -> Tensor:
+        with deferred_running_stats(grouped):
+            return grouped(x)
+
+    return {
+        "batch norm, contiguous": (norm, clips),
+        "batch norm, channels_last_3d": (norm, last),
+        "batch norm, 4-D view": (lambda x: norm(x.flatten(2, 3)), last),
+        "batch norm, 8 groups": (in_groups, last),
+        "max pooling, 3-D": (lambda x: F.max_pool3d(x, *window), last),
+        "max pooling, 2-D": (lambda x: max_pool(x, *window), last),
+    }
+
+
+def _milliseconds(forward: Callable[[Tensor], Tensor], x: Tensor, seconds: float = 0.3) -> float:
+    """Median time of a forward and backward pass."""
+    gradient = torch.randn_like(forward(x))
+
+    def once() -> float:
+        started = time.perf_counter()
+        torch.autograd.grad(forward(x), x, gradient)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return 1e3 * (time.perf_counter() - started)
+
+    end = time.perf_counter() + seconds
+    times = [once() for _ in range(3)][2:]
+    while time.perf_counter() < end:
+        times.append(once())
+    return sorted(times)[len(times) // 2]
+
+
+if __name__ == "__main__":
+    has_gpu = torch.cuda.is_available()
+    place = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
+    result = {"conditions": conditions(place), "ms": measure_layers(place, MAPS if has_gpu else SMALL_MAPS)}
+    Path(sys.argv[1]).write_text(json.dumps(result, indent=1), encoding="utf-8")

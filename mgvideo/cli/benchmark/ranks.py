@@ -1,0 +1,353 @@
+"""`mgvideo benchmark ranks`: some ranks of a large run, one after the other on one machine, without the others.
+
+Each trains through a long cycle in torch's fake process group, whose collective operations return at once. Everything
+but the pixels is real: the plan, the sampler, the loader, BN groups and their process groups, DDP, logging, precise BN,
+validation and checkpoints. Ranks that disagree about the order of their collective operations hang on a real cluster;
+here the first difference is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mgvideo.cli import keys
+from mgvideo.cli.benchmark import conditions, output, plain_table, show
+from mgvideo.cli.build import build_model, build_normalize, build_plan
+from mgvideo.cli.schema import key
+from mgvideo.distributed.ranks import neighbours
+from mgvideo.engine.evaluation import Evaluator, Views
+from mgvideo.engine.micro_batches import split_into_micro_batches
+from mgvideo.engine.precision import choose_precision
+from mgvideo.engine.tasks import TASKS, Task
+from mgvideo.engine.trainer import Trainer, TrainOptions
+from mgvideo.errors import UserError
+from mgvideo.loading.loader import Batch, Loader, LoaderOptions
+from mgvideo.loading.requests import ClipRequest, Sample
+from mgvideo.plan.plan import Grid, Plan, require
+from mgvideo.plan.shards import check_shards, shard_batch
+from mgvideo.storage.checkpoints import Checkpoints
+from mgvideo.tracking.run_logger import Monitor
+
+from .train import shortened
+
+
+@dataclass
+class Keys:
+    """What this program takes besides the keys of a run."""
+
+    world: int = key(128, "ranks of the run")
+    ranks: list[int] = key([], "those to simulate; none: the first and the last")
+    videos: int = key(240_000, "videos in the dataset")
+    visits: int = key(1, "steps of each slot of each phase of the first LR stage, and one more at each phase's start")
+    format: str = key("table", "table or json")
+    out: str | None = key(None, "file to write to; null: the terminal")
+
+
+class Collective(NamedTuple):
+    """A collective operation, or the creation of a process group, as one rank starts it."""
+
+    name: str
+    ranks: int  # in its process group
+    dtype: str
+    values: int  # that this rank sends; of a new group, its first rank
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Records the collective operations that this thread starts, DDP's among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            names = [argument.name for argument in func._schema.arguments]
+            group = dist.ProcessGroup.unbox(args[names.index("process_group")])
+            sent = next((i for i, name in enumerate(names) if name.startswith("input")), 0)
+            tensors = [args[sent]] if isinstance(args[sent], Tensor) else list(args[sent])
+            values = sum(tensor.numel() for tensor in tensors)
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            self.collectives.append(Collective(name, group.size(), str(tensors[0].dtype), values))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class SlotCost:
+    """What a step of a slot is on a rank."""
+
+    phase: int
+    grid: str
+    batch: int  # clips of all ranks
+    clips: int  # of this rank
+    bn_groups: int  # of this rank, which may have a part of one
+    bn_ranks: int  # that share a group
+    micro_batches: int
+    collectives: int
+    sent_mb: float
+    cpu_ms: float | None = None  # of the training thread, the median over visits; None where not timed
+
+
+@dataclass(frozen=True)
+class SimulatedRank:
+    """What one rank did."""
+
+    rank: int
+    slots: list[SlotCost]
+    collectives: list[Collective]
+
+
+class BlankVideos:
+    """A dataset of black clips that take no memory."""
+
+    def __init__(self, videos: int, label: Tensor) -> None:
+        self.videos, self.label = videos, label
+
+    def __len__(self) -> int:
+        return self.videos
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        grid = request.grid
+        clip = torch.zeros((1, 1, 1, 1), dtype=torch.uint8).expand(grid.frames, grid.size, grid.size, 3)
+        return Sample(clip, self.label, request.index)
+
+
+def expand_blank(samples: Sequence[Sample]) -> Batch:
+    """Collate black clips without copying them."""
+    clips = samples[0].clip.expand(len(samples), *samples[0].clip.shape)
+    labels = torch.stack([sample.label for sample in samples])
+    return Batch(clips, labels, torch.tensor([sample.index for sample in samples]))
+
+
+@contextmanager
+def simulated_rank(rank: int, world: int, log: CollectiveLog | None = None) -> Iterator[None]:
+    """Inside, this process is one rank of a fake process group; `log` records its collective operations."""
+    new_group = dist.new_group
+
+    def new_fake_group(ranks: list[int] | None = None, **_: Any) -> Any:  # whatever the backend
+        members = ranks or range(world)
+        if log is not None:
+            log.collectives.append(Collective("new_group", len(members), "", members[0]))
+        return new_group(ranks)
+
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    dist.new_group = new_fake_group  # type: ignore[assignment]
+    neighbours.cache_clear()
+    try:
+        with nullcontext() if log is None else log:
+            yield
+    finally:
+        neighbours.cache_clear()
+        dist.new_group = new_group
+        dist.destroy_process_group()
+
+
+def first_difference(runs: Sequence[SimulatedRank]) -> str | None:
+    """Return the first place where ranks do not start the same collective operations, in words; None: they agree."""
+    first, *others = runs
+    for other in others:
+        for i, (a, b) in enumerate(zip_longest(first.collectives, other.collectives)):
+            # pickled objects, bytes, may differ in size: gathering them pads them
+            if a is None or b is None or a[:3] != b[:3] or (a.values != b.values and a.dtype != "torch.uint8"):
+                return f"rank {first.rank} and rank {other.rank} differ at collective operation {i}: {a} and {b}"
+    return None
+
+
+def read_keys(overrides: Sequence[str]) -> Keys:
+    """Return this program's own keys. Raises UserError where a value makes no sense."""
+    options = keys.read(Keys, overrides)
+    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
+    for name in ("videos", "visits"):
+        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
+    require(options.world >= 2, f"world={options.world}: give a whole number from 2 up")
+    options.ranks = options.ranks or [0, options.world - 1]
+    for rank in options.ranks:
+        require(0 <= rank < options.world, f"ranks={options.ranks}: ranks of world={options.world} are 0 to its last")
+    return options
+
+
+def run(options: Keys, cfg: DictConfig) -> None:
+    """Simulate and report.
+
+    Raises:
+        UserError: ranks start different collective operations, and would hang on a real cluster.
+    """
+    plan = long_cycle(build_plan(cfg, options.videos), options.visits)
+    check_shards(plan, options.world)
+    about = {**conditions(), "world": options.world, "videos": options.videos, "visits": options.visits}
+    runs = [simulate(cfg, plan, rank, options.world) for rank in options.ranks]
+    difference = first_difference(runs)
+    if difference is None:
+        times = step_times(cfg, plan, options.ranks[-1], options.world)
+        runs[-1] = replace(runs[-1], slots=[replace(s, cpu_ms=t) for s, t in zip(runs[-1].slots, times, strict=True)])
+    with output(options.out) as file:
+        if options.format == "json":
+            print(json.dumps({"conditions": about, "ranks": [asdict(one) for one in runs]}, indent=1), file=file)
+        else:
+            show(file, about, [*map(table, runs), totals(runs)])
+    if difference is not None:
+        raise UserError(difference)
+
+
+def long_cycle(plan: Plan, visits: int) -> Plan:
+    """Return the phases of the plan's first LR stage, with few steps each."""
+    return shortened(replace(plan, phases=tuple(phase for phase in plan.phases if phase.stage == 0)), visits)
+
+
+def simulate(cfg: DictConfig, plan: Plan, rank: int, world: int) -> SimulatedRank:
+    """Run one rank and record its collective operations."""
+    log = CollectiveLog()
+    bounds: dict[int, tuple[int, int]] = {}
+    with simulated_rank(rank, world, log), simulated_trainer(cfg, plan) as trainer:
+        take_step = trainer.step
+
+        def step(number: int, batch: Batch) -> None:
+            start = len(log.collectives)
+            take_step(number, batch)
+            bounds[number] = start, len(log.collectives)
+
+        trainer.step = step  # type: ignore
+        trainer.train()
+        limit = trainer.options.max_clips
+    slots = []
+    for p, phase in enumerate(plan.phases):
+        for s, slot in enumerate(phase.slots):
+            start, stop = bounds[phase.steps[1] - 1 - (phase.length - 1 - s) % len(phase.slots)]
+            shard = shard_batch(slot.batch, phase.bn_groups, rank, world)
+            clips = max(1, limit * plan.base.frames * plan.base.size**2 // slot.grid.volume)
+            sent = sum(c.values * _bytes(c.dtype) for c in log.collectives[start:stop])
+            slots.append(
+                SlotCost(
+                    p + 1, slot.grid.name, slot.batch, shard.stop - shard.start, shard.groups, len(shard.ranks),
+                    len(split_into_micro_batches(shard, clips)), stop - start, sent / 1e6,
+                )
+            )  # fmt: skip
+    return SimulatedRank(rank, slots, log.collectives)
+
+
+def step_times(cfg: DictConfig, plan: Plan, rank: int, world: int) -> list[float]:
+    """Return the median milliseconds of one rank's CPU time a step, of each slot; nothing is recorded meanwhile."""
+    marks: list[float] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that the training thread's time is all time
+    try:
+        with simulated_rank(rank, world), simulated_trainer(cfg, plan) as trainer:
+            take_step = trainer.step
+
+            def step(number: int, batch: Batch) -> None:
+                start = time.thread_time()
+                take_step(number, batch)
+                marks.append(1000 * (time.thread_time() - start))
+
+            trainer.step = step  # type: ignore
+            trainer.train()
+    finally:
+        torch.set_num_threads(threads)
+    return [
+        median(marks[i] for i in range(phase.steps[0] + 1, phase.steps[1]) if phase.slot(i) is slot)
+        for phase in plan.phases
+        for slot in phase.slots
+    ]
+
+
+@contextmanager
+def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
+    """The trainer of a run on black clips; it validates on two videos a rank."""
+    precision = choose_precision(cfg.precision, torch.device("cpu"))
+    model, task, normalize = build_model(cfg, precision), TASKS[cfg.dataset.task](), build_normalize(cfg, precision)
+    classes = cfg.dataset.num_classes
+    base = plan.base
+    views = Views(Grid(base.frames, base.size, (base.stride, base.stride), (base.size, base.size)))
+    evaluator = Evaluator(blank_loader(2 * dist.get_world_size(), task, classes), task, classes, normalize, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model,
+            plan,
+            task,
+            instantiate(cfg.optimizer, model, lr=base.lr),
+            blank_loader(plan.dataset_size, task, classes),
+            seed=cfg.seed,
+            normalize=normalize,
+            precision=precision,
+            options=TrainOptions(
+                max_clips=cfg.loader.max_clips_per_step or 8,
+                log_every=cfg.train.log_every,
+                evals_per_phase=cfg.train.evals_per_phase,
+                precise_bn_clips=cfg.train.precise_bn_clips,
+                hang_timeout=0,
+            ),
+            monitor=Monitor(Path(folder), plan, active=False),
+            checkpoints=Checkpoints(Path(folder) / "checkpoints", 1),
+            validate=(evaluator, views) if cfg.train.evals_per_phase else None,
+        )
+        hook = lambda _, bucket: all_reduce_bucket(bucket)  # noqa: E731 (DDP takes no annotations as strings)
+        trainer.stepper.parallel.register_comm_hook(None, hook)  # type: ignore[operator]
+        yield trainer
+
+
+def blank_loader(videos: int, task: Task, classes: int) -> Loader:
+    """Load black clips in this process."""
+    return Loader(BlankVideos(videos, task.no_labels(1, classes)[0]), LoaderOptions(workers=0), collate=expand_blank)
+
+
+def all_reduce_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Exchange gradients as DDP does by default, which fails on the fake group: its futures have no value."""
+    dist.all_reduce(bucket.buffer())
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer().div_(dist.get_world_size()))
+    return future
+
+
+def _bytes(dtype: str) -> int:
+    return getattr(torch, dtype.removeprefix("torch.")).itemsize if dtype else 0
+
+
+def table(one: SimulatedRank) -> Table:
+    """A row for each slot of each phase."""
+    columns = (
+        "slot",
+        "clips",
+        "of this rank",
+        "BN groups",
+        "ranks a group",
+        "micro-batches",
+        "collectives",
+        "MB",
+        "CPU ms",
+    )
+    shown = plain_table(f"rank {one.rank}: a step", *columns)
+    for s in one.slots:
+        cpu = "–" if s.cpu_ms is None else f"{s.cpu_ms:.0f}"
+        shown.add_row(
+            f"{s.phase}. {s.grid}", f"{s.batch:,}", f"{s.clips}", f"{s.bn_groups}", f"{s.bn_ranks}",
+            f"{s.micro_batches}", f"{s.collectives}", f"{s.sent_mb:.1f}", cpu,
+        )  # fmt: skip
+    return shown
+
+
+def totals(runs: Sequence[SimulatedRank]) -> Table:
+    """What each rank started, by kind."""
+    names = sorted({c.name for one in runs for c in one.collectives})
+    shown = plain_table("in all", "rank", *names, "same order")
+    for one in runs:
+        counts = [sum(c.name == name for c in one.collectives) for name in names]
+        same = first_difference([runs[0], one]) is None
+        shown.add_row(f"{one.rank}", *map(str, counts), "yes" if same else "NO")
+    return shown

@@ -1,0 +1,1 @@
+"""Starting and joining ranks, collective operations, the watchdog and signals."""

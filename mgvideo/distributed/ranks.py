@@ -1,0 +1,263 @@
+"""Ranks: joining them, and the few collective operations that the core needs on one rank as on many."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from fractions import Fraction
+from functools import cache
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from mgvideo.cpu.resources import cpu_share, find_resources, memory_share
+from mgvideo.errors import UserError
+
+from .launch import choose_gpu, launched_number, ranks_from_slurm, visible_gpus
+from .signals import Stopped, defer, heed, requeue
+from .watchdog import LEAVING, Watch, at
+
+PATIENCE = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
+
+
+def rank() -> int:
+    """This process's rank, 0 on its own."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This process's rank on its node."""
+    return launched_number("LOCAL_RANK", "0")
+
+
+@contextmanager
+def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
+    """The device of this process, ranks joined where a launcher such as torchrun or srun started several.
+
+    Inside, a signal raises Stopped; where that ends it, the job goes back into SLURM's queue.
+
+    Raises:
+        UserError: the launcher's variables make no sense, ranks do not meet, or a rank has no GPU of its own.
+    """
+    ranks_from_slurm()
+    alone = launched_number("WORLD_SIZE", "1") == 1
+    with _alone() if alone else _together(timedelta(seconds=timeout_s)) as device:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        limit_threads(rank_cpus())
+        heed()
+        yield device
+
+
+@contextmanager
+def _alone() -> Iterator[torch.device]:
+    try:
+        yield torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    except Stopped as stop:
+        requeue(stop.number)
+        raise
+
+
+@contextmanager
+def _together(timeout: timedelta) -> Iterator[torch.device]:
+    """Inside, ranks are joined and watch each other; a signal that comes before waits until they can leave together."""
+    store, number, size = _rendezvous(timeout)
+    store = dist.PrefixStore(_meeting(store, number, size, timeout), store)
+    watch = Watch(store.clone(), number, size)
+    watch.start()
+    failed = True
+    try:
+        # compared before NCCL starts, which names neither the rank nor the reason
+        store.set(f"gpus{number}", json.dumps(visible_gpus()))
+        gpu = choose_gpu(number, [json.loads(text) for text in store.multi_get([f"gpus{r}" for r in range(size)])])
+        device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=store,
+            rank=number,
+            world_size=size,
+            timeout=timeout,
+            device_id=device if cuda else None,
+        )
+        yield device
+        failed = False
+    except (Exception, SystemExit) as error:
+        defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
+        explained = watch.explain(error)
+        if isinstance(explained, Stopped):
+            _leave(explained, watch, store.clone())
+        elif isinstance(explained, SystemExit):  # its code may be 0
+            raise RuntimeError(f"a rank has left by sys.exit({explained.code!r})") from explained
+        if explained is error:
+            raise
+        raise explained from None
+    finally:
+        reason = sys.exc_info()[1]
+        if failed:  # exit handlers may wait for ranks that are gone
+            code = reason.number + 128 if isinstance(reason, Stopped) else 1
+            threading.Thread(target=_exit_later, args=(code,), daemon=True).start()
+        watch.stop(failed and not isinstance(reason, Stopped))
+        if not failed:
+            dist.destroy_process_group()
+
+
+def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The store where ranks meet, this rank's number, and how many they are."""
+    number, size, port = (launched_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} MASTER_PORT={port}"
+    if number >= size:
+        raise UserError(f"RANK={number} WORLD_SIZE={size}: ranks count from 0, so {size - 1} is the last")
+    try:
+        return next(iter(rendezvous("env://", timeout=timeout)))
+    except (ValueError, RuntimeError) as error:  # torch's errors of its store are of the latter kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"rank {number} of {size} cannot meet the others at {place} ({reason}): the address must be that of rank "
+            "0's machine, the port free there, and all ranks be started"
+        ) from error
+
+
+def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
+    """A new name, the same on all ranks of this start, for what they tell each other.
+
+    torchrun's store outlives ranks that are started again and what they told; their restarts each node counts for
+    itself. So rank 0 answers whom it finds there, until all of now have heard it.
+    """
+    own, deadline = uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if number > 0:
+        store.set(f"here{number}", own)
+        name = store.get(own).decode()
+        store.add(f"{name}heard", 1)
+        return name
+    callers = [f"here{other}" for other in range(1, size)]
+    while store.add(f"{own}heard", 0) < len(callers):
+        if time.monotonic() > deadline:
+            raise UserError(f"not all of {size} ranks have come within {timeout.total_seconds():g} s")
+        for caller in callers:
+            if store.check([caller]):
+                store.set(store.get(caller).decode(), own)
+        time.sleep(0.05)
+    return own
+
+
+def _leave(stop: Stopped, watch: Watch, store: dist.Store) -> None:
+    """Requeue together: a rank that left first would end the others, and what follows a failure is no reason to."""
+    at(LEAVING)
+    if watch.rank == 0:
+        _meet(store, "asked", watch)
+        if watch.failure is None:
+            requeue(stop.number)
+    else:
+        with suppress(RuntimeError):
+            store.add("asked", 1)
+    _meet(store, "leaving", watch)
+
+
+def _meet(store: dist.Store, name: str, watch: Watch) -> None:
+    """Wait until all ranks are here, for rank 0 as long as it is on its way, since it may have a checkpoint to write.
+
+    But not for ever: a rank may be waiting for another in a collective operation.
+    """
+    deadline = time.monotonic() + PATIENCE
+    with suppress(RuntimeError):
+        store.add(name, 1)
+        while store.add(name, 0) < watch.size and watch.failure is None and time.monotonic() < deadline:
+            if watch.rank > 0 and watch.leaves(0):
+                deadline = time.monotonic() + PATIENCE
+            time.sleep(0.1)
+
+
+def _exit_later(code: int) -> None:
+    time.sleep(PATIENCE)
+    os._exit(code)
+
+
+class Votes:
+    """The most that any rank asks for, agreed on while a step runs: over gloo on the CPU, so that no device waits."""
+
+    def __init__(self, wish: Callable[[], int]) -> None:
+        self.wish = wish
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def cast(self) -> None:
+        """Start to tell this rank's wish."""
+        if self.group is not None:
+            vote = torch.tensor(self.wish())
+            self._pending = (dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.group, async_op=True), vote)
+
+    def result(self) -> int:
+        """The largest wish of all ranks, the same on each."""
+        if self._pending is None:
+            return self.wish()
+        (work, vote), self._pending = self._pending, None
+        work.wait()
+        return int(vote)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce in place over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def gather_objects(item: object) -> list:
+    """What each rank gave, by rank."""
+    if not dist.is_initialized():
+        return [item]
+    items: list = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def rank_cpus() -> Fraction:
+    """CPU cores of this rank, its share of what the ranks of its machine may use. All ranks call it together."""
+    own = find_resources()
+    return cpu_share(own, gather_objects(own))
+
+
+def rank_memory() -> int:
+    """Bytes of memory that this rank may take, its share of what its machine has free. All ranks call it together."""
+    own = find_resources()
+    return memory_share(own, gather_objects(own))
+
+
+def limit_threads(cores: int | Fraction) -> None:
+    """Let torch use no more threads than a process has cores, unless OMP_NUM_THREADS says how many it is to use.
+
+    torch counts the cores that it may run on, whoever else runs there and whatever quota there is.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, int(cores))))
+
+
+@cache
+def neighbours(size: int) -> Any:
+    """The ProcessGroup of `size` consecutive ranks that this rank is in; None for 1. All ranks call it together."""
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
+    return groups[rank() // size]

@@ -1,0 +1,1 @@
+"""Training and evaluation: trainer, train step, micro-batches, tasks, optimizers and precision."""

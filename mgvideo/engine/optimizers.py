@@ -1,0 +1,146 @@
+"""The optimizer of the paper's recipes, and for any optimizer: steps that can be skipped, and resuming."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_leaves
+
+from mgvideo.errors import UserError
+
+
+def sgd(
+    model: nn.Module,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = True,
+    weight_decay: float = 1e-4,
+    decay_norm_and_bias: bool = True,
+) -> SGD:
+    """SGD with momentum; with `decay_norm_and_bias` off, parameters of one dimension are not decayed.
+
+    The fused kernel goes through memory once, and skips non-finite steps by itself: see `SkippableStep`.
+    """
+    if weight_decay < 0:  # which SGD looks at for all parameters alike only
+        raise UserError(f"optimizer.weight_decay={weight_decay}: give 0 or more")
+    decayed = [p for p in model.parameters() if p.requires_grad and (decay_norm_and_bias or p.dim() > 1)]
+    plain = [p for p in model.parameters() if p.requires_grad and not (decay_norm_and_bias or p.dim() > 1)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return SGD([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+class SkippableStep:
+    """Takes an optimizer's steps, except those that a tensor on the device marks to be skipped.
+
+    A skipped step leaves parameters and state as they are. torch's fused optimizers skip inside their kernel. Any other
+    optimizer steps, and then copies of its parameters and state from before replace the new values. Both work on the
+    device, and the host does not wait for `skip`.
+
+    One case cannot be undone on the device: state that a step creates, or that lies on the host, such as a step count
+    that is a Python number. Where training continues after a skipped step (`continues`, as with fp16) the host reads
+    `skip` in such steps. Otherwise that state is not used any more.
+    """
+
+    def __init__(self, optimizer: Optimizer, continues: bool) -> None:
+        self.optimizer, self.continues = optimizer, continues
+        self._stepped: set[Tensor] = set()  # parameters with all of their state
+        self._state_on_host = False
+
+    def __call__(self, skip: Tensor) -> None:
+        """Take a step, or skip it where `skip`, a bool scalar on the parameters' device, is true."""
+        optimizer = self.optimizer
+        if skips_in_kernel(optimizer):
+            _create_momentum(optimizer)
+            optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+        elif self.continues and (self._state_on_host or not self._stepped.issuperset(_with_gradients(optimizer))):
+            if not skip:
+                self._step_on_host(skip.device)
+        else:
+            _step_and_restore(optimizer, skip)
+
+    def _step_on_host(self, device: torch.device) -> None:
+        settings = _numbers(self.optimizer)
+        self.optimizer.step()
+        self._stepped.update(_with_gradients(self.optimizer))
+        values = tree_leaves(list(self.optimizer.state.values()))
+        on_device = all(isinstance(value, Tensor) and value.device == device for value in values)
+        known = len(values) == len(_state(self.optimizer))
+        self._state_on_host = not (on_device and known) or settings != _numbers(self.optimizer)
+
+
+def skips_in_kernel(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of torch's whose kernel reads `found_inf` and leaves parameters and state alone.
+
+    A class derived from one may do other things in its step. With dampening, SGD's first step is another than one
+    with momentum 0, which `_create_momentum` makes of it.
+    """
+    return type(optimizer).__module__.startswith("torch.optim.") and all(
+        group.get("fused") and not group.get("dampening") for group in optimizer.param_groups
+    )
+
+
+def _create_momentum(optimizer: Optimizer) -> None:
+    """Create SGD's momentum as zeros, where it has none: from zeros the first step is the same.
+
+    torch takes uninitialised memory, which a first step that the kernel skips leaves as momentum.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+@torch.no_grad()
+def _step_and_restore(optimizer: Optimizer, skip: Tensor) -> None:
+    before = {key: value.clone() for key, value in _tensors(optimizer, skip.device).items()}
+    optimizer.step()
+    after = _tensors(optimizer, skip.device)
+    for key, old in before.items():
+        if key in after:
+            after[key].copy_(torch.where(skip, old, after[key]))
+
+
+def _tensors(optimizer: Optimizer, device: torch.device) -> dict[Any, Tensor]:
+    """Parameters and the tensors of their state that are on the device, by (parameter, name)."""
+    parameters = {(p, ""): p for group in optimizer.param_groups for p in group["params"]}
+    return parameters | {key: value for key, value in _state(optimizer).items() if value.device == device}
+
+
+def _state(optimizer: Optimizer) -> dict[Any, Tensor]:
+    """The tensors that an optimizer keeps for its parameters, by (parameter, name)."""
+    states = [(p, values) for p, values in optimizer.state.items() if isinstance(p, Tensor)]
+    return {(p, name): v for p, values in states for name, v in values.items() if isinstance(v, Tensor)}
+
+
+def _with_gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:
+    """The Python numbers in an optimizer's groups: settings and, of some optimizers, step counts."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer.state_dict()` returned, but for the settings, which stay those of this optimizer.
+
+    State gets the memory layout of its parameter, which may have been another in the run that saved it: fused kernels
+    go through both in the order of memory.
+
+    Raises:
+        ValueError: the state is of an optimizer with other parameters.
+    """
+    settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for (parameter, name), value in _state(optimizer).items():
+        if value.shape == parameter.shape:
+            optimizer.state[parameter][name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,0 +1,1 @@
+"""Plans of training runs: schedules, shards and cost. Pure arithmetic without torch."""

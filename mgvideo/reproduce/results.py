@@ -1,0 +1,229 @@
+"""What the runs of a table came to: read from their folders, brought together over seeds, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from mgvideo.plan.plan import Plan
+from mgvideo.tracking.run_logger import duration
+
+from .tables import Cell, Published, Table
+
+METRICS = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run: its report.json, its plan, and its validation over training seconds."""
+
+    seed: int
+    report: dict[str, Any]
+    plan: Plan
+    curve: tuple[tuple[float, float], ...]
+
+    @property
+    def trained(self) -> bool:
+        """False of a run that was a test alone."""
+        return self.report["train_seconds"] > 0
+
+
+def read_outcome(folder: Path, seed: int) -> Outcome:
+    """The outcome in a run's folder."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+    metric = f"val_{next(iter(report['metrics']), '')}"
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return Outcome(seed, report, plan, tuple((r["seconds"], r[metric]) for r in records if metric in r))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell with all its outcomes. `status` says why there are fewer than there should be."""
+
+    cell: Cell
+    outcomes: tuple[Outcome, ...] = ()
+    flops: float = 0.0  # multiply-adds of the forward passes of its training
+    status: str = ""
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is a training to speak of."""
+        return bool(self.outcomes) and all(outcome.trained for outcome in self.outcomes)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of its runs."""
+        return self.outcomes[0].plan
+
+    @property
+    def seconds(self) -> float:
+        """Mean training time, without evaluations."""
+        return statistics.fmean(outcome.report["train_seconds"] for outcome in self.outcomes)
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that counts."""
+        return next(iter(self.outcomes[0].report["metrics"]), None) if self.outcomes else None
+
+    def score(self, metric: str) -> tuple[float, float] | None:
+        """Mean and standard deviation over seeds (0 of a single one), None where it was not measured."""
+        values = [o.report["metrics"][metric] for o in self.outcomes if metric in o.report["metrics"]]
+        return (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
+
+    def shared(self, key: str) -> str:
+        """What the reports of all seeds say under a key."""
+        return "; ".join(dict.fromkeys(str(outcome.report[key]) for outcome in self.outcomes))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A table's rows, in its order, and the command that made them."""
+
+    table: Table
+    rows: tuple[Row, ...]
+    command: str
+
+    def savings(self, row: Row) -> dict[str, float]:
+        """How many times fewer steps and FLOPs, and how many times faster, than the baseline of the row."""
+        cell = self.table.baseline_of(row.cell)
+        base = next((other for other in self.rows if cell and other.cell.name == cell.name), None)
+        if base is None or not base.trained or not row.trained:
+            return {}
+        found = {"steps": base.plan.steps / row.plan.steps, "FLOPs": base.flops / row.flops}
+        if base.shared("hardware") == row.shared("hardware"):
+            found["clock"] = base.seconds / row.seconds
+        return found
+
+    def metrics(self) -> list[str]:
+        """Every metric that a row measures."""
+        seen = {m for row in self.rows for outcome in row.outcomes for m in outcome.report["metrics"]}
+        return [metric for metric in METRICS if metric in seen]
+
+    def grid(self) -> tuple[list[str], list[list[str]]]:
+        """Headings and cells, as people read them."""
+        metrics, several = self.metrics(), any(row.cell.row for row in self.rows)
+        published, hardware = any(row.cell.published for row in self.rows), len(self.hardware()) > 1
+        headings = [*(["row"] if several else []), "cell", *(f"{METRICS[m]}, %" for m in metrics), "seeds"]
+        headings += ["epochs", "steps", "training", *(["on"] if hardware else [])]
+        headings += ["fewer steps", "fewer FLOPs", "faster", *(["published"] if published else [])]
+        rows = []
+        for row in self.rows:
+            scores = [_score(row, metric) for metric in metrics]
+            cells = [*([row.cell.row] if several else []), row.cell.column or row.cell.name, *scores]
+            cells += [str(len(row.outcomes)), *_training(row), *([row.shared("hardware")] if hardware else [])]
+            saved = self.savings(row)
+            cells += [f"{saved[key]:.2f}×" if key in saved else "–" for key in ("steps", "FLOPs", "clock")]
+            rows.append([*cells, *([_published(row.cell.published)] if published else [])])
+        return headings, rows
+
+    def hardware(self) -> list[str]:
+        """What the runs ran on."""
+        return list(dict.fromkeys(str(o.report["hardware"]) for row in self.rows for o in row.outcomes))
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """What to know before reading the table: names and values."""
+        yield "mirrors", self.table.mirrors
+        yield "data", self.table.preset.about
+        outcomes = [outcome for row in self.rows for outcome in row.outcomes]
+        for name in ("hardware", "precision", "torch"):
+            told = "; ".join(dict.fromkeys(str(outcome.report[name]) for outcome in outcomes))
+            if told:
+                yield name, told
+        if outcomes:
+            days = sorted(outcome.report["date"][:10] for outcome in outcomes)
+            yield "measured", days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
+            first = outcomes[0].report
+            yield "test", f"{first['videos']} held-out videos, {first['views']} views each"
+            yield "training in all", duration(sum(outcome.report["train_seconds"] for outcome in outcomes))
+
+    def notes(self) -> Iterator[str]:
+        """What the table cannot say: what is missing, and how to read it."""
+        for row in self.rows:
+            if row.status:
+                yield f"{row.cell.title}: {row.status}"
+        if any(row.trained for row in self.rows):
+            yield (
+                "± is the standard deviation over seeds; training is the mean time without evaluations; fewer and "
+                f"faster are against {self.table.baseline}; FLOPs are those of all training clips"
+            )
+        bad = sum(outcome.report["bad_videos"] for row in self.rows for outcome in row.outcomes)
+        if bad:
+            yield f"{bad} tested videos could not be read and count as wrong"
+
+    def markdown(self, figures: list[str]) -> str:
+        """report.md, with links to figures beside it."""
+        headings, rows = self.grid()
+        lines = [f"# {self.table.title}", "", *([self.table.about, ""] if self.table.about else [])]
+        lines += [f"- {name}: {value}" for name, value in self.facts()]
+        lines += ["", f"    {self.command}", "", f"| {' | '.join(headings)} |"]
+        words = {"row", "cell", "on", "published"}
+        lines += ["| " + " | ".join("---" if heading in words else "---:" for heading in headings) + " |"]
+        lines += [f"| {' | '.join(cells)} |" for cells in rows]
+        lines += ["", *(f"- {note}" for note in self.notes())]
+        for figure in figures:
+            lines += ["", f"![{self.table.title}]({figure})"]
+        return "\n".join(lines) + "\n"
+
+    def csv(self) -> str:
+        """report.csv: a line a cell, plain numbers."""
+        text = StringIO(newline="")
+        metrics = self.metrics()
+        names = ["table", "preset", "cell", "row", "column", "seeds"]
+        names += [f"{metric}_{part}" for metric in metrics for part in ("mean", "std")]
+        names += ["epochs", "steps", "train_seconds", "forward_pflops", "fewer_steps", "fewer_flops", "faster"]
+        names += ["hardware", "precision", "torch", "published", "published_by", "status"]
+        writer = csv.DictWriter(text, names)
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow(self._plain(row, metrics))
+        return text.getvalue()
+
+    def _plain(self, row: Row, metrics: list[str]) -> dict[str, Any]:
+        cell, saved = row.cell, self.savings(row)
+        line: dict[str, Any] = {"table": self.table.name, "preset": self.table.preset.name, "cell": cell.name}
+        line |= {"row": cell.row, "column": cell.column or cell.name, "status": row.status}
+        line["seeds"] = " ".join(str(outcome.seed) for outcome in row.outcomes)
+        for metric in metrics:
+            score = row.score(metric)
+            if score:
+                line[f"{metric}_mean"], line[f"{metric}_std"] = (round(value, 4) for value in score)
+        if row.trained:
+            line |= {"epochs": row.plan.epochs, "steps": row.plan.steps, "train_seconds": round(row.seconds, 2)}
+            line["forward_pflops"] = row.flops / 1e15
+        for key, name in (("steps", "fewer_steps"), ("FLOPs", "fewer_flops"), ("clock", "faster")):
+            line[name] = round(saved[key], 4) if key in saved else None
+        line |= {key: row.shared(key) for key in ("hardware", "precision", "torch")}
+        if cell.published:
+            line["published"] = " ".join(f"{key}={value}" for key, value in cell.published.metrics.items())
+            line["published_by"] = cell.published.source
+        return line
+
+
+def _score(row: Row, metric: str) -> str:
+    score = row.score(metric)
+    if score is None:
+        return "–"
+    return f"{score[0]:.2f}" + (f" ± {score[1]:.2f}" if len(row.outcomes) > 1 else "")
+
+
+def _training(row: Row) -> list[str]:
+    """Epochs, steps and time."""
+    if not row.trained:
+        return ["–", "–", "–"]
+    return [f"{row.plan.epochs:g}", f"{row.plan.steps:,}", duration(row.seconds)]
+
+
+def _published(published: Published | None) -> str:
+    if published is None:
+        return "–"
+    figures = " / ".join(f"{value:g}" for value in published.metrics.values())
+    told = ", ".join(part for part in (figures, published.setting) if part)
+    return f"{told} ({published.source})"

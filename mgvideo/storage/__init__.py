@@ -1,0 +1,1 @@
+"""Checkpoints, paths and URLs, and output folders on a remote file system."""

@@ -1,0 +1,1 @@
+"""What a run logs and reports: progress bar, TensorBoard, report and profiler."""

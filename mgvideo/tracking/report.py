@@ -1,0 +1,101 @@
+"""The report that a run ends with: for people on the terminal and as report.md, for programs as report.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgvideo.distributed.ranks import gather_objects, rank_cpus, world_size
+from mgvideo.loading.requests import Failure
+from mgvideo.plan.plan import Plan
+from mgvideo.storage.checkpoints import write_atomic
+
+from .run_logger import duration
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a person wants to know when a run is over."""
+
+    name: str
+    plan: Plan
+    baseline_steps: int
+    hardware: str
+    precision: str
+    date: str  # of the training, in ISO 8601
+    train_seconds: float
+    test_seconds: float
+    metrics: dict[str, float]
+    views: str
+    videos: int
+    failures: tuple[Failure, ...]
+    folder: Path
+    advice: tuple[str, ...] = ()  # commands to try next, with what they do
+
+    def markdown(self) -> str:
+        """The whole report."""
+        plan = self.plan
+        grids = " → ".join(dict.fromkeys(phase.grid.name.replace("x", "×") + "²" for phase in plan.phases))
+        scores = ", ".join(f"{name} **{value:.2f} %**" for name, value in self.metrics.items())
+        more = f"; the baseline takes {self.baseline_steps}, {self.baseline_steps / plan.steps:.2f}× as many"
+        lines = [
+            f"# {self.name}",
+            "",
+            f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
+            f"in {plan.steps} steps{more if plan.steps != self.baseline_steps else ''}",
+            f"- training: {duration(self.train_seconds)} on {self.hardware}, {self.precision}",
+        ]
+        if self.metrics:
+            lines += [
+                f"- test: {scores} on {self.videos} held-out videos, {self.views} views each, "
+                f"in {duration(self.test_seconds)}",
+            ]
+        lines += [f"- bad video, counted as wrong: {failure.path}: {failure.reason}" for failure in self.failures[:20]]
+        if len(self.failures) > 20:
+            lines.append(f"- and {len(self.failures) - 20} more bad videos, all in bad_videos.csv")
+        lines += [
+            f"- everything is in `{self.folder}`",
+            f"- curves, clips and the confusion matrix: `tensorboard --logdir {self.folder}`",
+        ]
+        if self.advice:
+            lines += ["", "Try next:", "", *(f"- {line}" for line in self.advice)]
+        return "\n".join(lines) + "\n"
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data, the date, and the torch that it was tested with: what `mgvideo reproduce` reads."""
+        return {
+            "name": self.name,
+            "schedule": self.plan.schedule,
+            "epochs": self.plan.epochs,
+            "steps": self.plan.steps,
+            "baseline_steps": self.baseline_steps,
+            "train_seconds": self.train_seconds,  # without evaluations
+            "test_seconds": self.test_seconds,
+            "metrics": self.metrics,
+            "views": self.views,
+            "videos": self.videos,
+            "bad_videos": len(self.failures),
+            "hardware": self.hardware,
+            "precision": self.precision,
+            "torch": str(torch.__version__),
+            "date": self.date,
+        }
+
+    def write(self) -> None:
+        """Leave both in the run's folder."""
+        write_atomic(self.folder / "report.md", self.markdown().encode(errors="replace"))
+        write_atomic(self.folder / "report.json", json.dumps(self.as_json(), indent=1).encode())
+
+
+def hardware(device: torch.device) -> str:
+    """Describe in words what the run ran on. All ranks call it together."""
+    if device.type == "cuda":
+        return f"{world_size()} × {torch.cuda.get_device_name(device)}"
+    name = platform.processor() or platform.machine()
+    cores = int(sum(gather_objects(rank_cpus())))
+    return f"{cores} CPU cores ({name}), {world_size()} rank{'s' * (world_size() > 1)}"

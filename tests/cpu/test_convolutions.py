@@ -1,0 +1,97 @@
+"""Flat convolutions against torch's own."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tolerance import rounding_error
+from torch import Tensor, nn
+
+from mgvideo.cpu.convolutions import FlatConv3d, convert_flat_convs
+from mgvideo.engine.precision import cpu_has_bf16
+
+pytestmark = pytest.mark.numeric
+
+FLAT = {
+    "pointwise": nn.Conv3d(32, 24, 1, bias=False),
+    "pointwise, strided": nn.Conv3d(32, 24, 1, (2, 2, 2)),
+    "pointwise, few channels": nn.Conv3d(8, 24, 1, (1, 2, 2)),
+    "spatial": nn.Conv3d(32, 24, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False),
+    "spatial, every other frame": nn.Conv3d(3, 8, (1, 7, 5), (2, 2, 1), (0, 3, 2)),
+    "stem": nn.Conv3d(3, 8, (5, 7, 7), (1, 2, 2), (2, 3, 3), bias=False),
+    "stem, strided": nn.Conv3d(3, 8, (3, 5, 3), (2, 1, 2), (1, 0, 1)),
+    "temporal": nn.Conv3d(32, 24, (3, 1, 1), 1, (1, 0, 0), bias=False),
+    "temporal, strided": nn.Conv3d(16, 24, (5, 1, 1), (4, 2, 2), (2, 0, 0)),
+}
+OTHER = {
+    "cube": nn.Conv3d(4, 4, 3, padding=1),
+    "grouped": nn.Conv3d(4, 4, (1, 3, 3), groups=4),
+    "dilated": nn.Conv3d(4, 4, (3, 1, 1), dilation=(2, 1, 1)),
+    "stem of few channels": nn.Conv3d(3, 4, (5, 7, 7), padding=(2, 3, 3)),
+    "padded in time": nn.Conv3d(4, 4, 1, padding=(1, 0, 0)),
+    "same": nn.Conv3d(4, 4, (1, 3, 3), padding="same"),
+    "reflected": nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1), padding_mode="reflect"),
+}
+
+
+def results(conv: nn.Module, clips: Tensor, bf16: bool) -> list[Tensor]:
+    """The output, and gradients of clips, weight and bias."""
+    clips = clips.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = conv(clips)
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))  # sums of it do not cancel
+    loss = (output.float() * gradient).sum()
+    return [output, *torch.autograd.grad(loss, [clips, *conv.parameters()])]
+
+
+@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("last", [True, False], ids=["channels_last_3d", "contiguous"])
+def test_results_and_gradients_are_those_of_a_3d_convolution(name: str, last: bool) -> None:
+    torch.manual_seed(0)
+    check(FLAT[name], torch.randn(2, 6, 12, 10, FLAT[name].in_channels), last)
+
+
+def check(conv: nn.Conv3d, frames: Tensor, last: bool = True) -> None:
+    """Of a converted convolution of `frames`, `[n, t, h, w, channels]`, in either memory format."""
+    flat = convert_flat_convs(copy.deepcopy(conv))
+    assert type(flat) is FlatConv3d
+    clips = frames.movedim(-1, 1)
+    if not last:
+        clips = clips.contiguous()
+    exact = results(conv, clips, bf16=False)
+    # Added in bf16: the gradients of a frame that several outputs take. Without bf16 instructions also the weight
+    # gradients of all images, and the gradients of a pixel that several outputs take.
+    terms = conv.kernel_size[0]
+    if not cpu_has_bf16():
+        terms = max(len(frames) * frames.shape[1], math.prod(conv.kernel_size))
+    dtypes = [torch.bfloat16, *(torch.float32 for _ in exact[1:])]
+    for found, right, dtype in zip(results(flat, clips, True), exact, dtypes, strict=True):
+        assert found.shape == right.shape
+        assert found.dtype == dtype
+        assert (found.float() - right).norm() < rounding_error(torch.bfloat16, terms) * right.norm()
+    assert not last or results(flat, clips, True)[0].is_contiguous(memory_format=torch.channels_last_3d)
+    for found, right in zip(results(flat, clips, False), exact, strict=True):
+        assert torch.equal(found, right), "in float32 it is torch's own"
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_few_frames(frames: int) -> None:
+    torch.manual_seed(0)
+    check(nn.Conv3d(64, 24, (5, 1, 1), (1, 2, 1), (2, 0, 0)), torch.randn(32, frames, 9, 4, 64))
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 7, 14])
+@pytest.mark.parametrize("images", [1, 6, 13])
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3), (1, 1)), ((3, 5), (1, 2)), ((1, 3), (2, 3))])
+def test_narrow_maps(width: int, images: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    padding = (0, kernel[0] // 2, kernel[1] // 2)
+    check(nn.Conv3d(64, 24, (1, *kernel), (1, *stride), padding), torch.randn(images, 1, 5, width, 64))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_convolutions_are_left_alone(name: str) -> None:
+    assert type(convert_flat_convs(copy.deepcopy(OTHER[name]))) is nn.Conv3d

@@ -1,0 +1,176 @@
+"""Training steps whose loss or gradients are not finite, also under the scaler of fp16, or that memory cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training import tiny_plan
+
+from mgvideo.engine.optimizers import sgd
+from mgvideo.engine.precision import Normalize, Precision
+from mgvideo.engine.tasks import SingleLabel
+from mgvideo.engine.train_step import Stepper
+from mgvideo.errors import UserError
+from mgvideo.layers.batchnorm import convert_group_batchnorm
+from mgvideo.loading.loader import Batch
+from mgvideo.plan.plan import Plan
+from mgvideo.plan.shards import shard_batch
+
+
+class Scaled(Precision):
+    """The gradient scaler of fp16 around a network in float32, so that results can be compared."""
+
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext()
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "fused": lambda model: sgd(model, 0.1),
+    "foreach": lambda model: torch.optim.AdamW(model.parameters(), 0.1, foreach=True),
+}
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient * float("inf")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv3d(3, 4, 3, padding=1),
+        nn.BatchNorm3d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool3d(1),
+        nn.Flatten(),
+        nn.Linear(4, 8),
+    ]
+    return convert_group_batchnorm(nn.Sequential(*layers))
+
+
+def stepper(optimizer: str, dtype: torch.dtype | None, plan: Plan, max_clips: int = 1000) -> Stepper:
+    model = network()
+    return Stepper(
+        model, plan, SingleLabel(), OPTIMIZERS[optimizer](model), seed=0,
+        normalize=Normalize((0.45,) * 3, (0.225,) * 3),
+        precision=Scaled(torch.device("cpu"), dtype, False, "a test"), max_clips=max_clips, compile="off",
+        tell=lambda *_: None,
+    )  # fmt: skip
+
+
+def batch(plan: Plan, step: int) -> Batch:
+    slot, generator = plan.slot(step), torch.Generator().manual_seed(step)
+    clips = torch.randint(256, (slot.batch, slot.grid.frames, slot.grid.size, slot.grid.size, 3), generator=generator)
+    labels = torch.randint(8, (slot.batch,), generator=generator)
+    shard = shard_batch(slot.batch, plan.phase(step).bn_groups, 0, 1)
+    return Batch(clips.to(torch.uint8), labels, torch.arange(slot.batch), shard=shard)
+
+
+def parameters(of: Stepper) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in of.model.parameters()]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_overflowing_steps_of_fp16_are_skipped_and_leave_no_trace(optimizer: str) -> None:
+    plan = tiny_plan("baseline", epochs=3)
+    scaled, plain = stepper(optimizer, torch.float16, plan), stepper(optimizer, None, plan)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+    for each in (scaled, plain):
+        each.task = SimpleNamespace(loss=lambda *given: 64 * SingleLabel().loss(*given))  # type: ignore[assignment]
+    taken = []
+    for step in range(12):
+        before = parameters(scaled)
+        scaled(step, batch(plan, step))
+        taken.append(not equal(parameters(scaled), before))
+        if taken[-1]:
+            plain(step, batch(plan, step))
+    assert not taken[0], "the first step overflows"
+    assert any(taken[:6])
+    assert not all(taken[taken.index(True) :]), "the scale grows until a step overflows again"
+    assert equal(parameters(scaled), parameters(plain))
+    states = [s.optimizer.state_dict()["state"] for s in (scaled, plain)]
+    for number, entry in states[1].items():
+        assert all(torch.equal(states[0][number][key], value) for key, value in entry.items())
+    assert int(scaled.bad_step) == -1
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run() -> None:
+    plan = tiny_plan("baseline", epochs=3)
+    scaled = stepper("fused", torch.float16, plan)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    loss = scaled.task.loss
+    scaled.task.loss = lambda logits, labels: loss(InfiniteGradient.apply(logits), labels)  # type: ignore[method-assign]
+    before = parameters(scaled)
+    for step in range(6):
+        scaled(step, batch(plan, step))
+    assert int(scaled.bad_step) == 3, "its scales are 8, 4, 2 and 1"
+    assert equal(parameters(scaled), before)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nothing_changes_from_the_first_loss_on_that_is_not_finite(optimizer: str, dtype: torch.dtype | None) -> None:
+    plan = tiny_plan("baseline", epochs=3)
+    trained = stepper(optimizer, dtype, plan)
+    trained.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype is not None)
+    loss, factors = trained.task.loss, iter([1, 1, float("inf"), 1, 1])
+    trained.task.loss = lambda logits, labels: loss(logits, labels) * next(factors)  # type: ignore[method-assign]
+    seen = []
+    for step in range(5):
+        trained(step, batch(plan, step))
+        seen.append(parameters(trained))
+    assert int(trained.bad_step) == 2
+    assert not equal(seen[0], seen[1])
+    assert equal(seen[1], seen[2])
+    assert equal(seen[1], seen[4])
+
+
+def out_of_memory(plan: Plan, max_clips: int) -> str:
+    """What the first step says on a machine without memory."""
+    trained = stepper("fused", None, plan, max_clips)
+    trained.task = SimpleNamespace(loss=lambda *_: torch.empty(2**50))  # type: ignore[assignment]
+    with pytest.raises(UserError) as refusal:
+        trained(0, batch(plan, 0))
+    (line,) = str(refusal.value).splitlines()
+    return line
+
+
+def test_a_step_that_memory_cannot_hold_names_the_key_and_a_value_that_fits() -> None:
+    plan = tiny_plan("long", batch=16)
+    slot, base = plan.slot(0), plan.base
+    assert slot.batch == 128
+    grid = f"{slot.grid.frames}×{slot.grid.size}²"
+    value, line = 1000, out_of_memory(plan, 1000)
+    assert line.startswith(f"out of memory at step 0 (phase 1, {grid}), where this rank runs 128 clips at once: ")
+    tried = []
+    while "try loader.max_clips_per_step=" in line:
+        clips = int(line.split("runs ")[1].split()[0])
+        lower = int(line.split("loader.max_clips_per_step=")[1].split()[0])
+        assert f"(now {value})" in line
+        assert lower == 1 or lower * base.frames * base.size**2 // slot.grid.volume <= clips // 2
+        value, line = lower, out_of_memory(plan, lower)
+        tried.append(value)
+    assert tried[-1] == 1
+    assert "choose a smaller model, base.size or base.frames" in line
+
+
+def test_other_errors_of_a_step_are_not_about_memory() -> None:
+    plan = tiny_plan("baseline")
+    broken = stepper("fused", None, plan)
+    broken.task = SimpleNamespace(loss=lambda logits, labels: logits @ labels)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="addmv"):
+        broken(0, batch(plan, 0))

@@ -1,0 +1,314 @@
+import copy
+import json
+import re
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import StochasticDepth
+from training import KNOBS, metrics, tiny_plan, tiny_trainer
+
+from mgvideo.datasets.motion import make_motion
+from mgvideo.distributed.signals import Stopped
+from mgvideo.engine.trainer import Trainer
+from mgvideo.errors import UserError
+from mgvideo.loading.loader import Batch
+from mgvideo.models.small import i3d_small, r2plus1d_small
+from mgvideo.storage.checkpoints import read_checkpoint, write_atomic
+
+pytestmark = pytest.mark.numeric
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    trainer.monitor.close()
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_loss_falls_and_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan("multigrid", epochs=60, lr_steps=(0, 45), warmup_epochs=4.0, lr=0.1)
+    trainer = tiny_trainer(
+        tmp_path,
+        motion_root,
+        plan,
+        model=i3d_small(8, width=8),
+        workers=2,
+        validate=True,
+        evals_per_phase=0,
+        precise_bn_clips=64,
+    )
+    trainer.train()
+    losses = list(metrics(tmp_path).values())
+    assert sum(losses[:3]) / 3 > 2.0
+    assert sum(losses[-3:]) / 3 < 1.4
+    trainer.precise_bn()
+    evaluator, views = trainer.validate
+    result = replace(evaluator, loader=trainer.loader)(trainer.model, views)
+    assert trainer.task.metrics(result.scores, result.labels)["top1"] > 50  # chance is 12.5
+
+
+def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan()
+    trainer = tiny_trainer(tmp_path, motion_root, plan, validate=True)
+    trainer.train()
+    trainer.monitor.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if "loss" in line]
+    ends = {phase.steps[1] for phase in plan.phases}
+    assert {line["step"] for line in train} == ends | set(range(2, plan.steps + 1, 2))
+    for line in train:
+        slot = plan.slot(line["step"] - 1)
+        assert (line["frames"], line["size"], line["batch"]) == (slot.grid.frames, slot.grid.size, slot.batch)
+        assert line["lr"] == plan.lr(line["step"] - 1)
+    assert {line["step"] for line in lines if "val_top1" in line} == ends
+    assert trainer.checkpoints.steps()[-1] == plan.steps
+    assert trainer.checkpoints.best.exists()
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion_root: str, validate: bool) -> None:
+    plan = tiny_plan(epochs=8, lr_steps=(0, 5))
+    model = nn.Sequential(i3d_small(16, width=4), nn.Dropout(0.3), nn.Linear(16, 8))
+    options = {"validate": validate, "precise_bn_clips": 8, "checkpoint_every": 3, "seed": 5}
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=model, **options)
+    whole.train()
+    expected = weights(whole)
+    assert len({phase.steps for phase in plan.phases if phase.length > 1}) > 3
+    for stop in (3, plan.steps - 3 - plan.steps % 3):
+        model.load_state_dict(start)
+        folder = tmp_path / f"cut{stop}"
+        cut = tiny_trainer(folder, motion_root, plan, model=model, **options)
+        original = cut.step
+
+        def dying(step: int, batch: object, stop: int = stop, original: object = original) -> None:
+            if step == stop + 1:
+                raise KeyboardInterrupt
+            original(step, batch)  # type: ignore[operator]
+
+        cut.step = dying  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+        cut.checkpoints.wait()
+        cut.monitor.close()
+        newest, _ = cut.checkpoints.newest()
+        assert newest is not None
+        state = read_checkpoint(newest)
+        assert state["progress"]["step"] in (stop, stop + 1)  # where a phase ends one step later, there
+        for parameter in model.parameters():  # nothing of the first process may survive in the second
+            parameter.data.normal_()
+        again = tiny_trainer(folder, motion_root, plan, model=model, workers=2, **options)
+        again.load(state)
+        again.train()
+        assert_equal(weights(again), expected)
+
+
+def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan()
+    torch.manual_seed(0)
+    drops = [nn.Dropout3d(0.2), StochasticDepth(0.1, "row"), nn.Dropout(0.1)]
+    model = nn.Sequential(*drops, r2plus1d_small(8, width=4, dropout=0.3))
+    whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=copy.deepcopy(model), double=True)
+    whole.train()
+    split = tiny_trainer(tmp_path / "split", motion_root, plan, model=model, double=True, max_clips=8)
+    split.train()
+    assert_equal(weights(split), weights(whole), tolerance=1e-9)
+    assert metrics(tmp_path / "split") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the times that a value is asked of the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_steps_ask_nothing_of_the_device(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("short"))
+    whole, in_steps = Syncs(), Syncs()
+    real = trainer.step
+
+    def step(number: int, batch: Batch) -> None:
+        with in_steps:
+            real(number, batch)
+
+    trainer.step = step  # type: ignore[method-assign]
+    with whole:
+        trainer.train()
+    trainer.monitor.close()
+    assert whole.count > 0, "log steps read the loss"
+    assert in_steps.count == 0
+
+
+def test_compiled_training_has_one_graph_a_slot_and_learns_the_same(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny_plan("short", epochs=4, lr_steps=(0, 3))
+    eager = tiny_trainer(tmp_path / "eager", motion_root, plan, double=True)
+    eager.train()
+    graphs = CompileCounterWithBackend("eager")
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: whole(model, backend=graphs, dynamic=dynamic))
+    torch._dynamo.reset()
+    compiled = tiny_trainer(tmp_path / "compiled", motion_root, plan, double=True, compile="default", validate=True)
+    compiled.train()
+    slots = {(slot, phase.bn_groups) for phase in plan.phases for slot in phase.slots}
+    assert graphs.frame_count == len(slots)
+    assert_equal(weights(compiled), weights(eager), tolerance=1e-8)
+
+
+def test_a_trace_of_steps_is_left(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=2)
+    trainer.train()
+    trainer.monitor.close()
+    events = json.loads((tmp_path / "profile/rank0.pt.trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep")}
+    assert len(steps) == 2
+    assert "conv" in (tmp_path / "profile/kernels.txt").read_text()
+
+
+def test_a_run_that_is_stopped_leaves_what_it_traced(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=1000)
+    monkeypatch.setattr(
+        "mgvideo.engine.trainer.received", lambda: signal.SIGTERM if trainer.progress.step == 6 else None
+    )
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert "ProfilerStep#6" in (tmp_path / "profile/rank0.pt.trace.json").read_text()
+
+
+def test_a_training_that_moves_keeps_all_it_ran_on(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"))
+    state = trainer.state()
+    for key in ("hardware", "precision", "date"):  # as checkpoints were before they held these
+        del state["progress"][key]
+    trainer.load(state)
+    for hardware in ("a GPU", "two GPUs", "a GPU"):
+        trainer.progress.begins(hardware, "bf16")
+        trainer.load(trainer.state())
+    trainer.monitor.close()
+    assert (trainer.progress.hardware, trainer.progress.precision) == ("a GPU; two GPUs", "bf16")
+
+
+def test_a_non_finite_loss_stops_before_the_step(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(path: Path, data: bytes) -> None:
+        time.sleep(0.5)
+        write_atomic(path, data)
+
+    monkeypatch.setattr("mgvideo.storage.checkpoints.write_atomic", slowly)
+    plan = tiny_plan("baseline")
+    trainer = tiny_trainer(tmp_path, motion_root, plan, checkpoint_every=2)
+    real, calls = trainer.task.loss, 0
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return real(logits, labels) * (float("nan") if calls == 4 else 1.0)
+
+    trainer.task.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"step 3 \(phase 1, 8×32².*step_00000002.pt"):
+        trainer.train()
+    assert all(torch.isfinite(value).all() for value in weights(trainer).values() if value.is_floating_point())
+
+
+def limits(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
+    """Places where the trainer comes by, and the seconds that it may be there."""
+    told: list[tuple[str, float | None]] = []
+    monkeypatch.setattr("mgvideo.engine.trainer.at", lambda where, order=(), limit=None: told.append((where, limit)))
+    trainer.train()
+    trainer.monitor.close()
+    return told
+
+
+def test_a_hang_is_noticed_in_precise_bn_and_in_validation(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"precise_bn_clips": 16, "hang_timeout": 7}
+    told = limits(tiny_trainer(tmp_path, motion_root, tiny_plan(), validate=True, **options), monkeypatch)
+    for doing in ("in precise BN", "validating"):
+        assert {limit for where, limit in told if doing in where} == {7, None}  # None: waiting for other ranks
+
+
+def test_a_step_that_compiles_may_take_its_time(
+    tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mgvideo.engine.train_step.compiled", lambda model, mode, plan: model)
+    plan = tiny_plan(epochs=4)
+    told = limits(tiny_trainer(tmp_path, motion_root, plan, compile="default", hang_timeout=7), monkeypatch)
+    forward = [limit for where, limit in told if "forward" in where]
+    graphs = [(plan.slot(step), plan.phase(step).bn_groups) for step in range(plan.steps)]
+    assert forward == [7 if graph in graphs[:step] else None for step, graph in enumerate(graphs)]
+    assert 7 in forward
+
+
+def test_another_optimizer_keeps_its_settings_and_another_precision_its_scale(tmp_path: Path, motion_root: str) -> None:
+    plan = tiny_plan("baseline")
+    first = tiny_trainer(tmp_path / "first", motion_root, plan)
+    first.model.to(memory_format=torch.channels_last_3d)  # as in bf16
+    first.train()
+    first.monitor.close()
+    state = read_checkpoint(first.checkpoints.path(plan.steps))
+    again = tiny_trainer(tmp_path / "again", motion_root, plan)
+    again.optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.3)
+    again.stepper.scaler = torch.amp.GradScaler("cpu")  # as in fp16
+    again.load(state)
+    again.monitor.close()
+    group = again.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.3)
+    for number, parameter in enumerate(again.model.parameters()):
+        momentum, saved = again.optimizer.state[parameter]["momentum_buffer"], state["optimizer"]["state"][number]
+        assert torch.equal(momentum, saved["momentum_buffer"])
+        assert momentum.stride() == parameter.stride()
+    assert again.stepper.scaler.is_enabled()
+    other = tiny_trainer(tmp_path / "other", motion_root, plan, model=i3d_small(8, width=8))
+    with pytest.raises(UserError, match="does not fit this network"):
+        other.load(state)
+    other.monitor.close()
+
+
+def test_an_evaluation_that_memory_cannot_hold_names_its_key(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), validate=True)
+    trainer.monitor.close()
+    assert trainer.validate is not None
+    evaluator, views = trainer.validate
+    trainer.model.register_forward_hook(lambda *_: torch.empty(2**50))
+    for batch, key in ((8, r"test\.batch=4 \(now 8\)"), (1, r"test\.crops=1 or less test\.size")):
+        with pytest.raises(UserError, match=rf"^out of memory .* {batch} crops of 8×32² .* try {key}$"):
+            replace(evaluator, batch=batch)(trainer.model, views)
+
+
+def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, motion_root: str) -> None:
+    folder = make_motion(motion_root, KNOBS)
+    shutil.copytree(folder, tmp_path / folder.name)
+    files = sorted((tmp_path / folder.name / "train").glob("*.mp4"))
+    for file in files[::2]:
+        file.write_text("no video")
+    trainer = tiny_trainer(tmp_path / "run", str(tmp_path), tiny_plan("baseline", epochs=4), workers=1)
+    with pytest.raises(UserError, match=r"\d+ of \d+ clips could not be read") as error:
+        trainer.train()
+    bad, clips = map(int, re.findall(r"(\d+) of (\d+) clips", str(error.value))[0])
+    trainer.monitor.close()
+    requests = [request for step in range(trainer.progress.step) for request in trainer.sampler.shard(step).clips]
+    paths = [trainer.loader.dataset.path(request.index) for request in requests]
+    assert clips == len(requests) >= 100
+    assert bad == sum(path in map(str, files[::2]) for path in paths)
+    tries = len((tmp_path / "run/bad_videos.csv").read_text().splitlines()) - 1
+    assert tries > 1.5 * bad, "each try is listed all the same"

@@ -1,0 +1,169 @@
+"""Room in /dev/shm for the batches of loader workers, counted beforehand, and lacking in earnest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from training import KNOBS, ROOT, TINY
+
+from mgvideo.datasets.decoders import PyAV
+from mgvideo.datasets.motion import motion
+from mgvideo.errors import UserError
+from mgvideo.loading import shared_memory
+from mgvideo.loading.loader import Loader, LoaderOptions, dead_worker
+from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
+from mgvideo.loading.shared_memory import GIB, BatchSizes, bytes_in_flight, check_room, fewest_bytes, find_room
+from mgvideo.plan.plan import Grid
+
+MIB = 2**20
+
+
+def test_two_loaders_keep_batches_ready_in_training_and_one_in_the_test() -> None:
+    assert bytes_in_flight([BatchSizes(10, 0)], workers=4, prefetch=2) == 10 * (8 + 8 + 1)
+    assert bytes_in_flight([BatchSizes(10, 30)], workers=4, prefetch=2) == 30 * (8 + 1)
+    assert bytes_in_flight([BatchSizes(10, 0), BatchSizes(7, 0)], workers=1, prefetch=1) == (10 + 7) * 3
+    assert fewest_bytes([BatchSizes(10, 30), BatchSizes(7, 0)]) == 2 * (30 + 7)
+
+
+def check(monkeypatch: pytest.MonkeyPatch, free: int | None, workers: int = 4, total: int = 0) -> list[str]:
+    """One rank's batches of 40 MiB; None: the system sets no limit."""
+    room = None if free is None else shared_memory.Room("x", "node1", total or free, free)
+    monkeypatch.setattr(shared_memory, "find_room", lambda folder: room)
+    return check_room(BatchSizes(40 * MIB, 0), workers, prefetch=2)
+
+
+def test_enough_room_is_not_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(monkeypatch, 17 * 40 * MIB) == []
+    assert check(monkeypatch, None) == []
+
+
+def test_room_that_may_fill_up_is_warned_of_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    (warning,) = check(monkeypatch, 17 * 40 * MIB - 1, total=3 * GIB)
+    assert warning == (
+        "/dev/shm on node1 has 680 MiB free, but loader workers may fill 680 MiB, which ends the run: "
+        "enlarge it (docker run --shm-size=4g), or set loader.workers=4 loader.prefetch=1"
+    )
+    (warning,) = check(monkeypatch, 130 * MIB)
+    assert warning.endswith("(docker run --shm-size=1g), or set loader.workers=1 loader.prefetch=1")
+    (warning,) = check(monkeypatch, 100 * MIB)
+    assert warning.endswith("or set loader.workers=0, which is slow")
+
+
+def test_room_for_less_than_two_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"/dev/shm on node1 has 64 MiB free, but loader workers need 80 MiB there at least, and up to 680 MiB: "
+    with pytest.raises(UserError, match=f"{message}enlarge it .docker run --shm-size=1g., or set loader.workers=0"):
+        check(monkeypatch, 64 * MIB)
+    with pytest.raises(UserError, match="/dev/shm on node1 is full, missing or read-only, but"):
+        check(monkeypatch, 0)
+
+
+def test_ranks_share_the_room_of_their_container_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, two in one container."""
+    one, other = (shared_memory.Room(name, name, GIB, GIB) for name in ("one", "other"))
+    sizes = BatchSizes(GIB // 6, 0)
+    monkeypatch.setattr(shared_memory, "gather_objects", lambda item: [(one, sizes), (other, sizes), (one, sizes)])
+    assert len(check_room(sizes, 1, 1)) == 0
+    (warning,) = check_room(sizes, 1, 2)
+    assert warning.startswith("/dev/shm on one has 1.0 GiB free, but loader workers may fill 1.7 GiB")
+    monkeypatch.setattr(shared_memory, "gather_objects", lambda item: [(one, sizes)] * 4)
+    with pytest.raises(UserError, match=r"/dev/shm on one has 1.0 GiB free, but loader workers need 1.3 GiB"):
+        check_room(sizes, 1, 1)
+
+
+def test_a_folder_is_looked_at_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = os.statvfs(tmp_path)
+    room = find_room(tmp_path)
+    assert room
+    assert room.total == about.f_blocks * about.f_frsize
+    assert 0 < room.free <= room.total
+    missing = find_room(tmp_path / "missing")
+    assert missing
+    assert missing.free == 0
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_blocks=0))
+    assert find_room(tmp_path) is None, "a tmpfs of size=0 has no limit"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert find_room(tmp_path) is None
+
+
+@pytest.fixture
+def small_shm() -> list[str]:
+    """The start of a command that runs the rest with 256 KiB of /dev/shm."""
+    mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"', "sh"]
+    try:
+        done = subprocess.run([*mount, "true"], capture_output=True, timeout=30)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if done.returncode:
+        pytest.skip("this host allows no namespaces")
+    return mount
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_that_cannot_fit_ends_before_training(tmp_path: Path, motion_root: str, small_shm: list[str]) -> None:
+    program = [sys.executable, str(ROOT / "tools/run_net.py"), *TINY, "test.enable=false", "output_dir=out"]
+    done = run([*small_shm, *program, f"dataset.root={motion_root}"], tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "/dev/shm" in line
+    assert "--shm-size=1g" in line
+    assert "loader.workers=0" in line
+    assert (tmp_path / "out/metrics.jsonl").read_text() == ""
+
+
+class Bus:
+    """Videos whose first clip kills the process, as a full /dev/shm does with some versions of torch."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, request: ClipRequest) -> Sample:
+        os.kill(os.getpid(), signal.SIGBUS)
+        raise AssertionError
+
+
+GRID = Grid(16, 96, (1, 1), (96, 96))  # 432 KiB a clip
+
+
+def requests(step: int) -> BatchRequest:
+    return BatchRequest([ClipRequest(0, GRID, step)])
+
+
+def last_words(motion_root: str, method: str, killed: bool) -> None:
+    """Print what a loader says whose worker finds no room."""
+    dataset = Bus() if killed else motion(motion_root, KNOBS, "train", PyAV())
+    try:
+        list(Loader(dataset, LoaderOptions(1, 1, method)).open(requests, range(3)))
+    except UserError as error:
+        print(error)
+    except RuntimeError as error:  # torch raises it wherever this process is
+        print(dead_worker(error))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_worker_that_a_bus_error_kills_names_the_room(motion_root: str, tmp_path: Path, method: str) -> None:
+    script = f"from test_shared_memory import *; last_words({motion_root!r}, {method!r}, killed=True)"
+    (line,) = run([sys.executable, "-c", script], tmp_path).stdout.splitlines()
+    assert line.startswith("a loader worker was killed by SIGBUS: /dev/shm (")
+    assert line.endswith("enlarge it (docker run --shm-size=…), or lower loader.workers or loader.prefetch")
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_worker_that_finds_no_room_names_it(
+    motion_root: str, small_shm: list[str], tmp_path: Path, filled: bool
+) -> None:
+    """Room that is filled before is lacking for the queues that workers start with."""
+    fill = "open('/dev/shm/other', 'wb').write(bytes(2**18 - 4096)); " if filled else ""
+    script = f"from test_shared_memory import *; {fill}last_words({motion_root!r}, 'forkserver', killed=False)"
+    done = run([*small_shm, sys.executable, "-c", script], tmp_path)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("/dev/shm, where" if filled else "/dev/shm (1 MiB), where"), done.stderr

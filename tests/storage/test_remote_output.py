@@ -1,0 +1,161 @@
+"""A run whose data, weights and folder are all somewhere else, in this process; and what its mirror does alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training import KNOBS, TINY, end_state, metrics, start_program
+from web import Bucket, s3, served
+
+from mgvideo.cli.run import main
+from mgvideo.datasets.motion import make_motion
+from mgvideo.errors import UserError
+from mgvideo.models.small import r2plus1d_small
+from mgvideo.storage.checkpoints import Checkpoints
+from mgvideo.storage.paths import register
+from mgvideo.storage.remote_output import INDEX, Mirror
+
+RUN = [
+    *(argument for argument in TINY if "knobs" not in argument),
+    *("dataset=kinetics400", "dataset.num_classes=8", "loader.workers=0", "test.enable=false"),
+    *("precision=fp32", "checkpoint.every_steps=2", "train.precise_bn_clips=0", "loader.max_clips_per_step=16"),
+]
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Bucket:
+    bucket = Bucket(tmp_path_factory.mktemp("bucket"))
+    register(bucket)
+    return bucket
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    bucket.broken = False
+
+
+def test_a_run_lives_on_remotes_and_goes_on_from_there(tmp_path: Path, motion_root: str, bucket: Bucket) -> None:
+    shutil.copytree(make_motion(motion_root, KNOBS), tmp_path / "served")
+    torch.save({"model": r2plus1d_small(8, width=4).state_dict()}, tmp_path / "served/weights.pt")
+    with served(tmp_path / "served") as (address, asked):
+        run = [*RUN, f"dataset.root={address}", f"init_from={address}/weights.pt"]
+        main([*run, "output_dir=bucket://runs/a"])
+        assert asked.count("/weights.pt") == 1
+        assert asked.count("/train/00000.mp4") == 1, "read many times, fetched once"
+        whole = Path("runs/remote/bucket/runs/a")
+        steps = Checkpoints(whole / "checkpoints").steps()
+        for name in ("report.md", "metrics.jsonl", "plan.json", f"checkpoints/step_{steps[-1]:08d}.pt"):
+            expected = (whole / name).read_bytes() if (whole / name).exists() else None
+            there = bucket.folder / "runs/a" / name
+            assert (there.read_bytes() if there.exists() else None) == expected, name
+        # another machine, which has nothing, and a remote whose newest checkpoint somebody deleted
+        shutil.copytree(bucket.folder / "runs/a", bucket.folder / "runs/b")
+        (bucket.folder / f"runs/b/checkpoints/step_{steps[-1]:08d}.pt").unlink()
+        main([*run, "output_dir=bucket://runs/b"])
+        again = Path("runs/remote/bucket/runs/b")
+        assert end_state(again)["tensors"] == end_state(whole)["tensors"]
+        assert metrics(again) == metrics(whole)
+        shutil.copytree(whole / "checkpoints", tmp_path / "served/checkpoints")
+        main([*run, f"resume={address}/checkpoints/step_{steps[-2]:08d}.pt", "output_dir=c"])
+        assert end_state(Path("c"))["tensors"] == end_state(whole)["tensors"]
+
+
+def test_a_run_lives_on_s3(tmp_path: Path, motion_root: str) -> None:
+    videos = Path(make_motion(motion_root, KNOBS))
+    with s3("videos") as (client, environment):
+        for file in (path for path in videos.rglob("*") if path.is_file()):
+            client.upload_file(str(file), "videos", f"my data/{file.relative_to(videos)}")
+        run = [*RUN, "dataset.root=s3://videos/my data", "loader.workers=2", "output_dir=s3://videos/runs/a"]
+        whole, again = (Path(f"runs/remote/s3/{name}") for name in ("first", "videos/runs/a"))
+        run_net(run, environment, tmp_path)
+        again.rename(whole)
+        newest = f"checkpoints/step_{Checkpoints(whole / 'checkpoints').steps()[-1]:08d}.pt"
+        client.delete_object(Bucket="videos", Key=f"runs/a/{newest}")
+        run_net(run, environment, tmp_path)
+        client.download_file("videos", f"runs/a/{newest}", "newest.pt")
+    assert end_state(again)["tensors"] == end_state(whole)["tensors"]
+    assert metrics(again) == metrics(whole)
+    assert Path("newest.pt").read_bytes() == (again / newest).read_bytes()
+
+
+def run_net(overrides: list[str], environment: dict[str, str], folder: Path) -> None:
+    process = start_program(*overrides, log=folder / "log", environment=environment)
+    process.join()
+    assert process.exitcode == 0, (folder / "log").read_text()
+
+
+def saved(mirror: Mirror, *steps: int) -> None:
+    checkpoints = Checkpoints(mirror.folder / "checkpoints", keep=2, written=mirror.push)
+    for step in steps:
+        checkpoints.save(step, {"weights": torch.ones(3), "progress": {"step": step}}, best=step == 1)
+    checkpoints.wait()
+
+
+def test_the_remote_has_what_the_folder_has_and_gives_it_back(bucket: Bucket) -> None:
+    mirror = Mirror("bucket://kept")
+    with mirror.kept():
+        saved(mirror, 1, 2, 3, 4)
+    names = {path.name for path in (bucket.folder / "kept/checkpoints").iterdir()}
+    assert names == {f"step_0000000{step}.{suffix}" for step in (1, 3, 4) for suffix in ("pt", "sha256")}
+    before = {path: path.stat().st_mtime_ns for path in (bucket.folder / "kept/checkpoints").iterdir()}
+    shutil.rmtree(mirror.folder)
+    with (again := Mirror("bucket://kept/")).kept():
+        checkpoints = Checkpoints(again.folder / "checkpoints")
+        newest, warnings = checkpoints.newest()
+        assert newest == checkpoints.path(4)
+        assert not warnings
+        assert os.readlink(checkpoints.best) == "step_00000001.pt"
+        assert again.source(newest) == "bucket://kept/checkpoints/step_00000004.pt"
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "what it had is not sent again"
+
+
+def test_a_remote_out_of_reach_is_a_warning_that_the_next_copy_makes_good(
+    bucket: Bucket, capsys: pytest.CaptureFixture
+) -> None:
+    mirror = Mirror("bucket://shaky")
+    with mirror.kept():
+        saved(mirror, 1)
+        bucket.broken = True
+        saved(mirror, 2)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: cannot write to bucket://shaky: ")
+        assert str(mirror.folder) in line
+        bucket.broken = False
+    assert (bucket.folder / "shaky/checkpoints/step_00000002.pt").exists()
+
+
+def test_a_copy_cut_short_is_told_and_the_one_before_used(bucket: Bucket) -> None:
+    mirror = Mirror("bucket://cut")
+    with mirror.kept():
+        saved(mirror, 1, 2)
+    os.truncate(bucket.folder / "cut/checkpoints/step_00000002.pt", 100)
+    shutil.rmtree(mirror.folder)
+    with (again := Mirror("bucket://cut")).kept():
+        checkpoints = Checkpoints(again.folder / "checkpoints")
+        newest, warnings = checkpoints.newest()
+        assert newest == checkpoints.path(1)
+        assert "step_00000002.pt is damaged" in warnings[0]
+
+
+def test_a_remote_that_takes_nothing_or_leads_outside_is_one_line(tmp_path: Path, bucket: Bucket) -> None:
+    with served(tmp_path) as (address, _), pytest.raises(UserError, match=r"output_dir=http.*: cannot be used"):
+        Mirror(f"{address}/run").kept().__enter__()
+    (bucket.folder / "evil").mkdir()
+    (bucket.folder / "evil" / INDEX).write_text(json.dumps({"files": {"../../../stolen": [1, 1]}, "links": {}}))
+    with pytest.raises(UserError, match="outside of the run"):
+        Mirror("bucket://evil").kept().__enter__()
+
+
+def test_a_local_folder_is_its_own(tmp_path: Path) -> None:
+    for address in ("runs/x", f"file://{tmp_path}/runs/x"):
+        mirror = Mirror(address)
+        assert mirror.folder.resolve() == tmp_path / "runs/x"
+        with mirror.kept():
+            assert mirror.source(mirror.folder / "a") == str(mirror.folder / "a")
