@@ -20,7 +20,7 @@ from .frames import FrameFolders
 from .lists import check_root, read_classes
 from .sampling import Sampling
 from .tables import is_header, read_lines, read_table
-from .video import Entry, VideoDataset
+from .video import VideoDataset, VideoEntry
 
 CLASSES = 157
 COLUMNS = ("id", "actions")  # of the official CSV that are read
@@ -51,7 +51,7 @@ class TimedDataset(VideoDataset):
         sampling: Sampling,
     ) -> None:
         labels = [tuple(sorted({action.label for action in group})) for group in actions]
-        entries = [Entry(path, label) for path, label in zip(paths, labels, strict=True)]
+        entries = [VideoEntry(path, label) for path, label in zip(paths, labels, strict=True)]
         super().__init__(root, entries, class_names, decoder, sampling)
         self._actions = np.array([action for group in actions for action in group]).reshape(-1, 3)
         self._bounds = np.cumsum([0, *(len(group) for group in actions)])

@@ -20,7 +20,7 @@ from .lists import check_root, find_spelling, note_repeats
 from .sampling import Sampling
 from .scan import COMMON_SUFFIXES, is_leftover, scan_folder, shorten
 from .tables import read_lines, read_records, read_table
-from .video import Entry, VideoDataset
+from .video import VideoDataset, VideoEntry
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")  # the last only where no folders of splits are
 _SPLIT = re.compile(
@@ -83,13 +83,14 @@ def video_folder(
     names = sorted(set(classes.values()))
     labels = {written: names.index(name) for written, name in classes.items()}
     entries = {
-        name: [Entry(row.path, labels[row.label], row.span) for row in rows] for name, rows in layout.splits.items()
+        name: [VideoEntry(row.path, labels[row.label], row.span) for row in rows]
+        for name, rows in layout.splits.items()
     }
     notes += [*layout.notes, *_note_classes(root, entries, names), *note_repeats(f"{root}: {split}", entries[split])]
     return VideoDataset(root, entries[split], names, decoder, Sampling(flip=flip), notes)
 
 
-def _note_classes(root: str, entries: Mapping[str, Sequence[Entry]], names: Sequence[str]) -> Iterator[str]:
+def _note_classes(root: str, entries: Mapping[str, Sequence[VideoEntry]], names: Sequence[str]) -> Iterator[str]:
     """Notes on classes that a split lacks, and on videos that two splits share."""
     if len(names) == 1:
         yield f"{root}: one class alone, {names[0]}: is dataset.root the folder that holds a folder per class?"

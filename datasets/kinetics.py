@@ -14,7 +14,7 @@ from .lists import check_root, note_repeats, read_classes, video_list
 from .sampling import Sampling
 from .scan import scan_folder
 from .tables import TableRow, is_header, read_lines, read_table
-from .video import Entry, VideoDataset
+from .video import VideoDataset, VideoEntry
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 SYNONYMS = {"validate": "val", "validation": "val"}  # of splits, in the official CSVs
@@ -61,9 +61,9 @@ def kinetics(
         clip = _clip_name(row)
         path = found.get(clip) or found.get(row["youtube_id"])
         if path:
-            entries.append(Entry(path, labels[name]))
+            entries.append(VideoEntry(path, labels[name]))
         else:
-            missing.append(Entry(f"{clip}.mp4", labels[name]))
+            missing.append(VideoEntry(f"{clip}.mp4", labels[name]))
     listed = len(entries) + len(missing)
     if not listed:
         splits = ", ".join(sorted({_split(row) for _, row in rows}))

@@ -18,7 +18,7 @@ from .decoders import Decoder
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES, shorten
 from .tables import is_header, is_remark, read_lines, read_table
-from .video import Entry, VideoDataset
+from .video import VideoDataset, VideoEntry
 
 COLUMNS = ("path", "label")  # of a list with a header
 _SEPARATOR = r"[\s,;|]+"
@@ -66,7 +66,7 @@ def video_list(
     return VideoDataset(root, [entry for _, entry in entries], names, decoder, Sampling(flip=flip), notes)
 
 
-def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, Entry]]:
+def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, VideoEntry]]:
     """Line numbers, from 1, and entries of a list file whose paths are relative to `root`; raises UserError."""
     entries = []
     for number, path, labels in _list_lines(file):
@@ -77,7 +77,7 @@ def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, E
             path = find_spelling(root, path)
         except ValueError as error:
             raise UserError(f"{file}:{number}: {error}") from None
-        entries.append((number, Entry(path, labels if multi_label else labels[0])))
+        entries.append((number, VideoEntry(path, labels if multi_label else labels[0])))
     if not entries:
         raise UserError(f"{file}: no videos in the list")
     _refuse_row_numbers(file, root, entries)
@@ -205,7 +205,7 @@ def find_spelling(root: str, path: str) -> str:
     return slashes
 
 
-def _refuse_row_numbers(file: str, root: str, entries: Sequence[tuple[int, Entry]]) -> None:
+def _refuse_row_numbers(file: str, root: str, entries: Sequence[tuple[int, VideoEntry]]) -> None:
     """Raise UserError where a table without a header was written with the index of its rows."""
     matches = [re.match(rf"(\d{{1,9}}){_SEPARATOR}.", entry.path) for _, entry in entries]
     numbers = [int(match[1]) for match in matches if match]
@@ -218,7 +218,7 @@ def _refuse_row_numbers(file: str, root: str, entries: Sequence[tuple[int, Entry
         )
 
 
-def note_repeats(name: str, entries: Sequence[Entry]) -> list[str]:
+def note_repeats(name: str, entries: Sequence[VideoEntry]) -> list[str]:
     """Notes on videos that the list `name` has more than once; stretches of one video are as many videos."""
     if len({entry.path for entry in entries}) == len(entries):
         return []
@@ -245,5 +245,5 @@ def read_classes(file: str) -> list[str]:
     return [name for line in read_lines(file) if (name := normalize_class_name(line))] if exists(file) else []
 
 
-def _labels(entry: Entry) -> Sequence[int]:
+def _labels(entry: VideoEntry) -> Sequence[int]:
     return (entry.label,) if isinstance(entry.label, int) else entry.label

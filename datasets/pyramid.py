@@ -51,7 +51,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Row:
+class ManifestRow:
     """A video in a pyramid's manifest: its short side, frames and bytes, those of its levels, why it has none.
 
     `start`: seconds at which its first frame appears.
@@ -108,7 +108,7 @@ def build(
     processes: int | None = None,
     progress: Progress = silent,
     estimate: Callable[[int], None] = lambda level_bytes: None,
-) -> list[Row]:
+) -> list[ManifestRow]:
     """Encode the videos `paths` (relative to `root`) and return the manifest's rows; goes on where it was stopped.
 
     `estimate` is told, once a few videos are done, how many bytes all will take; UserError where there is no room.
@@ -146,7 +146,7 @@ def level_path(folder: str, side: int, name: str) -> str:
     return join(folder, f"short{side}/{name}.mp4")
 
 
-def read_manifest(folder: str) -> tuple[Layout, list[Row]]:
+def read_manifest(folder: str) -> tuple[Layout, list[ManifestRow]]:
     """The layout and rows of a pyramid, in a folder or at a URL; raises UserError."""
     try:
         layout = json.loads(read_bytes(join(folder, "layout.json")))
@@ -158,14 +158,14 @@ def read_manifest(folder: str) -> tuple[Layout, list[Row]]:
     rows = {}
     for line in lines:
         try:
-            row = Row(**json.loads(line))
+            row = ManifestRow(**json.loads(line))
         except ValueError:  # a line that a killed builder did not finish
             continue
         rows[row.path] = row
     return Layout(tuple(layout["sides"]), layout["largest"]), list(rows.values())
 
 
-def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
+def _resume(folder: Path, layout: Layout) -> dict[str, ManifestRow]:
     """What is there of a pyramid with this layout; starts its manifest where nothing is."""
     if not (folder / "layout.json").exists():
         (folder / "rows.jsonl").touch()
@@ -181,7 +181,7 @@ def _resume(folder: Path, layout: Layout) -> dict[str, Row]:
     return {row.path: row for row in rows if not row.failure}
 
 
-def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, Row]) -> int:
+def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, ManifestRow]) -> int:
     """Bytes that the levels of `paths` will take, from those that are done; raises UserError where there is no room."""
     rows = [done[path] for path in paths if path in done]
     ratio = sum(row.level_bytes for row in rows) / max(1, sum(row.bytes for row in rows))
@@ -196,7 +196,7 @@ def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, R
     return total
 
 
-def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
+def encode_video(folder: str, root: str, layout: Layout, name: str) -> ManifestRow:
     """Encode and verify all levels of one video, upright; they appear under their names when they are whole."""
     source = join(root, name)
     parts: dict[Path, Path] = {}
@@ -218,9 +218,9 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> Row:
             level_bytes = sum(part.stat().st_size for part in parts.values())
             for final, part in parts.items():
                 part.replace(final)
-            return Row(name, short_side, frames, start, os.path.getsize(original), level_bytes)
+            return ManifestRow(name, short_side, frames, start, os.path.getsize(original), level_bytes)
     except DecodeError as error:
-        return Row(name, failure=error.reason)
+        return ManifestRow(name, failure=error.reason)
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)

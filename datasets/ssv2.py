@@ -14,7 +14,7 @@ from .decoders import Decoder
 from .lists import check_root, note_repeats
 from .sampling import Sampling
 from .tables import read_json_object, read_records
-from .video import Entry, VideoDataset
+from .video import VideoDataset, VideoEntry
 
 
 def ssv2(
@@ -40,7 +40,7 @@ def ssv2(
         template = normalize_class_name(re.sub(r"[\[\]]", "", item["template"]))
         if template not in places:
             raise UserError(f"{place}: {template!r} is not a label of {labels}{suggest_class(template, names)}")
-        entries.append(Entry(os.path.join(videos, f"{item['id']}.webm"), places[template]))
+        entries.append(VideoEntry(os.path.join(videos, f"{item['id']}.webm"), places[template]))
     if not entries:
         raise UserError(f"{file}: no videos in the list")
     notes = note_repeats(annotations, entries)

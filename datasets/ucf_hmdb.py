@@ -14,7 +14,7 @@ from .lists import check_root, note_repeats, parse_line
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES, is_leftover
 from .tables import read_lines
-from .video import Entry, VideoDataset
+from .video import VideoDataset, VideoEntry
 
 
 def ucf101(
@@ -45,7 +45,7 @@ def ucf101(
             raise UserError(f"{file}:{number}: class {name!r} is not in classInd.txt{suggest_class(name, names)}")
         if label not in (None, labels[name] + 1):
             raise UserError(f"{file}:{number}: label {label}, where classInd.txt has {labels[name] + 1} for {name}")
-        entries.append(Entry(os.path.join(videos, path), labels[name]))
+        entries.append(VideoEntry(os.path.join(videos, path), labels[name]))
     if not entries:
         raise UserError(f"{file}: no videos in the list")
     return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), note_repeats(file, entries))
@@ -101,7 +101,7 @@ def hmdb51(
             if fields and (len(fields) != 2 or fields[1] not in ("0", "1", "2")):
                 raise UserError(f"{file}:{number}: expected 'name.avi 0|1|2', found {line[:80]!r}")
             if fields and fields[1] == wanted:
-                entries.append(Entry(os.path.join(videos, file.name.removesuffix(suffix), fields[0]), place))
+                entries.append(VideoEntry(os.path.join(videos, file.name.removesuffix(suffix), fields[0]), place))
     if not entries:
         raise UserError(f"{os.path.join(root, splits)}: no {split} videos in fold {fold}")
     return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), note_repeats(splits, entries))

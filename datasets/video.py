@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mgvideo.errors import UserError
-from mgvideo.loading.requests import ClipRequest, Failure, Sample
+from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample
 from mgvideo.storage.paths import join
 
 from .decoders import DecodeError, Decoder, Decord
@@ -23,7 +23,7 @@ from .sampling import Sampling, choose, clip_indices, crop_boxes, frame_span
 TRIES = 10  # videos to try for one training clip before giving up
 
 
-class Entry(NamedTuple):
+class VideoEntry(NamedTuple):
     """A video of a dataset: its path relative to the dataset's root, its label or labels, the seconds that count."""
 
     path: str
@@ -44,12 +44,12 @@ class VideoDataset:
     def __init__(
         self,
         root: str,
-        entries: Sequence[Entry],
+        entries: Sequence[VideoEntry],
         class_names: Sequence[str],
         decoder: Decoder | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008
         notes: Sequence[str] = (),
-        missing: Sequence[Entry] = (),
+        missing: Sequence[VideoEntry] = (),
     ) -> None:
         self.root, self.class_names, self.notes, self.missing = root, list(class_names), list(notes), list(missing)
         self.decoder, self.sampling = Decord() if decoder is None else decoder, sampling
@@ -65,11 +65,11 @@ class VideoDataset:
         """Where a video is: a file or a URL."""
         return join(self.root, os.fsdecode(self._paths[index]))
 
-    def entry(self, index: int) -> Entry:
+    def entry(self, index: int) -> VideoEntry:
         """A video as it is listed."""
         label, (start, end) = self.labels[index], self._spans[index].tolist()
         labels = tuple(label.nonzero()[0].tolist()) if label.ndim else int(label)
-        return Entry(os.fsdecode(self._paths[index]), labels, (start, end))
+        return VideoEntry(os.fsdecode(self._paths[index]), labels, (start, end))
 
     @property
     def timed(self) -> bool:
@@ -98,14 +98,14 @@ class VideoDataset:
         if request.view is not None:
             return self._view(request)
         index = request.index
-        failures: list[Failure] = []
+        failures: list[DecodeFailure] = []
         substitutes: np.random.Generator | None = None  # made for the few that need it
         for _ in range(TRIES):
             try:
                 clip, seconds = self._read(index, request)
                 return Sample(clip, self.label(index, seconds), index, tuple(failures))
             except DecodeError as error:
-                failures.append(Failure(index, error.path, error.reason))
+                failures.append(DecodeFailure(index, error.path, error.reason))
                 substitutes = substitutes or np.random.default_rng((request.seed, len(self)))
                 index = int(substitutes.integers(len(self)))
         raise UserError(
@@ -114,11 +114,11 @@ class VideoDataset:
 
     def _view(self, request: ClipRequest) -> Sample:
         assert request.view is not None
-        failures: tuple[Failure, ...] = ()
+        failures: tuple[DecodeFailure, ...] = ()
         try:
             clip, _ = self._read(request.index, request)
         except DecodeError as error:
-            failures = (Failure(request.index, error.path, error.reason),)
+            failures = (DecodeFailure(request.index, error.path, error.reason),)
             grid = request.grid
             clip = torch.zeros(request.view.crops, grid.frames, grid.size, grid.size, 3, dtype=torch.uint8)
         return Sample(clip, self.label(request.index), request.index, failures)

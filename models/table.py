@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
-class Row:
+class ZooRow:
     """A network at an input, and what is published of it there."""
 
     config: str
@@ -36,28 +36,28 @@ class Row:
 
 # Published: the PyTorchVideo model zoo; for r2plus1d_18 the metadata of torchvision's weights.
 ROWS = (
-    Row("c2d_r50", 8, 256, 24_327_632, gflops=25.89),
-    Row("slow_r50", 4, 256, 32_454_096, gflops=27.55),
-    Row("slow_r50", 8, 256, 32_454_096, gflops=54.52),
-    Row("i3d_r50", 8, 256, 28_043_472, gflops=37.53),
-    Row("i3d_r101", 8, 256),
-    Row("i3d_nln_r50", 8, 256),
-    Row("i3d_nln_r101", 8, 256),
-    Row("slowfast_4x16_r50", 32, 256, millions="34.48", gflops=36.69),
-    Row("slowfast_8x8_r50", 32, 256, 34_566_488, gflops=65.71),
-    Row("slowfast_8x8_r101", 32, 256, 62_826_968, gflops=127.20),
-    Row("slowfast_16x8_r50", 64, 256),
-    Row("slowfast_16x8_r101", 64, 256, millions="53.77", gflops=215.61),
-    Row("slowfast_nln_4x16_r50", 32, 256),
-    Row("slowfast_nln_8x8_r50", 32, 256),
-    Row("slowfast_nln_16x8_r101", 64, 256),
-    Row("r2plus1d_18", 16, 112, 31_505_325, gflops=40.519),
-    Row("r2plus1d_34", 16, 112),
-    Row("r2plus1d_r50", 16, 256, 28_107_600, gflops=76.45),
-    Row("slowfast_small", 16, 64, classes=8),
-    Row("i3d_small", 16, 64, classes=8),
-    Row("i3d_nln_small", 16, 64, classes=8),
-    Row("r2plus1d_small", 16, 64, classes=8),
+    ZooRow("c2d_r50", 8, 256, 24_327_632, gflops=25.89),
+    ZooRow("slow_r50", 4, 256, 32_454_096, gflops=27.55),
+    ZooRow("slow_r50", 8, 256, 32_454_096, gflops=54.52),
+    ZooRow("i3d_r50", 8, 256, 28_043_472, gflops=37.53),
+    ZooRow("i3d_r101", 8, 256),
+    ZooRow("i3d_nln_r50", 8, 256),
+    ZooRow("i3d_nln_r101", 8, 256),
+    ZooRow("slowfast_4x16_r50", 32, 256, millions="34.48", gflops=36.69),
+    ZooRow("slowfast_8x8_r50", 32, 256, 34_566_488, gflops=65.71),
+    ZooRow("slowfast_8x8_r101", 32, 256, 62_826_968, gflops=127.20),
+    ZooRow("slowfast_16x8_r50", 64, 256),
+    ZooRow("slowfast_16x8_r101", 64, 256, millions="53.77", gflops=215.61),
+    ZooRow("slowfast_nln_4x16_r50", 32, 256),
+    ZooRow("slowfast_nln_8x8_r50", 32, 256),
+    ZooRow("slowfast_nln_16x8_r101", 64, 256),
+    ZooRow("r2plus1d_18", 16, 112, 31_505_325, gflops=40.519),
+    ZooRow("r2plus1d_34", 16, 112),
+    ZooRow("r2plus1d_r50", 16, 256, 28_107_600, gflops=76.45),
+    ZooRow("slowfast_small", 16, 64, classes=8),
+    ZooRow("i3d_small", 16, 64, classes=8),
+    ZooRow("i3d_nln_small", 16, 64, classes=8),
+    ZooRow("r2plus1d_small", 16, 64, classes=8),
 )
 
 

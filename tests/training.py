@@ -38,7 +38,7 @@ from mgvideo.models.small import r2plus1d_small
 from mgvideo.plan.plan import Base, Grid, Plan
 from mgvideo.plan.schedules import Schedule, make_plan
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
-from mgvideo.tracking.run_logger import Monitor
+from mgvideo.tracking.run_logger import RunLogger
 
 ROOT = Path(__file__).parents[1]
 KNOBS = Knobs(train=64, val=12, frames=20, height=48, width=64)
@@ -101,7 +101,7 @@ def tiny_trainer(
         normalize=normalize,
         precision=precision,
         options=TrainOptions(**settings),  # type: ignore[arg-type]
-        monitor=Monitor(folder, plan, active=rank() == 0),
+        monitor=RunLogger(folder, plan, active=rank() == 0),
         checkpoints=Checkpoints(folder / "checkpoints"),
         validate=(Evaluator(val, SingleLabel(), 8, normalize, precision), views) if validate else None,
     )

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
-from mgvideo.distributed.signals import note
+from mgvideo.distributed.signals import record_early_signals
 from mgvideo.errors import UserError
 from mgvideo.loading.workers import start_server
 
@@ -55,7 +55,7 @@ def _run(words: Sequence[str]) -> None:
     program, arguments = (words[:1] or ["--help"])[0], words[1:]
     if program in PROGRAMS:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):
-            note()  # imports take a while, in which a job may be asked to stop
+            record_early_signals()  # imports take a while, in which a job may be asked to stop
             if not any(word.startswith(("-", "loader.workers=0", "loader.start_method=")) for word in arguments):
                 with suppress(UserError):  # raised again where the run can report it
                     start_server()  # and workers take as long to import theirs

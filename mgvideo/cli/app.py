@@ -54,7 +54,7 @@ def main(
     if {"-h", "--help"} & set(arguments):
         print(help_text(config_name, description))
         return
-    with reported():
+    with exit_on_user_error():
         flags, overrides, parsed = _flags_and_overrides(config_name, arguments)
         overrides = quote_texts(config_name, overrides, parsed.multirun)
         if not parsed.multirun:
@@ -64,7 +64,7 @@ def main(
 
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
-        with reported() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
+        with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             run_on(available_cpus())
             limit_threads(cpu_count())
             for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
@@ -73,7 +73,7 @@ def main(
             task(cfg)
 
     sys.argv = [sys.argv[0], *flags, *overrides]
-    with reported():
+    with exit_on_user_error():
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
 
 
@@ -108,7 +108,7 @@ def quote_texts(config_name: str, overrides: Sequence[str], multirun: bool = Fal
     return values.quote_texts(overrides, composed, multirun)
 
 
-class reported:  # noqa: N801  a context manager, read as a phrase
+class exit_on_user_error:  # noqa: N801  a context manager, read as a phrase
     """Turns a user's error inside it into one line on stderr and exit code 2, another rank's into code 1."""
 
     def __enter__(self) -> None: ...

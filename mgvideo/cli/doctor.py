@@ -71,7 +71,7 @@ class Finding:
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo doctor` and tools/doctor.py."""
     own, rest = keys.split(Keys, arguments)
-    with app.reported():
+    with app.exit_on_user_error():
         given = keys.read(Keys, own)
         if given.format not in ("table", "json"):
             raise UserError(f"format={given.format}: choose table or json")

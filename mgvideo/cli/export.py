@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         print(_help())
         return
     own, rest = keys.split(ExportKeys, arguments)
-    with app.reported():
+    with app.exit_on_user_error():
         run(read_keys(own), rest)
 
 

@@ -49,7 +49,7 @@ class PlanKeys:
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo plan` and tools/plan.py."""
     own, rest = keys.split(PlanKeys, arguments)
-    with app.reported():
+    with app.exit_on_user_error():
         given = read_keys(own)
     app.main("run", _description(), partial(show, given), rest, keys.names(PlanKeys))
 

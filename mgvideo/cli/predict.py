@@ -27,7 +27,7 @@ from mgvideo.datasets.lists import read_classes
 from mgvideo.datasets.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.sampling import Sampling
 from mgvideo.datasets.scan import scan_folder
-from mgvideo.datasets.video import Entry, VideoDataset
+from mgvideo.datasets.video import VideoDataset, VideoEntry
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.precision import Normalize, Precision, choose_precision
 from mgvideo.engine.tasks import TASKS
@@ -88,7 +88,7 @@ class Predictor:
         cfg = self.trained.cfg
         label: Any = 0 if cfg.dataset.task == "single_label" else ()
         sampling = Sampling(flip=False, segments=self.segments)
-        dataset = VideoDataset("", [Entry(path, label) for path in paths], self.names, PyAV(), sampling)
+        dataset = VideoDataset("", [VideoEntry(path, label) for path in paths], self.names, PyAV(), sampling)
         loader = Loader(dataset, loader_options(cfg), self.precision.device.type == "cuda")
         evaluator = Evaluator(loader, self.task, len(self.names), self.normalize, self.precision, cfg.test.batch)
         with Progress("predict") as progress:
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     videos = [word for word in arguments if is_video(word)]
     own, rest = keys.split(PredictKeys, [word for word in arguments if word not in videos])
-    with app.reported():
+    with app.exit_on_user_error():
         given = read_keys(own)
         run(given, find(videos), rest)
 

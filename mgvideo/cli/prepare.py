@@ -22,7 +22,7 @@ from mgvideo.datasets.check import Finding, broken_share, check, listed, repeate
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import Layout, Row, build
+from mgvideo.datasets.pyramid import Layout, ManifestRow, build
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     own, rest = keys.split(command.keys, rest)
     given = command.keys()
     if not {"-h", "--help"} & set(rest):
-        with app.reported():
+        with app.exit_on_user_error():
             given = read_keys(command.keys, own)
     rest = _motion_overrides(given, rest) if isinstance(given, MotionKeys) else rest
     intro = f"{command.text[0].upper()}{command.text[1:]}. Takes the groups and keys of a run, and:"
@@ -240,7 +240,7 @@ def _short_side(paths: Sequence[str]) -> int:
     return sorted(sides)[len(sides) // 2]
 
 
-def _say_rows(rows: Sequence[Row], allowed: float) -> None:
+def _say_rows(rows: Sequence[ManifestRow], allowed: float) -> None:
     failed = [row for row in rows if row.failure]
     before, levels = sum(row.bytes for row in rows), sum(row.level_bytes for row in rows)
     print(

@@ -12,13 +12,13 @@ from rich.table import Table as Grid
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import Benchmark, predict
 from mgvideo.plan.schedules import baseline_of
-from mgvideo.reproduce.tables import Table
+from mgvideo.reproduce.tables import ResultTable
 from mgvideo.tracking.run_logger import duration
 
 from .tables import Entry
 
 
-def show(table: Table, cells: Sequence[Entry], seeds: int, benchmark: Benchmark | None, gpus: int) -> None:
+def show(table: ResultTable, cells: Sequence[Entry], seeds: int, benchmark: Benchmark | None, gpus: int) -> None:
     """Print a table's cells with their epochs, steps, FLOPs and, from a benchmark, times."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mgvideo.distributed.signals import Stopped, listening, stop_if_asked
+from mgvideo.distributed.signals import Stopped, handle_signals, stop_if_asked
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import read_benchmark
 from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import page
-from mgvideo.reproduce.results import Results, Row, read_outcome
-from mgvideo.reproduce.tables import Table
+from mgvideo.reproduce.results import ReportRow, Results, read_outcome
+from mgvideo.reproduce.tables import ResultTable
 from mgvideo.storage.checkpoints import write_atomic
 from mgvideo.tracking.run_logger import duration
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(_description())
         return
-    with app.reported():
+    with app.exit_on_user_error():
         own, rest = keys.split(ReproduceKeys, [argument for argument in arguments if argument != "--list"])
         given, rest = keys.read(ReproduceKeys, own), app.quote_texts("run", rest)
         require(given.processes is None or given.processes >= 1, f"processes={given.processes}: give 1 or more")
@@ -105,7 +105,7 @@ class Reproduction:
     """One call of the program: what is to be done, what failed, and the report of what is there."""
 
     def __init__(
-        self, given: ReproduceKeys, table: Table, cells: Sequence[Entry], command: str, queue: Sequence[str] = ()
+        self, given: ReproduceKeys, table: ResultTable, cells: Sequence[Entry], command: str, queue: Sequence[str] = ()
     ) -> None:
         self.given, self.table, self.cells, self.command, self.queue = given, table, cells, command, queue
         out = Path(given.out or f"runs/tables/{table.preset.name}")
@@ -130,7 +130,7 @@ class Reproduction:
         for entry in self.cells:
             if entry.missing:
                 self.console.print(f"not run: {entry.cell.title}: {entry.missing}")
-        with listening():
+        with handle_signals():
             try:
                 if self.given.launcher:
                     self._all_at_once(todo)
@@ -260,7 +260,7 @@ class Reproduction:
             )
             left = f"{len(jobs) - len(outcomes)} of {len(jobs)} runs not made yet" if len(outcomes) < len(jobs) else ""
             flops = entry.flops(outcomes[0].plan) if outcomes else 0.0
-            rows.append(Row(entry.cell, outcomes, flops, entry.missing or failed or left))
+            rows.append(ReportRow(entry.cell, outcomes, flops, entry.missing or failed or left))
         results = Results(self.table, tuple(rows), self.command)
         figures = draw_results(results, self.folder)
         write_atomic(

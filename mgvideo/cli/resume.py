@@ -21,7 +21,7 @@ from mgvideo.errors import UserError
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.checkpoints import Checkpoints, differences, read_checkpoint
 from mgvideo.storage.paths import is_remote, plain
-from mgvideo.storage.remote_output import Mirror
+from mgvideo.storage.remote_output import RemoteOutput
 
 from . import app
 from .build import Data
@@ -29,7 +29,7 @@ from .build import Data
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
-def made_of(cfg: DictConfig, data: Data, precision: Precision) -> dict[str, Any]:
+def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dict[str, Any]:
     """What a resumed run must share with the one that it goes on with: every key that changes steps, and the data.
 
     Of `precision=auto` it is what was chosen, which another machine may choose otherwise.
@@ -60,7 +60,7 @@ def made_of(cfg: DictConfig, data: Data, precision: Precision) -> dict[str, Any]
     return flat
 
 
-def beginning(cfg: DictConfig, checkpoints: Checkpoints, mirror: Mirror) -> tuple[str | None, list[str]]:
+def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOutput) -> tuple[str | None, list[str]]:
     """The checkpoint to go on from, the same on all ranks, None to begin anew; warnings about those passed over.
 
     A job that SLURM or torchrun started again goes on with what it wrote itself, wherever `resume` let it begin.
@@ -74,7 +74,7 @@ def beginning(cfg: DictConfig, checkpoints: Checkpoints, mirror: Mirror) -> tupl
     return (None if cfg.resume in ("auto", "never") else cfg.resume), warnings
 
 
-def resumed(
+def load_checkpoint(
     cfg: DictConfig, path: str, made: dict[str, Any], versions: Mapping[str, str], plan: Plan
 ) -> tuple[dict[str, Any], list[str]]:
     """The state in a checkpoint, and warnings.
@@ -164,7 +164,9 @@ def lower_lr_command(cfg: DictConfig, checkpoints: Checkpoints) -> str:
     return app.same_command({**changes, "checkpoint.strict": "false"}, without=["resume"])
 
 
-def set_aside(path: str | None, state: dict[str, Any] | None, checkpoints: Checkpoints, mirror: Mirror) -> str | None:
+def archive_newer_checkpoints(
+    path: str | None, state: dict[str, Any] | None, checkpoints: Checkpoints, mirror: RemoteOutput
+) -> str | None:
     """Leave in the folder only the checkpoints that the run goes on from; the line to print where others were there."""
     if rank() != 0:
         return None

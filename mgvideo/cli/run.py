@@ -18,9 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.distributed.ranks import joined, rank, world_size
-from mgvideo.distributed.signals import Stopped, defer, listening
-from mgvideo.distributed.watchdog import LEAVING, at, place
+from mgvideo.distributed.ranks import process_group, rank, world_size
+from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
+from mgvideo.distributed.watchdog import LEAVING, place, report_position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import clips_at_once, is_out_of_memory
@@ -28,16 +28,16 @@ from mgvideo.engine.precision import Precision, choose_precision
 from mgvideo.engine.tasks import SingleLabel
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
-from mgvideo.loading.loader import Loader, dead_worker
+from mgvideo.loading.loader import Loader, explain_dead_worker
 from mgvideo.plan.plan import Grid, Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import plan_table
-from mgvideo.storage.checkpoints import Checkpoints, sole_run, write_atomic
+from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder, write_atomic
 from mgvideo.storage.paths import belongs_to
-from mgvideo.storage.remote_output import Mirror
+from mgvideo.storage.remote_output import RemoteOutput
 from mgvideo.tracking.report import Report, hardware
-from mgvideo.tracking.run_logger import Monitor
+from mgvideo.tracking.run_logger import RunLogger
 
 from . import app
 from .build import (
@@ -53,12 +53,12 @@ from .build import (
 )
 from .groups import check_groups
 from .resume import (
-    beginning,
+    archive_newer_checkpoints,
+    find_checkpoint,
     keep_max_clips,
+    load_checkpoint,
     lower_lr_command,
-    made_of,
-    resumed,
-    set_aside,
+    resume_fingerprint,
     software_versions,
 )
 from .schema import check_values
@@ -73,7 +73,7 @@ def run(cfg: DictConfig) -> None:
     """One run from a composed config; on every rank."""
     check_values(cfg)
     check_groups(cfg)
-    with listening(), joined() as device:
+    with handle_signals(), process_group() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -84,30 +84,32 @@ def run(cfg: DictConfig) -> None:
         if cfg.train.precise_bn_clips:
             check_shards(baseline_of(plan), world_size())
         precision = choose_precision(cfg.precision, device)
-        mirror = Mirror(cfg.output_dir)
+        mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
-        with sole_folder(folder), mirror.kept(), explained(cfg, checkpoints):
-            path, warnings = beginning(cfg, checkpoints, mirror)
+        with locked_run_folder(folder), mirror.synced(), explained(cfg, checkpoints):
+            path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, anew=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
-            checkpoints.made_of, checkpoints.versions = made_of(cfg, data, precision), software_versions()
-            state, told = resumed(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
+            checkpoints.made_of, checkpoints.versions = resume_fingerprint(cfg, data, precision), software_versions()
+            state, told = (
+                load_checkpoint(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
+            )
             write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
-            monitor = Monitor(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
+            monitor = RunLogger(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
             try:
                 for warning in [*filter(None, [precision.warning]), *faults, *warnings, *told]:
-                    monitor.say(f"warning: {warning}")
+                    monitor.print_line(f"warning: {warning}")
                 announce(cfg, monitor, plan, precision, data)
                 trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints, state)
                 if state:
                     trainer.load(state)
-                    monitor.say(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
-                if cfg.train.enable and (moved := set_aside(path, state, checkpoints, mirror)):
-                    monitor.say(f"warning: {moved}")
-                defer()
+                    monitor.print_line(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
+                if cfg.train.enable and (moved := archive_newer_checkpoints(path, state, checkpoints, mirror)):
+                    monitor.print_line(f"warning: {moved}")
+                defer_signals()
                 if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
                     trainer.progress.begins(hardware(device), str(precision))
                 if cfg.train.enable:
@@ -119,7 +121,7 @@ def run(cfg: DictConfig) -> None:
 
 
 @contextmanager
-def sole_folder(folder: Path) -> Iterator[None]:
+def locked_run_folder(folder: Path) -> Iterator[None]:
     """The run's folder, made and held against other runs by rank 0."""
     if rank() != 0:
         yield
@@ -127,7 +129,7 @@ def sole_folder(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(sole_run(folder))
+            stack.enter_context(lock_run_folder(folder))
         except OSError as error:
             raise UserError(f"cannot write into output_dir={folder}: {error.strerror}") from error
         yield
@@ -144,7 +146,7 @@ def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
             f"{error}. To continue with half the learning rate: {lower_lr_command(cfg, checkpoints)}"
         ) from error
     except Stopped as stop:
-        at(LEAVING)
+        report_position(LEAVING)
         checkpoints.wait()
         if rank() == 0:
             step = max(checkpoints.steps(), default=0)
@@ -164,7 +166,7 @@ def _torch_errors_explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # of a dead worker torch raises it wherever this process is
-        explained_error = dead_worker(error)
+        explained_error = explain_dead_worker(error)
         if explained_error is error:
             explained_error = _explain(error)
         if explained_error is error:
@@ -193,15 +195,17 @@ def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 
-def announce(cfg: DictConfig, monitor: Monitor, plan: Plan, precision: Precision, data: Data) -> None:
+def announce(cfg: DictConfig, monitor: RunLogger, plan: Plan, precision: Precision, data: Data) -> None:
     """The first screen: what will happen."""
     choices: Any = HydraConfig.get().runtime.choices
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    monitor.say(f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}")
-    monitor.show(plan_table(plan, gpus=world_size()))
+    monitor.print_line(
+        f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}"
+    )
+    monitor.print_renderable(plan_table(plan, gpus=world_size()))
     for note in dict.fromkeys((*plan.notes, *data.train.notes, *data.val.notes)):
-        monitor.say(f"note: {note}")
-    monitor.say(f"precision: {precision}")
+        monitor.print_line(f"note: {note}")
+    monitor.print_line(f"precision: {precision}")
 
 
 def build_trainer(
@@ -210,14 +214,14 @@ def build_trainer(
     plan: Plan,
     data: Data,
     precision: Precision,
-    monitor: Monitor,
+    monitor: RunLogger,
     checkpoints: Checkpoints,
     state: dict[str, Any] | None = None,
 ) -> Trainer:
     """The trainer, its optimizer and its validation."""
     options = loader_options(cfg)
     for warning in check_shared_memory(cfg, plan, options):
-        monitor.say(f"warning: {warning}")
+        monitor.print_line(f"warning: {warning}")
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
     normalize = build_normalize(cfg, precision)
@@ -228,9 +232,9 @@ def build_trainer(
     if state and cfg.loader.max_clips_per_step is None:
         fits, changed = keep_max_clips(state.get("max_clips"), fits, plan)
         if changed:
-            monitor.say(f"warning: {changed}")
+            monitor.print_line(f"warning: {changed}")
     if fits < clips_at_once(plan, world_size()):
-        monitor.say(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
+        monitor.print_line(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
     side = base.size
     views = Views(Grid(base.frames, side, (base.stride, base.stride), (side, side)))
@@ -262,7 +266,7 @@ def build_trainer(
     )
 
 
-def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> None:
+def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> None:
     """Multi-view test of the model as it is, then the report."""
     if cfg.train.enable and trainer.progress.evaluated < trainer.progress.step:
         trainer.precise_bn()  # no evaluation has made them for these weights
@@ -271,15 +275,15 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin)
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch)
     started = time.perf_counter()
-    monitor.say(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    beat = trainer.beat("testing", -1)
+    monitor.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
+    beat = trainer.report_progress("testing", -1)
 
     def tell(done: int, of: int, waiting: bool) -> None:
         beat(done, of, waiting)
         monitor.tested(done, of)
 
     result = evaluator(trainer.model, views, tell)
-    at("after the test")
+    report_position("after the test")
     monitor.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
     if rank() != 0:
@@ -305,10 +309,10 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: Monitor) -> Non
         advice=advice(choices, plan_name=trainer.plan.schedule),
     )
     report.write()
-    monitor.say("\n" + report.markdown())
+    monitor.print_line("\n" + report.markdown())
 
 
-def record_test(trainer: Trainer, data: Data, monitor: Monitor, result: Scores, metrics: dict[str, float]) -> None:
+def record_test(trainer: Trainer, data: Data, monitor: RunLogger, result: Scores, metrics: dict[str, float]) -> None:
     """The test in TensorBoard and test.json."""
     step = trainer.progress.step
     for name, value in metrics.items():

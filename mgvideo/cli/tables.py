@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import cost
 from mgvideo.plan.plan import Plan
-from mgvideo.reproduce.tables import Cell, Preset, Table, presets_of, read_preset, read_table
+from mgvideo.reproduce.tables import Cell, Preset, ResultTable, presets_of, read_preset, read_table
 
 from . import app
 from .build import build_plan
@@ -50,7 +50,7 @@ def tables() -> dict[str, list[str]]:
     return {name: presets_of(_load("table", FOLDER, name), name) for name in _files(FOLDER)}
 
 
-def load_table(name: str, preset: str) -> Table:
+def load_table(name: str, preset: str) -> ResultTable:
     """A table under a preset. Raises UserError where there is none, or its file is wrong."""
     own: Preset = read_preset(preset, _load("preset", f"{FOLDER}/preset", preset))
     return read_table(name, _load("table", FOLDER, name), own)
@@ -120,7 +120,7 @@ def _flatten(prefix: str, value: Any, flat: dict[str, Any]) -> None:
             flat[key] = inner
 
 
-def entries(table: Table, given: Sequence[str], weights: str | None) -> list[Entry]:
+def entries(table: ResultTable, given: Sequence[str], weights: str | None) -> list[Entry]:
     """The cells of a table with the overrides given for all of them; what a cell itself sets, it keeps.
 
     Raises UserError where an override is unknown, or says what every cell says for itself.
@@ -142,7 +142,7 @@ def entries(table: Table, given: Sequence[str], weights: str | None) -> list[Ent
     return made
 
 
-def _check_given(table: Table, given: Sequence[str]) -> None:
+def _check_given(table: ResultTable, given: Sequence[str]) -> None:
     sets = [{key_of(override) for override in cell.overrides} for cell in table.cells if not cell.not_run]
     for override in given:
         if sets and all(key_of(override) in keys for keys in sets):

@@ -21,7 +21,7 @@ LONG = 512  # rows of a matrix product from which on a copy of its weight is sma
 NARROW, WIDE = 8, 64  # kernels take 16 positions of a row at once: images share rows of WIDE where theirs are narrow
 
 
-class FlatConv3d(nn.Conv3d):
+class CpuConv3d(nn.Conv3d):
     """`nn.Conv3d` with a kernel of one frame, of one position, or over few channels; parameters and results are the
     same."""
 
@@ -80,14 +80,14 @@ def _temporal(x: Tensor, weight: Tensor, bias: Tensor | None, pace: int, border:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def convert_flat_convs(model: nn.Module) -> nn.Module:
+def convert_convolutions(model: nn.Module) -> nn.Module:
     """Turns every plain `nn.Conv3d` with such a kernel into a `FlatConv3d`, in place, and returns the model.
 
     The modules, their parameters and hooks stay the very same objects.
     """
     for module in model.modules():
         if type(module) is nn.Conv3d and _converts(module):
-            module.__class__ = FlatConv3d
+            module.__class__ = CpuConv3d
     return model
 
 

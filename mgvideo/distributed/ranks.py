@@ -24,8 +24,8 @@ from mgvideo.cpu.resources import cpu_share, find_resources, memory_share
 from mgvideo.errors import UserError
 
 from .launch import choose_gpu, launched_number, ranks_from_slurm, visible_gpus
-from .signals import Stopped, defer, heed, requeue
-from .watchdog import LEAVING, Watch, at
+from .signals import Stopped, defer_signals, raise_on_signal, requeue
+from .watchdog import LEAVING, Watchdog, report_position
 
 PATIENCE = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
 
@@ -46,7 +46,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
+def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
     """The device of this process, ranks joined where a launcher such as torchrun or srun started several.
 
     Inside, a signal raises Stopped; where that ends it, the job goes back into SLURM's queue.
@@ -56,16 +56,16 @@ def joined(timeout_s: float = 600.0) -> Iterator[torch.device]:
     """
     ranks_from_slurm()
     alone = launched_number("WORLD_SIZE", "1") == 1
-    with _alone() if alone else _together(timedelta(seconds=timeout_s)) as device:
+    with _single_process() if alone else _multi_process(timedelta(seconds=timeout_s)) as device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         limit_threads(rank_cpus())
-        heed()
+        raise_on_signal()
         yield device
 
 
 @contextmanager
-def _alone() -> Iterator[torch.device]:
+def _single_process() -> Iterator[torch.device]:
     try:
         yield torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     except Stopped as stop:
@@ -74,11 +74,11 @@ def _alone() -> Iterator[torch.device]:
 
 
 @contextmanager
-def _together(timeout: timedelta) -> Iterator[torch.device]:
+def _multi_process(timeout: timedelta) -> Iterator[torch.device]:
     """Inside, ranks are joined and watch each other; a signal that comes before waits until they can leave together."""
     store, number, size = _rendezvous(timeout)
-    store = dist.PrefixStore(_meeting(store, number, size, timeout), store)
-    watch = Watch(store.clone(), number, size)
+    store = dist.PrefixStore(_fresh_store_prefix(store, number, size, timeout), store)
+    watch = Watchdog(store.clone(), number, size)
     watch.start()
     failed = True
     try:
@@ -98,7 +98,7 @@ def _together(timeout: timedelta) -> Iterator[torch.device]:
         yield device
         failed = False
     except (Exception, SystemExit) as error:
-        defer()  # launchers ask the survivors of a failure to leave, but its report is to be heard
+        defer_signals()  # launchers ask the survivors of a failure to leave, but its report is to be heard
         explained = watch.explain(error)
         if isinstance(explained, Stopped):
             _leave(explained, watch, store.clone())
@@ -133,7 +133,7 @@ def _rendezvous(timeout: timedelta) -> tuple[dist.Store, int, int]:
         ) from error
 
 
-def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
+def _fresh_store_prefix(store: dist.Store, number: int, size: int, timeout: timedelta) -> str:
     """A new name, the same on all ranks of this start, for what they tell each other.
 
     torchrun's store outlives ranks that are started again and what they told; their restarts each node counts for
@@ -156,9 +156,9 @@ def _meeting(store: dist.Store, number: int, size: int, timeout: timedelta) -> s
     return own
 
 
-def _leave(stop: Stopped, watch: Watch, store: dist.Store) -> None:
+def _leave(stop: Stopped, watch: Watchdog, store: dist.Store) -> None:
     """Requeue together: a rank that left first would end the others, and what follows a failure is no reason to."""
-    at(LEAVING)
+    report_position(LEAVING)
     if watch.rank == 0:
         _meet(store, "asked", watch)
         if watch.failure is None:
@@ -169,7 +169,7 @@ def _leave(stop: Stopped, watch: Watch, store: dist.Store) -> None:
     _meet(store, "leaving", watch)
 
 
-def _meet(store: dist.Store, name: str, watch: Watch) -> None:
+def _meet(store: dist.Store, name: str, watch: Watchdog) -> None:
     """Wait until all ranks are here, for rank 0 as long as it is on its way, since it may have a checkpoint to write.
 
     But not for ever: a rank may be waiting for another in a collective operation.
@@ -188,7 +188,7 @@ def _exit_later(code: int) -> None:
     os._exit(code)
 
 
-class Votes:
+class RequestSync:
     """The most that any rank asks for, agreed on while a step runs: over gloo on the CPU, so that no device waits."""
 
     def __init__(self, wish: Callable[[], int]) -> None:
@@ -196,13 +196,13 @@ class Votes:
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[Any, Tensor] | None = None
 
-    def cast(self) -> None:
+    def start(self) -> None:
         """Start to tell this rank's wish."""
         if self.group is not None:
             vote = torch.tensor(self.wish())
             self._pending = (dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.group, async_op=True), vote)
 
-    def result(self) -> int:
+    def wait(self) -> int:
         """The largest wish of all ranks, the same on each."""
         if self._pending is None:
             return self.wish()
@@ -255,7 +255,7 @@ def limit_threads(cores: int | Fraction) -> None:
 
 
 @cache
-def neighbours(size: int) -> Any:
+def bn_process_group(size: int) -> Any:
     """The ProcessGroup of `size` consecutive ranks that this rank is in; None for 1. All ranks call it together."""
     if size == 1:
         return None

@@ -49,7 +49,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         os.write(2, b"\nfinishing the step and writing a checkpoint; Ctrl-C again leaves at once\n")
 
 
-def note() -> None:
+def record_early_signals() -> None:
     """Keep in mind until `listening` what a scheduler asks: by default its signals would end this process."""
     _State.deferred = True
     for number in ASKING:
@@ -58,7 +58,7 @@ def note() -> None:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Inside, the signals of `ASKING` show in `received()`; from `heed` to `defer` they raise Stopped at any place."""
     _State.deferred = True
     before = {number: signal.signal(number, _handle) for number in ASKING}
@@ -70,13 +70,13 @@ def listening() -> Iterator[None]:
         _State.received, _State.deferred = 0, False
 
 
-def heed() -> None:
+def raise_on_signal() -> None:
     """From here to `defer` a signal raises Stopped wherever the process is; here, where one came before."""
     _State.deferred = False
     stop_if_asked()
 
 
-def defer() -> None:
+def defer_signals() -> None:
     """From here to the end of `listening` a signal only shows in `received()`.
 
     What a handler raises may be lost in a callback, cut a step, or cut the report of an error.

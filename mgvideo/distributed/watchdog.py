@@ -30,7 +30,7 @@ LEAVING = "on its way out, as it was asked to"  # a place, which rank 0 may be a
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """What went wrong first, on which rank, and where that was in the run."""
 
     rank: int
@@ -46,23 +46,23 @@ class RankError(Exception):
 
 
 @dataclass
-class _Place:
+class _Position:
     where: str = "before the first step"
     order: tuple[int, ...] = (-1,)  # step, and what of it
     limit: float | None = None  # seconds that this may take
     looks: int = 0  # since the main thread came here
 
 
-_place = _Place()
+_place = _Position()
 
 
-def at(where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -> None:
+def report_position(where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -> None:
     """Note where the main thread is, and in how many seconds it should be elsewhere (None: whenever).
 
     The order, (step, part of the step, …), tells who of several waiting ranks the others are waiting for.
     """
     global _place
-    _place = _Place(where, order, limit)
+    _place = _Position(where, order, limit)
 
 
 def place() -> str:
@@ -70,14 +70,14 @@ def place() -> str:
     return _place.where
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """This rank's thread. `store` is the rendezvous' (a client of our own: the main thread may wait in its)."""
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         super().__init__(name="watch", daemon=True)
         self.store = dist.PrefixStore("watch", store)
         self.rank, self.size = rank, size
-        self.failure: Failure | None = None
+        self.failure: RankFailure | None = None
         self._done = threading.Event()
         self._suspicious = False
         self._looks = 0
@@ -96,7 +96,7 @@ class Watch(threading.Thread):
                 try:
                     self._look()
                 except (RuntimeError, ValueError) as error:  # the store is where rank 0, or torchrun, was
-                    self.failure = Failure(0, "no longer there", f"the rendezvous does not answer ({_line(error)})")
+                    self.failure = RankFailure(0, "no longer there", f"the rendezvous does not answer ({_line(error)})")
             elif grace == 0:
                 print(f"error (rank {self.rank}): {self.failure}", file=sys.stderr, flush=True)
                 os._exit(1)
@@ -110,7 +110,7 @@ class Watch(threading.Thread):
         told = [self._looks, place.where, place.order, place.limit, place.looks]
         self.store.set(f"rank{self.rank}", json.dumps(told))
         if self.store.check(["failure"]):
-            self.failure = Failure(**json.loads(self.store.get("failure")))
+            self.failure = RankFailure(**json.loads(self.store.get("failure")))
             return
         self._look_at_next()
         if place.limit is not None and place.looks > place.limit:
@@ -128,7 +128,7 @@ class Watch(threading.Thread):
             return
         others = f", or rank {', '.join(map(str, last[1:]))}," if len(last) > 1 else ""
         _, where, _, limit, _ = places[last[0]]
-        self.post(Failure(last[0], where, f"it{others} hangs: nothing has happened for {limit:g} s (hang_timeout)"))
+        self.post(RankFailure(last[0], where, f"it{others} hangs: nothing has happened for {limit:g} s (hang_timeout)"))
 
     def _look_at_next(self) -> None:
         key = f"rank{(self.rank + 1) % self.size}"
@@ -139,12 +139,12 @@ class Watch(threading.Thread):
         self._next = (told, self._next[1] + 1)
         if self._next[1] >= (SUSPECT if self._suspicious else SILENT):
             text = "it is gone without a word: killed, out of memory, or its node is lost?"
-            self.post(Failure((self.rank + 1) % self.size, json.loads(told)[1], text))
+            self.post(RankFailure((self.rank + 1) % self.size, json.loads(told)[1], text))
 
-    def post(self, failure: Failure) -> Failure:
+    def post(self, failure: RankFailure) -> RankFailure:
         """Make a failure known; the one that was first comes back."""
         first = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
-        self.failure = Failure(**json.loads(first))
+        self.failure = RankFailure(**json.loads(first))
         return self.failure
 
     def leaves(self, rank: int) -> bool:
@@ -166,7 +166,7 @@ class Watch(threading.Thread):
         first = self.failure
         if first is None:
             with suppress(RuntimeError):
-                first = self.post(Failure(self.rank, _place.where, f"{_kind(error)}{_line(error)}"))
+                first = self.post(RankFailure(self.rank, _place.where, f"{_kind(error)}{_line(error)}"))
         if first is None or first.rank == self.rank:
             return error
         return RankError(str(first))

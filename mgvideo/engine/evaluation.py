@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mgvideo.distributed.ranks import all_reduce, gather_objects, neighbours, rank, world_size
+from mgvideo.distributed.ranks import all_reduce, bn_process_group, gather_objects, rank, world_size
 from mgvideo.distributed.signals import stop_if_asked
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_of
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
-from mgvideo.loading.requests import Failure
+from mgvideo.loading.requests import DecodeFailure
 from mgvideo.loading.sampler import ClipSampler, view_requests
 from mgvideo.plan.plan import Grid
 
@@ -43,7 +43,7 @@ class Scores:
 
     scores: Tensor
     labels: Tensor
-    failures: tuple[Failure, ...]
+    failures: tuple[DecodeFailure, ...]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Evaluator:
         device, steps = self.precision.device, range(-(-len(own) // self.batch))
         scores, seen = torch.zeros(videos, self.classes, device=device), torch.zeros(videos, device=device)
         labels = self.task.no_labels(videos, self.classes).to(device)
-        failures: list[Failure] = []
+        failures: list[DecodeFailure] = []
         model.eval()
         beat(0, len(steps), True)
         with torch.no_grad():
@@ -91,7 +91,7 @@ class Evaluator:
         if self.task.reduce == "sum":
             scores /= all_reduce(seen)[:, None]
         # a video counts once, whatever the reasons that its views give
-        by_video: dict[int, Failure] = {}
+        by_video: dict[int, DecodeFailure] = {}
         for failure in (failure for part in gather_objects(failures) for failure in part):
             by_video.setdefault(failure.index, failure)
         scores[list(by_video)] = float("nan")
@@ -137,7 +137,7 @@ def precise_bn(
             stop_if_asked()
             shard = batch.shard
             assert shard is not None, "the sampler's batches carry their shard"
-            group, seed = neighbours(len(shard.ranks)), random_seed(sampler.seed, Stream.DROPOUT, done)
+            group, seed = bn_process_group(len(shard.ranks)), random_seed(sampler.seed, Stream.DROPOUT, done)
             clips = batch.clips.to(precision.device, non_blocking=True)
             for start, stop, groups in split_into_micro_batches(shard, max_clips):
                 beat(done, batches, False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mgvideo.cpu.convolutions import convert_flat_convs
+from mgvideo.cpu.convolutions import convert_convolutions
 from mgvideo.cpu.memory import keep_freed_memory
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Grid
@@ -43,7 +43,7 @@ class Precision:
         """Move a model to the device and into the memory format, its convolutions to kernels that suit a CPU."""
         if self.device.type == "cpu":
             keep_freed_memory()
-            convert_flat_convs(model)
+            convert_convolutions(model)
         memory_format = torch.channels_last_3d if self.channels_last else torch.contiguous_format
         return model.to(device=self.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mgvideo.distributed.ranks import gather_objects, rank
-from mgvideo.loading.requests import Failure
+from mgvideo.loading.requests import DecodeFailure
 
 
 @dataclass
-class Progress:
+class TrainProgress:
     """Where a run is: what a checkpoint holds besides weights and optimizer."""
 
     step: int = 0
@@ -42,7 +42,7 @@ def _with(known: str, more: str) -> str:
 
 
 @dataclass
-class Window:
+class RunningMetrics:
     """What happened since the last log step."""
 
     since: float = field(default_factory=time.perf_counter)
@@ -52,7 +52,7 @@ class Window:
     read: int = 0  # clips, on this rank
     bad: int = 0  # clips among them whose video could not be read, however many substitutes it took
     waited: float = 0.0
-    failures: list[Failure] = field(default_factory=list)
+    failures: list[DecodeFailure] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
@@ -71,11 +71,11 @@ class Window:
         }
 
     @classmethod
-    def resumed(cls, state: dict[str, Any], device: torch.device) -> Window:
+    def resumed(cls, state: dict[str, Any], device: torch.device) -> RunningMetrics:
         """The window that `state` was taken of: rank 0 carries what all ranks brought."""
         window = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
         if rank() == 0:
             window.loss = state["loss"].to(device)
             window.read, window.waited, window.bad = state["read"], state["waited"], state["bad"]
-            window.failures = [Failure(*values) for values in state["failures"]]
+            window.failures = [DecodeFailure(*values) for values in state["failures"]]
         return window

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mgvideo.distributed.ranks import neighbours, world_size
+from mgvideo.distributed.ranks import bn_process_group, world_size
 from mgvideo.layers.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_of
 from mgvideo.loading.loader import Batch
@@ -27,7 +27,7 @@ from .precision import Normalize, Precision
 from .tasks import Task
 
 
-class Stepper:
+class TrainStep:
     """Takes a plan's optimizer steps.
 
     At most `max_clips` clips of the base grid are run at once. `tell(step, doing, part, watched)` hears where a step
@@ -116,7 +116,7 @@ class Stepper:
         """Accumulate gradients of the mean loss over the global batch; return this rank's part of that loss."""
         slot = self.plan.slot(step)
         micro_batches = split_into_micro_batches(shard, self._limit(slot.grid))
-        group = neighbours(len(shard.ranks))
+        group = bn_process_group(len(shard.ranks))
         total = torch.zeros((), device=self.device)
         # Dropout's seed depends on (seed, step) alone, not on the rank, and a resumed run needs no generator state.
         seed = random_seed(self.seed, Stream.DROPOUT, step)

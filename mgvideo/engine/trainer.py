@@ -15,26 +15,26 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mgvideo.distributed.ranks import Votes, barrier, gather_objects, rank, world_size
+from mgvideo.distributed.ranks import RequestSync, barrier, gather_objects, rank, world_size
 from mgvideo.distributed.signals import Stopped, received
-from mgvideo.distributed.watchdog import at
+from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
-from mgvideo.loading.requests import Failure
+from mgvideo.loading.requests import DecodeFailure
 from mgvideo.loading.sampler import ClipSampler
 from mgvideo.plan.plan import Phase, Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.profiler import Profiler
-from mgvideo.tracking.run_logger import Monitor
+from mgvideo.tracking.run_logger import RunLogger
 
 from .evaluation import Beat, Evaluator, Views, precise_bn
 from .optimizers import load_optimizer_state
 from .precision import Normalize, Precision
-from .running_metrics import Progress, Window
+from .running_metrics import RunningMetrics, TrainProgress
 from .tasks import Task
-from .train_step import Stepper
+from .train_step import TrainStep
 
 _NOTHING, _SAVE, _STOP = range(3)  # what a rank may ask for after a step
 _LAST = 1 << 30  # the last part of a step, after all micro-batches
@@ -75,7 +75,7 @@ class Trainer:
         normalize: Normalize,
         precision: Precision,
         options: TrainOptions,
-        monitor: Monitor,
+        monitor: RunLogger,
         checkpoints: Checkpoints,
         validate: tuple[Evaluator, Views] | None = None,
     ) -> None:
@@ -83,16 +83,16 @@ class Trainer:
         self.seed, self.normalize, self.precision, self.options = seed, normalize, precision, options
         self.monitor, self.checkpoints, self.validate = monitor, checkpoints, validate
         self.sampler = ClipSampler(plan, len(loader.dataset), seed)
-        self.progress = Progress()
+        self.progress = TrainProgress()
         self.device = precision.device
-        self.stepper = Stepper(
+        self.stepper = TrainStep(
             model, plan, task, optimizer, seed=seed, normalize=normalize, precision=precision,
             max_clips=options.max_clips, compile=options.compile, tell=self._at,
         )  # fmt: skip
-        self.votes = Votes(self._wish)
+        self.votes = RequestSync(self._requested_action)
         self.saved = time.monotonic()
-        self.not_validated: set[Failure] = set(monitor.listed)  # named once, however often validation meets them
-        self.window = Window()
+        self.not_validated: set[DecodeFailure] = set(monitor.listed)  # named once, however often validation meets them
+        self.window = RunningMetrics()
         self._window_state: dict[str, Any] | None = None
         self.profiler = Profiler(monitor.folder / "profile", options.profile)
 
@@ -122,7 +122,7 @@ class Trainer:
             raise UserError(f"the checkpoint does not fit this network and optimizer: {reason}") from error
         if state["scaler"]:  # of a run in fp16
             self.stepper.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = TrainProgress(**state["progress"])
         self._window_state = state["window"]
 
     def train(self) -> None:
@@ -141,17 +141,17 @@ class Trainer:
             self.profiler.stop()  # a run that is stopped early leaves what it traced
         self.monitor.stop_progress()
         self.checkpoints.wait()
-        at("after training")
+        report_position("after training")
 
     def _steps(self, evaluations: set[int]) -> None:
         start = self.progress.step
         batches = self._stream(start)
         phase: Phase | None = None
         state, self._window_state = self._window_state, None
-        self.window = Window.resumed(state, self.device) if state else Window()
+        self.window = RunningMetrics.resumed(state, self.device) if state else RunningMetrics()
         self.monitor.start_progress(start)
         for step in range(start, self.plan.steps):
-            self.votes.cast()
+            self.votes.start()
             self._at(step, "waiting for a batch", 0, self.loader.options.workers == 0)
             waiting = time.perf_counter()
             batch = next(batches)
@@ -162,7 +162,7 @@ class Trainer:
                     self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
             self.step(step, batch)
             done = self.progress.step = step + 1
-            wish = self.votes.result()
+            wish = self.votes.wait()
             self._at(step, "logging and writing a checkpoint", _LAST, False)
             self.profiler.step()  # which may write a trace
             evaluates, ends = done in evaluations, done == phase.steps[1]
@@ -176,7 +176,7 @@ class Trainer:
             if evaluates:
                 self._evaluate()
 
-    def _wish(self) -> int:
+    def _requested_action(self) -> int:
         """What this rank asks for after the step: nothing, a checkpoint, or to stop."""
         if received():
             return _STOP
@@ -193,7 +193,9 @@ class Trainer:
         """Tell the other ranks where this one is."""
         limit = self.options.hang_timeout if watched and self.options.hang_timeout else None
         phase = self.plan.phases.index(self.plan.phase(step))
-        at(f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit)
+        report_position(
+            f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit
+        )
 
     def step(self, step: int, batch: Batch) -> None:
         """Take one optimizer step on this rank's shard of the global batch, which the batch carries."""
@@ -269,7 +271,7 @@ class Trainer:
                 f"{bad} of {clips} clips could not be read, more than dataset.max_bad_fraction="
                 f"{self.options.max_bad_fraction:g}: see {self.monitor.folder / 'bad_videos.csv'}"
             )
-        self.window = Window()
+        self.window = RunningMetrics()
 
     def _evaluate(self) -> None:
         """Precise BN, the validation metrics, and a checkpoint of both; a signal leaves at once."""
@@ -277,8 +279,8 @@ class Trainer:
         evaluator, views = self.validate
         step = self.progress.step
         self.precise_bn()
-        result = evaluator(self.model, views, self.beat("validating", -2))
-        at(f"after step {step}, recording its evaluation", (step, -1))
+        result = evaluator(self.model, views, self.report_progress("validating", -2))
+        report_position(f"after step {step}, recording its evaluation", (step, -1))
         metrics = self.task.metrics(result.scores, result.labels)
         self.monitor.validation(step, self.progress.seconds, metrics)
         new = [failure for failure in result.failures if failure not in self.not_validated]
@@ -290,16 +292,18 @@ class Trainer:
             self.progress.best, self.progress.best_step = metrics[self.task.best], step
         self.progress.evaluated = step
         self._save(best)
-        self.window = Window()  # evaluation is not training time
+        self.window = RunningMetrics()  # evaluation is not training time
 
-    def beat(self, doing: str, part: int) -> Beat:
+    def report_progress(self, doing: str, part: int) -> Beat:
         """Tells the other ranks of each batch outside of training; `part`, below 0, orders what follows on a step."""
         step, limit = self.progress.step, self.options.hang_timeout or None
         loads = self.loader.options.workers == 0  # workers have a limit of their own
 
         def tell(done: int, of: int, waiting: bool) -> None:
             watched = not waiting or (loads and done < of)
-            at(f"after step {step}, {doing}, batch {done} of {of}", (step, part, done), limit if watched else None)
+            report_position(
+                f"after step {step}, {doing}, batch {done} of {of}", (step, part, done), limit if watched else None
+            )
 
         return tell
 
@@ -315,7 +319,7 @@ class Trainer:
         plan, videos = baseline_of(self.plan), len(self.loader.dataset)
         sampler = ClipSampler(plan, videos, random_seed(self.seed, Stream.PRECISE_BN, self.progress.step))
         batches = max(1, min(clips, videos) // plan.base.batch)
-        beat, limit = self.beat("in precise BN", -3), self.options.max_clips
+        beat, limit = self.report_progress("in precise BN", -3), self.options.max_clips
         precise_bn(self.model, self.loader, sampler, batches, self.normalize, self.precision, limit, beat)
 
     def _save(self, best: bool = False) -> None:

@@ -24,7 +24,7 @@ from mgvideo.errors import UserError
 from mgvideo.plan.shards import BatchShard
 
 from . import workers
-from .requests import BatchRequest, ClipRequest, Failure, Sample
+from .requests import BatchRequest, ClipRequest, DecodeFailure, Sample
 from .shared_memory import explain_full, is_full, room_for_queues
 
 
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     clips: Tensor
     labels: Tensor
     indices: Tensor
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[DecodeFailure, ...] = ()
     bad_clips: int = 0
     shard: BatchShard | None = None
 
@@ -102,7 +102,9 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float, idle: bool) -> Iterator[Batch]:
+def _with_timeout(
+    batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float, idle: bool
+) -> Iterator[Batch]:
     """The same batches; a worker's error for people loses the traceback that torch wraps it in.
 
     Workers that let nothing be heard for `timeout` seconds are killed, which torch notices within five more; with a
@@ -133,7 +135,7 @@ def _plainly(batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: 
             if hung.is_set():
                 told = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
                 raise UserError(f"{told} Raise loader.timeout or loader.workers") from error
-            raise dead_worker(_report_of_death(error)) from error
+            raise explain_dead_worker(_report_of_death(error)) from error
         finally:
             timer.cancel()
         yield batch
@@ -150,7 +152,7 @@ def _report_of_death(error: Exception) -> Exception:
     return error
 
 
-def dead_worker(error: Exception) -> BaseException:
+def explain_dead_worker(error: Exception) -> BaseException:
     """Return what to raise for an error that the death of a worker caused, and any other error as it is.
 
     That is Stopped once a signal has arrived, else a UserError. torch reports a dead worker wherever the training
@@ -200,9 +202,9 @@ class Loader:
         if not steps:
             return iter(())
         batches, started = self._open(requests, steps)
-        return self._unless_starved(batches, started, requests, steps) if self.idle else batches
+        return self._fall_back_if_starved(batches, started, requests, steps) if self.idle else batches
 
-    def _unless_starved(
+    def _fall_back_if_starved(
         self,
         batches: Iterator[Batch],
         started: Sequence[BaseProcess],
@@ -248,7 +250,7 @@ class Loader:
         if not count:
             return batches, started
         timeout = PATIENCE + largest / 50 if self.idle else self.options.timeout + largest
-        return _plainly(batches, started, timeout, self.idle), started
+        return _with_timeout(batches, started, timeout, self.idle), started
 
     def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
         """Yield one batch a step through consecutive stretches of steps, with a new DataLoader for each.

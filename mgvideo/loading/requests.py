@@ -39,7 +39,7 @@ class BatchRequest(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Failure:
+class DecodeFailure:
     """A video that could not be read."""
 
     index: int
@@ -60,4 +60,4 @@ class Sample:
     clip: Tensor
     label: Tensor
     index: int
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[DecodeFailure, ...] = ()

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from mgvideo.plan.figure import INK
 
-from .results import METRICS, Results, Row
+from .results import METRICS, ReportRow, Results
 
 SOFT = "#b0b0b0"
 UNITS = ((3 * 86400, 86400, "days"), (3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))
@@ -46,7 +46,7 @@ def _save(figure: Figure, folder: Path, name: str) -> str:
     return name
 
 
-def _over_time(rows: list[Row]) -> Figure:
+def _over_time(rows: list[ReportRow]) -> Figure:
     """A point a cell."""
     figure, axes, unit = _axes(rows)
     colours = _colours(rows)
@@ -56,10 +56,10 @@ def _over_time(rows: list[Row]) -> Figure:
     return figure
 
 
-def _trade_off(rows: list[Row]) -> Figure:
+def _trade_off(rows: list[ReportRow]) -> Figure:
     """A line a schedule, its points labelled with their epochs over the recipe's."""
     figure, axes, unit = _axes(rows)
-    lines: dict[str, list[Row]] = defaultdict(list)
+    lines: dict[str, list[ReportRow]] = defaultdict(list)
     for row in rows:
         lines[row.plan.schedule].append(row)
     for i, (schedule, members) in enumerate(lines.items()):
@@ -74,7 +74,7 @@ def _trade_off(rows: list[Row]) -> Figure:
     return figure
 
 
-def _dots(rows: list[Row]) -> Figure:
+def _dots(rows: list[ReportRow]) -> Figure:
     """A line a row of the table, or a cell where it has no rows, and on it the accuracy of its cells."""
     lines = list(dict.fromkeys(row.cell.row or row.cell.column or row.cell.name for row in rows))
     figure = Figure(figsize=(7.2, 1.2 + 0.42 * len(lines)), layout="constrained")
@@ -96,9 +96,9 @@ def _dots(rows: list[Row]) -> Figure:
     return figure
 
 
-def _learning(results: Results, rows: list[Row]) -> Figure:
+def _learning(results: Results, rows: list[ReportRow]) -> Figure:
     """Validation over training time, the mean over seeds; a panel for each row of the table."""
-    panels: dict[str, list[Row]] = defaultdict(list)
+    panels: dict[str, list[ReportRow]] = defaultdict(list)
     for row in rows:
         panels[row.cell.row].append(row)
     across = min(3, len(panels))
@@ -127,7 +127,7 @@ def _learning(results: Results, rows: list[Row]) -> Figure:
     return figure
 
 
-def _mean_curve(row: Row) -> tuple[np.ndarray, np.ndarray]:
+def _mean_curve(row: ReportRow) -> tuple[np.ndarray, np.ndarray]:
     """Evaluations of all seeds happen at the same steps; a resumed one may lack some."""
     curves = [outcome.curve for outcome in row.outcomes]
     length = min(len(curve) for curve in curves)
@@ -140,7 +140,7 @@ def _unit(seconds: float) -> tuple[float, str]:
     return next((length, name) for least, length, name in UNITS if seconds >= least)
 
 
-def _axes(rows: list[Row]) -> tuple[Figure, Axes, float]:
+def _axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -157,7 +157,7 @@ def _axes(rows: list[Row]) -> tuple[Figure, Axes, float]:
     return figure, axes, unit
 
 
-def _point(axes: Axes, row: Row, colour: str, unit: float) -> tuple[float, float]:
+def _point(axes: Axes, row: ReportRow, colour: str, unit: float) -> tuple[float, float]:
     mean, deviation = row.score(str(row.metric)) or (0.0, 0.0)
     bars = deviation if deviation else None
     x = row.seconds / unit
@@ -171,7 +171,7 @@ def _label(axes: Axes, text: str, x: float, y: float, colour: str, above: bool =
     axes.annotate(text, (x, y), away, textcoords="offset points", fontsize=9, color=colour, weight="bold", ha=side)
 
 
-def _colours(rows: Iterable[Row]) -> dict[str, str]:
+def _colours(rows: Iterable[ReportRow]) -> dict[str, str]:
     """A colour a cell: a schedule's own for the first that has it."""
     rows, free = list(rows), cycle(OTHERS)
     taken: dict[str, str] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from mgvideo.plan.plan import Plan
 from mgvideo.tracking.run_logger import duration
 
-from .tables import Cell, Published, Table
+from .tables import Cell, Published, ResultTable
 
 METRICS = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
@@ -45,7 +45,7 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """A cell with all its outcomes. `status` says why there are fewer than there should be."""
 
     cell: Cell
@@ -87,11 +87,11 @@ class Row:
 class Results:
     """A table's rows, in its order, and the command that made them."""
 
-    table: Table
-    rows: tuple[Row, ...]
+    table: ResultTable
+    rows: tuple[ReportRow, ...]
     command: str
 
-    def savings(self, row: Row) -> dict[str, float]:
+    def savings(self, row: ReportRow) -> dict[str, float]:
         """How many times fewer steps and FLOPs, and how many times faster, than the baseline of the row."""
         cell = self.table.baseline_of(row.cell)
         base = next((other for other in self.rows if cell and other.cell.name == cell.name), None)
@@ -186,7 +186,7 @@ class Results:
             writer.writerow(self._plain(row, metrics))
         return text.getvalue()
 
-    def _plain(self, row: Row, metrics: list[str]) -> dict[str, Any]:
+    def _plain(self, row: ReportRow, metrics: list[str]) -> dict[str, Any]:
         cell, saved = row.cell, self.savings(row)
         line: dict[str, Any] = {"table": self.table.name, "preset": self.table.preset.name, "cell": cell.name}
         line |= {"row": cell.row, "column": cell.column or cell.name, "status": row.status}
@@ -207,14 +207,14 @@ class Results:
         return line
 
 
-def _score(row: Row, metric: str) -> str:
+def _score(row: ReportRow, metric: str) -> str:
     score = row.score(metric)
     if score is None:
         return "–"
     return f"{score[0]:.2f}" + (f" ± {score[1]:.2f}" if len(row.outcomes) > 1 else "")
 
 
-def _training(row: Row) -> list[str]:
+def _training(row: ReportRow) -> list[str]:
     """Epochs, steps and time."""
     if not row.trained:
         return ["–", "–", "–"]

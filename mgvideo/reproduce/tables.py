@@ -68,7 +68,7 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """A table under one preset."""
 
     name: str
@@ -99,7 +99,7 @@ def presets_of(data: Any, name: str) -> list[str]:
     ]
 
 
-def read_table(name: str, data: Any, preset: Preset) -> Table:
+def read_table(name: str, data: Any, preset: Preset) -> ResultTable:
     """A table from its file's content, as it is under a preset.
 
     The file holds a table's own keys, `cells`, and for each preset what it changes: `common` (more overrides), `cells`
@@ -119,14 +119,14 @@ def read_table(name: str, data: Any, preset: Preset) -> Table:
     cells = tuple(cell for cell in cells if cell.name not in own.get("without", []))
     preset = replace(preset, common=(*preset.common, *own.get("common", [])))
     rest = {key: value for key, value in content.items() if key not in ("presets", "cells")}
-    table = _block(Table, {**rest, "name": name, "cells": cells, "preset": preset}, where)
+    table = _block(ResultTable, {**rest, "name": name, "cells": cells, "preset": preset}, where)
     published = _mapping(own.get("published"), f"{where}: published")
     _check(table, published, where)
     figures = {cell: _block(Published, entry, f"{where}: published: {cell}") for cell, entry in published.items()}
     return replace(table, cells=tuple(replace(c, published=figures.get(c.name, c.published)) for c in cells))
 
 
-def _check(table: Table, published: Mapping[str, Any], where: str) -> None:
+def _check(table: ResultTable, published: Mapping[str, Any], where: str) -> None:
     names = [cell.name for cell in table.cells]
     require(bool(names), f"{where}: cells: there are none under preset={table.preset.name}")
     require(len(set(names)) == len(names), f"{where}: cells: two have the same name")

@@ -67,7 +67,7 @@ def _digest(path: Path) -> Path:
 
 
 @contextmanager
-def sole_run(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Hold a run's folder, so that no second run writes into it; released by the death of this process at the latest.
 
     Raises:

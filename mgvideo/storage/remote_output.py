@@ -29,7 +29,7 @@ class Index:
     links: dict[str, str] = field(default_factory=dict)
 
 
-class Mirror:
+class RemoteOutput:
     """The local `folder` of an output_dir: itself, or `runs/remote/SCHEME/…` for a URL.
 
     A remote offers neither a rename nor a sync to disk. So checkpoints are made whole here, and a copy that was cut
@@ -44,7 +44,7 @@ class Mirror:
         self._there = Index()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def synced(self) -> Iterator[None]:
         """Inside, the remote follows the folder; first the folder follows the remote where that is ahead of it.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mgvideo.distributed.ranks import gather_objects, rank_cpus, world_size
-from mgvideo.loading.requests import Failure
+from mgvideo.loading.requests import DecodeFailure
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.checkpoints import write_atomic
 
@@ -33,7 +33,7 @@ class Report:
     metrics: dict[str, float]
     views: str
     videos: int
-    failures: tuple[Failure, ...]
+    failures: tuple[DecodeFailure, ...]
     folder: Path
     advice: tuple[str, ...] = ()  # commands to try next, with what they do
 

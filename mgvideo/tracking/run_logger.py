@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mgvideo.loading.requests import Failure
+from mgvideo.loading.requests import DecodeFailure
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.checkpoints import write_atomic
 
@@ -78,7 +78,7 @@ def frames_as_image(clips: Tensor, count: int = 4) -> np.ndarray:
     return np.concatenate([np.concatenate(list(clip), axis=1) for clip in chosen], axis=0)
 
 
-class Monitor:
+class RunLogger:
     """Shows and records a run on rank 0; on other ranks it does nothing.
 
     A resumed run goes on in the same files: what they hold of later steps than `step` is dropped first, and of `step`
@@ -93,7 +93,7 @@ class Monitor:
         self._progress: Progress | None = None
         self._task: Any = None
         self._named: set[str] = set()  # bad videos that the terminal has been told
-        self.listed: set[Failure] = set()  # in bad_videos.csv before this process
+        self.listed: set[DecodeFailure] = set()  # in bad_videos.csv before this process
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ class Monitor:
         lines = path.read_bytes().decode(errors="surrogateescape").replace("\0", "")
         rows = [row for row in csv.reader(StringIO(lines, newline="")) if len(row) == len(BAD_VIDEOS)]
         kept = [row for row in rows if row[0].isdecimal() and row[1].isdecimal() and int(row[0]) <= step]
-        self.listed = {Failure(int(index), where, reason) for _, index, where, reason in kept}
+        self.listed = {DecodeFailure(int(index), where, reason) for _, index, where, reason in kept}
         text = StringIO(newline="")
         csv.writer(text).writerows([BAD_VIDEOS, *kept])
         write_atomic(path, text.getvalue().encode(errors="surrogateescape"))
@@ -146,12 +146,12 @@ class Monitor:
             self.board.flush()
             self.board_by_second.flush()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line."""
         if self.active:
             (self._progress.console if self._progress else self.console).print(text, markup=False)
 
-    def show(self, renderable: object) -> None:
+    def print_renderable(self, renderable: object) -> None:
         """Print a rich renderable, such as the plan's table."""
         if self.active:
             self.console.print(renderable)
@@ -196,7 +196,7 @@ class Monitor:
         if self._progress:
             self._progress.update(self._task, completed=record["step"], status=status)
         else:
-            self.say(f"step {record['step']}/{self.plan.steps} · {status}")
+            self.print_line(f"step {record['step']}/{self.plan.steps} · {status}")
 
     def validation(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
         """Record and show an evaluation."""
@@ -204,7 +204,7 @@ class Monitor:
             return
         record = {"step": step, "seconds": seconds, **{f"val_{name}": value for name, value in metrics.items()}}
         self._record(record)
-        self.say(
+        self.print_line(
             f"step {step}/{self.plan.steps} · validation " + " · ".join(f"{k} {v:.1f}" for k, v in metrics.items())
         )
 
@@ -213,7 +213,7 @@ class Monitor:
         if self.active:
             self.board.add_image(f"clips/phase_{phase:02d}", frames_as_image(clips), step, dataformats="HWC")
 
-    def failures(self, step: int, failures: Iterable[Failure]) -> None:
+    def failures(self, step: int, failures: Iterable[DecodeFailure]) -> None:
         """Name bad videos: in bad_videos.csv each time that one is met, on the terminal the first time."""
         if not self.active:
             return
@@ -227,7 +227,7 @@ class Monitor:
                 writer.writerow([step, failure.index, failure.path, failure.reason])
                 if failure.path not in self._named:
                     self._named.add(failure.path)
-                    self.say(f"bad video {failure.path}: {failure.reason}")
+                    self.print_line(f"bad video {failure.path}: {failure.reason}")
 
     def _record(self, record: dict[str, Any]) -> None:
         self._metrics.write(json.dumps(record) + "\n")

@@ -14,7 +14,7 @@ from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import build_data, build_plan
 from mgvideo.cli.help import group_options
 from mgvideo.cli.plan import train_videos
-from mgvideo.cli.resume import made_of
+from mgvideo.cli.resume import resume_fingerprint
 from mgvideo.engine.precision import choose_precision
 from mgvideo.errors import UserError
 from mgvideo.storage.checkpoints import differences
@@ -99,7 +99,7 @@ def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> Non
     def fingerprint(*overrides: str) -> dict[str, Any]:
         cfg = composed(*data_keys, f"dataset.root={motion_root}", *overrides)
         cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-        return made_of(cfg, build_data(cfg), precision)
+        return resume_fingerprint(cfg, build_data(cfg), precision)
 
     scaled = fingerprint("base.epochs=10", "base.batch=32")
     by_hand = ["base.lr_steps=[0,6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]

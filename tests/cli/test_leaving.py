@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from training import ROOT, TINY, free_port, tiny_plan, tiny_trainer
 
 from mgvideo.distributed import ranks as distributed
-from mgvideo.distributed.signals import Stopped, defer, listening
-from mgvideo.distributed.watchdog import LEAVING, at
+from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
+from mgvideo.distributed.watchdog import LEAVING, report_position
 
 
 def environment(rank: int, port: int) -> dict[str, str]:
@@ -32,8 +32,8 @@ def asked(rank: int, folder: Path, motion_root: str) -> None:
             time.sleep(4)
             (folder / done).touch()
 
-    with listening(), distributed.joined(timeout_s=60):
-        defer()
+    with handle_signals(), distributed.process_group(timeout_s=60):
+        defer_signals()
         trainer = tiny_trainer(folder / "run", motion_root, tiny_plan())
         trainer.checkpoints.written = lambda: slowly("written")
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -41,7 +41,7 @@ def asked(rank: int, folder: Path, motion_root: str) -> None:
             trainer.train()
         assert (folder / "written").exists(), "left before the checkpoint was written"
         if rank == 0:
-            at(LEAVING)
+            report_position(LEAVING)
         slowly("left")
         raise stop.value
 

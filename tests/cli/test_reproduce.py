@@ -22,7 +22,7 @@ from mgvideo.cli.reproduce import main
 from mgvideo.cli.tables import Entry, entries, load_table, tables
 from mgvideo.errors import UserError
 from mgvideo.reproduce.tables import read_table
-from mgvideo.storage.checkpoints import sole_run
+from mgvideo.storage.checkpoints import lock_run_folder
 
 PRESETS = ("motion", "kinetics", "charades", "ssv2")
 # what may be quoted: see the published figures in models/README.md
@@ -204,7 +204,7 @@ def one_held(finished: tuple[Path, list[str]], out: Path) -> list[str]:
     shutil.copytree(folder, out)
     held = out / "runs/baseline_seed0"
     held.mkdir()
-    with sole_run(held), pytest.raises(SystemExit) as stop:
+    with lock_run_folder(held), pytest.raises(SystemExit) as stop:
         main([*command, "cells=[baseline,multigrid]", f"out={out}"])
     assert stop.value.code == 1
     return command

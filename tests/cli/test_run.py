@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
 from mgvideo.cli.run import explained, main
-from mgvideo.distributed.watchdog import at
+from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints
@@ -202,7 +202,7 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_anywhere_is_told_with_the_place_and_a_key(tmp_path: Path) -> None:
-    at("after step 4, in precise BN, batch 1 of 2")
+    report_position("after step 4, in precise BN, batch 1 of 2")
     told = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower loader.max_clips_per_step"
     for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
         with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):

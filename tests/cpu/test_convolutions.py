@@ -10,7 +10,7 @@ import torch
 from tolerance import rounding_error
 from torch import Tensor, nn
 
-from mgvideo.cpu.convolutions import FlatConv3d, convert_flat_convs
+from mgvideo.cpu.convolutions import CpuConv3d, convert_convolutions
 from mgvideo.engine.precision import cpu_has_bf16
 
 pytestmark = pytest.mark.numeric
@@ -56,8 +56,8 @@ def test_results_and_gradients_are_those_of_a_3d_convolution(name: str, last: bo
 
 def check(conv: nn.Conv3d, frames: Tensor, last: bool = True) -> None:
     """Of a converted convolution of `frames`, `[n, t, h, w, channels]`, in either memory format."""
-    flat = convert_flat_convs(copy.deepcopy(conv))
-    assert type(flat) is FlatConv3d
+    flat = convert_convolutions(copy.deepcopy(conv))
+    assert type(flat) is CpuConv3d
     clips = frames.movedim(-1, 1)
     if not last:
         clips = clips.contiguous()
@@ -94,4 +94,4 @@ def test_narrow_maps(width: int, images: int, kernel: tuple[int, int], stride: t
 
 @pytest.mark.parametrize("name", OTHER)
 def test_other_convolutions_are_left_alone(name: str) -> None:
-    assert type(convert_flat_convs(copy.deepcopy(OTHER[name]))) is nn.Conv3d
+    assert type(convert_convolutions(copy.deepcopy(OTHER[name]))) is nn.Conv3d

@@ -16,7 +16,7 @@ from training import free_port
 
 from mgvideo.distributed import ranks as distributed
 from mgvideo.distributed.launch import choose_gpu, first_host, ranks_from_slurm
-from mgvideo.distributed.ranks import joined
+from mgvideo.distributed.ranks import process_group
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
 
@@ -92,7 +92,7 @@ def test_variables_that_do_not_reach_a_container_are_named(missing: str) -> None
 )
 def test_one_process_is_no_group_whatever_the_job_is(variables: dict[str, str]) -> None:
     os.environ.update(variables)
-    with joined() as device:
+    with process_group() as device:
         assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
         assert not dist.is_initialized()
 
@@ -115,7 +115,7 @@ RANK = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT
 )
 def test_variables_that_make_no_sense_are_named(variables: dict[str, str], message: str) -> None:
     os.environ.update(variables)
-    with pytest.raises(UserError, match=message), joined(timeout_s=1):
+    with pytest.raises(UserError, match=message), process_group(timeout_s=1):
         pass
 
 
@@ -125,14 +125,14 @@ def test_a_port_that_is_taken_is_named() -> None:
         other.listen()
         os.environ.update(RANK, RANK="0", MASTER_PORT=str(other.getsockname()[1]))
         message = r"rank 0 of 2 cannot meet the others at .*\(.*\): .* the port free"
-        with pytest.raises(UserError, match=message), joined(timeout_s=1):
+        with pytest.raises(UserError, match=message), process_group(timeout_s=1):
             pass
 
 
 def test_ranks_that_do_not_come_are_missed() -> None:
     os.environ.update(RANK, RANK="0", MASTER_PORT=str(free_port()))
     message = "rank 0 of 2 cannot meet the others at .* all ranks be started"
-    with pytest.raises(UserError, match=message), joined(timeout_s=1):
+    with pytest.raises(UserError, match=message), process_group(timeout_s=1):
         pass
 
 
@@ -181,7 +181,7 @@ def rank_with_a_gpu(rank: int, port: int, gpus: list[str], out: Path) -> None:
 
     distributed.dist.init_process_group = nccl
     try:
-        with joined(timeout_s=60):
+        with process_group(timeout_s=60):
             pass
     except (UserError, RankError) as error:
         (out / str(rank)).write_text(str(error))
@@ -203,6 +203,6 @@ def test_one_process_takes_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with joined() as device:
+    with process_group() as device:
         assert device == torch.device("cuda", 0)
     assert chosen == [device]

@@ -10,21 +10,21 @@ import pytest
 import torch.distributed as dist
 
 from mgvideo.distributed import watchdog as module
-from mgvideo.distributed.watchdog import RankError, Watch, at
+from mgvideo.distributed.watchdog import RankError, Watchdog, report_position
 
 
 @pytest.fixture
 def store() -> Iterator[dist.Store]:
     yield dist.HashStore()
-    at("before the first step")
+    report_position("before the first step")
 
 
 @pytest.mark.parametrize("there_for", [1, 9])
 def test_a_rank_that_is_behind_has_its_own_limit(store: dist.Store, there_for: int) -> None:
     told = [1, "waiting for a batch", (3, 0), 5.0, there_for]  # looks, place, order, its limit, looks at that place
     store.set("watch/rank1", json.dumps(told))
-    at("backward", (3, 2), 1.0)
-    watch = Watch(store, 0, 2)
+    report_position("backward", (3, 2), 1.0)
+    watch = Watchdog(store, 0, 2)
     watch.start()
     while watch.failure is None and json.loads(store.get("watch/rank0"))[0] < 4:  # its own looks
         time.sleep(0.05)
@@ -64,7 +64,7 @@ def test_a_killed_rank_is_found_however_slow_the_looks(store: dist.Store, monkey
     monkeypatch.setattr(module, "SUSPECT", 1)
     store.set("watch/rank1", json.dumps([1, "backward", (3, 2), 60.0, 1]))
     slow = SlowStore(store)  # torch keeps no reference to it
-    watch = Watch(slow, 0, 2)
+    watch = Watchdog(slow, 0, 2)
     watch.start()
     explained = watch.explain(RuntimeError("gloo: Connection reset by peer"))
     watch.stop(failed=False)

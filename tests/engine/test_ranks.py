@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from training import SERVED, free_port, metrics, tiny_plan, tiny_trainer
 
-from mgvideo.distributed.ranks import joined
+from mgvideo.distributed.ranks import process_group
 from mgvideo.errors import NonFiniteError
 from mgvideo.loading.workers import start_server
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
@@ -34,7 +34,7 @@ def as_rank(rank: int, world: int, port: int) -> Iterator[None]:
         for name, value in names.items():
             patch.setenv(name, str(value))
         torch.set_num_threads(1)
-        with joined(timeout_s=60):
+        with process_group(timeout_s=60):
             yield
 
 

@@ -15,7 +15,7 @@ from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.precision import Normalize, choose_precision
 from mgvideo.engine.tasks import MultiLabel, SingleLabel, Task
 from mgvideo.loading.loader import Loader, LoaderOptions
-from mgvideo.loading.requests import ClipRequest, Failure, Sample, View
+from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample, View
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.plan.plan import Grid
 
@@ -74,7 +74,7 @@ class Unreadable:
         sample = self.dataset[request]
         if request.index == 0 or request.view is None:
             return sample
-        return replace(sample, failures=(Failure(1, self.dataset.path(1), f"damage {request.view.clip}"),))
+        return replace(sample, failures=(DecodeFailure(1, self.dataset.path(1), f"damage {request.view.clip}"),))
 
 
 def test_a_video_that_fails_in_several_ways_is_one_failure(motion_root: str) -> None:

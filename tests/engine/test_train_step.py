@@ -14,7 +14,7 @@ from training import tiny_plan
 from mgvideo.engine.optimizers import sgd
 from mgvideo.engine.precision import Normalize, Precision
 from mgvideo.engine.tasks import SingleLabel
-from mgvideo.engine.train_step import Stepper
+from mgvideo.engine.train_step import TrainStep
 from mgvideo.errors import UserError
 from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.loading.loader import Batch
@@ -58,9 +58,9 @@ def network() -> nn.Module:
     return convert_group_batchnorm(nn.Sequential(*layers))
 
 
-def stepper(optimizer: str, dtype: torch.dtype | None, plan: Plan, max_clips: int = 1000) -> Stepper:
+def stepper(optimizer: str, dtype: torch.dtype | None, plan: Plan, max_clips: int = 1000) -> TrainStep:
     model = network()
-    return Stepper(
+    return TrainStep(
         model, plan, SingleLabel(), OPTIMIZERS[optimizer](model), seed=0,
         normalize=Normalize((0.45,) * 3, (0.225,) * 3),
         precision=Scaled(torch.device("cpu"), dtype, False, "a test"), max_clips=max_clips, compile="off",
@@ -76,7 +76,7 @@ def batch(plan: Plan, step: int) -> Batch:
     return Batch(clips.to(torch.uint8), labels, torch.arange(slot.batch), shard=shard)
 
 
-def parameters(of: Stepper) -> list[Tensor]:
+def parameters(of: TrainStep) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in of.model.parameters()]
 
 

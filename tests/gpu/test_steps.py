@@ -15,7 +15,7 @@ from mgvideo.cli.build import build_plan
 from mgvideo.engine.optimizers import sgd
 from mgvideo.engine.precision import Normalize, Precision
 from mgvideo.engine.tasks import SingleLabel
-from mgvideo.engine.train_step import Stepper
+from mgvideo.engine.train_step import TrainStep
 from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import Batch
@@ -45,7 +45,7 @@ def slots(plan: Plan) -> dict[str, int]:
 
 def make_stepper(
     model: str, plan: Plan, device: torch.device, dtype: torch.dtype | None, double: bool = False, **options: object
-) -> Stepper:
+) -> TrainStep:
     """A stepper of a network whose branches all count, with the same weights on every device."""
     from hydra.utils import instantiate
 
@@ -61,7 +61,7 @@ def make_stepper(
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, torch.float64 if double else torch.float32).to(device)
     network = network.double() if double else precision.place(network)
     settings = {"max_clips": 10**6, "compile": "off", **options}
-    return Stepper(
+    return TrainStep(
         network, plan, SingleLabel(), sgd(network, 0.1), seed=0, normalize=normalize, precision=precision,
         tell=lambda *_: None, **settings,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -87,7 +87,7 @@ class Step(NamedTuple):
     weights: Tensor
 
 
-def take(stepper: Stepper, step: int, batch: Batch) -> Step:
+def take(stepper: TrainStep, step: int, batch: Batch) -> Step:
     """Take a step. Fails where it was not finite."""
     loss = stepper(step, batch)
     assert int(stepper.bad_step) < 0, "loss or gradients are not finite"

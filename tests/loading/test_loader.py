@@ -24,8 +24,8 @@ from training import KNOBS, start_process, tiny_plan
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
 from mgvideo.errors import UserError
-from mgvideo.loading.loader import Batch, ClipDataset, Loader, LoaderOptions, collate, dead_worker
-from mgvideo.loading.requests import ClipRequest, Failure, Sample
+from mgvideo.loading.loader import Batch, ClipDataset, Loader, LoaderOptions, collate, explain_dead_worker
+from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample
 from mgvideo.loading.sampler import ClipSampler
 
 METHODS = ["fork", "forkserver", "spawn"]
@@ -35,7 +35,7 @@ SLOW_SPAWN = [*METHODS[:2], pytest.param("spawn", marks=pytest.mark.slow)]
 def telling(samples: Sequence[Sample]) -> Batch:
     """A batch whose failures say whether its clips were in shared memory before they were sent."""
     batch = collate(samples)
-    return batch._replace(failures=(Failure(0, "", str(batch.clips.is_shared())),))
+    return batch._replace(failures=(DecodeFailure(0, "", str(batch.clips.is_shared())),))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -198,4 +198,4 @@ def read(batches: Iterator[Batch]) -> None:
         for _ in batches:
             pass
     except RuntimeError as error:  # torch tells of a death wherever this process is, as the run program does
-        raise dead_worker(error) from None
+        raise explain_dead_worker(error) from None

@@ -16,7 +16,7 @@ from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
 from mgvideo.errors import UserError
 from mgvideo.loading import shared_memory
-from mgvideo.loading.loader import Loader, LoaderOptions, dead_worker
+from mgvideo.loading.loader import Loader, LoaderOptions, explain_dead_worker
 from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
 from mgvideo.loading.shared_memory import GIB, BatchSizes, bytes_in_flight, check_room, fewest_bytes, find_room
 from mgvideo.plan.plan import Grid
@@ -146,7 +146,7 @@ def last_words(motion_root: str, method: str, killed: bool) -> None:
     except UserError as error:
         print(error)
     except RuntimeError as error:  # torch raises it wherever this process is
-        print(dead_worker(error))
+        print(explain_dead_worker(error))
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

@@ -15,7 +15,7 @@ from zoo import NAMES, build
 import mgvideo.models
 from mgvideo.models.nonlocal_block import NonLocal
 from mgvideo.models.pretrained import load_pretrained
-from mgvideo.models.table import ROWS, Row, count_gflops, count_parameters, markdown
+from mgvideo.models.table import ROWS, ZooRow, count_gflops, count_parameters, markdown
 
 pytestmark = pytest.mark.numeric
 
@@ -36,7 +36,7 @@ def test_published_weights_give_published_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.config}-{row.frames}x{row.size}")
-def test_sizes_are_the_published_ones(row: Row) -> None:
+def test_sizes_are_the_published_ones(row: ZooRow) -> None:
     model = row.build()
     parameters = count_parameters(model)
     if row.parameters:

@@ -10,7 +10,7 @@ from tolerance import needs_bf16
 from torch import nn
 from zoo import NAMES, build
 
-from mgvideo.cpu.convolutions import FlatConv3d, convert_flat_convs
+from mgvideo.cpu.convolutions import CpuConv3d, convert_convolutions
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import slow_indices
 
@@ -54,8 +54,8 @@ def test_every_network_trains_on_every_published_grid(name: str, frames: int, si
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_network_needs_kernels_that_cpus_may_wait_for(name: str) -> None:
-    model = convert_flat_convs(build(name, width=64))
-    assert all(isinstance(module, FlatConv3d) for module in model.modules() if isinstance(module, nn.Conv3d))
+    model = convert_convolutions(build(name, width=64))
+    assert all(isinstance(module, CpuConv3d) for module in model.modules() if isinstance(module, nn.Conv3d))
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8])

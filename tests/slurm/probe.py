@@ -6,9 +6,9 @@ import sys
 
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import loader_options
-from mgvideo.distributed.ranks import joined, rank, rank_cpus, world_size
+from mgvideo.distributed.ranks import process_group, rank, rank_cpus, world_size
 
-with joined(timeout_s=60):
+with process_group(timeout_s=60):
     cores, options = rank_cpus(), loader_options(compose_config("run", []))
     found = {"rank": rank(), "ranks": world_size(), "cores": str(cores), "workers": options.workers}
     # in one piece: srun merges the lines of ranks

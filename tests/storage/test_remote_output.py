@@ -18,7 +18,7 @@ from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.storage.paths import register
-from mgvideo.storage.remote_output import INDEX, Mirror
+from mgvideo.storage.remote_output import INDEX, RemoteOutput
 
 RUN = [
     *(argument for argument in TINY if "knobs" not in argument),
@@ -91,7 +91,7 @@ def run_net(overrides: list[str], environment: dict[str, str], folder: Path) -> 
     assert process.exitcode == 0, (folder / "log").read_text()
 
 
-def saved(mirror: Mirror, *steps: int) -> None:
+def saved(mirror: RemoteOutput, *steps: int) -> None:
     checkpoints = Checkpoints(mirror.folder / "checkpoints", keep=2, written=mirror.push)
     for step in steps:
         checkpoints.save(step, {"weights": torch.ones(3), "progress": {"step": step}}, best=step == 1)
@@ -99,14 +99,14 @@ def saved(mirror: Mirror, *steps: int) -> None:
 
 
 def test_the_remote_has_what_the_folder_has_and_gives_it_back(bucket: Bucket) -> None:
-    mirror = Mirror("bucket://kept")
-    with mirror.kept():
+    mirror = RemoteOutput("bucket://kept")
+    with mirror.synced():
         saved(mirror, 1, 2, 3, 4)
     names = {path.name for path in (bucket.folder / "kept/checkpoints").iterdir()}
     assert names == {f"step_0000000{step}.{suffix}" for step in (1, 3, 4) for suffix in ("pt", "sha256")}
     before = {path: path.stat().st_mtime_ns for path in (bucket.folder / "kept/checkpoints").iterdir()}
     shutil.rmtree(mirror.folder)
-    with (again := Mirror("bucket://kept/")).kept():
+    with (again := RemoteOutput("bucket://kept/")).synced():
         checkpoints = Checkpoints(again.folder / "checkpoints")
         newest, warnings = checkpoints.newest()
         assert newest == checkpoints.path(4)
@@ -119,8 +119,8 @@ def test_the_remote_has_what_the_folder_has_and_gives_it_back(bucket: Bucket) ->
 def test_a_remote_out_of_reach_is_a_warning_that_the_next_copy_makes_good(
     bucket: Bucket, capsys: pytest.CaptureFixture
 ) -> None:
-    mirror = Mirror("bucket://shaky")
-    with mirror.kept():
+    mirror = RemoteOutput("bucket://shaky")
+    with mirror.synced():
         saved(mirror, 1)
         bucket.broken = True
         saved(mirror, 2)
@@ -132,12 +132,12 @@ def test_a_remote_out_of_reach_is_a_warning_that_the_next_copy_makes_good(
 
 
 def test_a_copy_cut_short_is_told_and_the_one_before_used(bucket: Bucket) -> None:
-    mirror = Mirror("bucket://cut")
-    with mirror.kept():
+    mirror = RemoteOutput("bucket://cut")
+    with mirror.synced():
         saved(mirror, 1, 2)
     os.truncate(bucket.folder / "cut/checkpoints/step_00000002.pt", 100)
     shutil.rmtree(mirror.folder)
-    with (again := Mirror("bucket://cut")).kept():
+    with (again := RemoteOutput("bucket://cut")).synced():
         checkpoints = Checkpoints(again.folder / "checkpoints")
         newest, warnings = checkpoints.newest()
         assert newest == checkpoints.path(1)
@@ -146,16 +146,16 @@ def test_a_copy_cut_short_is_told_and_the_one_before_used(bucket: Bucket) -> Non
 
 def test_a_remote_that_takes_nothing_or_leads_outside_is_one_line(tmp_path: Path, bucket: Bucket) -> None:
     with served(tmp_path) as (address, _), pytest.raises(UserError, match=r"output_dir=http.*: cannot be used"):
-        Mirror(f"{address}/run").kept().__enter__()
+        RemoteOutput(f"{address}/run").synced().__enter__()
     (bucket.folder / "evil").mkdir()
     (bucket.folder / "evil" / INDEX).write_text(json.dumps({"files": {"../../../stolen": [1, 1]}, "links": {}}))
     with pytest.raises(UserError, match="outside of the run"):
-        Mirror("bucket://evil").kept().__enter__()
+        RemoteOutput("bucket://evil").synced().__enter__()
 
 
 def test_a_local_folder_is_its_own(tmp_path: Path) -> None:
     for address in ("runs/x", f"file://{tmp_path}/runs/x"):
-        mirror = Mirror(address)
+        mirror = RemoteOutput(address)
         assert mirror.folder.resolve() == tmp_path / "runs/x"
-        with mirror.kept():
+        with mirror.synced():
             assert mirror.source(mirror.folder / "a") == str(mirror.folder / "a")

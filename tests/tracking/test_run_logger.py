@@ -10,11 +10,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import tiny_plan
 
-from mgvideo.loading.requests import Failure
-from mgvideo.tracking.run_logger import Monitor
+from mgvideo.loading.requests import DecodeFailure
+from mgvideo.tracking.run_logger import RunLogger
 
 
-def record(monitor: Monitor, steps: range) -> None:
+def record(monitor: RunLogger, steps: range) -> None:
     """Two steps a second, and an evaluation each four steps."""
     for step in steps:
         figures: dict[str, Any] = {
@@ -42,15 +42,15 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.parametrize("step", [0, 4, 5])
 def test_every_curve_is_one_after_a_kill(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Monitor(tmp_path / "whole", tiny_plan())
+    whole = RunLogger(tmp_path / "whole", tiny_plan())
     record(whole, range(1, 13))
     whole.close()
-    killed = Monitor(tmp_path / "cut", tiny_plan())
+    killed = RunLogger(tmp_path / "cut", tiny_plan())
     record(killed, range(1, 10))
     killed.flush()
     later = time.time() + 1.1  # TensorBoard reads files by the second that stands in their names
     monkeypatch.setattr(time, "time", lambda: later)
-    again = Monitor(tmp_path / "cut", tiny_plan(), step)
+    again = RunLogger(tmp_path / "cut", tiny_plan(), step)
     record(again, range(step + 1, 13))
     again.close()
     expected = curves(tmp_path / "whole")
@@ -59,8 +59,8 @@ def test_every_curve_is_one_after_a_kill(tmp_path: Path, step: int, monkeypatch:
 
 
 def test_bad_videos_that_are_listed_are_known_again_and_rotten_lines_dropped(tmp_path: Path) -> None:
-    first, later = Failure(3, "a, b.mp4", "cut short"), Failure(4, "c.mp4", "empty")
-    monitor = Monitor(tmp_path, tiny_plan())
+    first, later = DecodeFailure(3, "a, b.mp4", "cut short"), DecodeFailure(4, "c.mp4", "empty")
+    monitor = RunLogger(tmp_path, tiny_plan())
     monitor.failures(2, [first])
     monitor.failures(8, [later])
     monitor.close()
@@ -68,7 +68,7 @@ def test_bad_videos_that_are_listed_are_known_again_and_rotten_lines_dropped(tmp
         file.write(b"4,\0\xff,x,y\n\0\0\0\n5,6")
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b"\xff\0\n")
-    again = Monitor(tmp_path, tiny_plan(), 6)
+    again = RunLogger(tmp_path, tiny_plan(), 6)
     again.close()
     assert again.listed == {first}
     assert (tmp_path / "bad_videos.csv").read_text().splitlines() == [

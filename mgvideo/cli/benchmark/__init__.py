@@ -39,11 +39,11 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items()))
         print("\nEach takes the groups and keys of a run, and its own, which NAME --help explains.")
         return
-    with app.reported():
+    with app.exit_on_user_error():
         require(name in BENCHMARKS, f"there is no benchmark of '{name}'; there are: {', '.join(BENCHMARKS)}")
     module = import_module(f"mgvideo.cli.benchmark_{name}")
     own, rest = keys.split(module.Keys, rest)
-    with app.reported():
+    with app.exit_on_user_error():
         given = module.read_keys(own)
     intro = f"mgvideo benchmark {name} …: {BENCHMARKS[name]}.\nTakes the groups and keys of a run, and:"
     text = "\n".join([intro, "", *keys.describe(module.Keys)])

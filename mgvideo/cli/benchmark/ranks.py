@@ -32,7 +32,7 @@ from mgvideo.cli import keys
 from mgvideo.cli.benchmark import conditions, output, plain_table, show
 from mgvideo.cli.build import build_model, build_normalize, build_plan
 from mgvideo.cli.schema import key
-from mgvideo.distributed.ranks import neighbours
+from mgvideo.distributed.ranks import bn_process_group
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.micro_batches import split_into_micro_batches
 from mgvideo.engine.precision import choose_precision
@@ -44,7 +44,7 @@ from mgvideo.loading.requests import ClipRequest, Sample
 from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.shards import check_shards, shard_batch
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.tracking.run_logger import Monitor
+from mgvideo.tracking.run_logger import RunLogger
 
 from .train import shortened
 
@@ -149,12 +149,12 @@ def simulated_rank(rank: int, world: int, log: CollectiveLog | None = None) -> I
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     dist.new_group = new_fake_group  # type: ignore[assignment]
-    neighbours.cache_clear()
+    bn_process_group.cache_clear()
     try:
         with nullcontext() if log is None else log:
             yield
     finally:
-        neighbours.cache_clear()
+        bn_process_group.cache_clear()
         dist.new_group = new_group
         dist.destroy_process_group()
 
@@ -293,7 +293,7 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
                 precise_bn_clips=cfg.train.precise_bn_clips,
                 hang_timeout=0,
             ),
-            monitor=Monitor(Path(folder), plan, active=False),
+            monitor=RunLogger(Path(folder), plan, active=False),
             checkpoints=Checkpoints(Path(folder) / "checkpoints", 1),
             validate=(evaluator, views) if cfg.train.evals_per_phase else None,
         )

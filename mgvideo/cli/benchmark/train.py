@@ -31,7 +31,7 @@ from mgvideo.plan.plan import Plan, require
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import shard_batch
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.tracking.run_logger import Monitor
+from mgvideo.tracking.run_logger import RunLogger
 
 
 @dataclass
@@ -142,7 +142,7 @@ def measure(given: Keys, cfg: DictConfig, data: Data, plan: Plan) -> Run:
     slots = {(p, s): Visited() for p, phase in enumerate(plan.phases) for s in range(len(phase.slots))}
     held: dict[str, Batch] = {}
     with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(Path(folder), short, active=False)
+        monitor = RunLogger(Path(folder), short, active=False)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", 1)
         trainer = build_trainer(cfg, build_model(cfg, precision), short, data, precision, monitor, checkpoints)
         trainer.validate = None
