@@ -49,7 +49,7 @@ def choose(request: ClipRequest, sampling: Sampling) -> Choice:
     grid, view = request.grid, request.view
     (low, high), strides = grid.scales, grid.strides
     if low < grid.size:
-        raise UserError(f"grid: a crop of {grid.size} pixels does not fit a short side of {low}; raise base.jitter")
+        raise UserError(f"grid: a crop of {grid.size} pixels does not fit a short side of {low}; raise base.short_side")
     if view is not None:
         start = view.clip / (view.clips - 1) if view.clips > 1 else 0.5
         return Choice(strides[0], low, start, 0.5, 0.5, False)

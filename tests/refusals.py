@@ -15,5 +15,5 @@ def said(
         main(list(arguments))
     lines = capsys.readouterr().err.splitlines()
     assert left.value.code == code, lines
-    (line,) = [line for line in lines if not line.startswith(("base.lr: ", "base.lr_steps: "))]
+    (line,) = [line for line in lines if not line.startswith(("base.lr: ", "base.lr_milestones: "))]
     return line

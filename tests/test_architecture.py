@@ -47,9 +47,32 @@ def test_models_and_datasets_know_nothing_of_each_other(folder: str, others: tup
     assert offences(folder, f"mgvideo.{folder}", (*others, "mgvideo.configs", "hydra", "omegaconf")) == []
 
 
-def test_the_plan_needs_no_torch() -> None:
-    for name in ("plan", "schedule", "shards"):
-        assert not [m for m in imported(ROOT / "mgvideo" / f"{name}.py", "mgvideo") if m.split(".")[0] == "torch"]
+def test_imports_run_downwards() -> None:
+    """A folder of the core imports from lower floors only; `errors` and the standard library are below all."""
+    floors = (
+        ("cpu",),
+        ("plan", "layers", "distributed"),
+        ("loading", "storage"),
+        ("tracking",),
+        ("engine", "reproduce"),
+    )
+    heights = {"errors": -1, "cli": len(floors)} | {room: i for i, rooms in enumerate(floors) for room in rooms}
+    rooms = [path.name for path in (ROOT / "mgvideo").iterdir() if (path / "__init__.py").exists()]
+    assert set(rooms) == set(heights) - {"errors"}
+    found = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for room in rooms
+        for path, package in modules(f"mgvideo/{room}", f"mgvideo.{room}")
+        for name in imported(path, package)
+        if (other := name.split(".")[1:2]) and name.startswith("mgvideo.") and other != [room]
+        if heights.get(other[0], -1) >= heights[room]
+    ]
+    assert not found
+
+
+def test_plans_need_no_torch() -> None:
+    for path, package in modules("mgvideo/plan", "mgvideo.plan"):
+        assert not [name for name in imported(path, package) if name.split(".")[0] == "torch"], path
 
 
 def test_the_rule_would_catch_an_offence(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def composed(*overrides: str) -> DictConfig:
     cfg = app.compose_config("run", overrides)
     check_values(cfg)
     check_groups(cfg)
-    build_plan(cfg, max(cfg.dataset.get("train_videos") or 0, 1000 * cfg.base.batch))
+    build_plan(cfg, max(cfg.dataset.get("train_videos") or 0, 1000 * cfg.base.batch_size))
     return cfg
 
 

@@ -30,7 +30,7 @@ def test_the_wheel_owns_one_name_and_its_command_trains(tmp_path: Path, motion_r
     (site / "dependencies.pth").write_text("\n".join(packages))
     where = run(python, "-c", "import mgvideo.models; print(mgvideo.models.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(tmp_path)
-    overrides = [*TINY, f"dataset.root={motion_root}", "base.epochs=0.25", "base.lr_steps=[0]", "schedule=baseline"]
+    overrides = [*TINY, f"dataset.root={motion_root}", "base.epochs=0.25", "base.lr_milestones=[]", "schedule=baseline"]
     printed = run(tmp_path / "env/bin/mgvideo", "run", *overrides, "output_dir=out", "test.enable=false", cwd=tmp_path)
     assert "step 2/2" in printed
     assert (tmp_path / "out/metrics.jsonl").exists()

@@ -24,7 +24,7 @@ from mgvideo import cli
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import Knobs, motion
 from mgvideo.distributed.ranks import rank
-from mgvideo.distributed.signals import ASKING
+from mgvideo.distributed.signals import STOP_SIGNALS
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.optimizers import sgd
 from mgvideo.engine.precision import Normalize, choose_precision
@@ -47,15 +47,22 @@ TINY = [
     *(f"dataset.knobs.{name}={getattr(KNOBS, name)}" for name in ("train", "val", "frames", "height", "width")),
     "model=r2plus1d_small",
     "model.width=4",
-    *("base.frames=8", "base.size=32", "base.jitter=[36,40]", "base.batch=8", "base.epochs=2", "base.lr=0.05"),
-    *("base.lr_steps=[0,1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_clips=16"),
-    *("test.size=32", "test.clips=1", "loader.workers=1", "train.log_every=2"),
+    *(
+        "base.num_frames=8",
+        "base.crop_size=32",
+        "base.short_side=[36,40]",
+        "base.batch_size=8",
+        "base.epochs=2",
+        "base.lr=0.05",
+    ),
+    *("base.lr_milestones=[1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_clips=16"),
+    *("test.crop_size=32", "test.num_clips=1", "loader.num_workers=1", "train.log_every=2"),
     "loader.start_method=fork",  # no second import of everything for every small run
 ]
 # what the server of `start_process` imports: the program, and what its training needs of torch
 SERVED = ("training", "mgvideo.cli.run", "mgvideo.models.r2plus1d", "torch._dynamo")
 BASE = Base(
-    batch=8, frames=8, size=32, stride=2, jitter=(36, 40), epochs=2, lr=0.05, lr_steps=(0, 1), gamma=0.1,
+    batch_size=8, num_frames=8, crop_size=32, frame_stride=2, short_side=(36, 40), epochs=2, lr=0.05, lr_milestones=(1,), gamma=0.1,
     warmup_epochs=0, warmup_lr=0.0,
 )  # fmt: skip
 
@@ -86,11 +93,11 @@ def tiny_trainer(
     model = convert_clip_dropout(convert_group_batchnorm(model)).to(dtype)
     precision = choose_precision("fp32", torch.device("cpu"))
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, dtype)
-    loading = LoaderOptions(workers=workers)
+    loading = LoaderOptions(num_workers=workers)
     train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loading) for split in ("train", "val"))
-    side = plan.base.size
-    views = Views(Grid(plan.base.frames, side, (2, 2), (side, side)))
-    settings = {"max_clips": 1000, "log_every": 2, "precise_bn_clips": 0, **options}
+    side = plan.base.crop_size
+    views = Views(Grid(plan.base.num_frames, side, (2, 2), (side, side)))
+    settings = {"micro_batch_clips": 1000, "log_every": 2, "precise_bn_clips": 0, **options}
     return Trainer(
         model,
         plan,
@@ -173,7 +180,7 @@ def _call(log: Path, cwd: Path, environment: dict[str, str], target: Callable, a
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # which the server blocks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which the server blocks
     with open(log, "a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)

@@ -56,7 +56,7 @@ def _run(words: Sequence[str]) -> None:
     if program in PROGRAMS:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):
             record_early_signals()  # imports take a while, in which a job may be asked to stop
-            if not any(word.startswith(("-", "loader.workers=0", "loader.start_method=")) for word in arguments):
+            if not any(word.startswith(("-", "loader.num_workers=0", "loader.start_method=")) for word in arguments):
                 with suppress(UserError):  # raised again where the run can report it
                     start_server()  # and workers take as long to import theirs
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)

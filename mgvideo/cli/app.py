@@ -60,7 +60,7 @@ def main(
         if not parsed.multirun:
             cfg = check(config_name, overrides, more_keys)
             if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes it anew
-                overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_steps", "warmup_epochs")]
+                overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_milestones", "warmup_epochs")]
 
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
@@ -241,33 +241,36 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Scale the recipe to a `base.batch` or `base.epochs` among the overrides; returns a line for each change.
+    """Scale the recipe to a `base.batch_size` or `base.epochs` among the overrides; returns a line for each change.
 
-    base.lr follows base.batch by the linear rule, unless it is given too. base.lr_steps and base.warmup_epochs follow
+    base.lr follows base.batch_size by the linear rule, unless it is given too. base.lr_milestones and base.warmup_epochs follow
     base.epochs in proportion, unless one of them is given too.
     """
     keys = {_key_of(override) for override in overrides}
-    batch = "base.batch" in keys and "base.lr" not in keys
-    epochs = "base.epochs" in keys and not keys & {"base.lr_steps", "base.warmup_epochs"}
+    batch = "base.batch_size" in keys and "base.lr" not in keys
+    epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
     if not (batch or epochs):
         return []
-    rest = [override for override in overrides if _key_of(override) not in ("base.batch", "base.epochs")]
+    rest = [override for override in overrides if _key_of(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    unset = {key for key in ("batch", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}  # no recipe to follow
+    unset = {key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}  # no recipe to follow
     messages = []
-    if batch and not unset & {"batch", "lr"}:
-        base.lr = scale_lr(recipe.batch, recipe.lr, base.batch)
+    if batch and not unset & {"batch_size", "lr"}:
+        base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)
         messages.append(
-            f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch} becomes {base.lr:g} at "
-            f"base.batch={base.batch} (linear rule; set base.lr to choose another)"
+            f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
+            f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
         )
     if epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
-        base.lr_steps, base.warmup_epochs = [factor * step for step in recipe.lr_steps], factor * recipe.warmup_epochs
+        base.lr_milestones, base.warmup_epochs = (
+            [factor * step for step in recipe.lr_milestones],
+            factor * recipe.warmup_epochs,
+        )
         messages.append(
-            f"base.lr_steps: {_epochs(recipe.lr_steps)} of the recipe's {recipe.epochs:g} epochs becomes "
-            f"{_epochs(base.lr_steps)} at base.epochs={base.epochs:g}, and base.warmup_epochs {recipe.warmup_epochs:g} "
+            f"base.lr_milestones: {_epochs(recipe.lr_milestones)} of the recipe's {recipe.epochs:g} epochs becomes "
+            f"{_epochs(base.lr_milestones)} at base.epochs={base.epochs:g}, and base.warmup_epochs {recipe.warmup_epochs:g} "
             f"becomes {base.warmup_epochs:g} (set either to choose both)"
         )
     return messages

@@ -25,7 +25,7 @@ from mgvideo.plan.shards import shard_batch
 
 from .app import flat_keys
 
-MOST_WORKERS = 16  # processes a rank, unless loader.workers says more; not measured yet
+MAX_WORKERS = 16  # processes a rank, unless loader.num_workers says more; not measured yet
 
 
 @dataclass(frozen=True)
@@ -146,30 +146,30 @@ def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
 
 
 def loader_options(cfg: DictConfig) -> LoaderOptions:
-    """Return how clips are loaded; where `loader.workers` is null, by one worker for each core of this rank.
+    """Return how clips are loaded; where `loader.num_workers` is null, by one worker for each core of this rank.
 
     All ranks call it together.
     """
-    workers = cfg.loader.workers
+    workers = cfg.loader.num_workers
     if workers is None:
-        workers = max(1, min(MOST_WORKERS, int(rank_cpus())))
+        workers = max(1, min(MAX_WORKERS, int(rank_cpus())))
     methods = ("fork", "forkserver", "spawn")
     if cfg.loader.start_method not in methods:
         raise UserError(f"loader.start_method={cfg.loader.start_method}: choose one of {', '.join(methods)}")
-    if workers < 0 or cfg.loader.prefetch < 1:
-        raise UserError("loader.workers must be 0 or more, loader.prefetch 1 or more")
-    idle = not torch.cuda.is_available() if cfg.loader.idle is None else cfg.loader.idle
-    return LoaderOptions(workers, cfg.loader.prefetch, cfg.loader.start_method, cfg.loader.timeout, idle)
+    if workers < 0 or cfg.loader.prefetch_factor < 1:
+        raise UserError("loader.num_workers must be 0 or more, loader.prefetch_factor 1 or more")
+    idle = not torch.cuda.is_available() if cfg.loader.low_priority is None else cfg.loader.low_priority
+    return LoaderOptions(workers, cfg.loader.prefetch_factor, cfg.loader.start_method, cfg.loader.timeout, idle)
 
 
-def max_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> int:
+def micro_batch_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> int:
     """How many base-grid clips a rank runs at once: as set, or measured, the least of all ranks."""
-    if cfg.loader.max_clips_per_step is not None:
-        if cfg.loader.max_clips_per_step < 1:
-            raise UserError("loader.max_clips_per_step must be 1 or more, or null to measure it")
-        return cfg.loader.max_clips_per_step
+    if cfg.train.micro_batch_clips is not None:
+        if cfg.train.micro_batch_clips < 1:
+            raise UserError("train.micro_batch_clips must be 1 or more, or null to measure it")
+        return cfg.train.micro_batch_clips
     base = plan.base
-    grid = Grid(base.frames, base.size, (base.stride, base.stride), base.jitter)
+    grid = Grid(base.num_frames, base.crop_size, (base.frame_stride, base.frame_stride), base.short_side)
     return min(gather_objects(clips_that_fit(model, grid, precision, rank_memory())))
 
 
@@ -179,7 +179,7 @@ def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> 
     Raises:
         UserError: it cannot hold them.
     """
-    if options.workers == 0:
+    if options.num_workers == 0:
         return []
     base, test = plan.base, cfg.test
     shards = (
@@ -189,6 +189,6 @@ def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> 
     )
     training = [3 * slot.grid.volume * (shard.stop - shard.start) for shard, slot in shards] if cfg.train.enable else []
     if cfg.train.enable and cfg.train.evals_per_phase:
-        training.append(3 * base.frames * base.size**2 * test.batch)
-    tested = 3 * base.frames * test.size**2 * test.crops * test.batch if test.enable else 0
-    return check_room(BatchSizes(max(training, default=0), tested), options.workers, options.prefetch)
+        training.append(3 * base.num_frames * base.crop_size**2 * test.batch_size)
+    tested = 3 * base.num_frames * test.crop_size**2 * test.num_crops * test.batch_size if test.enable else 0
+    return check_room(BatchSizes(max(training, default=0), tested), options.num_workers, options.prefetch_factor)

@@ -59,7 +59,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """A row of the table: what was checked, `ok`, `warning` or `failure`, what was found, and what to do."""
 
     check: str
@@ -94,7 +94,7 @@ def run(given: Keys, cfg: DictConfig) -> None:
         raise SystemExit(1)
 
 
-def table(findings: Sequence[Finding]) -> Table:
+def table(findings: Sequence[CheckResult]) -> Table:
     """The findings, one a row."""
     grid = Table(box=None, pad_edge=False)
     for heading in ("check", "", "found", "what to do"):
@@ -104,7 +104,7 @@ def table(findings: Sequence[Finding]) -> Table:
     return grid
 
 
-def examine(cfg: DictConfig, folder: Path) -> Iterator[Finding]:
+def examine(cfg: DictConfig, folder: Path) -> Iterator[CheckResult]:
     """The findings of all checks; an error that a check does not expect is a failure of that check alone."""
     machine = Machine(cfg, folder)
     for name, check in CHECKS.items():
@@ -114,7 +114,7 @@ def examine(cfg: DictConfig, folder: Path) -> Iterator[Finding]:
         except Exception as error:
             line = (str(error).splitlines() or [""])[0]
             remedy = "" if isinstance(error, UserError) else "report this line as a bug"
-            yield Finding(
+            yield CheckResult(
                 name, "failure", line if isinstance(error, UserError) else f"{type(error).__name__}: {line}", remedy
             )
 
@@ -139,7 +139,7 @@ class Machine:
     @cached_property
     def plan(self) -> Plan:
         """The plan of the config for the small dataset of the last checks."""
-        return build_plan(self.cfg, max(VIDEOS.train, self.cfg.base.batch))
+        return build_plan(self.cfg, max(VIDEOS.train, self.cfg.base.batch_size))
 
     @cached_property
     def videos(self) -> Any:
@@ -148,11 +148,11 @@ class Machine:
         return motion(str(self.folder), VIDEOS, "train", PyAV())
 
 
-def versions(machine: Machine) -> Iterator[Finding]:
+def versions(machine: Machine) -> Iterator[CheckResult]:
     """Python, the operating system, and the packages that matter."""
     del machine
-    yield Finding("system", "ok", f"Python {platform.python_version()} on {platform.platform()}")
-    yield Finding(
+    yield CheckResult("system", "ok", f"Python {platform.python_version()} on {platform.platform()}")
+    yield CheckResult(
         "mgvideo, torch", "ok", f"mgvideo {__version__}, torch {torch.__version__} (CUDA {torch.version.cuda})"
     )
     found, missing = [], []
@@ -162,19 +162,19 @@ def versions(machine: Machine) -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     absent = f"; not installed: {', '.join(missing)}" if missing else ""
-    yield Finding("packages", "ok", f"{', '.join(found)}{absent}")
+    yield CheckResult("packages", "ok", f"{', '.join(found)}{absent}")
 
 
-def gpus(machine: Machine) -> Iterator[Finding]:
+def gpus(machine: Machine) -> Iterator[CheckResult]:
     """GPUs, cuDNN and NCCL; a GPU that torch does not see."""
     if not torch.cuda.is_available():
         listed = _nvidia_gpus()
         if listed:
-            yield Finding(
+            yield CheckResult(
                 "GPU", "failure", f"torch does not see {listed}", "install a torch for CUDA, or a newer driver"
             )
         else:
-            yield Finding("GPU", "ok", "none: training runs on the CPU")
+            yield CheckResult("GPU", "ok", "none: training runs on the CPU")
         return
     for index in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(index)
@@ -184,15 +184,15 @@ def gpus(machine: Machine) -> Iterator[Finding]:
             f"{about.name}, capability {about.major}.{about.minor}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
         )
         remedy = "another program uses its memory: stop it, or set CUDA_VISIBLE_DEVICES" if busy else ""
-        yield Finding(f"GPU {index}", "warning" if busy else "ok", text, remedy)
+        yield CheckResult(f"GPU {index}", "warning" if busy else "ok", text, remedy)
     warning = cudnn_warning(machine.precision)
     version = torch.backends.cudnn.version()
-    yield Finding("cuDNN", "warning" if warning else "ok", str(version), warning or "")
+    yield CheckResult("cuDNN", "warning" if warning else "ok", str(version), warning or "")
     nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
     if nccl:
-        yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+        yield CheckResult("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
-        yield Finding("NCCL", "failure", "not in this torch", "install a torch with NCCL to train on several GPUs")
+        yield CheckResult("NCCL", "failure", "not in this torch", "install a torch with NCCL to train on several GPUs")
 
 
 def _nvidia_gpus() -> str:
@@ -203,23 +203,23 @@ def _nvidia_gpus() -> str:
     return listed.stdout.partition("\n")[0] if listed.returncode == 0 else ""
 
 
-def precision(machine: Machine) -> Iterator[Finding]:
+def precision(machine: Machine) -> Iterator[CheckResult]:
     """The precision that a run chooses, and whether its convolutions are right and fast."""
     chosen = machine.precision
-    yield Finding("precision", "ok", str(chosen))
+    yield CheckResult("precision", "ok", str(chosen))
     model = chosen.place(_model("slowfast_small"))
     grids = [slot.grid for phase in machine.plan.phases for slot in phase.slots]
     faults = probe_convolutions(model, grids, chosen)
     for fault in faults.wrong:
-        yield Finding("kernels", "warning", fault, "precision=auto falls back to fp32; or install another torch")
+        yield CheckResult("kernels", "warning", fault, "precision=auto falls back to fp32; or install another torch")
     for fault in faults.slow:
-        yield Finding("kernels", "warning", fault, "try precision=fp32, or install another torch")
+        yield CheckResult("kernels", "warning", fault, "try precision=fp32, or install another torch")
     if not (faults.wrong or faults.slow):
         compared = "nothing to compare in fp32" if chosen.dtype is None else f"right in {chosen.name}"
-        yield Finding("kernels", "ok", f"convolutions: {compared}")
+        yield CheckResult("kernels", "ok", f"convolutions: {compared}")
 
 
-def decoders(machine: Machine) -> Iterator[Finding]:
+def decoders(machine: Machine) -> Iterator[CheckResult]:
     """Each decoder on a real file: the same frames as PyAV gives."""
     versions = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
     libraries = f"libavcodec {versions['libavcodec']}, libavformat {versions['libavformat']}"
@@ -228,12 +228,14 @@ def decoders(machine: Machine) -> Iterator[Finding]:
         try:
             frames = _middle_frames(make(), path)
         except UserError as error:
-            yield Finding(f"decoder {name}", "failure" if name == "pyav" else "warning", "does not work", str(error))
+            yield CheckResult(
+                f"decoder {name}", "failure" if name == "pyav" else "warning", "does not work", str(error)
+            )
             continue
         wanted = frames if wanted is None else wanted
         same = (frames.float() - wanted.float()).abs().mean() < 2  # libraries round colours differently
         text = f"reads H.264{f'; {libraries}' if name == 'pyav' else ''}" if same else "gives other frames than PyAV"
-        yield Finding(f"decoder {name}", "ok" if same else "failure", text, "" if same else "use decoder=pyav")
+        yield CheckResult(f"decoder {name}", "ok" if same else "failure", text, "" if same else "use decoder=pyav")
 
 
 def _middle_frames(decoder: Decoder, path: str) -> Tensor:
@@ -245,62 +247,62 @@ def _middle_frames(decoder: Decoder, path: str) -> Tensor:
         return video.read(np.array([20, 22, 24]), Box(0, 0, video.height, video.width))
 
 
-def cores(machine: Machine) -> Iterator[Finding]:
+def cores(machine: Machine) -> Iterator[CheckResult]:
     """CPU cores that this process may use, and the loader workers that they give."""
     own = find_resources()
     limits = [f"a quota of {float(limit):g} cores" for limit in own.cpu_limits.values()]
     about = ", ".join([f"{cpu_count()} usable, of {len(available_cpus())} that this process may run on", *limits])
     options = loader_options(machine.cfg)
-    few = machine.device.type == "cuda" and options.workers < 4
+    few = machine.device.type == "cuda" and options.num_workers < 4
     remedy = "give each GPU 8 or more cores (SLURM: --cpus-per-task), or prepare a pyramid" if few else ""
-    yield Finding("CPU cores", "warning" if few else "ok", f"{about}; {options.workers} loader workers", remedy)
+    yield CheckResult("CPU cores", "warning" if few else "ok", f"{about}; {options.num_workers} loader workers", remedy)
     memory = min([own.memory, *own.memory_limits.values()]) / 2**30
     small = memory < 4
-    yield Finding(
+    yield CheckResult(
         "memory", "warning" if small else "ok", f"{memory:.1f} GiB available", "4 GiB or more" if small else ""
     )
 
 
-def shared_memory(machine: Machine) -> Iterator[Finding]:
+def shared_memory(machine: Machine) -> Iterator[CheckResult]:
     """Room in /dev/shm, through which loader workers pass their batches."""
     del machine
     room = find_room()
     if room is None:
-        yield Finding("/dev/shm", "ok", "no limit on this system")
+        yield CheckResult("/dev/shm", "ok", "no limit on this system")
         return
     small = room.free < 2**30
     text = f"{room.free / 2**20:.0f} MiB free"
-    remedy = "in Docker: docker run --shm-size=8g; else fewer loader.workers" if small else ""
-    yield Finding("/dev/shm", "warning" if small else "ok", text, remedy)
+    remedy = "in Docker: docker run --shm-size=8g; else fewer loader.num_workers" if small else ""
+    yield CheckResult("/dev/shm", "warning" if small else "ok", text, remedy)
 
 
-def open_files(machine: Machine) -> Iterator[Finding]:
+def open_files(machine: Machine) -> Iterator[CheckResult]:
     """How many files and sockets a process may have open."""
     del machine
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = limit != resource.RLIM_INFINITY and limit < OPEN_FILES
-    yield Finding("open files", "warning" if few else "ok", f"at most {limit}", "ulimit -n 65536" if few else "")
+    yield CheckResult("open files", "warning" if few else "ok", f"at most {limit}", "ulimit -n 65536" if few else "")
 
 
-def disk(machine: Machine) -> Iterator[Finding]:
+def disk(machine: Machine) -> Iterator[CheckResult]:
     """Free space where the run's folder will be."""
     from mgvideo.storage.paths import is_remote
 
     target = str(machine.cfg.output_dir)
     if is_remote(target):
-        yield Finding("disk", "ok", f"{target} is remote: not checked")
+        yield CheckResult("disk", "ok", f"{target} is remote: not checked")
         return
     place = next(p for p in (Path(target).absolute(), *Path(target).absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free / 2**30
     little = free < DISK_GIB
-    yield Finding(
+    yield CheckResult(
         "disk", "warning" if little else "ok", f"{free:.0f} GiB free in {place}", "set output_dir" if little else ""
     )
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        yield Finding("disk", "failure", f"cannot write in {place}: {error.strerror}", "set output_dir")
+        yield CheckResult("disk", "failure", f"cannot write in {place}: {error.strerror}", "set output_dir")
 
 
 def _model(name: str) -> nn.Module:
@@ -308,7 +310,7 @@ def _model(name: str) -> nn.Module:
     return convert_group_batchnorm(instantiate(composed.model))
 
 
-def families(machine: Machine) -> Iterator[Finding]:
+def families(machine: Machine) -> Iterator[CheckResult]:
     """A training step of a small network of each family: loss and weights stay finite."""
     for name in FAMILIES:
         step = _Step(machine, name)
@@ -316,9 +318,9 @@ def families(machine: Machine) -> Iterator[Finding]:
         seconds = step.seconds
         text = f"a training step of 4 clips of 8×64²: {1e3 * seconds:.0f} ms"
         if finite:
-            yield Finding(name, "ok", text)
+            yield CheckResult(name, "ok", text)
         else:
-            yield Finding(name, "failure", "loss or weights are not finite", "try precision=fp32")
+            yield CheckResult(name, "failure", "loss or weights are not finite", "try precision=fp32")
 
 
 class _Step:
@@ -352,19 +354,19 @@ class _Step:
         return finite and bool(torch.isfinite(loss))
 
 
-def data(machine: Machine) -> Iterator[Finding]:
+def data(machine: Machine) -> Iterator[CheckResult]:
     """Clips a second of the loader on a small real dataset, beside those of the training step on the base grid."""
-    base, batch = machine.plan.base, machine.plan.base.batch
+    base, batch = machine.plan.base, machine.plan.base.batch_size
     step = _Step(machine, "slowfast_small")
-    step(batch, base.frames, base.size)
+    step(batch, base.num_frames, base.crop_size)
     trained = batch / step.seconds
     loaded = _loader_rate(machine)
     slow = loaded < trained
-    text = f"{loaded:.0f} clips a second loaded, {trained:.0f} trained (slowfast_small, {base.frames}×{base.size}²)"
+    text = f"{loaded:.0f} clips a second loaded, {trained:.0f} trained (slowfast_small, {base.num_frames}×{base.crop_size}²)"
     remedy = (
         "the loader sets the pace: more cores, dataset.frame_cache or a pyramid; see benchmark loader" if slow else ""
     )
-    yield Finding("loader and step", "warning" if slow else "ok", text, remedy)
+    yield CheckResult("loader and step", "warning" if slow else "ok", text, remedy)
 
 
 def _loader_rate(machine: Machine) -> float:
@@ -385,7 +387,7 @@ def _loader_rate(machine: Machine) -> float:
         return clips / (time.perf_counter() - started)
 
 
-CHECKS: dict[str, Callable[[Machine], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[Machine], Iterator[CheckResult]]] = {
     "versions": versions,
     "GPU": gpus,
     "precision": precision,

@@ -38,8 +38,8 @@ class ExportKeys:
     )
     out: str | None = key(None, "file to write: NAME.pt2 or NAME.onnx")
     format: str | None = key(None, "torch (torch.export) or onnx; null: what the file's name ends in says")
-    frames: int | None = key(None, "frames of a clip; null: base.frames of the run")
-    size: int | None = key(None, "height and width of a clip; null: base.size")
+    frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run")
+    size: int | None = key(None, "height and width of a clip; null: base.crop_size")
     batch: int = key(1, "clips at once")
     dynamic: bool = key(
         False, "take any number of clips, of frames (not SlowFast) and of pixels; those above are an example"
@@ -137,7 +137,7 @@ def export(given: ExportKeys, overrides: Sequence[str], file: Path) -> None:
     if given.normalize:
         network = FromPixels(network, Normalize(tuple(cfg.normalize.mean), tuple(cfg.normalize.std))).eval()
     any_frames = takes_any_frames(trained.model)
-    frames, size = given.frames or cfg.base.frames, given.size or cfg.base.size
+    frames, size = given.frames or cfg.base.num_frames, given.size or cfg.base.crop_size
     # with one of something a program would be for one of it alone
     batch = max(2, given.batch) if given.dynamic else given.batch
     examples = [clips.random(batch, frames, size, size)]
@@ -214,7 +214,7 @@ def describe(given: ExportKeys, trained: Trained, example: Tensor, size: int) ->
     pixels = "uint8 RGB" if given.normalize else f"float32 RGB in 0–1, less mean {mean}, over std {std}"
     scores = "softmax" if cfg.dataset.task == "single_label" else "sigmoid"
     print(f"{given.out}: {size / 1e6:.1f} MB")
-    print(f"  input clips [{', '.join(shape)}]: {pixels}; frames at stride {cfg.base.stride}")
+    print(f"  input clips [{', '.join(shape)}]: {pixels}; frames at stride {cfg.base.frame_stride}")
     print(f"  output logits [{shape[0]}, {trained.classes}], before the {scores}")
     if given.dynamic and not any_frames:
         print("  the number of frames is fixed: SlowFast chooses its slow pathway's by it, when the file is made")

@@ -16,9 +16,10 @@ from typing import Any
 
 from mgvideo.distributed.signals import received, stop_if_asked
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan, require
 from mgvideo.storage.checkpoints import Checkpoints, write_atomic
-from mgvideo.tracking.run_logger import Eta, duration
+from mgvideo.tracking.run_logger import Eta
 
 from .help import group_options
 from .tables import Entry, key_of, merged
@@ -141,7 +142,9 @@ class Following:
             return "starting"
         left = self.left()
         parts = [f"step {self.last['step']}/{self.plan.steps}", f"loss {self.last['loss']:.2f}", self.score]
-        parts.append("testing" if self.last["step"] == self.plan.steps else f"{duration(left)} left" if left else "")
+        parts.append(
+            "testing" if self.last["step"] == self.plan.steps else f"{format_duration(left)} left" if left else ""
+        )
         return " · ".join(part for part in parts if part)
 
 

@@ -39,7 +39,7 @@ from mgvideo.storage.paths import exists, is_remote, plain
 
 from . import app, keys
 from .build import build_normalize, loader_options
-from .progress import Progress
+from .progress import ProgressLog
 from .schema import key
 from .trained import HELP, Trained, load_trained
 
@@ -52,9 +52,9 @@ class PredictKeys:
         None, "a checkpoint, a run's folder (its best one, else its newest), or weights as init_from"
     )
     top: int = key(5, "classes to show of each video")
-    clips: int | None = key(None, "clips of each video, evenly spaced; null: test.clips of the run")
-    crops: int | None = key(None, "crops of each clip, 1 or 3; null: test.crops")
-    size: int | None = key(None, "side of the crops in pixels; null: test.size")
+    clips: int | None = key(None, "clips of each video, evenly spaced; null: test.num_clips of the run")
+    crops: int | None = key(None, "crops of each clip, 1 or 3; null: test.num_crops")
+    size: int | None = key(None, "side of the crops in pixels; null: test.crop_size")
     classes: str | None = key(
         None, "file of class names, one a line; null: the run says, or its dataset, or they are numbers"
     )
@@ -90,8 +90,8 @@ class Predictor:
         sampling = Sampling(flip=False, segments=self.segments)
         dataset = VideoDataset("", [VideoEntry(path, label) for path in paths], self.names, PyAV(), sampling)
         loader = Loader(dataset, loader_options(cfg), self.precision.device.type == "cuda")
-        evaluator = Evaluator(loader, self.task, len(self.names), self.normalize, self.precision, cfg.test.batch)
-        with Progress("predict") as progress:
+        evaluator = Evaluator(loader, self.task, len(self.names), self.normalize, self.precision, cfg.test.batch_size)
+        with ProgressLog("predict") as progress:
             return evaluator(self.trained.model, self.views, lambda done, of, _: progress(done, of))
 
     def heat(self, path: str, label: int) -> Heat:
@@ -199,9 +199,9 @@ def run(given: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) ->
 def build(given: PredictKeys, trained: Trained) -> Predictor:
     """The network on its device, with the views of its run's test but for what is asked."""
     cfg = trained.cfg
-    side = given.size or cfg.test.size
-    grid = Grid(cfg.base.frames, side, (cfg.base.stride, cfg.base.stride), (side, side))
-    views = Views(grid, given.clips or cfg.test.clips, given.crops or cfg.test.crops)
+    side = given.size or cfg.test.crop_size
+    grid = Grid(cfg.base.num_frames, side, (cfg.base.frame_stride, cfg.base.frame_stride), (side, side))
+    views = Views(grid, given.clips or cfg.test.num_clips, given.crops or cfg.test.num_crops)
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if precision.warning:
         print(f"warning: {precision.warning}", file=sys.stderr)

@@ -31,7 +31,7 @@ from mgvideo.storage.paths import exists, relative, writing
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys
-from .progress import Progress
+from .progress import ProgressLog
 from .schema import key
 
 KINETICS = ("width=340", "height=256", "frames=300", "fps=30", "keyframe=250", "train=64", "val=16")
@@ -144,11 +144,11 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
     for line in lines:
         classes.setdefault(line.path, set()).update(line.classes)
     # where a clip has a frame of each segment of its video, a short one gives the same frame for several
-    span = 1 if first.sampling.segments else (cfg.base.frames - 1) * cfg.base.stride + 1
+    span = 1 if first.sampling.segments else (cfg.base.num_frames - 1) * cfg.base.frame_stride + 1
     least = given.min_frames or span
     journal = f"{given.out}.part"
     with writing("out", given.out):
-        with Progress("check") as progress:
+        with ProgressLog("check") as progress:
             found = check(list(classes), least, given.fully, given.processes, progress, journal, first.decoder)
         findings = repeated(lines) + found
         write_findings(given.out, findings)
@@ -207,11 +207,11 @@ def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
         f"dataset {cfg.dataset.name}: frames are images, no video to encode",
     )
     # the grids are those of a whole dataset, also where it is a part of one that is prepared
-    plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch))
+    plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch_size))
     root = cfg.dataset.root
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}
-    layout = Layout.of(sizes, plan.base.jitter, _short_side(paths))
+    layout = Layout.of(sizes, plan.base.short_side, _short_side(paths))
     print(
         f"levels with short sides of {', '.join(map(str, layout.sides))} pixels for {len(paths)} videos in {given.out}"
     )
@@ -220,7 +220,7 @@ def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
         print(f"the levels of those left will take about {_size(level_bytes)}", flush=True)
 
     names = [relative(path, root) for path in paths]
-    with Progress("pyramid") as progress:
+    with ProgressLog("pyramid") as progress:
         rows = build(str(given.out), root, names, layout, given.processes, progress, estimate)
     _say_rows(rows, cfg.dataset.max_bad_fraction)
     print(f"train with dataset.pyramid={given.out}")
@@ -306,7 +306,7 @@ def _annotation(cfg: DictConfig, split: str) -> str:
 
 def make_videos(given: MotionKeys, cfg: DictConfig) -> None:
     """Make the embedded dataset."""
-    with Progress("motion") as progress:
+    with ProgressLog("motion") as progress:
         folder = make_motion(cfg.dataset.root, instantiate(cfg.dataset.knobs), given.processes, progress)
     files = list(folder.rglob("*.mp4"))
     print(f"{folder}: {len(files)} videos, {_size(sum(file.stat().st_size for file in files))}")

@@ -11,9 +11,9 @@ from rich.table import Table as Grid
 
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import Benchmark, predict
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.reproduce.tables import ResultTable
-from mgvideo.tracking.run_logger import duration
 
 from .tables import Entry
 
@@ -42,7 +42,7 @@ def show(table: ResultTable, cells: Sequence[Entry], seeds: int, benchmark: Benc
             figures = [f"{plan.epochs:g}", f"{plan.steps:,}", amount(own), f"{saved:.2f}×", "–"]
             with suppress(UserError):  # the benchmark has not measured this cell's grids
                 time = sum(phase.seconds for phase in predict(plan, gpus, benchmark)) if benchmark else 0.0
-                seconds, figures[-1] = seconds + time, duration(time) if benchmark else "–"
+                seconds, figures[-1] = seconds + time, format_duration(time) if benchmark else "–"
         grid.add_row(entry.cell.name, entry.cell.title, *figures)
     console.print(grid)
     for missing in dict.fromkeys(entry.missing for entry in cells if entry.missing):
@@ -52,7 +52,9 @@ def show(table: ResultTable, cells: Sequence[Entry], seeds: int, benchmark: Benc
         console.print(f"  {note}", soft_wrap=True)
     if steps:
         total = f"{seeds * steps:,.0f} steps, {amount(seeds * flops)} multiply-adds of forward passes"
-        console.print(f"  × {seeds} seed{'s' * (seeds > 1)}: {total}{f', {duration(seeds * seconds)}' * bool(seconds)}")
+        console.print(
+            f"  × {seeds} seed{'s' * (seeds > 1)}: {total}{f', {format_duration(seeds * seconds)}' * bool(seconds)}"
+        )
 
 
 def amount(flops: float) -> str:

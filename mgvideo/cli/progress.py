@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-EVERY = 30.0  # seconds between two lines of a log file
+LOG_INTERVAL_S = 30.0  # seconds between two lines of a log file
 
 
-class Progress:
+class ProgressLog:
     """A context manager to call with (done, of how many); says the time left."""
 
     def __init__(self, name: str) -> None:
@@ -24,7 +24,7 @@ class Progress:
         self.bar = Bar(*columns, *left, console=console) if console.is_terminal else None
         self.task = self.bar.add_task(name, total=None) if self.bar else None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressLog:
         if self.bar:
             self.bar.start()
         return self
@@ -39,7 +39,7 @@ class Progress:
             self.bar.update(self.task, completed=done, total=total)
             return
         now = time.monotonic()
-        if now - self.told >= EVERY or done == total:
+        if now - self.told >= LOG_INTERVAL_S or done == total:
             left = (now - self.started) / done * (total - done)
             print(f"{self.name}: {done} of {total}, {_clock(left)} left", file=sys.stderr, flush=True)
             self.told = now

@@ -15,13 +15,13 @@ from rich.console import Console
 from mgvideo.distributed.signals import Stopped, handle_signals, stop_if_asked
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import read_benchmark
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
 from mgvideo.storage.checkpoints import write_atomic
-from mgvideo.tracking.run_logger import duration
 
 from . import app, keys, prices
 from .build import require_dataset_keys
@@ -200,10 +200,10 @@ class Reproduction:
             scores = read_outcome(job.folder, job.seed).report["metrics"]
             told = " · ".join(f"{name} {value:.2f} %" for name, value in scores.items())
             self.spent.append((seconds, job.entry.flops(job.entry.plan)))
-            self.console.print(f"  {job.name} done in {duration(seconds)} · {told}")
+            self.console.print(f"  {job.name} done in {format_duration(seconds)} · {told}")
         else:
             self.failures[job.name] = why(code, job.folder)
-            self.console.print(f"  {job.name} failed after {duration(seconds)}: {self.failures[job.name]}")
+            self.console.print(f"  {job.name} failed after {format_duration(seconds)}: {self.failures[job.name]}")
 
     def _beat(
         self, line: Line, place: str, following: Following, later: Sequence[Job], began: float
@@ -217,7 +217,9 @@ class Reproduction:
             left, elapsed = following.left(), time.monotonic() - began
             known = [*self.spent, *([(elapsed + left, own)] if left is not None else [])]
             pace = sum(flops for _, flops in known)
-            after = f" · table {duration((left or 0) + rest * sum(s for s, _ in known) / pace)} left" if pace else ""
+            after = (
+                f" · table {format_duration((left or 0) + rest * sum(s for s, _ in known) / pace)} left" if pace else ""
+            )
             line.show(f"{place} · {following}{after if later else ''}")
 
         return beat

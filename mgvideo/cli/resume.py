@@ -137,7 +137,7 @@ def software_versions() -> dict[str, str]:
     return {"mgvideo": f"{__version__} (sources {digest.hexdigest()[:8]})", "torch": str(torch.__version__)}
 
 
-def keep_max_clips(saved: Mapping[str, int] | None, fits: int, plan: Plan) -> tuple[int, str | None]:
+def keep_micro_batch_clips(saved: Mapping[str, int] | None, fits: int, plan: Plan) -> tuple[int, str | None]:
     """How many base-grid clips a rank of a resumed run runs at once, and a warning; `fits` is what was measured now.
 
     With as many ranks as before it is the saved number, so that the run stays the same to the last bit. Where memory

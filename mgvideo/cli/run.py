@@ -49,13 +49,13 @@ from .build import (
     check_shared_memory,
     fall_back_if_convolutions_are_wrong,
     loader_options,
-    max_clips,
+    micro_batch_clips,
 )
 from .groups import check_groups
 from .resume import (
     archive_newer_checkpoints,
     find_checkpoint,
-    keep_max_clips,
+    keep_micro_batch_clips,
     load_checkpoint,
     lower_lr_command,
     resume_fingerprint,
@@ -178,7 +178,7 @@ def _explain(error: Exception) -> Exception:
     """A UserError for torch's error where a key of the config helps, else the error itself."""
     if is_out_of_memory(error):
         return UserError(
-            f"out of memory {place()}: lower loader.max_clips_per_step, or choose a smaller model or base.size"
+            f"out of memory {place()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
         )
     text = str(error).splitlines()[0] if str(error) else ""
     if "use_deterministic_algorithms" in text:
@@ -228,17 +228,19 @@ def build_trainer(
     if cfg.train.enable:
         smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
         check_forward(model, smallest, precision.device)
-    fits = max_clips(cfg, model, plan, precision)
-    if state and cfg.loader.max_clips_per_step is None:
-        fits, changed = keep_max_clips(state.get("max_clips"), fits, plan)
+    fits = micro_batch_clips(cfg, model, plan, precision)
+    if state and cfg.train.micro_batch_clips is None:
+        fits, changed = keep_micro_batch_clips(state.get("micro_batch_clips"), fits, plan)
         if changed:
             monitor.print_line(f"warning: {changed}")
     if fits < clips_at_once(plan, world_size()):
         monitor.print_line(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
-    side = base.size
-    views = Views(Grid(base.frames, side, (base.stride, base.stride), (side, side)))
-    evaluator = Evaluator(Loader(data.val, options, pin), data.task, data.classes, normalize, precision, cfg.test.batch)
+    side = base.crop_size
+    views = Views(Grid(base.num_frames, side, (base.frame_stride, base.frame_stride), (side, side)))
+    evaluator = Evaluator(
+        Loader(data.val, options, pin), data.task, data.classes, normalize, precision, cfg.test.batch_size
+    )
     return Trainer(
         model,
         plan,
@@ -249,7 +251,7 @@ def build_trainer(
         normalize=normalize,
         precision=precision,
         options=TrainOptions(
-            max_clips=fits,
+            micro_batch_clips=fits,
             log_every=cfg.train.log_every,
             evals_per_phase=cfg.train.evals_per_phase,
             precise_bn_clips=cfg.train.precise_bn_clips,
@@ -270,10 +272,14 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
     """Multi-view test of the model as it is, then the report."""
     if cfg.train.enable and trainer.progress.evaluated < trainer.progress.step:
         trainer.precise_bn()  # no evaluation has made them for these weights
-    base, size = trainer.plan.base, cfg.test.size
-    views = Views(Grid(base.frames, size, (base.stride, base.stride), (size, size)), cfg.test.clips, cfg.test.crops)
+    base, size = trainer.plan.base, cfg.test.crop_size
+    views = Views(
+        Grid(base.num_frames, size, (base.frame_stride, base.frame_stride), (size, size)),
+        cfg.test.num_clips,
+        cfg.test.num_crops,
+    )
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin)
-    evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch)
+    evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch_size)
     started = time.perf_counter()
     monitor.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
     beat = trainer.report_progress("testing", -1)

@@ -66,20 +66,21 @@ def check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 class BaseKeys:
     """The baseline recipe that the multigrid factors multiply; recipe/*.yaml fills it in."""
 
-    batch: int = key(MISSING, "clips a step over all ranks; changed on the command line, base.lr follows linearly")
-    frames: int = key(MISSING, "frames a clip")
-    size: int = key(MISSING, "side of the square crop, pixels")
-    stride: int = key(MISSING, "frames of the video between two of the clip")
-    jitter: list[int] = key([], "short side before cropping, drawn from [lowest, highest], pixels")
+    batch_size: int = key(MISSING, "clips a step over all ranks; changed on the command line, base.lr follows linearly")
+    num_frames: int = key(MISSING, "frames a clip")
+    crop_size: int = key(MISSING, "side of the square crop, pixels")
+    frame_stride: int = key(MISSING, "frames of the video between two of the clip")
+    short_side: list[int] = key([], "short side before cropping, drawn from [lowest, highest], pixels")
     epochs: float = key(
-        MISSING, "passes over the dataset of the baseline; changed alone, base.lr_steps and base.warmup_epochs follow"
+        MISSING,
+        "passes over the dataset of the baseline; changed alone, base.lr_milestones and base.warmup_epochs follow",
     )
-    lr: float = key(MISSING, "learning rate at base.batch, after warm-up")
-    lr_steps: list[float] = key([0], "epochs at which LR stages start, 0 first")
+    lr: float = key(MISSING, "learning rate at base.batch_size, after warm-up")
+    lr_milestones: list[float] = key([], "epochs at which the LR drops by gamma and a new LR stage starts")
     gamma: float = key(0.1, "LR factor from one stage to the next")
     warmup_epochs: float = key(0.0, "epochs of linear warm-up")
     warmup_lr: float = key(0.0, "LR that warm-up starts from")
-    lr_policy: str = key("steps", "steps or cosine")
+    lr_policy: str = key("step", "step or cosine")
 
 
 @dataclass
@@ -87,6 +88,9 @@ class TrainKeys:
     """Around the steps of training."""
 
     enable: bool = key(True, "train at all")
+    micro_batch_clips: int | None = key(
+        None, "base-grid clips in a micro-batch, of which a rank accumulates gradients; null: measured", least=1
+    )
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
     evals_per_phase: int = key(1, "evaluations on the validation videos a phase, its end included; 0: none", least=0)
     precise_bn_clips: int = key(
@@ -102,26 +106,27 @@ class TestKeys:
     """The multi-view test after training."""
 
     enable: bool = key(True, "test at all")
-    clips: int = key(10, "uniformly spaced clips a video", least=1)
-    crops: int = key(3, "crops a clip along the longer side: 1 or 3", choices=(1, 3))
-    size: int = key(256, "side of the crops, and short side of the frames, pixels", least=1)
-    batch: int = key(8, "clips that a rank runs at once, in validation too", least=1)
+    num_clips: int = key(10, "uniformly spaced clips a video", least=1)
+    num_crops: int = key(3, "crops a clip along the longer side: 1 or 3", choices=(1, 3))
+    crop_size: int = key(256, "side of the crops, and short side of the frames, pixels", least=1)
+    batch_size: int = key(8, "clips that a rank runs at once, in validation too", least=1)
 
 
 @dataclass
 class LoaderKeys:
     """How clips are loaded; none of it changes which clips a step sees."""
 
-    workers: int | None = key(
+    num_workers: int | None = key(
         None, "worker processes a rank; null: one a core that it has to itself, at most 16", least=0
     )
-    prefetch: int = key(2, "batches that each worker keeps ready", least=1)
+    prefetch_factor: int = key(2, "batches that each worker keeps ready", least=1)
     start_method: str = key("forkserver", "forkserver, fork or spawn", choices=("fork", "forkserver", "spawn"))
     timeout: float = key(
         45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung", above=0
     )
-    idle: bool | None = key(None, "workers run when cores have nothing else to do; null: where these train the network")
-    max_clips_per_step: int | None = key(None, "base-grid clips that a rank holds at once; null: measured", least=1)
+    low_priority: bool | None = key(
+        None, "workers run when cores have nothing else to do; null: where these train the network"
+    )
 
 
 @dataclass

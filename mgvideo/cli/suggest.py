@@ -11,24 +11,24 @@ from collections.abc import Iterable, Sequence
 
 # our key: their names for it, upper case as lower case; a name without a dot stands for any that ends with it
 SAME = {
-    "base.batch": (
+    "base.batch_size": (
         "batch_size bs batchsize global_batch_size total_batch_size train_batch_size samples_per_gpu "
         "videos_per_gpu batch_size_per_gpu train.batch_size"
     ),
-    "base.frames": (
+    "base.num_frames": (
         "num_frames n_frames nframes clip_len clip_length clip_size frames_per_clip num_segments sequence_length "
         "seq_len frame_num"
     ),
-    "base.size": (
+    "base.crop_size": (
         "crop_size train_crop_size image_size img_size input_size resolution train_size side crop spatial_size"
     ),
-    "base.stride": "sampling_rate frame_interval frame_stride temporal_stride sample_rate frame_step tau frame_rate",
-    "base.jitter": (
+    "base.frame_stride": "sampling_rate frame_interval frame_stride temporal_stride sample_rate frame_step tau frame_rate",
+    "base.short_side": (
         "train_jitter_scales jitter_scales short_side short_side_scale min_max_scale resize_scale scale_jitter"
     ),
     "base.epochs": "epochs max_epoch max_epochs num_epochs n_epochs total_epochs epoch num_train_epochs",
     "base.lr": "lr base_lr learning_rate init_lr initial_lr blr max_lr learningrate",
-    "base.lr_steps": "milestones steps lr_milestones lr_steps decay_epochs step_size lr_decay_epochs step",
+    "base.lr_milestones": "milestones steps lr_milestones lr_steps decay_epochs step_size lr_decay_epochs step",
     "base.gamma": "lr_gamma decay_rate lr_decay_rate lr_factor",
     "base.lr_policy": "scheduler lr_scheduler sched lr_schedule lr_config lr_scheduler_type policy",
     "base.warmup_epochs": "warmup lr_warmup_epochs warmup_iters warmup_steps warm_up_epochs",
@@ -36,12 +36,12 @@ SAME = {
     "optimizer": "optimizing_method optim opt optim_wrapper optimiser optimizer_name",
     "optimizer.momentum": "sgd_momentum",
     "optimizer.weight_decay": "wd decay weightdecay l2",
-    "loader.workers": (
+    "loader.num_workers": (
         "num_workers workers n_workers nworkers num_threads workers_per_gpu dataloader_num_workers j "
         "num_data_workers data_workers"
     ),
-    "loader.prefetch": "prefetch_factor prefetch",
-    "loader.max_clips_per_step": (
+    "loader.prefetch_factor": "prefetch_factor prefetch",
+    "train.micro_batch_clips": (
         "micro_batch_size micro_batch microbatch accum_iter accumulate_grad_batches gradient_accumulation_steps "
         "grad_accum accumulation_steps grad_accum_steps accumulation update_freq"
     ),
@@ -52,12 +52,12 @@ SAME = {
     ),
     "train.precise_bn_clips": "num_batches_precise use_precise_stats precise_bn precise_bn_iters num_iters_precise",
     "train.profile": "profiler profiling",
-    "test.batch": "test.batch_size val_batch_size eval_batch_size test_batch_size val.batch_size",
-    "test.clips": (
+    "test.batch_size": "test.batch_size val_batch_size eval_batch_size test_batch_size val.batch_size",
+    "test.num_clips": (
         "num_ensemble_views num_clips test_num_clips clips_per_video num_views n_clips test_clips num_sample_clips"
     ),
-    "test.crops": "num_spatial_crops num_crops test_num_crop three_crop threecrop test_crops num_sample_crops",
-    "test.size": "test_crop_size val_size eval_size test_size val_crop_size test_image_size",
+    "test.num_crops": "num_spatial_crops num_crops test_num_crop three_crop threecrop test_crops num_sample_crops",
+    "test.crop_size": "test_crop_size val_size eval_size test_size val_crop_size test_image_size",
     "test.enable": "do_test test_after",
     "checkpoint.every_steps": (
         "checkpoint_period save_interval checkpoint_interval save_every save_freq ckpt_interval save_steps "

@@ -36,8 +36,8 @@ OF_THE_RUN = ("loader", "init_from_key")  # what its config says of another mach
 DOWNLOADED = r"\w+_Weights\.\w+"  # torchvision's names of weights
 HELP = (
     "A checkpoint in its run's folder brings its recipe along. Weights from elsewhere need their network, model=…, and",
-    "have the Kinetics recipe of that network unless experiment=… or dataset=…, or base.frames=…, base.stride=…,",
-    "test.size=…, normalize.mean=…, normalize.std=… say otherwise. All groups and keys: python tools/run_net.py --help",
+    "have the Kinetics recipe of that network unless experiment=… or dataset=…, or base.num_frames=…, base.frame_stride=…,",
+    "test.crop_size=…, normalize.mean=…, normalize.std=… say otherwise. All groups and keys: python tools/run_net.py --help",
 )
 
 

@@ -27,7 +27,7 @@ from .launch import choose_gpu, launched_number, ranks_from_slurm, visible_gpus
 from .signals import Stopped, defer_signals, raise_on_signal, requeue
 from .watchdog import LEAVING, Watchdog, report_position
 
-PATIENCE = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
+LEAVE_TIMEOUT_S = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
 
 
 def rank() -> int:
@@ -174,17 +174,17 @@ def _meet(store: dist.Store, name: str, watch: Watchdog) -> None:
 
     But not for ever: a rank may be waiting for another in a collective operation.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LEAVE_TIMEOUT_S
     with suppress(RuntimeError):
         store.add(name, 1)
         while store.add(name, 0) < watch.size and watch.failure is None and time.monotonic() < deadline:
             if watch.rank > 0 and watch.leaves(0):
-                deadline = time.monotonic() + PATIENCE
+                deadline = time.monotonic() + LEAVE_TIMEOUT_S
             time.sleep(0.1)
 
 
 def _exit_later(code: int) -> None:
-    time.sleep(PATIENCE)
+    time.sleep(LEAVE_TIMEOUT_S)
     os._exit(code)
 
 

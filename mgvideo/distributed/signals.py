@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_ECHO = 1.0  # seconds in which a second Ctrl-C is the same one, passed on by a launcher
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_REPEAT_WINDOW_S = 1.0  # seconds in which a second Ctrl-C is the same one, passed on by a launcher
 
 
 class Stopped(SystemExit):
@@ -39,7 +39,7 @@ def received() -> int:
 def _handle(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     if _State.received:
-        if number == signal.SIGINT and now - _State.at > _ECHO:
+        if number == signal.SIGINT and now - _State.at > _REPEAT_WINDOW_S:
             os._exit(128 + number)
         return
     _State.received, _State.at = number, now
@@ -52,7 +52,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
 def record_early_signals() -> None:
     """Keep in mind until `listening` what a scheduler asks: by default its signals would end this process."""
     _State.deferred = True
-    for number in ASKING:
+    for number in STOP_SIGNALS:
         if number != signal.SIGINT:  # a person may end what has not begun
             signal.signal(number, _handle)
 
@@ -61,7 +61,7 @@ def record_early_signals() -> None:
 def handle_signals() -> Iterator[None]:
     """Inside, the signals of `ASKING` show in `received()`; from `heed` to `defer` they raise Stopped at any place."""
     _State.deferred = True
-    before = {number: signal.signal(number, _handle) for number in ASKING}
+    before = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -97,7 +97,7 @@ def blocked() -> Iterator[None]:
     A terminal sends Ctrl-C to workers too. They stay until the parent process ends them, or ends itself.
     """
     resource_tracker.ensure_running()  # before Python 3.12 its start unblocks SIGINT and SIGTERM, so it comes first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -21,10 +21,12 @@ from mgvideo.errors import UserError
 from .signals import Stopped, received
 
 # all counted in looks, a second apart, so that a job that SLURM suspended finds nobody missing when it goes on
-SILENT = 10  # looks at a rank that tells nothing new, until it counts as gone
-SUSPECT = 4  # the same, where a collective operation has failed already
-GRACE = 8  # looks that the main thread has to raise, before the process ends under it
-STUCK = 60.0  # seconds, for all that: how long a failed collective operation waits for looks to tell whose fault it is
+MAX_SILENT_HEARTBEATS = 10  # looks at a rank that tells nothing new, until it counts as gone
+MAX_SILENT_HEARTBEATS_AFTER_FAILURE = 4  # the same, where a collective operation has failed already
+EXIT_GRACE_HEARTBEATS = 8  # looks that the main thread has to raise, before the process ends under it
+STUCK_TIMEOUT_S = (
+    60.0  # seconds, for all that: how long a failed collective operation waits for looks to tell whose fault it is
+)
 
 LEAVING = "on its way out, as it was asked to"  # a place, which rank 0 may be at for long: it has a checkpoint to write
 
@@ -90,7 +92,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look once a second until `stop`."""
-        grace = GRACE
+        grace = EXIT_GRACE_HEARTBEATS
         while not self._done.wait(1.0):
             if self.failure is None:
                 try:
@@ -137,7 +139,7 @@ class Watchdog(threading.Thread):
             self._next = (told, 0)
             return
         self._next = (told, self._next[1] + 1)
-        if self._next[1] >= (SUSPECT if self._suspicious else SILENT):
+        if self._next[1] >= (MAX_SILENT_HEARTBEATS_AFTER_FAILURE if self._suspicious else MAX_SILENT_HEARTBEATS):
             text = "it is gone without a word: killed, out of memory, or its node is lost?"
             self.post(RankFailure((self.rank + 1) % self.size, json.loads(told)[1], text))
 
@@ -158,7 +160,7 @@ class Watchdog(threading.Thread):
             return error
         if _of_others(error):
             self._suspicious = True
-            enough, deadline = self._looks + 3 * SUSPECT, time.monotonic() + STUCK
+            enough, deadline = self._looks + 3 * MAX_SILENT_HEARTBEATS_AFTER_FAILURE, time.monotonic() + STUCK_TIMEOUT_S
             while self.failure is None and self._looks < enough and time.monotonic() < deadline:
                 time.sleep(0.1)
             if self.failure is None and received():

@@ -25,7 +25,7 @@ from .precision import Normalize, Precision
 from .tasks import Task
 
 # told (batches done, of how many, whether the next is being waited for, or the other ranks, not computed)
-Beat = Callable[[int, int, bool], None]
+ProgressCallback = Callable[[int, int, bool], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Evaluator:
     precision: Precision
     batch: int = 8  # clips before cropping that a rank runs at once
 
-    def __call__(self, model: nn.Module, views: Views, beat: Beat = lambda *_: None) -> Scores:
+    def __call__(self, model: nn.Module, views: Views, beat: ProgressCallback = lambda *_: None) -> Scores:
         """Run every view of every video once, whatever the number of ranks; all ranks get all scores.
 
         Views are dealt out among ranks, and per-video sums (or maxima) meet in one reduction, so that an uneven tail
@@ -107,7 +107,9 @@ class Evaluator:
         """Where memory ran out, and the key to lower."""
         clips, frames, size = batch.clips.shape[:3]
         lower = (
-            f"test.batch={self.batch // 2} (now {self.batch})" if self.batch > 1 else "test.crops=1 or less test.size"
+            f"test.batch_size={self.batch // 2} (now {self.batch})"
+            if self.batch > 1
+            else "test.num_crops=1 or less test.crop_size"
         )
         return f"in evaluation, where this rank runs {clips} crops of {frames}×{size}² at once: try {lower}"
 
@@ -119,12 +121,12 @@ def precise_bn(
     batches: int,
     normalize: Normalize,
     precision: Precision,
-    max_clips: int,
-    beat: Beat = lambda *_: None,
+    micro_batch_clips: int,
+    beat: ProgressCallback = lambda *_: None,
 ) -> None:
     """Replace BN's running statistics by those of the sampler's first `batches` global batches, equal on all ranks.
 
-    Every BN group of every batch has the same weight, whichever rank it is on; at most `max_clips` clips are run at
+    Every BN group of every batch has the same weight, whichever rank it is on; at most `micro_batch_clips` clips are run at
     once. After an exception the running statistics are as before.
     """
     if not any(isinstance(module, GroupBatchNorm3d) for module in model.modules()):
@@ -139,7 +141,7 @@ def precise_bn(
             assert shard is not None, "the sampler's batches carry their shard"
             group, seed = bn_process_group(len(shard.ranks)), random_seed(sampler.seed, Stream.DROPOUT, done)
             clips = batch.clips.to(precision.device, non_blocking=True)
-            for start, stop, groups in split_into_micro_batches(shard, max_clips):
+            for start, stop, groups in split_into_micro_batches(shard, micro_batch_clips):
                 beat(done, batches, False)
                 set_bn_groups(model, groups, group)
                 torch.manual_seed(seed)

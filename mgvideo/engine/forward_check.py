@@ -42,7 +42,7 @@ def check_forward(model: nn.Module, grid: Grid, device: torch.device) -> None:
     """
     dtype, training = next(model.parameters()).dtype, model.training
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    watch = _Watch()
+    watch = _LayerRecorder()
     with _generators_restored(device), without_tuning(), torch.no_grad():
         clips = torch.randn(CLIPS, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=device)
         model.train()
@@ -63,7 +63,7 @@ def check_forward(model: nn.Module, grid: Grid, device: torch.device) -> None:
         raise UserError(f"model: {first} {watch.faults[first]}{more}")
 
 
-class _Watch(TorchDispatchMode):
+class _LayerRecorder(TorchDispatchMode):
     """Collects faults by the name of the layer in which an operation runs."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ def _has_batch_statistics(name: str, values: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _layers_watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
+def _layers_watched(model: nn.Module, watch: _LayerRecorder) -> Iterator[None]:
     """Inside, `watch.layers` is current, and layers that use Python's or NumPy's global generator are recorded."""
     states: list[Any] = []
 
@@ -155,7 +155,7 @@ def _generators_restored(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _find_changed_buffers(model: nn.Module, before: dict[str, Tensor], watch: _Watch) -> None:
+def _find_changed_buffers(model: nn.Module, before: dict[str, Tensor], watch: _LayerRecorder) -> None:
     """Record layers whose buffers have other values. A buffer of another shape is a table for the grid."""
     for name, module in model.named_modules():
         for own, buffer in module.named_buffers(recurse=False):

@@ -84,15 +84,15 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memo
 def clips_at_once(plan: Plan, ranks: int) -> float:
     """The volume of a plan's largest step on each rank, without micro-batches, in clips of the base grid."""
     largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
-    return largest / (plan.base.frames * plan.base.size**2 * ranks)
+    return largest / (plan.base.num_frames * plan.base.crop_size**2 * ranks)
 
 
 def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:
-    """The `max_clips` under which at most half of `clips` clips of a grid run at once, or as few as it can make them.
+    """The `micro_batch_clips` under which at most half of `clips` clips of a grid run at once, or as few as it can make them.
 
     None where no value makes micro-batches smaller.
     """
-    base_volume = base.frames * base.size**2
+    base_volume = base.num_frames * base.crop_size**2
     lower = max(1, clips // 2 * grid.volume // base_volume)
     return lower if max(1, lower * base_volume // grid.volume) < clips else None
 

@@ -30,7 +30,7 @@ from .tasks import Task
 class TrainStep:
     """Takes a plan's optimizer steps.
 
-    At most `max_clips` clips of the base grid are run at once. `tell(step, doing, part, watched)` hears where a step
+    At most `micro_batch_clips` clips of the base grid are run at once. `tell(step, doing, part, watched)` hears where a step
     is, and whether that may last. `bad_step` is the first step whose loss or gradients were not finite, -1 for none;
     it lives on the device, so that nothing waits.
     """
@@ -45,13 +45,13 @@ class TrainStep:
         seed: int,
         normalize: Normalize,
         precision: Precision,
-        max_clips: int,
+        micro_batch_clips: int,
         compile: str,
         tell: Callable[[int, str, int, bool], None],
     ) -> None:
         self.model, self.plan, self.task, self.optimizer = model, plan, task, optimizer
         self.seed, self.normalize, self.precision = seed, normalize, precision
-        self.max_clips, self.compile, self.tell = max_clips, compile, tell
+        self.micro_batch_clips, self.compile, self.tell = micro_batch_clips, compile, tell
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
@@ -89,15 +89,15 @@ class TrainStep:
         clips = max(stop - start for start, stop, _ in split_into_micro_batches(shard, self._limit(grid)))
         lower = fewer_clips(clips, grid, self.plan.base)
         if lower is None:
-            advice = "choose a smaller model, base.size or base.frames, or precision=bf16"
+            advice = "choose a smaller model, base.crop_size or base.num_frames, or precision=bf16"
         else:
-            advice = f"try loader.max_clips_per_step={lower} (now {self.max_clips})"
+            advice = f"try train.micro_batch_clips={lower} (now {self.micro_batch_clips})"
         place = f"at step {step} (phase {phase + 1}, {grid.frames}×{grid.size}²)"
         return f"{place}, where this rank runs {clips} clips at once: {advice}"
 
     def _limit(self, grid: Grid) -> int:
         """How many clips of a grid to run at once."""
-        return max(1, self.max_clips * self.plan.base.frames * self.plan.base.size**2 // grid.volume)
+        return max(1, self.micro_batch_clips * self.plan.base.num_frames * self.plan.base.crop_size**2 // grid.volume)
 
     def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Clips, uint8 still, and labels, on the device."""

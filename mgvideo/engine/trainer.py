@@ -29,7 +29,7 @@ from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.profiler import Profiler
 from mgvideo.tracking.run_logger import RunLogger
 
-from .evaluation import Beat, Evaluator, Views, precise_bn
+from .evaluation import Evaluator, ProgressCallback, Views, precise_bn
 from .optimizers import load_optimizer_state
 from .precision import Normalize, Precision
 from .running_metrics import RunningMetrics, TrainProgress
@@ -44,7 +44,7 @@ _LAST = 1 << 30  # the last part of a step, after all micro-batches
 class TrainOptions:
     """How often things happen around the steps, and what memory holds."""
 
-    max_clips: int  # clips of the base grid that a rank runs at once
+    micro_batch_clips: int  # clips of the base grid that a rank runs at once
     log_every: int = 10  # steps
     evals_per_phase: int = 1
     precise_bn_clips: int = 12_800  # 0: none
@@ -87,7 +87,7 @@ class Trainer:
         self.device = precision.device
         self.stepper = TrainStep(
             model, plan, task, optimizer, seed=seed, normalize=normalize, precision=precision,
-            max_clips=options.max_clips, compile=options.compile, tell=self._at,
+            micro_batch_clips=options.micro_batch_clips, compile=options.compile, tell=self._at,
         )  # fmt: skip
         self.votes = RequestSync(self._requested_action)
         self.saved = time.monotonic()
@@ -105,7 +105,7 @@ class Trainer:
             "progress": dict(vars(self.progress)),
             "window": self.window.state() if self.window.steps else None,
             "plan": self.plan.to_json(),
-            "max_clips": {"ranks": world_size(), "clips": self.options.max_clips},
+            "micro_batch_clips": {"ranks": world_size(), "clips": self.options.micro_batch_clips},
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ class Trainer:
         self.monitor.start_progress(start)
         for step in range(start, self.plan.steps):
             self.votes.start()
-            self._at(step, "waiting for a batch", 0, self.loader.options.workers == 0)
+            self._at(step, "waiting for a batch", 0, self.loader.options.num_workers == 0)
             waiting = time.perf_counter()
             batch = next(batches)
             self.window.waited += time.perf_counter() - waiting
@@ -294,10 +294,10 @@ class Trainer:
         self._save(best)
         self.window = RunningMetrics()  # evaluation is not training time
 
-    def report_progress(self, doing: str, part: int) -> Beat:
+    def report_progress(self, doing: str, part: int) -> ProgressCallback:
         """Tells the other ranks of each batch outside of training; `part`, below 0, orders what follows on a step."""
         step, limit = self.progress.step, self.options.hang_timeout or None
-        loads = self.loader.options.workers == 0  # workers have a limit of their own
+        loads = self.loader.options.num_workers == 0  # workers have a limit of their own
 
         def tell(done: int, of: int, waiting: bool) -> None:
             watched = not waiting or (loads and done < of)
@@ -318,8 +318,8 @@ class Trainer:
             return
         plan, videos = baseline_of(self.plan), len(self.loader.dataset)
         sampler = ClipSampler(plan, videos, random_seed(self.seed, Stream.PRECISE_BN, self.progress.step))
-        batches = max(1, min(clips, videos) // plan.base.batch)
-        beat, limit = self.report_progress("in precise BN", -3), self.options.max_clips
+        batches = max(1, min(clips, videos) // plan.base.batch_size)
+        beat, limit = self.report_progress("in precise BN", -3), self.options.micro_batch_clips
         precise_bn(self.model, self.loader, sampler, batches, self.normalize, self.precision, limit, beat)
 
     def _save(self, best: bool = False) -> None:

@@ -72,14 +72,18 @@ def collate(samples: Sequence[Sample]) -> Batch:
 class LoaderOptions:
     """How clips are loaded; none of it changes which clips a step sees."""
 
-    workers: int = 2  # processes; 0 loads in the training process
-    prefetch: int = 2  # batches that each worker keeps ready
+    num_workers: int = 2  # processes; 0 loads in the training process
+    prefetch_factor: int = 2  # batches that each worker keeps ready
     start_method: str = "forkserver"  # fork, forkserver or spawn
     timeout: float = 45.0  # seconds, and one more a clip, after which silent workers count as hung
-    idle: bool = False  # workers, of a server, run when cores have nothing else to do, while that is often enough
+    low_priority: bool = (
+        False  # workers, of a server, run when cores have nothing else to do, while that is often enough
+    )
 
 
-PATIENCE = 10.0  # seconds to wait in all for workers that only idle cores run, before others take their place
+STARVATION_TIMEOUT_S = (
+    10.0  # seconds to wait in all for workers that only idle cores run, before others take their place
+)
 
 
 class _StepDataset(Dataset):
@@ -134,7 +138,7 @@ def _with_timeout(
                 raise TimeoutError from error
             if hung.is_set():
                 told = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
-                raise UserError(f"{told} Raise loader.timeout or loader.workers") from error
+                raise UserError(f"{told} Raise loader.timeout or loader.num_workers") from error
             raise explain_dead_worker(_report_of_death(error)) from error
         finally:
             timer.cancel()
@@ -171,7 +175,9 @@ def explain_dead_worker(error: Exception) -> BaseException:
         if "Bus error" in text or workers.killed_by(signal.SIGBUS):
             return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
         when = text or "as it sent a batch"
-        return UserError(f"a loader worker died ({when}): out of memory? Lower loader.workers or loader.prefetch")
+        return UserError(
+            f"a loader worker died ({when}): out of memory? Lower loader.num_workers or loader.prefetch_factor"
+        )
     return error
 
 
@@ -190,9 +196,9 @@ class Loader:
         collate: Callable[[Sequence[Sample]], Batch] = collate,
     ) -> None:
         self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
-        served = options.workers > 0 and options.start_method == "forkserver"
-        self.idle = options.idle and served and workers.CAN_IDLE
-        if options.workers:
+        served = options.num_workers > 0 and options.start_method == "forkserver"
+        self.low_priority = options.low_priority and served and workers.SUPPORTS_LOW_PRIORITY
+        if options.num_workers:
             workers.use_short_socket_paths()
         if served:
             workers.start_server([type(dataset).__module__])
@@ -202,7 +208,7 @@ class Loader:
         if not steps:
             return iter(())
         batches, started = self._open(requests, steps)
-        return self._fall_back_if_starved(batches, started, requests, steps) if self.idle else batches
+        return self._fall_back_if_starved(batches, started, requests, steps) if self.low_priority else batches
 
     def _fall_back_if_starved(
         self,
@@ -213,7 +219,7 @@ class Loader:
     ) -> Iterator[Batch]:
         """Batches of workers that only idle cores run; where those are waited for most of the time, of others."""
         step, begun, waited = steps.start, time.monotonic(), 0.0
-        while step < steps.stop and waited < max(PATIENCE, (time.monotonic() - begun) / 2):
+        while step < steps.stop and waited < max(STARVATION_TIMEOUT_S, (time.monotonic() - begun) / 2):
             asked = time.monotonic()
             try:
                 batch = next(batches)
@@ -223,14 +229,14 @@ class Loader:
             step += 1
             yield batch
         if step < steps.stop:
-            self.idle = False
+            self.low_priority = False
             for worker in started:
                 worker.kill()
             del batches  # and with it what waits for the killed ones
             yield from self.open(requests, range(step, steps.stop))
 
     def _open(self, requests: Callable[[int], BatchRequest], steps: range) -> tuple[Iterator[Batch], list[BaseProcess]]:
-        count = min(self.options.workers, len(steps))
+        count = min(self.options.num_workers, len(steps))
         largest = max(len(requests(step).clips) for step in steps[:3])  # a short cycle has up to three batch sizes
         loader = DataLoader(
             _StepDataset(self.dataset, requests, self.collate),
@@ -239,8 +245,8 @@ class Loader:
             collate_fn=_unchanged,
             num_workers=count,
             pin_memory=self.pin,
-            worker_init_fn=partial(workers.begin, self.idle, available_cpus()),
-            prefetch_factor=self.options.prefetch if count else None,
+            worker_init_fn=partial(workers.begin, self.low_priority, available_cpus()),
+            prefetch_factor=self.options.prefetch_factor if count else None,
             multiprocessing_context=self.options.start_method if count else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
@@ -249,8 +255,8 @@ class Loader:
             batches = iter(loader)
         if not count:
             return batches, started
-        timeout = PATIENCE + largest / 50 if self.idle else self.options.timeout + largest
-        return _with_timeout(batches, started, timeout, self.idle), started
+        timeout = STARVATION_TIMEOUT_S + largest / 50 if self.low_priority else self.options.timeout + largest
+        return _with_timeout(batches, started, timeout, self.low_priority), started
 
     def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
         """Yield one batch a step through consecutive stretches of steps, with a new DataLoader for each.
@@ -260,7 +266,10 @@ class Loader:
         locks that other threads hold.
         """
         options = self.options
-        ahead, beside = max(1, options.workers * options.prefetch), options.workers and options.start_method != "fork"
+        ahead, beside = (
+            max(1, options.num_workers * options.prefetch_factor),
+            options.num_workers and options.start_method != "fork",
+        )
         # A new thread's current CUDA device is 0, and the pin-memory thread inherits that of the thread that starts it.
         set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin else None
         with ThreadPoolExecutor(1, initializer=set_device) as thread:

@@ -93,7 +93,9 @@ def check_room(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FO
         state = f"has {_size(room.free)} free" if room.free else "is full, missing or read-only"
         found = f"{folder} on {room.host} {state}"
         fits = [n for n in range(1, workers + 1) if bytes_in_flight(sharing, n, 1) <= room.free]
-        instead = f"loader.workers={fits[-1]} loader.prefetch=1" if fits else "loader.workers=0, which is slow"
+        instead = (
+            f"loader.num_workers={fits[-1]} loader.prefetch_factor=1" if fits else "loader.num_workers=0, which is slow"
+        )
         space = math.ceil((room.total - room.free + needed) / GIB)
         remedy = f"enlarge it (docker run --shm-size={space}g), or set {instead}"
         if room.free < fewest:
@@ -114,7 +116,7 @@ def explain_full(folder: Path = FOLDER) -> str:
     size = f" ({_size(room.total)})" if room and room.free else ""
     return (
         f"{folder}{size}, where the batches of loader workers wait, is full, missing or read-only: enlarge it "
-        "(docker run --shm-size=…), or lower loader.workers or loader.prefetch"
+        "(docker run --shm-size=…), or lower loader.num_workers or loader.prefetch_factor"
     )
 
 

@@ -21,7 +21,7 @@ from mgvideo.errors import UserError
 
 # torch is imported where a worker needs it: the server starts while a program still imports its own
 
-CAN_IDLE = hasattr(os, "SCHED_IDLE")  # on Linux
+SUPPORTS_LOW_PRIORITY = hasattr(os, "SCHED_IDLE")  # on Linux
 _workers: WeakSet[BaseProcess] = WeakSet()
 _one_at_a_time = threading.Lock()  # to tell whose workers started when
 

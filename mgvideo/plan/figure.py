@@ -65,10 +65,10 @@ def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str])
     else:
         beside = 100 * plan.steps / baseline.steps + 1.5
         saving = f"{baseline.steps / plan.steps:.1f}× fewer steps"
-        middle = plan.base.size / 2
+        middle = plan.base.crop_size / 2
         axes.text(beside, middle, saving, fontsize=15, weight="bold", color=RED, va="bottom")
         axes.text(beside, middle * 0.9, said, fontsize=9, color=INK, va="top")
-    axes.set_ylim(0, plan.base.size * 1.05)
+    axes.set_ylim(0, plan.base.crop_size * 1.05)
     axes.set_yticks(sorted({slot.grid.size for phase in plan.phases for slot in phase.slots}))
     axes.set_ylabel("crop", color=INK)
     _plain(axes)

@@ -146,7 +146,7 @@ def remedies(plan: Plan, times: list[PhaseTime], workers: int | None) -> Iterato
         more = f"{factor:.1f}× as many workers a GPU"
         if workers:
             more += f" ({math.ceil(workers * factor)} instead of {workers})"
-        coarse = min(slot.grid.size for slot in phase.slots) < plan.base.size
+        coarse = min(slot.grid.size for slot in phase.slots) < plan.base.crop_size
         pyramid = ", or a pyramid: these clips are smaller than the recipe's" if coarse else ""
         listed = ", ".join(str(i + 1) for i in indices)
         yield f"phase {listed} ({phase.grid.name}) waits {time.waiting:.0%} of its time for data: {more}{pyramid}"

@@ -21,23 +21,23 @@ class Base:
     Raises UserError, naming the key to change, where the values make no sense.
     """
 
-    batch: int  # clips per step, over all GPUs
-    frames: int
-    size: int  # crop in pixels
-    stride: int  # between frames
-    jitter: tuple[int, int]  # short side in pixels before cropping, both ends included
+    batch_size: int  # clips per step, over all GPUs
+    num_frames: int
+    crop_size: int  # crop in pixels
+    frame_stride: int  # between frames
+    short_side: tuple[int, int]  # short side in pixels before cropping, both ends included
     epochs: float
     lr: float
-    lr_steps: tuple[float, ...]  # epochs at which LR stages start; the first is 0
+    lr_milestones: tuple[float, ...]  # epochs at which the LR drops and a new LR stage starts
     gamma: float  # LR factor from one stage to the next
     warmup_epochs: float
     warmup_lr: float  # where the warm-up starts
-    lr_policy: str = "steps"  # or "cosine", see Plan.lr_at
+    lr_policy: str = "step"  # or "cosine", see Plan.lr_at
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "jitter", tuple(self.jitter))
-        object.__setattr__(self, "lr_steps", tuple(self.lr_steps))
-        for key in ("batch", "frames", "size", "stride"):
+        object.__setattr__(self, "short_side", tuple(self.short_side))
+        object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
+        for key in ("batch_size", "num_frames", "crop_size", "frame_stride"):
             whole = isinstance(getattr(self, key), int)
             require(
                 whole and getattr(self, key) >= 1, f"base.{key}={getattr(self, key)}: give a whole number from 1 up"
@@ -46,29 +46,36 @@ class Base:
             require(number(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
         for key in ("warmup_epochs", "warmup_lr"):
             require(number(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
-        self._check_jitter()
-        self._check_lr_steps()
+        self._check_short_side()
+        self._check_lr_milestones()
         warmup = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
         require(self.warmup_epochs <= self.epochs, warmup)
-        policies = ("steps", "cosine")
+        policies = ("step", "cosine")
         require(self.lr_policy in policies, f"base.lr_policy={self.lr_policy}: choose one of {', '.join(policies)}")
 
-    def _check_jitter(self) -> None:
-        given = f"base.jitter={list(self.jitter)}"
-        whole = all(isinstance(side, int) for side in self.jitter)
-        require(whole and len(self.jitter) == 2, f"{given}: give two whole numbers, [shortest, longest] short side")
-        low, high = self.jitter
+    def _check_short_side(self) -> None:
+        given = f"base.short_side={list(self.short_side)}"
+        whole = all(isinstance(side, int) for side in self.short_side)
+        require(whole and len(self.short_side) == 2, f"{given}: give two whole numbers, [shortest, longest] short side")
+        low, high = self.short_side
         require(low <= high, f"{given}: the shortest side comes first, did you mean [{high}, {low}]?")
-        require(low >= self.size, f"{given}: no {self.size}-pixel crop fits; raise it, or lower base.size")
+        require(
+            low >= self.crop_size, f"{given}: no {self.crop_size}-pixel crop fits; raise it, or lower base.crop_size"
+        )
 
-    def _check_lr_steps(self) -> None:
-        steps = self.lr_steps
-        given = f"base.lr_steps={list(steps)}"
-        require(all(number(step) >= 0 for step in steps), f"{given}: give epochs, numbers from 0 up")
-        require(bool(steps) and steps[0] == 0, f"{given}: must start with 0, where the first LR stage does")
+    def _check_lr_milestones(self) -> None:
+        steps = self.lr_milestones
+        given = f"base.lr_milestones={list(steps)}"
+        require(all(number(step) > 0 for step in steps), f"{given}: give epochs, numbers above 0")
         rising = all(a < b for a, b in pairwise(steps))
         require(rising, f"{given}: epochs must increase from one LR stage to the next")
-        require(steps[-1] < self.epochs, f"{given}: the last stage starts after base.epochs={self.epochs} has ended")
+        ended = f"{given}: the last stage starts after base.epochs={self.epochs} has ended"
+        require(not steps or steps[-1] < self.epochs, ended)
+
+    @property
+    def lr_bounds(self) -> tuple[float, ...]:
+        """Epochs at which LR stages start, and the epoch at which the last one ends."""
+        return (0, *self.lr_milestones, self.epochs)
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,7 @@ class Plan:
     def _scheduled_lr(self, epoch: float) -> float:
         phase = self._phase_at(epoch)
         lr = self.base.lr * phase.lr_factor
-        if self.base.lr_policy == "steps":
+        if self.base.lr_policy == "step":
             return lr
         return lr * (1 + math.cos(math.pi * self._baseline_epoch(phase, epoch) / self.base.epochs)) / 2
 
@@ -213,7 +220,7 @@ class Plan:
         first, end = steps[0][0], steps[-1][1]
         start, stop = phase.epochs
         step = phase.steps[0] + phase.length * (min(epoch, stop) - start) / (stop - start)
-        bounds = (*self.base.lr_steps, self.base.epochs)
+        bounds = self.base.lr_bounds
         return bounds[phase.stage] + (bounds[phase.stage + 1] - bounds[phase.stage]) * (step - first) / (end - first)
 
     def clips_before(self, step: int) -> int:

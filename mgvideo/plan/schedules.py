@@ -79,8 +79,8 @@ def make_plan(base: Base, schedule: Schedule, dataset_size: int) -> Plan:
     end on whole epochs, one that is left with none is dropped, as in the reference, and a note says so. Raises
     UserError where recipe, schedule and dataset do not fit together.
     """
-    few = f"the dataset has {dataset_size} training clips, fewer than base.batch={base.batch}"
-    require(dataset_size >= base.batch, f"{few}: lower base.batch or add videos")
+    few = f"the dataset has {dataset_size} training clips, fewer than base.batch_size={base.batch_size}"
+    require(dataset_size >= base.batch_size, f"{few}: lower base.batch_size or add videos")
     stretches = _long_cycle(base, schedule) if schedule.long else _one_grid(base, schedule)
     phases: list[Phase] = []
     dropped: list[str] = []
@@ -116,7 +116,7 @@ def scale_lr(recipe_batch: int, recipe_lr: float, batch: int) -> float:
 def _one_grid(base: Base, schedule: Schedule) -> list[_Stretch]:
     """The base's grid throughout, one stretch an LR stage; whole epochs are rounded down."""
     slots = _slots(base, schedule, (1.0, 1.0))
-    ends = [end * schedule.epoch_factor for end in (*base.lr_steps[1:], base.epochs)]
+    ends = [end * schedule.epoch_factor for end in base.lr_bounds[1:]]
     if schedule.round_epochs:
         ends = [math.floor(end) for end in ends]
     return [_Stretch(stage, slots, _decay(base, stage), end) for stage, end in enumerate(ends)]
@@ -128,7 +128,7 @@ def _long_cycle(base: Base, schedule: Schedule) -> list[_Stretch]:
     Fine-tuning runs on the base's grid and saves as many steps as the stages before. Its first half keeps their last
     LR; a cosine needs no halves. A recipe of one LR stage has none before, so its only stage runs the cycle.
     """
-    cycled = list(pairwise((*base.lr_steps, base.epochs)))
+    cycled = list(pairwise(base.lr_bounds))
     tuned = cycled.pop() if schedule.fine_tune and len(cycled) > 1 else None
     cycle = [_slots(base, schedule, factors) for factors in schedule.long_factors]
     means = [_mean_multiplier(base, slots) for slots in cycle]
@@ -148,7 +148,7 @@ def _long_cycle(base: Base, schedule: Schedule) -> list[_Stretch]:
     if schedule.round_epochs:
         ends = [round(end) for end in ends]
     stretches = [replace(stretch, end=end) for stretch, end in zip(stretches, ends, strict=True)]
-    return _in_halves(base, schedule, stretches) if tuned and base.lr_policy == "steps" else stretches
+    return _in_halves(base, schedule, stretches) if tuned and base.lr_policy == "step" else stretches
 
 
 def _in_halves(base: Base, schedule: Schedule, stretches: list[_Stretch]) -> list[_Stretch]:
@@ -161,35 +161,35 @@ def _in_halves(base: Base, schedule: Schedule, stretches: list[_Stretch]) -> lis
 
 def _decay(base: Base, stage: int) -> float:
     """What an LR stage multiplies the LR by; under a cosine nothing, the plan reads the wave itself."""
-    return base.gamma**stage if base.lr_policy == "steps" else 1.0
+    return base.gamma**stage if base.lr_policy == "step" else 1.0
 
 
 def _slots(base: Base, schedule: Schedule, factors: tuple[float, float]) -> tuple[Slot, ...]:
     """The slots of a long-cycle grid: the short cycle's crops, none above the grid's own, then the grid itself."""
-    frames, size = round(base.frames * factors[0]), round(base.size * factors[1])
-    crops = [min(round(base.size * factor), size) for factor in schedule.short_factors] if schedule.short else []
+    frames, size = round(base.num_frames * factors[0]), round(base.crop_size * factors[1])
+    crops = [min(round(base.crop_size * factor), size) for factor in schedule.short_factors] if schedule.short else []
     grids = [_grid(base, schedule, frames, crop) for crop in (*crops, size)]
-    return tuple(Slot(grid, base.batch * _multiplier(base, grid)) for grid in grids)
+    return tuple(Slot(grid, base.batch_size * _multiplier(base, grid)) for grid in grids)
 
 
 def _grid(base: Base, schedule: Schedule, frames: int, size: int) -> Grid:
-    fewer = f"a grid of {frames} frames comes out of base.frames={base.frames}"
+    fewer = f"a grid of {frames} frames comes out of base.num_frames={base.num_frames}"
     require(frames >= 1, f"{fewer}: raise it, or the frame factors of schedule.long_factors")
-    smaller = f"a crop of {size} pixels comes out of base.size={base.size}, below schedule.min_size={schedule.min_size}"
-    require(size >= schedule.min_size, f"{smaller}: raise base.size or the size factors of the schedule")
-    widest = base.stride * (base.frames // frames)
-    low = max(size, round(base.jitter[0] * size / base.size))
-    high = round(base.jitter[1] * size / base.size) if schedule.jitter == "scaled" else base.jitter[1]
-    return Grid(frames, size, (base.stride if schedule.random_stride else widest, widest), (low, max(low, high)))
+    smaller = f"a crop of {size} pixels comes out of base.crop_size={base.crop_size}, below schedule.min_size={schedule.min_size}"
+    require(size >= schedule.min_size, f"{smaller}: raise base.crop_size or the size factors of the schedule")
+    widest = base.frame_stride * (base.num_frames // frames)
+    low = max(size, round(base.short_side[0] * size / base.crop_size))
+    high = round(base.short_side[1] * size / base.crop_size) if schedule.jitter == "scaled" else base.short_side[1]
+    return Grid(frames, size, (base.frame_stride if schedule.random_stride else widest, widest), (low, max(low, high)))
 
 
 def _multiplier(base: Base, grid: Grid) -> int:
     """How many times more clips of `grid` than of the base's cost the same."""
-    return round(base.frames * base.size**2 / grid.volume)
+    return round(base.num_frames * base.crop_size**2 / grid.volume)
 
 
 def _mean_multiplier(base: Base, slots: tuple[Slot, ...]) -> float:
-    return _mean([slot.batch for slot in slots]) / base.batch
+    return _mean([slot.batch for slot in slots]) / base.batch_size
 
 
 def _mean(values: list[int] | list[float]) -> float:
@@ -215,4 +215,4 @@ def _notes(schedule: Schedule, phases: list[Phase], dropped: list[str], dataset_
     if largest > dataset_size:
         yield f"the largest batch, {largest} clips, exceeds the dataset's {dataset_size}: clips repeat within a step"
     if schedule.long and phases[-1].stage == 0:
-        yield "one LR stage only: the long cycle runs once and no fine-tuning follows (base.lr_steps sets the stages)"
+        yield "one LR stage only: the long cycle runs once and no fine-tuning follows (base.lr_milestones sets the stages)"

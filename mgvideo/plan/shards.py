@@ -41,7 +41,7 @@ def shard_batch(batch: int, groups: int, rank: int, world: int) -> BatchShard:
         usable = [n for n in range(1, world + 1) if n <= groups or (n % groups == 0 and n // groups <= size)]
         raise UserError(
             f"{world} ranks cannot share a batch of {batch} clips in {groups} BN groups: "
-            f"use {usable[-1]} ranks or change base.batch"
+            f"use {usable[-1]} ranks or change base.batch_size"
         )
     ranks = world // groups
     group, part = divmod(rank, ranks)

@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from mgvideo.tracking.run_logger import duration
-
 from .forecast import Benchmark, ClipCost, PhaseTime, bn_layout, by_grid, cost, gpu_shares, pixels, predict
+from .formatting import format_duration
 from .plan import Phase, Plan
 from .schedules import baseline_of
 
@@ -46,7 +45,7 @@ def plan_table(plan: Plan, gpus: int = 1, clip_cost: ClipCost = pixels, times: l
             "steps": f"{phase.length:,}",
             "LR": _rates(plan, phase),
             "cost": f"{cost([phase], clip_cost) / whole:.1%}",
-            "time": duration(times[i].seconds) if times else "",
+            "time": format_duration(times[i].seconds) if times else "",
         }
         last = len(stages) < len(plan.phases) and stages[phase.stage] == i
         table.add_row(*(cells[heading] for heading, shown in columns.items() if shown), end_section=last)
@@ -93,7 +92,7 @@ def _totals(plan: Plan, clip_cost: ClipCost, times: list[PhaseTime] | None) -> I
         unit = "pixels" if clip_cost is pixels else "FLOPs"
         yield f"saving: {baseline.steps / plan.steps:.2f}× fewer steps, {compute:.2f}× fewer {unit}"
     if times:
-        yield f"predicted time of training: {duration(sum(time.seconds for time in times))}"
+        yield f"predicted time of training: {format_duration(sum(time.seconds for time in times))}"
 
 
 def demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Table:
@@ -114,7 +113,7 @@ def demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Table:
         cells = [f"{phases[0].grid.frames}×{phases[0].grid.size}²", ", ".join(str(i + 1) for i in indices)]
         cells += [f"{compute / sum(phase.length for phase in phases):.3g} s", f"{clips / compute:,.0f}"]
         cells += [f"{clips / compute / gpus:,.1f}", f"{cost(phases) / compute / 1e6:,.0f}"]
-        cells += [duration(sum(times[i].seconds for i in indices))]
+        cells += [format_duration(sum(times[i].seconds for i in indices))]
         if measured:
             loading = sum(times[i].loading for i in indices)
             cells += [f"{clips / gpus / loading:,.1f}", f"{times[indices[0]].waiting:.0%}"]

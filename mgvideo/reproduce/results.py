@@ -11,8 +11,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
-from mgvideo.tracking.run_logger import duration
 
 from .tables import Cell, Published, ResultTable
 
@@ -142,7 +142,7 @@ class Results:
             yield "measured", days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
             first = outcomes[0].report
             yield "test", f"{first['videos']} held-out videos, {first['views']} views each"
-            yield "training in all", duration(sum(outcome.report["train_seconds"] for outcome in outcomes))
+            yield "training in all", format_duration(sum(outcome.report["train_seconds"] for outcome in outcomes))
 
     def notes(self) -> Iterator[str]:
         """What the table cannot say: what is missing, and how to read it."""
@@ -218,7 +218,7 @@ def _training(row: ReportRow) -> list[str]:
     """Epochs, steps and time."""
     if not row.trained:
         return ["–", "–", "–"]
-    return [f"{row.plan.epochs:g}", f"{row.plan.steps:,}", duration(row.seconds)]
+    return [f"{row.plan.epochs:g}", f"{row.plan.steps:,}", format_duration(row.seconds)]
 
 
 def _published(published: Published | None) -> str:

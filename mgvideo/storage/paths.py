@@ -26,7 +26,7 @@ from iopath.common.file_io import PathHandler, PathManager, get_cache_dir
 
 from mgvideo.errors import UserError
 
-TIMEOUT = 20.0  # seconds in which a server has to say something
+SERVER_TIMEOUT_S = 20.0  # seconds in which a server has to say something
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _prefixes: list[str] = []
@@ -179,7 +179,7 @@ class _Web(PathHandler):
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         if mode != "rb":
             raise NotImplementedError
-        return urlopen(quote(path, safe="%/:?=&~+,;@!$'()*[]#"), timeout=TIMEOUT)
+        return urlopen(quote(path, safe="%/:?=&~+,;@!$'()*[]#"), timeout=SERVER_TIMEOUT_S)
 
     def _exists(self, path: str, **kwargs: Any) -> bool:
         try:

@@ -12,10 +12,9 @@ import torch
 
 from mgvideo.distributed.ranks import gather_objects, rank_cpus, world_size
 from mgvideo.loading.requests import DecodeFailure
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.checkpoints import write_atomic
-
-from .run_logger import duration
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,12 @@ class Report:
             "",
             f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
             f"in {plan.steps} steps{more if plan.steps != self.baseline_steps else ''}",
-            f"- training: {duration(self.train_seconds)} on {self.hardware}, {self.precision}",
+            f"- training: {format_duration(self.train_seconds)} on {self.hardware}, {self.precision}",
         ]
         if self.metrics:
             lines += [
                 f"- test: {scores} on {self.videos} held-out videos, {self.views} views each, "
-                f"in {duration(self.test_seconds)}",
+                f"in {format_duration(self.test_seconds)}",
             ]
         lines += [f"- bad video, counted as wrong: {failure.path}: {failure.reason}" for failure in self.failures[:20]]
         if len(self.failures) > 20:

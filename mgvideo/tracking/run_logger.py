@@ -19,23 +19,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from mgvideo.loading.requests import DecodeFailure
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.checkpoints import write_atomic
 
 BAD_VIDEOS = ("step", "index", "path", "reason")  # columns of bad_videos.csv
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 47 s, 3:20 min, 5:03 h, 2 d 4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    if minutes < 100:
-        return f"{minutes}:{s:02d} min"
-    if hours < 48:
-        return f"{hours}:{minutes_left:02d} h"
-    return f"{hours // 24} d {hours % 24} h"
 
 
 class Eta:
@@ -191,7 +179,7 @@ class RunLogger:
         status = (
             f"phase {record['phase'] + 1}/{len(self.plan.phases)} · {record['frames']}×{record['size']}² "
             f"batch {record['batch']} · loss {record['loss']:.3f} · {record['clips_per_s']:.0f} clips/s · "
-            f"data wait {record['data_wait']:.0%} · {'' if left is None else duration(left) + ' left'}"
+            f"data wait {record['data_wait']:.0%} · {'' if left is None else format_duration(left) + ' left'}"
         )
         if self._progress:
             self._progress.update(self._task, completed=record["step"], status=status)

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from mgvideo.cli.app import compose_config, same_command
 
-OVERRIDES = ["dataset.root=/my data", "base.jitter=[36,40]", "base.lr=0.1", "resume=never", "+model.extra=1"]
+OVERRIDES = ["dataset.root=/my data", "base.short_side=[36,40]", "base.lr=0.1", "resume=never", "+model.extra=1"]
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
 STARTS = {
     "script": (["tools/run_net.py"], {}, ["PYTHON", "tools/run_net.py"]),
@@ -59,5 +59,5 @@ def test_the_command_starts_the_same_program_with_one_thing_changed(
     monkeypatch.setattr(sys, "argv", [*words, *OVERRIDES])
     command = same_command({"base.lr": "0.05"}, without=["resume"])
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    kept = ["dataset.root=/my data", "base.jitter=[36,40]", "+model.extra=1"]
+    kept = ["dataset.root=/my data", "base.short_side=[36,40]", "+model.extra=1"]
     assert shlex.split(command) == [python if word == "PYTHON" else word for word in expected] + [*kept, "base.lr=0.05"]

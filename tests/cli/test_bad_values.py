@@ -15,13 +15,20 @@ from mgvideo.cli.schema import RunKeys
 WRONG_TYPE = {"int": "many", "float": "much", "bool": "perhaps", "list[int]": "wide", "list[float]": "wide"}
 FREE = {"output_dir", "init_from", "init_from_key", "resume", "base.lr_policy"}  # texts, whose wrong values are below
 WRONG_VALUES = [
-    *("base.batch=0", "base.frames=0", "base.size=-1", "base.stride=0", "base.jitter=[40]", "base.jitter=[40,36]"),
-    *("base.epochs=0", "base.lr=-1", "base.lr=nan", "base.lr_steps=[1]", "base.lr_steps=[0,9]", "base.gamma=0"),
+    *(
+        "base.batch_size=0",
+        "base.num_frames=0",
+        "base.crop_size=-1",
+        "base.frame_stride=0",
+        "base.short_side=[40]",
+        "base.short_side=[40,36]",
+    ),
+    *("base.epochs=0", "base.lr=-1", "base.lr=nan", "base.lr_milestones=[0]", "base.lr_milestones=[9]", "base.gamma=0"),
     *("base.warmup_epochs=-1", "base.warmup_epochs=9", "base.warmup_lr=-1", "base.lr_policy=linear"),
     *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_clips=-1"),
-    *("test.clips=0", "test.crops=2", "test.size=0", "test.batch=0"),
-    *("loader.workers=-1", "loader.prefetch=0", "loader.start_method=thread", "loader.timeout=0"),
-    *("loader.timeout=inf", "loader.max_clips_per_step=0"),
+    *("test.num_clips=0", "test.num_crops=2", "test.crop_size=0", "test.batch_size=0"),
+    *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
+    *("loader.timeout=inf", "train.micro_batch_clips=0"),
     *("checkpoint.every_steps=-1", "checkpoint.every_minutes=-1", "checkpoint.every_minutes=nan", "checkpoint.keep=0"),
     *("normalize.mean=[0.5]", "normalize.mean=[0,0,nan]", "normalize.std=[1,1,0]", "precision=fp8", "seed=-1"),
     "compile=perhaps",

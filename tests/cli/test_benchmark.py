@@ -107,7 +107,7 @@ def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
     for format in ("table", "json"):
         benchmark_step.run(benchmark_step.read_keys([*own, f"format={format}", f"out={tmp_path / format}"]), cfg)
     told = json.loads((tmp_path / "json").read_text())
-    plan = build_plan(cfg, 1000 * cfg.base.batch)
+    plan = build_plan(cfg, 1000 * cfg.base.batch_size)
     grids = {slot.grid.name for phase in plan.phases for slot in phase.slots}
     assert len(told["rows"]) == 2 * len(grids)
     assert all(row["seconds"] > 0 and row["warm_up"] > 0 and row["flops"] > 0 for row in told["rows"])
@@ -145,7 +145,7 @@ def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root
     baseline, multigrid = json.loads((tmp_path / "json").read_text())["runs"]
     assert (baseline["schedule"], multigrid["schedule"]) == ("baseline", "multigrid")
     assert baseline["steps"] > multigrid["steps"]
-    plan = build_plan(cfg, 1000 * cfg.base.batch)
+    plan = build_plan(cfg, 1000 * cfg.base.batch_size)
     slots = [(p + 1, slot.grid.name, slot.batch) for p, phase in enumerate(plan.phases) for slot in phase.slots]
     assert [(row["phase"], row["grid"], row["batch"]) for row in multigrid["slots"]] == slots
     assert all(row[kind] > 0 for row in multigrid["slots"] for kind in ("loaded", "held", "bare"))

@@ -19,7 +19,7 @@ from mgvideo.engine.micro_batches import MicroBatch, split_into_micro_batches
 from mgvideo.plan.shards import BatchShard
 
 WORLD = 16
-CONFIG = [*TINY, "base.batch=32", "precision=fp32", "loader.workers=0", "loader.max_clips_per_step=2"]
+CONFIG = [*TINY, "base.batch_size=32", "precision=fp32", "loader.num_workers=0", "train.micro_batch_clips=2"]
 OPTIONS = [f"world={WORLD}", "videos=2048"]
 
 

@@ -49,7 +49,7 @@ def test_the_real_loader_is_looked_at_and_written_down(tmp_path: Path, motion_ro
 def test_a_leak_shows(motion_root: str, workers: int) -> None:
     folder = next(Path(motion_root).glob("*/train.csv")).parent
     dataset = Leaky(video_list(str(folder), "train.csv", decoder=PyAV()))
-    loader = Loader(dataset, LoaderOptions(workers=workers))
+    loader = Loader(dataset, LoaderOptions(num_workers=workers))
     given = read_keys(["clips=96", "every=8"])
     looks = list(soak(loader, partial(mixed_requests, GRIDS, len(dataset), given.batch), given))
     memory, files = grown(looks)

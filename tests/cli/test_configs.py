@@ -72,23 +72,23 @@ def test_fewer_epochs_need_no_other_key(dataset: str, schedule: str) -> None:
     recipe = composed(f"dataset={dataset}").base
     cfg = composed(f"dataset={dataset}", f"schedule={schedule}", "base.epochs=7")
     assert cfg.base.warmup_epochs == pytest.approx(recipe.warmup_epochs * 7 / recipe.epochs)
-    assert list(cfg.base.lr_steps) == pytest.approx([step * 7 / recipe.epochs for step in recipe.lr_steps])
+    assert list(cfg.base.lr_milestones) == pytest.approx([step * 7 / recipe.epochs for step in recipe.lr_milestones])
     assert build_plan(cfg, 5000).epochs == pytest.approx(
         7 * cfg.schedule.epoch_factor, rel=0.15
     )  # rounded to whole ones
 
 
 def test_without_a_recipe_nothing_is_scaled() -> None:
-    base = composed("~recipe", "base.batch=8", "base.epochs=5").base
-    assert (base.batch, base.epochs, list(base.lr_steps)) == (8, 5, [0])
+    base = composed("~recipe", "base.batch_size=8", "base.epochs=5").base
+    assert (base.batch_size, base.epochs, list(base.lr_milestones)) == (8, 5, [])
     assert OmegaConf.is_missing(base, "lr")
 
 
 def test_cfg_job_prints_the_scaled_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["run_net.py"])
-    app.main("run", "", lambda _: None, ["--cfg", "job", "base.epochs=10", "base.batch=32"])
+    app.main("run", "", lambda _: None, ["--cfg", "job", "base.epochs=10", "base.batch_size=32"])
     printed = OmegaConf.create(capsys.readouterr().out).base
-    assert (printed.lr, list(printed.lr_steps), printed.warmup_epochs) == (0.1, [0, 6, 9], 1.5)
+    assert (printed.lr, list(printed.lr_milestones), printed.warmup_epochs) == (0.1, [6, 9], 1.5)
 
 
 def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> None:
@@ -101,11 +101,11 @@ def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> Non
         cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
         return resume_fingerprint(cfg, build_data(cfg), precision)
 
-    scaled = fingerprint("base.epochs=10", "base.batch=32")
-    by_hand = ["base.lr_steps=[0,6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
-    assert differences(scaled, fingerprint("base.epochs=10", "base.batch=32", *by_hand)) == []
-    changed = " ".join(differences(scaled, fingerprint("base.epochs=5", "base.batch=32")))
-    assert all(key in changed for key in ("base.epochs", "base.lr_steps", "base.warmup_epochs"))
+    scaled = fingerprint("base.epochs=10", "base.batch_size=32")
+    by_hand = ["base.lr_milestones=[6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
+    assert differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *by_hand)) == []
+    changed = " ".join(differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
+    assert all(key in changed for key in ("base.epochs", "base.lr_milestones", "base.warmup_epochs"))
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
@@ -130,12 +130,12 @@ def test_the_other_groups_name_what_exists(group: str) -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("base.batchh=3", "base.batchh is no key of this config, did you mean base.batch?"),
+        ("base.batchh=3", "base.batchh is no key of this config, did you mean base.batch_size?"),
         ("model=i3d_r5", "model=i3d_r5 does not exist, did you mean i3d_r50?"),
         ("schedule=multigird", "schedule=multigird does not exist, did you mean multigrid?"),
         ("experiment=motoin", "experiment=motoin does not exist, did you mean motion?"),
-        ("base.batch=many", "base.batch=many: Value 'many' of type 'str' could not be converted to Integer"),
-        ("base.batch", "cannot read 'base.batch': write it as key=value"),
+        ("base.batch_size=many", "base.batch_size=many: Value 'many' of type 'str' could not be converted to Integer"),
+        ("base.batch_size", "cannot read 'base.batch_size': write it as key=value"),
         ("model.widht=8", "model.widht is no key of this config, did you mean model.width?"),
     ],
 )

@@ -19,7 +19,7 @@ from mgvideo.loading.shared_memory import Room
 
 @pytest.fixture
 def machine(tmp_path: Path) -> doctor.Machine:
-    return doctor.Machine(compose_config("run", ["loader.workers=1", f"output_dir={tmp_path / 'run'}"]), tmp_path)
+    return doctor.Machine(compose_config("run", ["loader.num_workers=1", f"output_dir={tmp_path / 'run'}"]), tmp_path)
 
 
 def test_every_check_passes_here_or_says_what_to_do(machine: doctor.Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from mgvideo.cli.export import main
 from mgvideo.engine.precision import Normalize
 from mgvideo.models.small import i3d_nln_small, i3d_small, r2plus1d_small, slowfast_small
 
-GRID = ["base.frames=8", "base.size=32", "base.jitter=[36,40]", "normalize.mean=[0.4,0.5,0.6]"]
+GRID = ["base.num_frames=8", "base.crop_size=32", "base.short_side=[36,40]", "normalize.mean=[0.4,0.5,0.6]"]
 NETWORKS = {
     "i3d_small": i3d_small(5, width=4),
     "i3d_nln_small": i3d_nln_small(5, width=4),

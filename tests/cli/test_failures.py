@@ -14,13 +14,13 @@ from faults import overrides
 from training import ROOT, TINY, free_port, start_program
 
 CASES = {
-    "raise": [*overrides("raise"), "loader.workers=0"],
-    "exit": [*overrides("exit"), "loader.workers=0"],
-    "kill": [*overrides("kill"), "loader.workers=0"],
-    "hang": [*overrides("hang"), "loader.workers=0", "hang_timeout=5"],
-    "test": [*overrides("hang", "val", after=2), "loader.workers=0", "hang_timeout=5", "train.enable=false"],
-    "freeze": [*overrides("freeze"), "loader.workers=0"],
-    "worker": [*overrides("kill"), "loader.workers=1", "loader.start_method=forkserver"],
+    "raise": [*overrides("raise"), "loader.num_workers=0"],
+    "exit": [*overrides("exit"), "loader.num_workers=0"],
+    "kill": [*overrides("kill"), "loader.num_workers=0"],
+    "hang": [*overrides("hang"), "loader.num_workers=0", "hang_timeout=5"],
+    "test": [*overrides("hang", "val", after=2), "loader.num_workers=0", "hang_timeout=5", "train.enable=false"],
+    "freeze": [*overrides("freeze"), "loader.num_workers=0"],
+    "worker": [*overrides("kill"), "loader.num_workers=1", "loader.start_method=forkserver"],
 }
 SAID = {
     "raise": "waiting for a batch: ValueError: a fault made by the tests",
@@ -83,7 +83,7 @@ def test_the_rank_that_failed_first_ends_the_others_with_its_message(ranks: dict
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_torchrun_starts_again_at_the_last_checkpoint(nodes: int, tmp_path: Path, motion_root: str) -> None:
     made = overrides("kill", rank=1, after=150, once=tmp_path / "fault")
-    run = [*TINY, *made, "loader.workers=0", "checkpoint.every_steps=1", "train.evals_per_phase=0", "output_dir=o"]
+    run = [*TINY, *made, "loader.num_workers=0", "checkpoint.every_steps=1", "train.evals_per_phase=0", "output_dir=o"]
     run += [f"dataset.root={motion_root}"]
     # each node's agent counts its own restarts: of two, that of the killed rank alone
     torchrun = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"]

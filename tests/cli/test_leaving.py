@@ -49,7 +49,7 @@ def asked(rank: int, folder: Path, motion_root: str) -> None:
 def leave(rank: int, port: int, folder: Path, motion_root: str) -> None:
     os.environ.update(environment(rank, port))
     torch.set_num_threads(1)
-    distributed.PATIENCE = 1.5
+    distributed.LEAVE_TIMEOUT_S = 1.5
     with pytest.raises(Stopped):
         asked(rank, folder, motion_root)
     assert (folder / "left").exists(), "left before rank 0 did"

@@ -191,18 +191,18 @@ def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("overrides", "lr", "ends", "starts"),
     [
-        (["base.batch=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
-        (["base.batch=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
+        (["base.batch_size=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
+        (["base.batch_size=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
         (
             ["base.epochs=30"], 0.05, [18, 27, 30],
             [
-                "base.lr_steps: [0, 12, 18] of the recipe's 20 epochs becomes [0, 18, 27] at base.epochs=30, and "
+                "base.lr_milestones: [12, 18] of the recipe's 20 epochs becomes [18, 27] at base.epochs=30, and "
                 "base.warmup_epochs 3 becomes 4.5 (set either to choose both)"
             ],
         ),
-        (["base.epochs=30", "base.batch=8"], 0.025, [18, 27, 30], ["base.lr: 0.05 at", "base.lr_steps: [0, 12"]),
+        (["base.epochs=30", "base.batch_size=8"], 0.025, [18, 27, 30], ["base.lr: 0.05 at", "base.lr_milestones: [12"]),
         (["base.epochs=20"], 0.05, [12, 18, 20], []),
-        (["base.epochs=30", "base.lr_steps=[0,25]"], 0.05, [25, 30], []),
+        (["base.epochs=30", "base.lr_milestones=[25]"], 0.05, [25, 30], []),
         (["base.epochs=30", "base.warmup_epochs=9"], 0.05, [12, 18, 30], []),
     ],
 )  # fmt: skip

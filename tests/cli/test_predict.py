@@ -38,8 +38,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
     """The folder of a run that went well."""
     folder = tmp_path_factory.mktemp("predict")
     command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "schedule=baseline", "precision=fp32"]
-    command += ["base.epochs=0.75", "base.lr_steps=[0]"]
-    result = run_program(*command, "test.clips=2", cwd=folder)
+    command += ["base.epochs=0.75", "base.lr_milestones=[]"]
+    result = run_program(*command, "test.num_clips=2", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder / "out"
 
@@ -76,7 +76,7 @@ def test_a_runs_folder_stands_for_its_best_checkpoint_and_keys_change_the_views(
     best = predicted([video, f"ckpt={trained / 'checkpoints/best.pt'}"], capsys)
     assert predicted([video, f"ckpt={trained}"], capsys) == best
     assert len(best[0]["classes"]) == 5
-    for changed in (["clips=1"], ["crops=1"], ["size=48"], ["base.stride=1"], ["normalize.mean=[0,0,0]"]):
+    for changed in (["clips=1"], ["crops=1"], ["size=48"], ["base.frame_stride=1"], ["normalize.mean=[0,0,0]"]):
         assert predicted([video, f"ckpt={trained}", *changed], capsys) != best, changed
 
 
@@ -178,7 +178,7 @@ def test_every_window_of_a_long_video_has_its_own_heat(
     original = frames_of(videos / "00002.mp4")
     twice = tmp_path / "twice.mp4"
     write_frames(twice, torch.cat([original, original]))
-    windows = [f"out={tmp_path / 'out'}", "base.frames=5", "top=1", "cam=true", *ONE_VIEW]  # of 10 frames
+    windows = [f"out={tmp_path / 'out'}", "base.num_frames=5", "top=1", "cam=true", *ONE_VIEW]  # of 10 frames
     predicted([videos / "00002.mp4", twice, f"ckpt={trained}", *windows], capsys)
     once, both = heats
     assert (once.starts, both.starts) == ([0, 10], [0, 10, 20, 30])
@@ -213,7 +213,7 @@ def foreign(tmp_path: Path) -> Path:
 def test_weights_from_elsewhere_say_how_many_classes_there_are(
     foreign: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
     main([str(videos / "00000.mp4"), f"ckpt={foreign}", *network, "format=json"])
     told = capsys.readouterr()
     assert {c["class"] for c in json.loads(told.out)[0]["classes"]} == set("01234")
@@ -231,7 +231,7 @@ def test_of_several_copies_of_a_network_one_is_named(
     other = {name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     torch.save({"model": state, "model_ema": other}, tmp_path / "both=1, [2].pth")
     torch.save({"module": other}, tmp_path / "other.pth")
-    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
 
     def scores(name: Path, *more: str) -> list[dict[str, Any]]:
         return predicted([videos / "00000.mp4", f"ckpt={name}", *network, *more], capsys)
@@ -247,9 +247,16 @@ SEGMENTS = (1, 3, 6, 8, 11, 13, 15, 18)  # the middles of eight segments of 20 f
 def test_something_something_is_looked_at_in_segments(
     foreign: Path, videos: Path, tmp_path: Path, heats: list[Heat], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    network = ["model=r2plus1d_small", "model.width=4", "dataset=ssv2", "base.frames=8", "precision=fp32", *ONE_VIEW]
+    network = [
+        "model=r2plus1d_small",
+        "model.width=4",
+        "dataset=ssv2",
+        "base.num_frames=8",
+        "precision=fp32",
+        *ONE_VIEW,
+    ]
     for stride in (1, 4):  # which has no say
-        command = [videos / "00001.mp4", f"ckpt={foreign}", *network, f"base.stride={stride}", "cam=true"]
+        command = [videos / "00001.mp4", f"ckpt={foreign}", *network, f"base.frame_stride={stride}", "cam=true"]
         (entry,) = predicted([*command, f"out={tmp_path / 'out'}"], capsys)
     torch.testing.assert_close(heats[0].maps, heats[1].maps)
     assert [(heat.starts, heat.span) for heat in heats] == [([0], 20)] * 2, "the whole video at once"
@@ -278,7 +285,7 @@ def test_weights_of_a_model_zoo_predict_as_ours_do(
         (tmp_path / "theirs.pkl").write_bytes(pickle.dumps({"blobs": {**blobs, "lr": np.float32(0.1)}}, protocol=2))
     else:
         torch.save({"model_state": named}, tmp_path / "theirs.pkl")
-    network = ["model=slowfast_small", "model.width=8", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    network = ["model=slowfast_small", "model.width=8", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
     ours, theirs = (
         predicted([videos / "00000.mp4", f"ckpt={tmp_path / name}", *network], capsys)
         for name in ("ours.pth", "theirs.pkl")
@@ -292,7 +299,7 @@ def test_videos_weights_and_names_may_be_urls(
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     shutil.copy(videos / "00000.mp4", foreign.parent / "a=b.mp4")
     (foreign.parent / "names.txt").write_text("walk\nrun\njump\nfly\nswim\n")
-    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", *ONE_VIEW]
+    network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
     with served(foreign.parent) as (address, _):
         command = [f"{address}/a=b.mp4", f"ckpt={address}/weights.pth", f"classes={address}/names.txt", *network]
         (there,) = predicted([*command, f"out={tmp_path / 'drawn'}", "cam=true"], capsys)
@@ -318,8 +325,8 @@ def _renamed(folder: Path) -> str:
         (lambda run, folder: [_renamed(folder)], "say which network it is"),
         (lambda run, folder: [_renamed(folder), "model=i3d_small"], "cannot read weights from"),
         (lambda run, folder: [f"ckpt={run}", "clip=3"], "did you mean clips?"),
-        (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.stride?"),
-        (lambda run, folder: [f"ckpt={run}", "base.stride=two"], "base.stride"),
+        (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.frame_stride?"),
+        (lambda run, folder: [f"ckpt={run}", "base.frame_stride=two"], "base.frame_stride"),
         (lambda run, folder: [f"ckpt={run}", "model=i3d_r50"], "says that already"),
         (lambda run, folder: [f"ckpt={run}", "crops=2"], "crops=2"),
         (lambda run, folder: [f"ckpt={run}", "top=0"], "top=0"),

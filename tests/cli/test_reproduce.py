@@ -32,9 +32,9 @@ PUBLISHED = {
     "ssv2": {(63.0, 88.5), (63.5, 88.7)},
     "motion": set(),
 }
-FAST = ["train.precise_bn_clips=0", "loader.workers=0", "test.crops=1"]
+FAST = ["train.precise_bn_clips=0", "loader.num_workers=0", "test.num_crops=1"]
 ON_SLURM = ["table=schedules", "processes=8", "launcher=slurm"]
-SHORT = [*TINY, *FAST, "base.epochs=0.5", "base.lr_steps=[0]", "seeds=[0,1]"]
+SHORT = [*TINY, *FAST, "base.epochs=0.5", "base.lr_milestones=[]", "seeds=[0,1]"]
 
 
 def of_preset(preset: str) -> dict[str, list[Entry]]:
@@ -61,7 +61,7 @@ def test_every_cell_composes_and_plans(table: str, preset: str) -> None:
 
 def test_overrides_of_all_cells_scale_the_recipe_as_in_a_run() -> None:
     (entry, *_) = entries(load_table("schedules", "kinetics"), ["base.epochs=10", "dataset.root=data"], None)
-    assert entry.recipe()["base.lr_steps"] == pytest.approx([0, 940 / 239, 1540 / 239, 1960 / 239])
+    assert entry.recipe()["base.lr_milestones"] == pytest.approx([0, 940 / 239, 1540 / 239, 1960 / 239])
     assert not [key for key in entry.recipe() if "train_videos" in key]  # only what plans without the data count
 
 
@@ -110,7 +110,7 @@ def test_a_wrong_table_is_one_clear_line(change: dict, told: str) -> None:
     [
         (["table=schedule"], "table=schedule does not exist; there are: ablations"),
         (["table=published"], "no preset=motion: choose one of kinetics"),
-        (["table=schedules", "base.batchh=3"], "did you mean base.batch?"),
+        (["table=schedules", "base.batchh=3"], "did you mean base.batch_size?"),
         (["table=schedules", "schedule=long"], "every cell of table schedules sets schedule itself"),
         (["table=schedules", "seed=3"], "give seeds=[…] instead"),
         (["table=schedules", "cells=[baselin]"], "has no baselin, but baseline"),
@@ -160,7 +160,13 @@ def test_list_needs_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
     benchmark = tmp_path / "benchmark.json"
     grids = {f"{frames}x{size}": 0.5 for frames in (4, 8, 16) for size in (32, 45, 64)}
     benchmark.write_text(json.dumps({"step_seconds": grids}))
-    recipe = ["base.epochs=20", "base.lr_steps=[0,12,18]", "base.batch=16", "base.frames=16", "base.size=64"]
+    recipe = [
+        "base.epochs=20",
+        "base.lr_milestones=[12,18]",
+        "base.batch_size=16",
+        "base.num_frames=16",
+        "base.crop_size=64",
+    ]
     main(["--list", "table=schedules", f"benchmark={benchmark}", "gpus=1", *recipe])
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if "baseline" in line)
@@ -253,7 +259,7 @@ def test_a_cell_may_start_from_anothers_weights_have_two_workers_and_be_tested_a
 
     first = json.loads((out / "runs/baseline_seed1/report.json").read_text())
     capsys.readouterr()
-    main([*command, "cells=[baseline]", "seeds=[1]", f"out={out}", "test.clips=2"])
+    main([*command, "cells=[baseline]", "seeds=[1]", f"out={out}", "test.num_clips=2"])
     assert "1 runs, 0 done before" in capsys.readouterr().out
     again = json.loads((out / "runs/baseline_seed1/report.json").read_text())
     assert (again["views"], first["views"]) == ("2×1", "1×1")

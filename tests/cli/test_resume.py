@@ -20,7 +20,7 @@ from mgvideo.storage.checkpoints import Checkpoints
 EXACT = [
     *TINY,
     *("precision=fp32", "deterministic=true", "test.enable=false", "model.dropout=0.4", "base.warmup_epochs=1"),
-    *("base.epochs=8", "base.lr_steps=[0,5]", "loader.max_clips_per_step=4", "checkpoint.every_steps=2"),
+    *("base.epochs=8", "base.lr_milestones=[5]", "train.micro_batch_clips=4", "checkpoint.every_steps=2"),
 ]
 
 
@@ -68,11 +68,11 @@ def drawn(folder: Path, tag: str) -> list[tuple[int, float]]:
 def test_a_run_killed_again_and_again_ends_the_same(whole: Path, tmp_path: Path, motion_root: str) -> None:
     run = [*EXACT, f"dataset.root={motion_root}", "output_dir=out"]
     assert killed(run, tmp_path, 4) == -signal.SIGKILL
-    assert killed([*run, "loader.workers=2"], tmp_path, 14) == -signal.SIGKILL
+    assert killed([*run, "loader.num_workers=2"], tmp_path, 14) == -signal.SIGKILL
     # a half-written newest checkpoint, as a power cut leaves it
     newest = max((tmp_path / "out/checkpoints").glob("step_*.pt"))
     os.truncate(newest, newest.stat().st_size // 2)
-    done = run_program(*run, "loader.workers=0", cwd=tmp_path)
+    done = run_program(*run, "loader.num_workers=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{newest.name} is damaged" in done.stdout
     out = tmp_path / "out"
@@ -161,8 +161,8 @@ def test_after_a_loss_that_is_not_finite_the_printed_command_runs_to_the_end(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fault = ["model._target_=faults.network", "+model.fault=bad_loss", "+model.once=once", f"+model.after={after}"]
     run = [*TINY, f"dataset.root={motion_root}", "output_dir=out folder", "resume=never", *fault, "base.lr=0.04"]
-    run += ["loader.workers=0", "precision=fp32", "checkpoint.every_steps=1", "train.evals_per_phase=0"]
-    run += ["test.enable=false", "loader.max_clips_per_step=1000"]
+    run += ["loader.num_workers=0", "precision=fp32", "checkpoint.every_steps=1", "train.evals_per_phase=0"]
+    run += ["test.enable=false", "train.micro_batch_clips=1000"]
     failed = run_program(*run, cwd=tmp_path, processes=processes, fresh=True)
     assert failed.returncode != 0
     (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]

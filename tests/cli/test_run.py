@@ -26,7 +26,7 @@ from mgvideo.storage.checkpoints import Checkpoints
 def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, subprocess.CompletedProcess]:
     """A run on two processes that went well."""
     folder = tmp_path_factory.mktemp("run")
-    command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "base.epochs=4", "base.lr_steps=[0,2]"]
+    command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "base.epochs=4", "base.lr_milestones=[2]"]
     return folder / "out", run_program(*command, cwd=folder, processes=2)
 
 
@@ -65,7 +65,7 @@ def test_a_finished_run_is_tested_again_not_trained(
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_text()
     trained = json.loads((folder / "report.json").read_text())
-    main([*TINY, f"dataset.root={motion_root}", f"output_dir={folder}", "base.epochs=4", "base.lr_steps=[0,2]"])
+    main([*TINY, f"dataset.root={motion_root}", f"output_dir={folder}", "base.epochs=4", "base.lr_milestones=[2]"])
     assert "resumed" in capsys.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
     tested = json.loads((folder / "report.json").read_text())
@@ -120,7 +120,7 @@ def _unreadable_videos(folder: Path) -> list[str]:
         (lambda _: ["decoder=null"], "decoder=null: choose one of decord, pyav, torchcodec"),
         (lambda _: ["dataset=kinetics400"], "dataset.root is not set"),
         (lambda _: ["precision=fp8"], "choose one of auto, fp32, bf16, fp16"),
-        (lambda _: ["base.lr_steps=[1,2]"], "base.lr_steps"),
+        (lambda _: ["base.lr_milestones=[1,2]"], "base.lr_milestones"),
         (lambda _: ["init_from=/nowhere.pyth"], "/nowhere.pyth"),
         (lambda _: ["resume=/nowhere.pt"], "/nowhere.pt"),
     ],
@@ -141,7 +141,7 @@ def test_a_wrong_key_leaves_nothing_else_on_stderr(tmp_path: Path) -> None:
     result = run_program("base.batchh=1", "output_dir=out", cwd=tmp_path, fresh=True)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: base.batchh is no key of this config, did you mean base.batch?")
+    assert line.startswith("error: base.batchh is no key of this config, did you mean base.batch_size?")
 
 
 def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> No
 
 
 def test_a_test_without_validation_has_precise_statistics_too(tmp_path: Path, motion_root: str) -> None:
-    command = [*TINY, f"dataset.root={motion_root}", "precision=fp32", "base.epochs=4", "base.lr_steps=[0,2]"]
+    command = [*TINY, f"dataset.root={motion_root}", "precision=fp32", "base.epochs=4", "base.lr_milestones=[2]"]
     scores = {}
     for evaluations in (0, 1):
         main([*command, f"output_dir={tmp_path}/evals{evaluations}", f"train.evals_per_phase={evaluations}"])
@@ -203,7 +203,7 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
 
 def test_memory_that_runs_out_anywhere_is_told_with_the_place_and_a_key(tmp_path: Path) -> None:
     report_position("after step 4, in precise BN, batch 1 of 2")
-    told = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower loader.max_clips_per_step"
+    told = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower train.micro_batch_clips"
     for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
         with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
             allocate()

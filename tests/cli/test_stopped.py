@@ -28,8 +28,8 @@ from mgvideo.loading.workers import start_server
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
-RUN = [*TINY, "loader.workers=0", "precision=fp32", "test.enable=false", "checkpoint.every_steps=2", "decoder=pyav"]
-RUN += ["base.epochs=4", "base.lr_steps=[0,2]", "loader.max_clips_per_step=16"]
+RUN = [*TINY, "loader.num_workers=0", "precision=fp32", "test.enable=false", "checkpoint.every_steps=2", "decoder=pyav"]
+RUN += ["base.epochs=4", "base.lr_milestones=[2]", "train.micro_batch_clips=16"]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ WORKERS = {
     "fork": ["loader.start_method=fork"],
     "forkserver": ["loader.start_method=forkserver"],
     "spawn": ["loader.start_method=spawn"],
-    "none": ["loader.workers=0"],
+    "none": ["loader.num_workers=0"],
 }
 
 
@@ -143,7 +143,7 @@ def test_ctrl_c_on_a_terminal_stops_the_run_and_not_its_workers(
         options["given"] = tmp_path / "out"
     fault = overrides("ctrl-c", "train" if during == "precise BN" else "val", **options)
     run = [*TINY, *WORKERS[workers], *fault, f"dataset.root={motion_root}", f"output_dir={tmp_path}/out"]
-    run += ["schedule=baseline", "base.epochs=0.5", "base.lr_steps=[0]", f"train.enable={during != 'test'}"]
+    run += ["schedule=baseline", "base.epochs=0.5", "base.lr_milestones=[]", f"train.enable={during != 'test'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, str(ROOT / "tools/run_net.py"), *run]
     with open("log", "w") as log:
@@ -224,10 +224,12 @@ def test_what_changes_the_result_is_kept_or_refused(
         assert told in line
     line = said(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
     assert "does not fit this network" in line
-    main([*run, "loader.max_clips_per_step=null"])
+    main([*run, "train.micro_batch_clips=null"])
     newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
     assert newest is not None
-    assert read_checkpoint(newest)["max_clips"] == {"ranks": 1, "clips": 16}, "not as many as memory holds today"
+    assert read_checkpoint(newest)["micro_batch_clips"] == {"ranks": 1, "clips": 16}, (
+        "not as many as memory holds today"
+    )
     assert end_state(tmp_path / "out") == end_state(whole)
     assert "warning" not in capsys.readouterr().out
 
@@ -292,7 +294,7 @@ def test_as_many_clips_at_once_as_before_unless_memory_holds_less(
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
     assert newest is not None
-    assert read_checkpoint(newest)["max_clips"] == {"ranks": 1, "clips": 16 if kept else fits}
+    assert read_checkpoint(newest)["micro_batch_clips"] == {"ranks": 1, "clips": 16 if kept else fits}
     assert len(warnings) == (0 if kept else 1)
     if kept:
         assert end_state(tmp_path / "out") == end_state(whole)

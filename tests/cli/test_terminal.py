@@ -54,7 +54,7 @@ def test_a_run_shows_itself_in_ascii_and_writes_utf_8(tmp_path: Path) -> None:
     (tmp_path / "vidéos" / classes[0] / "плохое.mp4").write_text("no video")
     tiny = [word for word in TINY if "knobs" not in word]
     run = [*tiny, "dataset=folder", f"dataset.root={tmp_path}/vidéos", f"output_dir={tmp_path}/aus=gabe ×"]
-    run += ["schedule=baseline", "base.epochs=2", "base.lr_steps=[0]"]
+    run += ["schedule=baseline", "base.epochs=2", "base.lr_milestones=[]"]
     command = [os.fsencode(word) for word in (sys.executable, str(ROOT / "tools/run_net.py"), *run)]
     result = subprocess.run(command, env=environment(**ENCODINGS["ascii"]), capture_output=True, timeout=240)
     assert result.returncode == 0, result.stderr
@@ -126,8 +126,15 @@ def test_ctrl_c_stops_a_prediction_however_early(method: str, motion_root: str, 
     (tmp_path / "videos").mkdir()
     for i in range(3000):
         os.link(video, tmp_path / "videos" / f"{i}.mp4")
-    network = ["model=r2plus1d_small", "model.width=4", "base.frames=8", "base.stride=2", "clips=1", "crops=1"]
-    loading = ["size=32", "loader.workers=1", f"loader.start_method={method}"]
+    network = [
+        "model=r2plus1d_small",
+        "model.width=4",
+        "base.num_frames=8",
+        "base.frame_stride=2",
+        "clips=1",
+        "crops=1",
+    ]
+    loading = ["size=32", "loader.num_workers=1", f"loader.start_method={method}"]
     process = start("predict", tmp_path / "videos", f"ckpt={tmp_path}/weights.pth", *network, *loading)
 
     def has_worker() -> bool:

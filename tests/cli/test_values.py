@@ -64,7 +64,7 @@ def test_what_is_hydras_stays_hydras() -> None:
         "dataset.root=/d/a=b/${seed}": "/d/a=b/3",
         "init_from=null": None,
         "init_from='null'": "null",
-        "base.jitter=[36,40]": [36, 40],
+        "base.short_side=[36,40]": [36, 40],
         "dataset.knobs.sizes=[0.1,0.2]": [0.1, 0.2],
         "++dataset.root=/d/a=b": "/d/a=b",
         "+dataset.more=/d/a=b": "/d/a=b",
@@ -94,7 +94,7 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_numbers_and_lists_that_are_broken_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ("base.batch=1=2", "base.jitter=[36,40", "dataset.knobs.sizes=[0.1"):
+    for wrong in ("base.batch_size=1=2", "base.short_side=[36,40", "dataset.knobs.sizes=[0.1"):
         assert said(main, [wrong], capsys).startswith(f"error: cannot read '{wrong}'")
     for wrong in ("gpus=[", "videos={", "at=[1"):
         assert wrong.split("=")[0] in said(plan.main, [wrong], capsys)
@@ -123,10 +123,10 @@ def test_the_config_of_a_finished_run_takes_them_too(tmp_path: Path) -> None:
     saved = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     OmegaConf.save(saved, tmp_path / "config.yaml", resolve=True)
     for text in ODD:
-        overrides = [f"dataset.root={text}", f"dataset.pyramid={text}", "base.jitter=[36,40]", "base.lr=1e-3"]
+        overrides = [f"dataset.root={text}", f"dataset.pyramid={text}", "base.short_side=[36,40]", "base.lr=1e-3"]
         read = run_config(tmp_path / "config.yaml", overrides, PredictKeys)
         assert (read.dataset.root, read.dataset.pyramid) == (text, text)
-        assert (list(read.base.jitter), read.base.lr) == ([36, 40], 0.001)
+        assert (list(read.base.short_side), read.base.lr) == ([36, 40], 0.001)
 
 
 def test_the_runs_of_a_table_get_them(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_training_survives_every_file_and_names_the_bad_ones(
     monkeypatch.chdir(tmp_path)
     root = paths["root"][""]
     more = [f"dataset.root={root}", f"decoder={decoder}", "dataset.max_bad_fraction=1", "output_dir=out"]
-    main([*RUN, *more, "base.epochs=4", "base.lr_steps=[0,2]"])
+    main([*RUN, *more, "base.epochs=4", "base.lr_milestones=[2]"])
     found = named(tmp_path / "out", root, "train")
     assert set(found) == {str(path) for path in paths["bad"].values()}
     assert all(found.values()), "each with a reason"

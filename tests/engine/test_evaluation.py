@@ -63,8 +63,8 @@ def test_other_clips_at_each_step_and_none_of_training(tmp_path: Path, motion_ro
 def test_statistics_depend_neither_on_micro_batches_nor_on_the_generator(tmp_path: Path, motion_root: str) -> None:
     states = []
     for clips, seed in ((1000, 1), (8, 2)):
-        plan = tiny_plan("baseline", batch=16)
-        trainer = tiny_trainer(tmp_path, motion_root, plan, double=True, max_clips=clips, precise_bn_clips=32)
+        plan = tiny_plan("baseline", batch_size=16)
+        trainer = tiny_trainer(tmp_path, motion_root, plan, double=True, micro_batch_clips=clips, precise_bn_clips=32)
         dropped = nn.Sequential(ClipDropout(0.5), trainer.model)
         trainer.model = dropped
         torch.manual_seed(seed)
@@ -94,5 +94,5 @@ def test_a_signal_in_the_middle_leaves_the_statistics(
 @pytest.mark.parametrize(("group", "groups"), [(4, 8), (8, 4), (16, 2)])
 def test_bn_groups_are_as_large_as_in_training(group: int, groups: int) -> None:
     schedule = Schedule("multigrid", True, True, round_epochs=False, min_size=16, bn_group=group)
-    plan = make_plan(replace(BASE, batch=32), schedule, KNOBS.train)
+    plan = make_plan(replace(BASE, batch_size=32), schedule, KNOBS.train)
     assert baseline_of(plan).phases[0].bn_groups == plan.phases[-1].bn_groups == groups

@@ -42,7 +42,7 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
     """Train one run after the other, each in its folder."""
     with as_rank(rank, world, port):
         for run, batch, before in jobs:
-            plan = tiny_plan("long", batch=batch, epochs=0.75 * batch, lr_steps=(0,), lr=0.01)
+            plan = tiny_plan("long", batch_size=batch, epochs=0.75 * batch, lr_milestones=(), lr=0.01)
             place = folder / run / str(batch)
             trainer = tiny_trainer(place, motion_root, plan, double=True, validate=batch == 8, log_every=1)
             if before:
@@ -52,8 +52,8 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
             trainer.monitor.close()
             torch.save(trainer.model.state_dict(), place / f"rank{rank}.pt")
         for batch in PRECISE_BATCHES:
-            options = {"max_clips": 16, "precise_bn_clips": 48}
-            plan = tiny_plan("baseline", batch=batch)
+            options = {"micro_batch_clips": 16, "precise_bn_clips": 48}
+            plan = tiny_plan("baseline", batch_size=batch)
             trainer = tiny_trainer(folder / "precise", motion_root, plan, double=True, **options)
             trainer.precise_bn()
             trainer.monitor.close()

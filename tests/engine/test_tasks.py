@@ -48,7 +48,7 @@ def test_a_video_has_the_mean_or_the_maximum_of_its_views(motion_root: str, task
     model = r2plus1d_small(8, width=4).eval()
     normalize = Normalize((0.45,) * 3, (0.225,) * 3)
     precision = choose_precision("fp32", torch.device("cpu"))
-    evaluate = Evaluator(Loader(dataset, LoaderOptions(workers=0)), task, 8, normalize, precision, batch=3)
+    evaluate = Evaluator(Loader(dataset, LoaderOptions(num_workers=0)), task, 8, normalize, precision, batch=3)
     grid = Grid(4, 32, (2, 2), (40, 40))
     found = evaluate(model, Views(grid, clips=2, crops=3))
     assert not found.failures
@@ -80,7 +80,7 @@ class Unreadable:
 def test_a_video_that_fails_in_several_ways_is_one_failure(motion_root: str) -> None:
     dataset = Unreadable(motion(motion_root, KNOBS, "val", PyAV()))
     evaluate = Evaluator(
-        Loader(dataset, LoaderOptions(workers=0)), SingleLabel(), 8, Normalize((0.45,) * 3, (0.225,) * 3),
+        Loader(dataset, LoaderOptions(num_workers=0)), SingleLabel(), 8, Normalize((0.45,) * 3, (0.225,) * 3),
         choose_precision("fp32", torch.device("cpu")),
     )  # fmt: skip
     found = evaluate(r2plus1d_small(8, width=4).eval(), Views(Grid(4, 32, (2, 2), (40, 40)), clips=3, crops=1))

@@ -58,12 +58,12 @@ def network() -> nn.Module:
     return convert_group_batchnorm(nn.Sequential(*layers))
 
 
-def stepper(optimizer: str, dtype: torch.dtype | None, plan: Plan, max_clips: int = 1000) -> TrainStep:
+def stepper(optimizer: str, dtype: torch.dtype | None, plan: Plan, micro_batch_clips: int = 1000) -> TrainStep:
     model = network()
     return TrainStep(
         model, plan, SingleLabel(), OPTIMIZERS[optimizer](model), seed=0,
         normalize=Normalize((0.45,) * 3, (0.225,) * 3),
-        precision=Scaled(torch.device("cpu"), dtype, False, "a test"), max_clips=max_clips, compile="off",
+        precision=Scaled(torch.device("cpu"), dtype, False, "a test"), micro_batch_clips=micro_batch_clips, compile="off",
         tell=lambda *_: None,
     )  # fmt: skip
 
@@ -139,9 +139,9 @@ def test_nothing_changes_from_the_first_loss_on_that_is_not_finite(optimizer: st
     assert equal(seen[1], seen[4])
 
 
-def out_of_memory(plan: Plan, max_clips: int) -> str:
+def out_of_memory(plan: Plan, micro_batch_clips: int) -> str:
     """What the first step says on a machine without memory."""
-    trained = stepper("fused", None, plan, max_clips)
+    trained = stepper("fused", None, plan, micro_batch_clips)
     trained.task = SimpleNamespace(loss=lambda *_: torch.empty(2**50))  # type: ignore[assignment]
     with pytest.raises(UserError) as refusal:
         trained(0, batch(plan, 0))
@@ -150,22 +150,22 @@ def out_of_memory(plan: Plan, max_clips: int) -> str:
 
 
 def test_a_step_that_memory_cannot_hold_names_the_key_and_a_value_that_fits() -> None:
-    plan = tiny_plan("long", batch=16)
+    plan = tiny_plan("long", batch_size=16)
     slot, base = plan.slot(0), plan.base
     assert slot.batch == 128
     grid = f"{slot.grid.frames}×{slot.grid.size}²"
     value, line = 1000, out_of_memory(plan, 1000)
     assert line.startswith(f"out of memory at step 0 (phase 1, {grid}), where this rank runs 128 clips at once: ")
     tried = []
-    while "try loader.max_clips_per_step=" in line:
+    while "try train.micro_batch_clips=" in line:
         clips = int(line.split("runs ")[1].split()[0])
-        lower = int(line.split("loader.max_clips_per_step=")[1].split()[0])
+        lower = int(line.split("train.micro_batch_clips=")[1].split()[0])
         assert f"(now {value})" in line
-        assert lower == 1 or lower * base.frames * base.size**2 // slot.grid.volume <= clips // 2
+        assert lower == 1 or lower * base.num_frames * base.crop_size**2 // slot.grid.volume <= clips // 2
         value, line = lower, out_of_memory(plan, lower)
         tried.append(value)
     assert tried[-1] == 1
-    assert "choose a smaller model, base.size or base.frames" in line
+    assert "choose a smaller model, base.crop_size or base.num_frames" in line
 
 
 def test_other_errors_of_a_step_are_not_about_memory() -> None:

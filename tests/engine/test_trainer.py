@@ -37,7 +37,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
 
 
 def test_loss_falls_and_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
-    plan = tiny_plan("multigrid", epochs=60, lr_steps=(0, 45), warmup_epochs=4.0, lr=0.1)
+    plan = tiny_plan("multigrid", epochs=60, lr_milestones=(45,), warmup_epochs=4.0, lr=0.1)
     trainer = tiny_trainer(
         tmp_path,
         motion_root,
@@ -78,7 +78,7 @@ def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
 
 @pytest.mark.parametrize("validate", [False, True])
 def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion_root: str, validate: bool) -> None:
-    plan = tiny_plan(epochs=8, lr_steps=(0, 5))
+    plan = tiny_plan(epochs=8, lr_milestones=(5,))
     model = nn.Sequential(i3d_small(16, width=4), nn.Dropout(0.3), nn.Linear(16, 8))
     options = {"validate": validate, "precise_bn_clips": 8, "checkpoint_every": 3, "seed": 5}
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -121,7 +121,7 @@ def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
     model = nn.Sequential(*drops, r2plus1d_small(8, width=4, dropout=0.3))
     whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=copy.deepcopy(model), double=True)
     whole.train()
-    split = tiny_trainer(tmp_path / "split", motion_root, plan, model=model, double=True, max_clips=8)
+    split = tiny_trainer(tmp_path / "split", motion_root, plan, model=model, double=True, micro_batch_clips=8)
     split.train()
     assert_equal(weights(split), weights(whole), tolerance=1e-9)
     assert metrics(tmp_path / "split") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
@@ -157,7 +157,7 @@ def test_steps_ask_nothing_of_the_device(tmp_path: Path, motion_root: str) -> No
 def test_compiled_training_has_one_graph_a_slot_and_learns_the_same(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = tiny_plan("short", epochs=4, lr_steps=(0, 3))
+    plan = tiny_plan("short", epochs=4, lr_milestones=(3,))
     eager = tiny_trainer(tmp_path / "eager", motion_root, plan, double=True)
     eager.train()
     graphs = CompileCounterWithBackend("eager")

@@ -31,7 +31,7 @@ DATASET_SIZE = 1000
 
 def plan_of(model: str, batch: int = 16) -> Plan:
     """The embedded recipe's multigrid plan."""
-    return build_plan(compose_config("run", [f"model={model}", f"base.batch={batch}"]), DATASET_SIZE)
+    return build_plan(compose_config("run", [f"model={model}", f"base.batch_size={batch}"]), DATASET_SIZE)
 
 
 def slots(plan: Plan) -> dict[str, int]:
@@ -60,7 +60,7 @@ def make_stepper(
     precision = Precision(device, dtype, dtype is not None, "a test")
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, torch.float64 if double else torch.float32).to(device)
     network = network.double() if double else precision.place(network)
-    settings = {"max_clips": 10**6, "compile": "off", **options}
+    settings = {"micro_batch_clips": 10**6, "compile": "off", **options}
     return TrainStep(
         network, plan, SingleLabel(), sgd(network, 0.1), seed=0, normalize=normalize, precision=precision,
         tell=lambda *_: None, **settings,  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def test_micro_batches_give_the_step_of_the_whole_batch(device: torch.device) ->
     batch = batch_of(plan, step, device)
     with exact_float32():
         whole, parts = (
-            take(make_stepper("slowfast_small", plan, device, None, max_clips=clips), step, batch)
+            take(make_stepper("slowfast_small", plan, device, None, micro_batch_clips=clips), step, batch)
             for clips in (10**6, 4)
         )
     assert error(parts.gradients, whole.gradients) < MAX_ERROR[None]

@@ -41,9 +41,9 @@ def telling(samples: Sequence[Sample]) -> Batch:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, method: str) -> None:
     dataset = motion(motion_root, KNOBS, "train", PyAV())
-    here = list(Loader(dataset, LoaderOptions(workers=0), collate=telling).open(requests, range(2)))
+    here = list(Loader(dataset, LoaderOptions(num_workers=0), collate=telling).open(requests, range(2)))
     there = list(
-        Loader(dataset, LoaderOptions(workers=1, start_method=method), collate=telling).open(requests, range(2))
+        Loader(dataset, LoaderOptions(num_workers=1, start_method=method), collate=telling).open(requests, range(2))
     )
     assert [batch.clips.shape[0] for batch in here] == [3, 9], "a view's crops are clips of their own"
     for a, b in zip(here, there, strict=True):
@@ -55,7 +55,7 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
 def test_a_batch_carries_its_shard(motion_root: str, method: str) -> None:
     sampler = ClipSampler(tiny_plan("baseline"), KNOBS.train, seed=0)
     requests = partial(sampler.shard, rank=1, world=2)
-    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(workers=2, start_method=method))
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=2, start_method=method))
     batches = list(loader.open(requests, range(3)))
     for step, batch in enumerate(batches):
         clips, shard = requests(step)
@@ -79,7 +79,7 @@ def test_later_phases_start_their_workers_on_this_ranks_device(
     monkeypatch.setattr("torch.cuda.current_device", lambda: getattr(devices, "current", 0))
     monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(devices, "current", device))
     monkeypatch.setattr("mgvideo.loading.loader.DataLoader", Recording)
-    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(workers=1), pin=True)
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1), pin=True)
     assert len(list(loader.phases(requests, [range(2), range(2, 4), range(4, 5)]))) == 5
     assert [device for _, device in starts] == [3, 3, 3]
     assert len({thread for thread, _ in starts}) == 2, "the first phase starts in this thread, the others beside it"
@@ -106,13 +106,13 @@ def test_workers_that_are_starved_are_replaced(
 ) -> None:
     monkeypatch.setattr("mgvideo.loading.loader.PATIENCE", 0.5 if seconds else 60.0)
     plain = motion(motion_root, KNOBS, "train", PyAV())
-    loader = Loader(Starving(plain, seconds), LoaderOptions(workers=1, idle=True))
+    loader = Loader(Starving(plain, seconds), LoaderOptions(num_workers=1, low_priority=True))
     got = []
     for batch in loader.open(requests, range(8)):
         got.append(batch)
         time.sleep(0.05)  # a step
-    assert loader.idle == (seconds == 0), "those that are quick enough stay"
-    for a, b in zip(got, Loader(plain, LoaderOptions(workers=0)).open(requests, range(8)), strict=True):
+    assert loader.low_priority == (seconds == 0), "those that are quick enough stay"
+    for a, b in zip(got, Loader(plain, LoaderOptions(num_workers=0)).open(requests, range(8)), strict=True):
         assert a.clips.equal(b.clips)
 
 
@@ -160,7 +160,7 @@ def test_workers_find_modules_where_this_process_does(motion_root: str, tmp_path
 
 def batches_read(motion_root: str) -> int:
     """How many batches a server's worker gives."""
-    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(workers=1))
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1))
     return len(list(loader.open(requests, range(3))))
 
 
@@ -173,7 +173,7 @@ def in_a_process(folder: Path, function: Callable, *arguments: object) -> tuple[
 
 def die_reading(motion_root: str, method: str) -> None:
     """Names its workers, which have batches ready, and is killed."""
-    options = LoaderOptions(workers=2, start_method=method)
+    options = LoaderOptions(num_workers=2, start_method=method)
     batches = Loader(motion(motion_root, KNOBS, "train", PyAV()), options).open(requests, range(10))
     next(batches)
     print(*(child.pid for child in active_children()), flush=True)

@@ -11,7 +11,7 @@ from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import Schedule, make_plan
 
 BASE = Base(
-    batch=16, frames=16, size=64, stride=2, jitter=(72, 84), epochs=10, lr=0.1, lr_steps=(0, 6, 9), gamma=0.1,
+    batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1, lr_milestones=(6, 9), gamma=0.1,
     warmup_epochs=0.5, warmup_lr=0.01,
 )  # fmt: skip
 SIZE = 100  # divides by no batch, so that passes over the data end inside batches
@@ -73,10 +73,12 @@ def test_a_shard_costs_the_same_whatever_the_number_of_ranks(monkeypatch: pytest
     monkeypatch.setattr(sampler, "random_words", counting)
     costs = []
     for world in (8, 128, 1024):
-        base = Base(**{**vars(BASE), "batch": 8 * world, "jitter": (64, 72)})
+        base = Base(**{**vars(BASE), "batch_size": 8 * world, "short_side": (64, 72)})
         p = make_plan(base, Schedule("long", True, False, round_epochs=False), 240_000)
         drawn = 0
-        assert len(ClipSampler(p, 240_000, 0).shard(1, world - 1, world).clips) == 8 * p.slot(1).batch // base.batch
+        assert (
+            len(ClipSampler(p, 240_000, 0).shard(1, world - 1, world).clips) == 8 * p.slot(1).batch // base.batch_size
+        )
         costs.append(drawn)
     assert max(costs) < 1.1 * min(costs), "some cells of the rectangle are drawn twice"
 

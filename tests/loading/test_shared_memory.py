@@ -47,17 +47,17 @@ def test_room_that_may_fill_up_is_warned_of_with_what_fits(monkeypatch: pytest.M
     (warning,) = check(monkeypatch, 17 * 40 * MIB - 1, total=3 * GIB)
     assert warning == (
         "/dev/shm on node1 has 680 MiB free, but loader workers may fill 680 MiB, which ends the run: "
-        "enlarge it (docker run --shm-size=4g), or set loader.workers=4 loader.prefetch=1"
+        "enlarge it (docker run --shm-size=4g), or set loader.num_workers=4 loader.prefetch_factor=1"
     )
     (warning,) = check(monkeypatch, 130 * MIB)
-    assert warning.endswith("(docker run --shm-size=1g), or set loader.workers=1 loader.prefetch=1")
+    assert warning.endswith("(docker run --shm-size=1g), or set loader.num_workers=1 loader.prefetch_factor=1")
     (warning,) = check(monkeypatch, 100 * MIB)
-    assert warning.endswith("or set loader.workers=0, which is slow")
+    assert warning.endswith("or set loader.num_workers=0, which is slow")
 
 
 def test_room_for_less_than_two_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     message = r"/dev/shm on node1 has 64 MiB free, but loader workers need 80 MiB there at least, and up to 680 MiB: "
-    with pytest.raises(UserError, match=f"{message}enlarge it .docker run --shm-size=1g., or set loader.workers=0"):
+    with pytest.raises(UserError, match=f"{message}enlarge it .docker run --shm-size=1g., or set loader.num_workers=0"):
         check(monkeypatch, 64 * MIB)
     with pytest.raises(UserError, match="/dev/shm on node1 is full, missing or read-only, but"):
         check(monkeypatch, 0)
@@ -116,7 +116,7 @@ def test_a_run_that_cannot_fit_ends_before_training(tmp_path: Path, motion_root:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert "/dev/shm" in line
     assert "--shm-size=1g" in line
-    assert "loader.workers=0" in line
+    assert "loader.num_workers=0" in line
     assert (tmp_path / "out/metrics.jsonl").read_text() == ""
 
 
@@ -154,7 +154,7 @@ def test_a_worker_that_a_bus_error_kills_names_the_room(motion_root: str, tmp_pa
     script = f"from test_shared_memory import *; last_words({motion_root!r}, {method!r}, killed=True)"
     (line,) = run([sys.executable, "-c", script], tmp_path).stdout.splitlines()
     assert line.startswith("a loader worker was killed by SIGBUS: /dev/shm (")
-    assert line.endswith("enlarge it (docker run --shm-size=…), or lower loader.workers or loader.prefetch")
+    assert line.endswith("enlarge it (docker run --shm-size=…), or lower loader.num_workers or loader.prefetch_factor")
 
 
 @pytest.mark.parametrize("filled", [False, True])

@@ -17,10 +17,19 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "data/schedules.json").read_tex
 
 def planned(case: dict[str, Any]) -> Plan:
     given = case["base"]
-    same = {key: given[key] for key in ("frames", "epochs", "lr_steps", "gamma", "warmup_epochs")}
-    renamed = {"batch": "global_batch", "size": "crop", "stride": "temporal_stride", "lr": "base_lr"}
-    renamed["warmup_lr"] = "warmup_start_lr"
-    base = Base(**same, **{ours: given[theirs] for ours, theirs in renamed.items()}, jitter=(256, 320))
+    base = Base(
+        batch_size=given["global_batch"],
+        num_frames=given["frames"],
+        crop_size=given["crop"],
+        frame_stride=given["temporal_stride"],
+        short_side=(256, 320),
+        epochs=given["epochs"],
+        lr=given["base_lr"],
+        lr_milestones=given["lr_steps"][1:],
+        gamma=given["gamma"],
+        warmup_epochs=given["warmup_epochs"],
+        warmup_lr=given["warmup_start_lr"],
+    )
     return make_plan(base, Schedule("golden", case["long_cycle"], case["short_cycle"], case["epoch_factor"]), 240_000)
 
 

@@ -68,4 +68,4 @@ def test_json_of_something_else() -> None:
 
 
 def test_configs_may_hold_lists() -> None:
-    assert Base(16, 16, 64, 2, [64, 84], 10, 0.1, [0, 4, 8], 0.1, 0.5, 0.01) == SMALL
+    assert Base(16, 16, 64, 2, [64, 84], 10, 0.1, [4, 8], 0.1, 0.5, 0.01) == SMALL

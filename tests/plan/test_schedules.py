@@ -24,7 +24,7 @@ def test_every_shape_of_a_stage_gets_the_same_steps() -> None:
 
 def test_long_alone_matches_the_rule_by_hand() -> None:
     """Multipliers 8, 4, 2, 1 share 60 epochs as 32, 16, 8, 4; fine-tuning saves 15/4 of its 30."""
-    base = replace(KINETICS, epochs=90, lr_steps=(0, 60), warmup_epochs=0)
+    base = replace(KINETICS, epochs=90, lr_milestones=(60,), warmup_epochs=0)
     plan = make_plan(base, replace(LONG, epoch_factor=68 / 90, round_epochs=False), KINETICS_CLIPS)
     assert [phase.epochs[1] for phase in plan.phases] == pytest.approx([32, 48, 56, 60, 64, 68])
     assert [phase.lr_factor for phase in plan.phases] == pytest.approx([8, 4, 2, 1, 1, 0.1])
@@ -32,7 +32,7 @@ def test_long_alone_matches_the_rule_by_hand() -> None:
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=lambda schedule: schedule.name)
-@pytest.mark.parametrize("policy", ["steps", "cosine"])
+@pytest.mark.parametrize("policy", ["step", "cosine"])
 @pytest.mark.parametrize("base", [KINETICS, SOMETHING, SMALL], ids=["kinetics", "something", "small"])
 def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) -> None:
     plan = make_plan(replace(base, lr_policy=policy), schedule, 1024)
@@ -48,14 +48,14 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
             assert slot.batch % phase.bn_groups == 0
             assert slot.grid.volume <= phase.grid.volume
             assert slot.grid.size <= slot.grid.scales[0] <= slot.grid.scales[1]
-            cost = slot.batch * slot.grid.volume / (base.batch * base.frames * base.size**2)
+            cost = slot.batch * slot.grid.volume / (base.batch_size * base.num_frames * base.crop_size**2)
             assert cost == pytest.approx(1, abs=0.1)
         mean = sum(slot.batch for slot in phase.slots) / len(phase.slots)
         assert phase.length == pytest.approx((phase.epochs[1] - phase.epochs[0]) * 1024 / mean, abs=1)
 
 
 def test_baseline_keeps_fractions_of_epochs() -> None:
-    base = replace(SMALL, epochs=2.5, lr_steps=(0, 1.25))
+    base = replace(SMALL, epochs=2.5, lr_milestones=(1.25,))
     plan = make_plan(base, BASELINE, 1600)
     assert [phase.epochs for phase in plan.phases] == [(0, 1.25), (1.25, 2.5)]
     assert plan.steps == 250
@@ -84,7 +84,7 @@ def test_cosine_with_long_cycles() -> None:
     wave = make_plan(base, BASELINE, KINETICS_CLIPS)
     plan = make_plan(base, MULTIGRID, KINETICS_CLIPS)
     starts = {phase.stage: phase for phase in reversed(plan.phases)}
-    for stage, epoch in enumerate(base.lr_steps):
+    for stage, epoch in enumerate(base.lr_bounds[:-1]):
         phase = starts[stage]
         assert plan.lr(phase.steps[0]) == pytest.approx(phase.lr_factor * wave.lr_at(epoch))
     decay = [plan.lr(step) / plan.phase(step).lr_factor for step in range(plan.steps)]
@@ -108,8 +108,8 @@ def test_spatial_and_temporal_ranges() -> None:
 def test_batch_norm_groups() -> None:
     groups = [phase.bn_groups for phase in make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS).phases[:4]]
     assert groups == [64, 32, 16, 8]
-    assert make_plan(replace(KINETICS, batch=4), BASELINE, 1000).phases[0].bn_groups == 1
-    assert make_plan(replace(KINETICS, batch=36), BASELINE, 1000).phases[0].bn_groups == 4
+    assert make_plan(replace(KINETICS, batch_size=4), BASELINE, 1000).phases[0].bn_groups == 1
+    assert make_plan(replace(KINETICS, batch_size=36), BASELINE, 1000).phases[0].bn_groups == 4
 
 
 def test_baseline_of_any_plan() -> None:
@@ -128,9 +128,9 @@ def test_ablations() -> None:
 
 
 def test_one_stage_runs_the_cycle_and_says_so() -> None:
-    plan = make_plan(replace(KINETICS, lr_steps=(0,), lr_policy="cosine"), MULTIGRID, KINETICS_CLIPS)
+    plan = make_plan(replace(KINETICS, lr_milestones=(), lr_policy="cosine"), MULTIGRID, KINETICS_CLIPS)
     assert [phase.multiplier for phase in plan.phases] == [8, 4, 2, 1]
-    assert "base.lr_steps" in plan.notes[0]
+    assert "base.lr_milestones" in plan.notes[0]
 
 
 def test_short_cycle_never_exceeds_the_long_cycles_crop() -> None:
@@ -145,28 +145,28 @@ def test_more_clips_in_a_batch_than_in_the_dataset_is_noted() -> None:
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"batch": 0}, "base.batch"),
-        ({"batch": 1.5}, "base.batch"),
-        ({"frames": -1}, "base.frames"),
-        ({"frames": 1}, "schedule.long_factors"),
-        ({"size": 48}, "schedule.min_size"),
-        ({"size": 128}, "base.jitter"),
-        ({"jitter": (84, 64)}, "base.jitter"),
-        ({"jitter": (64,)}, "base.jitter"),
+        ({"batch_size": 0}, "base.batch_size"),
+        ({"batch_size": 1.5}, "base.batch_size"),
+        ({"num_frames": -1}, "base.num_frames"),
+        ({"num_frames": 1}, "schedule.long_factors"),
+        ({"crop_size": 48}, "schedule.min_size"),
+        ({"crop_size": 128}, "base.short_side"),
+        ({"short_side": (84, 64)}, "base.short_side"),
+        ({"short_side": (64,)}, "base.short_side"),
         ({"epochs": 0}, "base.epochs"),
         ({"epochs": float("nan")}, "base.epochs"),
         ({"epochs": "ten"}, "base.epochs"),
         ({"epochs": 7}, "base.epochs"),
         ({"lr": 0}, "base.lr"),
         ({"gamma": -0.1}, "base.gamma"),
-        ({"lr_steps": ()}, "base.lr_steps"),
-        ({"lr_steps": (1, 2)}, "base.lr_steps"),
-        ({"lr_steps": (0, 4, 4)}, "base.lr_steps"),
+        ({"lr_milestones": (0, 4)}, "base.lr_milestones"),
+        ({"lr_milestones": (4, 16)}, "base.lr_milestones"),
+        ({"lr_milestones": (4, 4)}, "base.lr_milestones"),
         ({"warmup_epochs": -1}, "base.warmup_epochs"),
         ({"warmup_epochs": 16}, "base.warmup_epochs"),
         ({"lr_policy": "linear"}, "base.lr_policy"),
-        ({"batch": 2048}, "base.batch"),
-        ({"epochs": 0.2, "lr_steps": (0,), "warmup_epochs": 0}, "schedule.round_epochs"),
+        ({"batch_size": 2048}, "base.batch_size"),
+        ({"epochs": 0.2, "lr_milestones": (), "warmup_epochs": 0}, "schedule.round_epochs"),
     ],
 )
 def test_senseless_recipes_are_refused(changes: dict[str, Any], key: str) -> None:

@@ -6,7 +6,7 @@ from mgvideo.plan.schedules import Schedule, make_plan
 from mgvideo.plan.shards import check_shards, shard_batch
 
 BASE = Base(
-    batch=16, frames=16, size=64, stride=2, jitter=(72, 84), epochs=10, lr=0.1, lr_steps=(0, 6, 9), gamma=0.1,
+    batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1, lr_milestones=(6, 9), gamma=0.1,
     warmup_epochs=0.5, warmup_lr=0.01,
 )  # fmt: skip
 SCHEDULES = {"baseline": (False, False), "short": (False, True), "long": (True, False), "multigrid": (True, True)}

@@ -10,6 +10,6 @@ from mgvideo.distributed.ranks import process_group, rank, rank_cpus, world_size
 
 with process_group(timeout_s=60):
     cores, options = rank_cpus(), loader_options(compose_config("run", []))
-    found = {"rank": rank(), "ranks": world_size(), "cores": str(cores), "workers": options.workers}
+    found = {"rank": rank(), "ranks": world_size(), "cores": str(cores), "workers": options.num_workers}
     # in one piece: srun merges the lines of ranks
     os.write(sys.stdout.fileno(), f"{json.dumps(found)}\n".encode())

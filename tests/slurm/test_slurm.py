@@ -15,7 +15,7 @@ from faults import overrides
 from training import ROOT, TINY, end_state, metrics
 
 pytestmark = pytest.mark.slow
-EXACT = ["precision=fp32", "deterministic=true", "base.epochs=6", "base.lr_steps=[0,4]"]
+EXACT = ["precision=fp32", "deterministic=true", "base.epochs=6", "base.lr_milestones=[4]"]
 
 
 @dataclass
@@ -59,7 +59,7 @@ def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory, motion_root: 
         whole=submit("whole", 1, 2),
         asked=submit("asked", 2, 1),
         requeued=submit("requeued", 2, 1, "checkpoint.every_steps=2"),
-        broken=submit("broken", 1, 2, *overrides("raise"), "loader.workers=0"),
+        broken=submit("broken", 1, 2, *overrides("raise"), "loader.num_workers=0"),
     )
     started.asked.reach(3)
     slurm.run("scancel", "--signal=USR1", started.asked.id)
@@ -121,7 +121,7 @@ def test_a_rank_that_fails_in_a_sweep_is_reported_where_it_was_started(
     slurm: Cluster, tmp_path: Path, motion_root: str
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    run = [*TINY, *overrides("raise"), "loader.workers=0", f"dataset.root={motion_root}", "output_dir=out"]
+    run = [*TINY, *overrides("raise"), "loader.num_workers=0", f"dataset.root={motion_root}", "output_dir=out"]
     done = sweep(slurm, tmp_path, "seed=0", *run, ranks=2)
     assert done.returncode == 1, done.stderr
     assert "error: rank 1 failed first, at step" in done.stderr

@@ -22,8 +22,8 @@ from mgvideo.storage.remote_output import INDEX, RemoteOutput
 
 RUN = [
     *(argument for argument in TINY if "knobs" not in argument),
-    *("dataset=kinetics400", "dataset.num_classes=8", "loader.workers=0", "test.enable=false"),
-    *("precision=fp32", "checkpoint.every_steps=2", "train.precise_bn_clips=0", "loader.max_clips_per_step=16"),
+    *("dataset=kinetics400", "dataset.num_classes=8", "loader.num_workers=0", "test.enable=false"),
+    *("precision=fp32", "checkpoint.every_steps=2", "train.precise_bn_clips=0", "train.micro_batch_clips=16"),
 ]
 
 
@@ -72,7 +72,7 @@ def test_a_run_lives_on_s3(tmp_path: Path, motion_root: str) -> None:
     with s3("videos") as (client, environment):
         for file in (path for path in videos.rglob("*") if path.is_file()):
             client.upload_file(str(file), "videos", f"my data/{file.relative_to(videos)}")
-        run = [*RUN, "dataset.root=s3://videos/my data", "loader.workers=2", "output_dir=s3://videos/runs/a"]
+        run = [*RUN, "dataset.root=s3://videos/my data", "loader.num_workers=2", "output_dir=s3://videos/runs/a"]
         whole, again = (Path(f"runs/remote/s3/{name}") for name in ("first", "videos/runs/a"))
         run_net(run, environment, tmp_path)
         again.rename(whole)

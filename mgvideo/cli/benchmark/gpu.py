@@ -29,7 +29,12 @@ from mgvideo.models.pooling import max_pool
 from mgvideo.plan.plan import require
 
 ROOT = Path(__file__).parents[2]  # of the checkout, which holds the tests
-KINETICS = ["experiment=kinetics/slowfast_8x8_r50", "dataset.root=unused", "dataset.num_classes=400", "base.batch=8"]
+KINETICS = [
+    "experiment=kinetics/slowfast_8x8_r50",
+    "dataset.root=unused",
+    "dataset.num_classes=400",
+    "base.batch_size=8",
+]
 MAPS = (
     (64, 64, 8, 28, 28),
     (64, 256, 8, 28, 28),
@@ -109,9 +114,9 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
         tests = ["-k", "batch_norm or mask or pooling"]
         small = [
             "base.epochs=0.1",
-            "base.lr_steps=[0]",
+            "base.lr_milestones=[]",
             "base.warmup_epochs=0",
-            "test.clips=1",
+            "test.num_clips=1",
             "train.evals_per_phase=0",
         ]
     else:

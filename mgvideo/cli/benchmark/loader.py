@@ -17,7 +17,7 @@ from rich.table import Table
 from mgvideo.cli import keys
 from mgvideo.cli.benchmark import choose_grids, conditions, output, plain_table, show
 from mgvideo.cli.build import build_plan, loader_options, require_dataset_keys
-from mgvideo.cli.progress import Progress
+from mgvideo.cli.progress import ProgressLog
 from mgvideo.cli.schema import key
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.pyramid import Pyramid
@@ -99,12 +99,12 @@ def run(given: Keys, cfg: DictConfig) -> None:
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())
     require(isinstance(dataset.decoder, PyAV), f"dataset {cfg.dataset.name}: frames are images, no video to decode")
     # a few files may stand for a dataset: the plan is a long one, whose phases have their true shares
-    plan = build_plan(cfg, max(len(dataset), 1000 * cfg.base.batch))
+    plan = build_plan(cfg, max(len(dataset), 1000 * cfg.base.batch_size))
     grids = choose_grids(plan, given.grids)
     options = loader_options(cfg)
     about = {
         **conditions(),
-        "workers": options.workers,
+        "workers": options.num_workers,
         "start_method": options.start_method,
         "videos": len(dataset),
         "seconds": given.seconds * given.rounds,
@@ -138,18 +138,18 @@ def measure_all(
 ) -> None:
     """Fill in the cases: the loader and the bare library in turn."""
     total, done = given.rounds * len(grids) * len(cases), 0
-    with Progress("benchmark") as progress:
+    with ProgressLog("benchmark") as progress:
         for _ in range(given.rounds):
             for grid in grids:
                 for case in cases:
                     decoder = DECODERS[case.decoder]()
                     pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder) if case.pyramid else None
                     requests = partial(random_requests, grid, len(dataset), given.batch)
-                    clock = Clock(options.workers)
+                    clock = Clock(options.num_workers)
                     dataset.decoder = TimedDecoder(pyramid or decoder, clock)
                     loader = Loader(TimedDataset(dataset, clock), options, collate=partial(_timed_collate, clock))
                     measure(loader, requests, clock, given.seconds, case.loader[grid.name])
-                    clock = Clock(options.workers)
+                    clock = Clock(options.num_workers)
                     bare = DecodeOnly(dataset, DECODE[case.decoder], pyramid.locate if pyramid else None, clock)
                     measure(Loader(bare, options), requests, clock, given.seconds, case.bare[grid.name])
                     done += 1
@@ -173,7 +173,7 @@ def measure(
 ) -> None:
     """Add what a loader delivers in some seconds, from when all its workers are at work."""
     batches = loader.open(requests, ENDLESS)
-    for _ in range(max(1, loader.options.workers)):
+    for _ in range(max(1, loader.options.num_workers)):
         next(batches)
     before, start = clock.total(), time.monotonic()
     while time.monotonic() - start < seconds:
@@ -214,7 +214,7 @@ def _row(plan: Plan, case: Case, cases: Sequence[Case], name: str) -> dict[str, 
 def _base_rate(plan: Plan, case: Case, cases: Sequence[Case]) -> float | None:
     """Clips a second of the base grid on the original files with the same decoder, where it was measured."""
     originals = next(other for other in cases if other.decoder == case.decoder and not other.pyramid)
-    base = originals.loader.get(f"{plan.base.frames}x{plan.base.size}")
+    base = originals.loader.get(f"{plan.base.num_frames}x{plan.base.crop_size}")
     return base.rate if base else None
 
 

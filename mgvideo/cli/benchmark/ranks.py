@@ -225,13 +225,13 @@ def simulate(cfg: DictConfig, plan: Plan, rank: int, world: int) -> SimulatedRan
 
         trainer.step = step  # type: ignore
         trainer.train()
-        limit = trainer.options.max_clips
+        limit = trainer.options.micro_batch_clips
     slots = []
     for p, phase in enumerate(plan.phases):
         for s, slot in enumerate(phase.slots):
             start, stop = bounds[phase.steps[1] - 1 - (phase.length - 1 - s) % len(phase.slots)]
             shard = shard_batch(slot.batch, phase.bn_groups, rank, world)
-            clips = max(1, limit * plan.base.frames * plan.base.size**2 // slot.grid.volume)
+            clips = max(1, limit * plan.base.num_frames * plan.base.crop_size**2 // slot.grid.volume)
             sent = sum(c.values * _bytes(c.dtype) for c in log.collectives[start:stop])
             slots.append(
                 SlotCost(
@@ -274,7 +274,9 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
     model, task, normalize = build_model(cfg, precision), TASKS[cfg.dataset.task](), build_normalize(cfg, precision)
     classes = cfg.dataset.num_classes
     base = plan.base
-    views = Views(Grid(base.frames, base.size, (base.stride, base.stride), (base.size, base.size)))
+    views = Views(
+        Grid(base.num_frames, base.crop_size, (base.frame_stride, base.frame_stride), (base.crop_size, base.crop_size))
+    )
     evaluator = Evaluator(blank_loader(2 * dist.get_world_size(), task, classes), task, classes, normalize, precision)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -287,7 +289,7 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
             normalize=normalize,
             precision=precision,
             options=TrainOptions(
-                max_clips=cfg.loader.max_clips_per_step or 8,
+                micro_batch_clips=cfg.train.micro_batch_clips or 8,
                 log_every=cfg.train.log_every,
                 evals_per_phase=cfg.train.evals_per_phase,
                 precise_bn_clips=cfg.train.precise_bn_clips,
@@ -304,7 +306,9 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
 
 def blank_loader(videos: int, task: Task, classes: int) -> Loader:
     """Load black clips in this process."""
-    return Loader(BlankVideos(videos, task.no_labels(1, classes)[0]), LoaderOptions(workers=0), collate=expand_blank)
+    return Loader(
+        BlankVideos(videos, task.no_labels(1, classes)[0]), LoaderOptions(num_workers=0), collate=expand_blank
+    )
 
 
 def all_reduce_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

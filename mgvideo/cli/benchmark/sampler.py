@@ -70,11 +70,11 @@ def run(options: Keys, cfg: DictConfig) -> None:
 def measure(options: Keys, cfg: DictConfig) -> Iterator[SamplerCost]:
     """Yield a row for each number of ranks: at the same global batch, then at the same clips a rank."""
     plan, schedule = build_plan(cfg, options.videos), instantiate(cfg.schedule)
-    multiplier = plan.phases[0].slots[0].batch // plan.base.batch
+    multiplier = plan.phases[0].slots[0].batch // plan.base.batch_size
     same_batch = [(ranks, options.batch) for ranks in options.ranks]
     same_clips = [(ranks, max(1, options.clips * ranks // multiplier)) for ranks in options.ranks]
     for ranks, batch in [*same_batch, *same_clips]:
-        yield cost(make_plan(replace(plan.base, batch=batch), schedule, options.videos), ranks, options.steps)
+        yield cost(make_plan(replace(plan.base, batch_size=batch), schedule, options.videos), ranks, options.steps)
 
 
 def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
@@ -86,7 +86,7 @@ def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
         start = time.thread_time()
         clips = len(sampler.shard(step, ranks - 1, ranks).clips)
         times.append(time.thread_time() - start)
-    return SamplerCost(ranks, plan.base.batch, phase.slots[0].batch, clips, 1000 * median(times[1:]))
+    return SamplerCost(ranks, plan.base.batch_size, phase.slots[0].batch, clips, 1000 * median(times[1:]))
 
 
 def table(costs: Sequence[SamplerCost]) -> Table:

@@ -24,7 +24,7 @@ from mgvideo.cli.app import compose_config
 from mgvideo.cli.benchmark import choose_grids, conditions, output, plain_table, show
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.plan import clip_flops
-from mgvideo.cli.progress import Progress
+from mgvideo.cli.progress import ProgressLog
 from mgvideo.cli.schema import COMPILE, key
 from mgvideo.engine.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.engine.train_step import compiled
@@ -196,7 +196,7 @@ def run(given: Keys, cfg: DictConfig) -> None:
     """Measure and report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as a run has it
-    plan = build_plan(cfg, 1000 * cfg.base.batch)
+    plan = build_plan(cfg, 1000 * cfg.base.batch_size)
     grids = choose_grids(plan, given.grids)
     variants = [variant(name, device) for name in given.variants]
     if not given.emulated:
@@ -220,7 +220,7 @@ def measure(
 ) -> dict[str, dict[str, Cell]]:
     """Cells by variant and grid, of one model; all variants take turns."""
     macs = clip_flops(cfg)
-    volume = plan.base.frames * plan.base.size**2
+    volume = plan.base.num_frames * plan.base.crop_size**2
     benches: dict[str, Bench] = {}
     cells: dict[str, dict[str, Cell]] = {}
     for v in variants:
@@ -233,7 +233,7 @@ def measure(
         for grid in grids:
             clips = given.batch or max(1, round(given.clips * volume / grid.volume))
             cells[v.name][grid.name] = Cell(clips, TRAINING * 2 * macs(grid) * clips)
-    with Progress("benchmark") as progress:
+    with ProgressLog("benchmark") as progress:
         total, done = given.rounds * len(grids) * len(variants), 0
         for _ in range(given.rounds):
             for grid in grids:

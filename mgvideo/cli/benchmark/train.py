@@ -111,7 +111,7 @@ def run(given: Keys, cfg: DictConfig) -> None:
     torch.backends.cudnn.benchmark = True  # as a run has it
     data = build_data(cfg)
     videos = len(data.train)  # a few may stand for a dataset: the plan is then a long one
-    plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch)
+    plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch_size)
     about = {**conditions(device), "threads": torch.get_num_threads(), "visits": given.visits}
     if plan.schedule == "baseline":
         runs = [measure(given, cfg, data, plan)]
@@ -201,7 +201,7 @@ def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float
     """Seconds of minimal steps: transfer; normalise, forward, loss and backward by micro-batch; optimizer."""
     model, device, clips = trainer.model.train(), trainer.device, len(batch.labels)
     plan, grid = trainer.plan, batch.clips.shape[1:4].numel()
-    limit = max(1, trainer.options.max_clips * plan.base.frames * plan.base.size**2 // grid)
+    limit = max(1, trainer.options.micro_batch_clips * plan.base.num_frames * plan.base.crop_size**2 // grid)
     micro_batches = split_into_micro_batches(shard_batch(clips, groups, 0, 1), limit)
     marks = []
     for _ in range(visits + 2):
