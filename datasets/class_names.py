@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from mgvideo.errors import UserError
 
 from .scan import shorten
+from .tables import strip_quotes
 
 # soft hyphen, zero-width space, marks of writing direction, word joiner, byte order mark, control characters
 _INVISIBLE = re.compile(
@@ -21,11 +22,11 @@ _LATIN = str.maketrans("асеһіјорԛѕԝхуο‘’ʼ`´“”‐‑‒�
 def normalize_class_name(text: str) -> str:
     """Give all variants of a class name one spelling: NFC, single spaces, nothing invisible, other bytes as `\\xe9`.
 
-    macOS writes letters with accents as two characters (NFD), web pages and spreadsheets add non-breaking spaces and
-    zero-width characters.
+    macOS writes letters with accents as two characters (NFD), web pages and spreadsheets add non-breaking spaces,
+    zero-width characters and quotes around the whole name.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
-    text = " ".join(_INVISIBLE.sub("", text).strip(_JOINERS).split())
+    text = " ".join(strip_quotes(_INVISIBLE.sub("", text).strip(_JOINERS)).split())
     return re.sub("[\ud800-\udfff]", _escape, text)
 
 

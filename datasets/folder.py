@@ -19,7 +19,7 @@ from .decoders import Decoder
 from .lists import check_root, find_spelling, note_repeats
 from .sampling import Sampling
 from .scan import COMMON_SUFFIXES, is_leftover, scan_folder, shorten
-from .tables import read_lines, read_records, read_table
+from .tables import read_lines, read_records, read_table, strip_quotes
 from .video import VideoDataset, VideoEntry
 
 TABLES = (".csv", ".tsv", ".jsonl", ".json")  # the last only where no folders of splits are
@@ -28,6 +28,8 @@ _SPLIT = re.compile(
     r"(?:[ _-]?(?:set|split|data|videos|clips))?",
     re.IGNORECASE,
 )
+_SPLIT_WORD = re.compile(r"(?<![a-z])(train(?:ing)?|(val(?:id(?:ation)?)?|eval|test(?:ing)?))(?![a-z])")
+_NO_LABEL = re.compile(r"\[.*\]|{.*}|\(['\"].*\)|nan", re.IGNORECASE)  # lists and gaps, as pandas writes them as text
 
 
 class LabelledVideo(NamedTuple):
@@ -151,6 +153,7 @@ def _find_folders(root: str, val_share: float, seed: int) -> Layout:
         expected = "expected a folder of videos per class in"
         reasons = {split: f"{expected} {splits[split]}{found[split][1]}" for split in found}
         return Layout({split: rows for split, (rows, _) in found.items()}, reasons, notes)
+    _refuse_named_splits(root, folders)
     rows, seen = _find_classes(root, "", notes)
     reason = f"expected a folder of videos ({COMMON_SUFFIXES}) per class{seen}"
     layout = Layout(_hold_out(rows, val_share, seed), {"train": reason, "val": reason}, notes)
@@ -160,6 +163,22 @@ def _find_folders(root: str, val_share: float, seed: int) -> Layout:
             "give those to validate on in train/ and val/ or train.csv and val.csv"
         )
     return layout
+
+
+def _refuse_named_splits(root: str, folders: Sequence[str]) -> None:
+    """Raise UserError where folders look like splits under longer names: `train_256` and `val_256`."""
+    training: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for name in folders:
+        word = _SPLIT_WORD.search(name.lower())
+        if word:
+            rest = re.sub(r"[\W\d_]+", "", name.lower().replace(word[1], "", 1))
+            (others if word[2] else training)[rest] = name
+    for rest in training.keys() & others.keys():
+        raise UserError(
+            f"{root}: {training[rest]} and {others[rest]} look like folders of splits, where classes are expected: "
+            "rename them to train and val"
+        )
 
 
 def _subfolders(folder: str) -> list[os.DirEntry[str]]:
@@ -262,7 +281,7 @@ def _row(root: str, place: str, fields: Any) -> LabelledVideo:
         if not isinstance(path, str):
             raise ValueError(f"the path must be text, found {path!r}")
         os.fsencode(path)
-        path, name = find_spelling(root, path), _label(label)
+        path, name = find_spelling(root, strip_quotes(path)), _label(label)
         start, end = _seconds(fields.get("start"), 0.0), _seconds(fields.get("end"), math.inf)
     except UnicodeEncodeError:
         raise UserError(f"{place}: the path {path!a} is not text that can name a file") from None
@@ -277,8 +296,8 @@ def _label(label: Any) -> str:
     """The name of a class as text; raises ValueError."""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    # pandas writes a list as text, and whole numbers as 3.0 where a column has gaps
-    if isinstance(label, bool) or not isinstance(label, (str, int)) or re.fullmatch(r"\s*(\[.*\]|{.*})\s*", str(label)):
+    # pandas writes whole numbers as 3.0 where a column has gaps
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or _NO_LABEL.fullmatch(str(label).strip()):
         raise ValueError(f"expected one label, a name, found {label!r}")
     return re.sub(r"^\s*(\d+)\.0+\s*$", r"\1", str(label))
 

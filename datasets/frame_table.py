@@ -29,7 +29,7 @@ PICTURES = (
 )  # covers and previews, which are no videos
 LOSSY_FORMATS = {"mpegts"}  # of broadcasts and cameras: players go on where packets are lost
 SOUGHT_BY_DTS = {"mpegts"}  # formats that find a packet by its time of decoding
-NO_DISPLAY_TIMES = {"avi"}  # formats whose display times FFmpeg makes up from the order in which frames are stored
+NO_DISPLAY_TIMES = {"avi", "mpegvideo"}  # formats whose display times FFmpeg makes up: of .m1v and .m2v it errs
 RESTART_FRAMES = 16  # a decoder reorders no more frames: times that go back further start over
 COUNTED_FILES = 1000  # whose counts a process remembers
 

@@ -17,14 +17,15 @@ from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES, shorten
-from .tables import is_header, is_remark, read_lines, read_table
+from .tables import is_header, is_remark, read_lines, read_table, strip_quotes
 from .video import VideoDataset, VideoEntry
 
 COLUMNS = ("path", "label")  # of a list with a header
 _SEPARATOR = r"[\s,;|]+"
 _LABEL = re.compile(r"(\d{1,9})(?:\.0*)?")  # pandas writes whole numbers as 3.0 where a column has gaps
 _QUOTED = re.compile(rf'"((?:[^"]|"")+)"(?:({_SEPARATOR})(.*))?')
-_SINGLE_QUOTED = re.compile(rf"'([^']+)'({_SEPARATOR})(\d.*)")
+_MARKS = "\"'`“”„‘’‚«»"  # what quotes are made of
+_OTHERWISE_QUOTED = re.compile(rf"([^\w\s][^{_MARKS}]+[{_MARKS}])({_SEPARATOR})([{_MARKS}]?\d.*)")
 _SUFFIXED = re.compile(
     rf"(.*\.(?:{'|'.join(re.escape(suffix[1:]) for suffix in VIDEO_SUFFIXES)}))({_SEPARATOR})([^/\\]*)", re.IGNORECASE
 )
@@ -90,7 +91,7 @@ def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
     if is_header(lines, COLUMNS):
         for number, fields in read_table(file, lines, COLUMNS):
             try:
-                yield number, _path(fields.get("path", "")), _parse_labels(fields.get("label", ""))
+                yield number, _path(strip_quotes(fields.get("path", ""))), _parse_labels(fields.get("label", ""))
             except ValueError as error:
                 raise UserError(f"{file}:{number}: {error}") from None
         return
@@ -121,7 +122,7 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
         label.isdecimal()
         and len(label) < 10
         and os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
-        and text[0] not in "\"'"
+        and text[0] not in _MARKS
     ):
         return _path(path), (int(label),)  # most lines, without the search below
     match = _QUOTED.fullmatch(text)
@@ -129,9 +130,12 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
         return _path(match[1].replace('""', '"')), _parse_labels(match[3] or "", match[2] or "")
     if text.startswith('"'):
         raise ValueError("the quotes around the path are not closed, or text follows them")
-    match = _SINGLE_QUOTED.fullmatch(text) or _SUFFIXED.fullmatch(text)
+    match = _OTHERWISE_QUOTED.fullmatch(text)
+    if match and strip_quotes(match[1]) != match[1]:
+        return _path(strip_quotes(match[1])), _parse_labels(match[3], match[2])
+    match = _SUFFIXED.fullmatch(text)
     if match:
-        return _path(match[1]), _parse_labels(match[3], match[2])
+        return _open_path(match[1]), _parse_labels(match[3], match[2])
     match = _LAST_SEPARATOR.fullmatch(text)
     if not match:
         raise ValueError("it has no label")
@@ -140,7 +144,14 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
         raise ValueError(
             "several numbers follow the path; give the label alone, and quote a path that ends in a number"
         )
-    return _path(path), _parse_labels(label)
+    return _open_path(path), _parse_labels(label)
+
+
+def _open_path(text: str) -> str:
+    """A path without quotes around it. Raises ValueError where it begins or ends with one of a pair."""
+    if text[0] in "“”„‘‚«" or text[-1] in '"“”„‘‚«»':
+        raise ValueError("the quotes around the path are not closed, or text follows them")
+    return _path(text)
 
 
 def _path(text: str) -> str:
@@ -154,8 +165,8 @@ def _path(text: str) -> str:
 
 def _parse_labels(text: str, separator: str = "") -> tuple[int, ...]:
     """The labels in the rest of a line that follows the path and a separator. Raises ValueError."""
-    text = text.strip(" \t,;|")
-    parts = [part.strip(" \t\"'") for part in re.split("[;,]", text)]
+    text = strip_quotes(text.strip(" \t,;|"))
+    parts = [strip_quotes(part.strip()) for part in re.split("[;,]", text)]
     matches = [_LABEL.fullmatch(part) for part in parts]
     if all(matches) and not ("," in text and "," in separator):
         return tuple(int(match[1]) for match in matches if match)

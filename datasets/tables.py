@@ -26,11 +26,21 @@ _MARKS = (
 _NO_TEXT = {b"PK\x03\x04": "an Excel workbook or a zip archive", b"\x1f\x8b": "a gzip archive"}
 
 
+_QUOTES = ('""', "''", "``", "“”", "„“", "‘’", "‚‘", "«»")  # of programs, word processors and languages
+
+
 class TableRow(NamedTuple):
     """A row of a table: the number of its first line, from 1, and its fields by lower-case column name."""
 
     line: int
     fields: dict[str, str]
+
+
+def strip_quotes(text: str) -> str:
+    """Remove a pair of quotes around all of a text, of any kind."""
+    inner = text[1:-1].strip()
+    is_quoted = len(text) > 2 and text[0] + text[-1] in _QUOTES and not {text[0], text[-1]} & set(inner)
+    return strip_quotes(inner) if is_quoted and inner else text
 
 
 def read_text(file: str) -> str:
@@ -122,7 +132,7 @@ def read_table(
         expected = " and ".join(required)
         raise UserError(f"{file}:{start + 1}: expected a header with {expected}, found {header.strip()[:80]!r}")
     columns = _columns(header, delimiter)
-    twice = next((name for name in required if columns.count(name) > 1), None)
+    twice = next((name for name in columns if name and columns.count(name) > 1), None)
     if twice:
         raise UserError(f"{file}:{start + 1}: the header has two columns {twice}")
     end = start + 1

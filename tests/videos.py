@@ -108,6 +108,7 @@ FILES: dict[str, dict[str, Any]] = {
     "raw.h264": {"options": {"g": "12", "bf": "3", "b_strategy": "0"}},
     "vp8.ivf": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}},
     "mpeg-2.mpg": {"codec": "mpeg2video", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
+    "mpeg-1.m1v": {"codec": "mpeg1video", "options": {"g": "12", "bf": "2", "qscale": "2", "flags": "qscale"}},
     "refresh.mkv": {"options": {"x264-params": "intra-refresh=1:keyint=10:bframes=0"}},
     "interlaced.ts": {"options": {"g": "12", "x264-params": "tff=1"}},
     "stream.ts": {"options": {"bf": "3", "g": "250"}},

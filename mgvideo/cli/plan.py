@@ -25,6 +25,7 @@ from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import demand_table, plan_table
+from mgvideo.storage.paths import writing
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys, unset_dataset_key
@@ -76,19 +77,18 @@ def show(given: PlanKeys, cfg: DictConfig) -> None:
     plan = _plan(given, cfg)
     gpus, notes = (given.gpus, ()) if given.gpus is not None else _gpus_of_this_machine(plan)
     plan = replace(plan, notes=(*plan.notes, *notes))
-    try:
+    if given.out is None:
+        write(given, gpus, cfg, plan, sys.stdout)
+        return
+    with writing("out", given.out):
         if given.format == "png":
             from mgvideo.plan.figure import draw_plans  # imports matplotlib
 
-            draw_plans(variants(plan, instantiate(cfg.schedule)), str(given.out))
+            draw_plans(variants(plan, instantiate(cfg.schedule)), given.out)
             _print_notes(plan, sys.stdout)
-        elif given.out is not None:
+        else:
             with open(given.out, "w", encoding="utf-8") as file:
                 write(given, gpus, cfg, plan, file)
-        else:
-            write(given, gpus, cfg, plan, sys.stdout)
-    except OSError as error:
-        raise UserError(f"cannot write out={given.out}: {error.strerror}") from error
 
 
 def _plan(given: PlanKeys, cfg: DictConfig) -> Plan:

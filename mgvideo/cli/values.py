@@ -97,8 +97,13 @@ def _needs_quotes(word: str, multirun: bool) -> bool:
     if isinstance(value, QuotedString) or value is None:
         return False
     if isinstance(value, str):
-        return value == text.strip() != text
-    return declared is not None or isinstance(value, list | dict)
+        return value == text.strip() != text or _has_curly_quotes(text)
+    return True  # a number, a truth value, a list: the key may hold a text all the same, such as the folder 2024
+
+
+def _has_curly_quotes(text: str) -> bool:
+    """Return whether a word processor or a web page has made curly ones of the quotes around a value."""
+    return len(text) > 2 and text[0] + text[-1] in ("“”", "‘’")
 
 
 def _quoted(word: str, cfg: DictConfig, multirun: bool) -> str:
@@ -106,6 +111,8 @@ def _quoted(word: str, cfg: DictConfig, multirun: bool) -> str:
     is_readable, is_text = _parsed(word) is not None, holds_text(cfg, _name(key))
     if is_text is False or (is_text is None and is_readable):
         return word
+    if _has_curly_quotes(text):
+        text = text[1:-1]
     parts = text.split(",") if multirun and not is_readable else [text]
     return f"{key}={','.join(quote(expand_home(part)) for part in parts)}"
 

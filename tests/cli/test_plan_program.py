@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hydra.utils import instantiate
 from refusals import said
 
 from mgvideo.cli import app
+from mgvideo.cli import plan as plan_program
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.help import group_options
 from mgvideo.cli.plan import clip_flops, main, read_keys, show, train_videos
@@ -186,6 +188,21 @@ def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
         shown(["videos=1024", f"out={tmp_path / 'none' / 'plan.txt'}"], [], capsys)
     with pytest.raises(UserError, match="only output_dir may be a URL"):
         read_keys(["videos=1024", "out=s3://bucket/plan.txt"])
+
+
+def test_out_is_blamed_for_its_own_errors_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(plan_program, "write", fail)
+    error: OSError = BrokenPipeError(errno.EPIPE, "Broken pipe")  # of `plan | head`: no message
+    with pytest.raises(BrokenPipeError):
+        shown(["videos=1024"], [], capsys)
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/fonts/a.ttf")
+    with pytest.raises(UserError, match=r"^/fonts/a\.ttf: No such file"):
+        shown(["videos=1024", f"out={tmp_path / 'plan.txt'}"], [], capsys)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ def test_a_path_arrives_as_it_was_typed(text: str) -> None:
 def test_a_text_that_looks_like_a_number_stays_a_text() -> None:
     for text in NUMBERS:
         assert app.compose_config("run", [f"output_dir={text}", f"init_from={text}"]).output_dir == text
+        assert app.compose_config("run", [f"dataset.root={text}"]).dataset.root == text
+
+
+def test_curly_quotes_around_a_value_are_no_part_of_it() -> None:
+    for override in ("dataset.root=“/d/a=b”", "dataset.root=‘/d/a=b’"):
+        assert app.compose_config("run", [override]).dataset.root == "/d/a=b"
 
 
 def test_any_text_survives_quoting() -> None:

@@ -19,7 +19,7 @@ from mgvideo.errors import UserError
 PLAIN = 6
 RUN = [
     *(argument for argument in TINY if "knobs" not in argument),
-    *("dataset=kinetics400", "dataset.num_classes=8", "loader.workers=0", "loader.max_clips_per_step=16"),
+    *("dataset=kinetics400", "dataset.num_classes=8", "loader.num_workers=0", "train.micro_batch_clips=16"),
     *("precision=fp32", "train.precise_bn_clips=0", "train.evals_per_phase=0"),
 ]
 
@@ -92,8 +92,14 @@ def test_training_on_ucf101_reads_every_avi(tmp_path: Path, monkeypatch: pytest.
     (lists / "classInd.txt").write_text("1 Jump\n2 Walk\n")
     (lists / "trainlist01.txt").write_text("".join(f"{name} {1 + name.startswith('Walk')}\n" for name in names))
     (lists / "testlist01.txt").write_text("".join(f"{name}\n" for name in names[:3]))
-    run = [word for word in RUN if not word.startswith(("dataset", "base.frames", "base.stride"))]
-    dataset = ["dataset=ucf101", "dataset.root=ucf", "dataset.num_classes=2", "base.frames=8", "base.stride=8"]
+    run = [word for word in RUN if not word.startswith(("dataset", "base.num_frames", "base.frame_stride"))]
+    dataset = [
+        "dataset=ucf101",
+        "dataset.root=ucf",
+        "dataset.num_classes=2",
+        "base.num_frames=8",
+        "base.frame_stride=8",
+    ]
     main([*run, *dataset, f"decoder={decoder}", "output_dir=out", "model.width=4"])
     assert not Path("out/bad_videos.csv").exists()
     assert "held-out videos" in Path("out/report.md").read_text()

@@ -23,6 +23,9 @@ from mgvideo.errors import UserError
         ("می\u200cخواهم\u200c", "می\u200cخواهم"),  # the joiner inside a Persian word is part of its spelling
         ("caf\udce9", "caf\\xe9"),
         ("bell\x07", "bell"),
+        ('"jump"', "jump"),  # as Kinetics' table of classes has some
+        ("“jump”", "jump"),
+        ("'jump' and 'run'", "'jump' and 'run'"),
         ("shooting, basketball", "shooting, basketball"),
     ],
 )

@@ -263,6 +263,9 @@ def test_names_of_splits() -> None:
             ("train", "bus", "car"),
             r"folders of splits \(train\) beside folders of classes \(bus, car\): move the classes into train/",
         ),
+        (("train_256", "val_256"), "train_256 and val_256 look like folders of splits"),
+        (("01 Train", "02 Test", "x"), "01 Train and 02 Test look like folders of splits"),
+        (("kinetics-train", "kinetics-validation"), "rename them to train and val"),
         (("test", "jump"), r"folders of splits \(test\) beside folders of classes \(jump\)"),
         (
             ("run/train", "run/val", "walk/train"),
@@ -358,6 +361,8 @@ def test_seconds_of_a_table(tmp_path: Path) -> None:
         ("train.csv", 'path,label\na.mp4,"run\nb.mp4,walk"\n', r"train\.csv:2: quotes are not closed"),
         ("train.csv", 'path,label\na.mp4,"' + "x" * 200_000, r"train\.csv:2: quotes are not closed"),
         ("train.csv", "path,label\na.mp4,run\na, b.mp4,run\n", r"train\.csv:3: 3 fields where the header has 2"),
+        ("train.csv", "path,label\na.mp4,\"('x', 'y')\"\n", r"train\.csv:2: expected one label, a name, found"),
+        ("train.csv", "path,label\na.mp4,nan\n", r"train\.csv:2: expected one label, a name, found 'nan'"),
         ("train.csv", "path,label\na.mp4,\"['x', 'y']\"\n", r"train\.csv:2: expected one label, a name, found"),
         ("train.csv", "path,label\na.mp4,run\nb.mp4,walk\nc.mp4,run;walk\n", r"train\.csv:4: 'run;walk' is several"),
         ("train.csv", "path,label,start\na.mp4,run,nan\n", r"train\.csv:2: expected 0 <= start < end"),

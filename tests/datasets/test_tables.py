@@ -85,6 +85,7 @@ BROKEN = "quotes are not closed, or text follows the closing ones"
         ('path,label\na.mp4,"x' + "\nb.mp4,walk" * 20_000, rf"a\.csv:2: {BROKEN}"),
         ("path,label\na.mp4,b,jump", r"a\.csv:2: 3 fields where the header has 2: 'a\.mp4,b,jump'; put text"),
         ("path,label,label\na.mp4,b,jump", r"a\.csv:1: the header has two columns label"),
+        ("path,label,start,start\na.mp4,b,1,2", r"a\.csv:1: the header has two columns start"),
         ("file,class\na.mp4,b", r"a\.csv:1: expected a header with path and label, found 'file,class'"),
         ("", r"a\.csv:1: expected a header with path and label, found ''|a\.csv:2"),
     ],

@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 from mgvideo.cli import keys
 from mgvideo.cli.build import build_data, build_plan, loader_options
 from mgvideo.cli.schema import key
-from mgvideo.errors import UserError
 from mgvideo.loading.loader import Loader
 from mgvideo.loading.requests import BatchRequest
 from mgvideo.plan.plan import Grid, require
+from mgvideo.storage.paths import writing
 
 from .loader import random_requests
 
@@ -80,11 +80,8 @@ def run(given: Keys, cfg: DictConfig) -> None:
         if len(looks) % between == 0:
             print(look, flush=True)
     if given.out is not None:
-        try:
-            with open(given.out, "w", encoding="utf-8") as file:
-                json.dump([asdict(look) for look in looks], file, indent=1)
-        except OSError as error:
-            raise UserError(f"cannot write out={given.out}: {error.strerror}") from error
+        with writing("out", given.out), open(given.out, "w", encoding="utf-8") as file:
+            json.dump([asdict(look) for look in looks], file, indent=1)
     memory, files = grown(looks)
     flat = memory <= given.growth and files <= FILES
     print(f"from the second quarter to the last: memory {memory:+.1%}, open files {files:+.1f}: {_word(flat)}")
