@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from refusals import said
+from refusals import error_line
 from training import TINY
 
 from mgvideo.cli.run import main
@@ -83,7 +83,7 @@ def test_every_key_has_a_wrong_value_or_a_wrong_type() -> None:
 @pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.removesuffix(" | None") in WRONG_TYPE])
 def test_a_wrong_type_is_one_line(name: str, capsys: pytest.CaptureFixture) -> None:
     wrong = WRONG_TYPE[TYPES[name].removesuffix(" | None")]
-    assert name in said(main, [f"{name}={wrong}"], capsys)
+    assert name in error_line(main, [f"{name}={wrong}"], capsys)
 
 
 @pytest.mark.parametrize("wrong", WRONG_VALUES)
@@ -92,7 +92,7 @@ def test_a_wrong_value_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     key, value = wrong.split("=")
-    line = said(main, [*TINY, f"dataset.root={motion_root}", "output_dir=out", wrong], capsys)
+    line = error_line(main, [*TINY, f"dataset.root={motion_root}", "output_dir=out", wrong], capsys)
     assert key in line or value in line
 
 
@@ -103,5 +103,5 @@ def test_a_wrong_value_in_a_group_is_one_line(
     monkeypatch.chdir(tmp_path)
     *group, override = wrong.split()
     tiny = [word for word in TINY if not group or not word.startswith(group[0].split("=")[0])]
-    line = said(main, [*tiny, f"dataset.root={motion_root}", "output_dir=out", *group, override], capsys)
+    line = error_line(main, [*tiny, f"dataset.root={motion_root}", "output_dir=out", *group, override], capsys)
     assert line.startswith(f"error: {override.split('.')[0]}") or override.split("=")[1] in line

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from refusals import said
+from refusals import error_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
@@ -132,7 +132,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     arguments = prepare(tmp_path)
     if not any(a.startswith("dataset=") for a in arguments):
         arguments = [f"dataset.root={motion_root}", *(a for a in TINY if "knobs" in a), *arguments]
-    line = said(main, [*arguments, "output_dir=out"], capsys)
+    line = error_line(main, [*arguments, "output_dir=out"], capsys)
     assert line.startswith("error: ")
     assert told in line
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from faults import overrides
-from refusals import said
+from refusals import error_line
 from training import KNOBS, ROOT, SERVED, TINY, end_state, metrics
 from videos import needs_decord
 
@@ -51,7 +51,7 @@ def test_a_signal_in_mid_evaluation_repeats_the_evaluation_and_nothing_else(
 ) -> None:
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
     ask = overrides("ask", "val", rank=0, after=5, once="asked")
-    line = said(main, [*run, *ask], capsys, 128 + signal.SIGTERM)
+    line = error_line(main, [*run, *ask], capsys, 128 + signal.SIGTERM)
     stopped = int(line.split("goes on from step ")[1])
     assert stopped == min(metrics(whole, "val_top1")), "where the first evaluation is due"
     assert not metrics(tmp_path / "out", "val_top1")
@@ -182,7 +182,7 @@ def test_data_that_changed_meanwhile_are_refused_unless_told_otherwise(
     middle = Checkpoints(tmp_path / "out/checkpoints").steps()[2]
     again = [*run, f"resume=out/checkpoints/step_{middle:08d}.pt", "output_dir=again"]
     capsys.readouterr()
-    line = said(main, again, capsys)
+    line = error_line(main, again, capsys)
     assert "was made by another recipe, model, dataset or plan: " in line
     assert "dataset.train.fingerprint was " in line
     assert ("dataset.train.videos was 64, is 54" in line) == (change == "shrinks")
@@ -199,7 +199,7 @@ def test_begun_anew_in_a_used_folder_it_keeps_its_own_and_goes_on_when_started_a
     shutil.copytree(whole, "out", symlinks=True)
     torch.save({"model": r2plus1d_small(8, width=4).state_dict()}, "weights.pt")
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "resume=never", "init_from=weights.pt"]
-    said(main, [*run, *overrides("ask", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
+    error_line(main, [*run, *overrides("ask", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
     before, checkpoints = Checkpoints(whole / "checkpoints").steps(), Checkpoints(tmp_path / "out/checkpoints")
     assert Checkpoints(checkpoints.folder / "aside_1").steps() == before
     stopped = checkpoints.steps()[-1]
@@ -219,10 +219,10 @@ def test_what_changes_the_result_is_kept_or_refused(
     checkpoints = Checkpoints(whole / "checkpoints")
     path = checkpoints.path(checkpoints.steps()[-2])
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"]
-    line = said(main, [*run, "precision=bf16", "train.precise_bn_clips=24", "decoder=decord"], capsys)
+    line = error_line(main, [*run, "precision=bf16", "train.precise_bn_clips=24", "decoder=decord"], capsys)
     for told in ("precision was fp32, is bf16", "train.precise_bn_clips was 16, is 24", "decoder._target_ was "):
         assert told in line
-    line = said(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
+    line = error_line(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
     assert "does not fit this network" in line
     main([*run, "train.micro_batch_clips=null"])
     newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
@@ -258,7 +258,7 @@ def test_another_plan_is_refused_and_told(
     last = checkpoints.steps()[-1]
     path = edited(checkpoints.path(checkpoints.steps()[-2]), tmp_path / "edited", shorten)
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"]
-    line = said(main, run, capsys)
+    line = error_line(main, run, capsys)
     phases = len(read_checkpoint(path)["plan"]["phases"])
     assert f"the plan had {last + 5} steps in {phases} phases, has {last} in {phases}; phase {phases - 1} had " in line
     assert "LR ×7, has steps" in line
@@ -304,6 +304,6 @@ def test_as_many_clips_at_once_as_before_unless_memory_holds_less(
 
 def test_a_network_that_draws_for_a_rank_alone_is_refused(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "model._target_=faults.network"]
-    line = said(main, [*run, "+model.fault=dropout"], capsys)
+    line = error_line(main, [*run, "+model.fault=dropout"], capsys)
     assert line.startswith("error: model: the network itself (FaultyNetwork) draws random numbers (")
     assert "use nn.Dropout as a layer" in line

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from refusals import said
+from refusals import error_line
 
 from mgvideo.cli import app
 from mgvideo.cli.help import group_options
@@ -85,12 +85,12 @@ def test_names_of_missing_features_are_not_part_of_a_key(keys: set[str]) -> None
     ],
 )
 def test_error_suggests_the_key_that_was_meant(argument: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert hint in said(main, [argument], capsys)
+    assert hint in error_line(main, [argument], capsys)
 
 
 def test_error_suggests_nothing_if_no_key_is_similar(capsys: pytest.CaptureFixture[str]) -> None:
     for argument in ("zzz=1", "optimizer.rho=1", "swish=1"):
-        line = said(main, [argument], capsys)
+        line = error_line(main, [argument], capsys)
         assert line == f"error: {argument[:-2]} is no key of this config; --cfg job prints them all"
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from refusals import said
+from refusals import error_line
 from training import ROOT
 
 from mgvideo.cli import app, keys, plan
@@ -82,7 +82,7 @@ def test_commas_are_a_sweep_with_multirun_and_a_mistake_without(capsys: pytest.C
     quoted = app.quote_texts("run", words, multirun=True)
     assert quoted == [*words[:3], "dataset.root='/d/a=1','/d/a=2'"]
     assert OverridesParser.create().parse_override(quoted[3]).is_sweep_override()
-    assert said(main, ["seed=0,1"], capsys) == (
+    assert error_line(main, ["seed=0,1"], capsys) == (
         "error: seed=0,1: give one value, or add --multirun to run them one after another"
     )
 
@@ -95,9 +95,9 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_numbers_and_lists_that_are_broken_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("base.batch_size=1=2", "base.short_side=[36,40", "dataset.knobs.sizes=[0.1"):
-        assert said(main, [wrong], capsys).startswith(f"error: cannot read '{wrong}'")
+        assert error_line(main, [wrong], capsys).startswith(f"error: cannot read '{wrong}'")
     for wrong in ("gpus=[", "videos={", "at=[1"):
-        assert wrong.split("=")[0] in said(plan.main, [wrong], capsys)
+        assert wrong.split("=")[0] in error_line(plan.main, [wrong], capsys)
 
 
 def test_the_program_gets_them_and_flags_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +144,7 @@ def test_the_commands_of_the_page_do_what_it_says(capsys: pytest.CaptureFixture[
     for program, words, error in commands:
         run = {"run_net": main, "plan": plan.main}[program]
         if error:
-            assert said(run, shlex.split(words), capsys) == error
+            assert error_line(run, shlex.split(words), capsys) == error
         else:
             run(shlex.split(words))
             assert capsys.readouterr().out
