@@ -162,7 +162,7 @@ _KEYS_BY_NAME, _SENTENCES_BY_NAME = _invert(OTHER_NAMES), _invert(NOT_A_KEY)
 
 
 def suggestion(word: str, keys: Iterable[str], program_keys: Sequence[str] = ()) -> str:
-    """Return the text that follows "… is no key": the key that was meant, what to do instead, or "".
+    """Return the text that follows "… is not a key": the key that was meant, what to do instead, or "".
 
     `program_keys` are the keys of the program besides those of a run. They take precedence over other projects' names.
     """

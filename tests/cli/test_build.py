@@ -51,4 +51,4 @@ def test_a_precision_that_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch)
     precision, warnings = decide(monkeypatch, [WRONG, SLOW], 0, asked="bf16")
     assert precision is BF16
     assert len(warnings) == 2
-    assert warnings[1].endswith("choose precision=fp32 or another torch")
+    assert warnings[1].endswith("set precision=fp32 or install another version of torch")

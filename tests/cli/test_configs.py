@@ -130,13 +130,13 @@ def test_the_other_groups_name_what_exists(group: str) -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("base.batchh=3", "base.batchh is no key of this config, did you mean base.batch_size?"),
+        ("base.batchh=3", "base.batchh is not a key of this config, did you mean base.batch_size?"),
         ("model=i3d_r5", "model=i3d_r5 does not exist, did you mean i3d_r50?"),
         ("schedule=multigird", "schedule=multigird does not exist, did you mean multigrid?"),
         ("experiment=motoin", "experiment=motoin does not exist, did you mean motion?"),
         ("base.batch_size=many", "base.batch_size=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("base.batch_size", "cannot read 'base.batch_size': write it as key=value"),
-        ("model.widht=8", "model.widht is no key of this config, did you mean model.width?"),
+        ("model.widht=8", "model.widht is not a key of this config, did you mean model.width?"),
     ],
 )
 def test_a_wrong_key_or_value_is_answered_with_the_nearest(override: str, line: str) -> None:

@@ -15,7 +15,7 @@ from refusals import error_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
-from mgvideo.cli.run import explained, main
+from mgvideo.cli.run import explain_errors, main
 from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
@@ -141,7 +141,7 @@ def test_a_wrong_key_leaves_nothing_else_on_stderr(tmp_path: Path) -> None:
     result = run_program("base.batchh=1", "output_dir=out", cwd=tmp_path, fresh=True)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: base.batchh is no key of this config, did you mean base.batch_size?")
+    assert line.startswith("error: base.batchh is not a key of this config, did you mean base.batch_size?")
 
 
 def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_memory_that_runs_out_anywhere_is_told_with_the_place_and_a_key(tmp_path
     report_position("after step 4, in precise BN, batch 1 of 2")
     told = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower train.micro_batch_clips"
     for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
-        with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+        with pytest.raises(UserError, match=told), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
             allocate()
 
 
@@ -214,12 +214,12 @@ def test_a_kernel_that_is_not_deterministic_is_refused_with_the_key(tmp_path: Pa
     torch.use_deterministic_algorithms(True)
     try:
         told = r"^deterministic=true: max_unpooling2d\S* does not have a deterministic implementation: set determ"
-        with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+        with pytest.raises(UserError, match=told), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
             F.max_unpool2d(pooled, where, 2)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_other_errors_of_torch_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mat1"), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+    with pytest.raises(RuntimeError, match="mat1"), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

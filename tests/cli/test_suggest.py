@@ -80,8 +80,8 @@ def test_names_of_missing_features_are_not_part_of_a_key(keys: set[str]) -> None
         ("optimizer.weight_dacay=1", "did you mean optimizer.weight_decay?"),
         ("datset.root=/d/a=b", "did you mean dataset.root?"),
         ("TRAIN.BATCH_SIZE", "did you mean base.batch_size?"),
-        ("--batch-size=4", "did you mean base.batch_size? Keys are given as key=value"),
-        ("--fast", "--fast is no flag: Keys are given as key=value"),
+        ("--batch-size=4", "did you mean base.batch_size?; write keys as key=value"),
+        ("--fast", "--fast is not a flag; write keys as key=value"),
     ],
 )
 def test_error_suggests_the_key_that_was_meant(argument: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +91,7 @@ def test_error_suggests_the_key_that_was_meant(argument: str, hint: str, capsys:
 def test_error_suggests_nothing_if_no_key_is_similar(capsys: pytest.CaptureFixture[str]) -> None:
     for argument in ("zzz=1", "optimizer.rho=1", "swish=1"):
         line = error_line(main, [argument], capsys)
-        assert line == f"error: {argument[:-2]} is no key of this config; --cfg job prints them all"
+        assert line == f"error: {argument[:-2]} is not a key of this config; --cfg job prints all keys"
 
 
 def test_suggestion_includes_the_keys_of_the_program() -> None:
