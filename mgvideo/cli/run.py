@@ -95,7 +95,7 @@ def run(cfg: DictConfig) -> None:
             state, differences = (
                 load_checkpoint(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
             )
-            write_plan(cfg, data, plan, folder)
+            write_run_files(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
             logger = RunLogger(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
@@ -196,7 +196,7 @@ def _explain_torch_error(error: Exception) -> Exception:
     return error
 
 
-def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
+def write_run_files(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
     """Write config.yaml, classes.txt and plan.json into the run's folder. Rank 0 alone writes."""
     if rank() == 0:
         names = "".join(f"{name}\n" for name in data.train.class_names)
