@@ -100,7 +100,7 @@ class TrainKeys:
     enable: bool = key(True, "train; false: only test")
     micro_batch_clips: int | None = key(
         None,
-        "clips of base size per micro-batch on each rank, for gradient accumulation; null: as many as memory holds",
+        "micro-batch size per rank for gradient accumulation, in clips of base size; null: as many as memory holds",
         least=1,
     )
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
@@ -145,7 +145,7 @@ class LoaderKeys:
         above=0,
     )
     low_priority: bool | None = key(
-        None, "run workers only on CPU cores that are otherwise idle; null: true if there is no GPU"
+        None, "run workers at idle priority, so that training gets the CPU first; null: true if there is no GPU"
     )
 
 
@@ -196,7 +196,7 @@ class RunKeys:
     )
     seed: int = key(0, "seed of the initial weights, the order of clips, their augmentation and dropout", least=0)
     hang_timeout: float = key(
-        45.0, "seconds without progress after which the other ranks end the run; 0: no limit", least=0
+        45.0, "seconds without progress on a rank after which the other ranks end the run; 0: no limit", least=0
     )
     deterministic: bool = key(False, "use deterministic algorithms, and stop with an error if an operation has none")
     output_dir: str = key(MISSING, "the run's folder, for checkpoints, logs and reports")

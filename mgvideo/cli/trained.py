@@ -49,7 +49,7 @@ class Trained:
     cfg: DictConfig
     weights: str  # path or URL
     folder: Path | None  # the run's folder
-    taken: str  # message about which tensors were loaded
+    load_summary: str  # which tensors were loaded
 
     @property
     def classes(self) -> int:
@@ -80,8 +80,8 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type) -
     check_values(cfg)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)
-    taken = load_pretrained(model, weights, key=cfg.init_from_key)
-    return Trained(model.eval(), cfg, weights, config.parent if config else None, taken)
+    load_summary = load_pretrained(model, weights, key=cfg.init_from_key)
+    return Trained(model.eval(), cfg, weights, config.parent if config else None, load_summary)
 
 
 def locate(ckpt: str | None) -> tuple[str, Path | None]:
