@@ -120,7 +120,7 @@ def _unreadable_videos(folder: Path) -> list[str]:
         (lambda _: ["decoder=null"], "decoder=null: choose one of decord, pyav, torchcodec"),
         (lambda _: ["dataset=kinetics400"], "dataset.root is not set"),
         (lambda _: ["precision=fp8"], "choose one of auto, fp32, bf16, fp16"),
-        (lambda _: ["base.lr_milestones=[1,2]"], "base.lr_milestones"),
+        (lambda _: ["base.lr_milestones=[2,1]"], "base.lr_milestones"),
         (lambda _: ["init_from=/nowhere.pyth"], "/nowhere.pyth"),
         (lambda _: ["resume=/nowhere.pt"], "/nowhere.pt"),
     ],
