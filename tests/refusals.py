@@ -1,4 +1,4 @@
-"""What a program says when it refuses."""
+"""Check the one-line error message that a program exits with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 import pytest
 
 
-def said(
+def error_line(
     main: Callable[[list[str]], None], arguments: Sequence[str], capsys: pytest.CaptureFixture[str], code: int = 2
 ) -> str:
-    """The one line on stderr that a program exits with, besides what it prints of a scaled recipe."""
-    with pytest.raises(SystemExit) as left:
+    """Run `main`, which must exit with `code`, and return its only line on stderr.
+
+    Lines that report a scaled recipe (`base.lr: …`, `base.lr_milestones: …`) do not count.
+    """
+    with pytest.raises(SystemExit) as caught:
         main(list(arguments))
     lines = capsys.readouterr().err.splitlines()
-    assert left.value.code == code, lines
+    assert caught.value.code == code, lines
     (line,) = [line for line in lines if not line.startswith(("base.lr: ", "base.lr_milestones: "))]
     return line

@@ -112,7 +112,7 @@ def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
         Path("config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         check_values(trained.run_config(Path("config.yaml"), overrides, own))
     else:
-        check_values(trained.foreign_config(ckpt, overrides))
+        check_values(trained.config_for_weights(ckpt, overrides))
 
 
 def compose_cell(reproduction: reproduce.Reproduction) -> bool:

@@ -1,4 +1,4 @@
-"""The programs: one module each, which composes a config, builds objects and calls the core."""
+"""The command-line programs. Each is a module that composes a config, builds objects and calls the core."""
 
 from __future__ import annotations
 
@@ -15,54 +15,55 @@ from mgvideo.loading.workers import start_server
 
 from .terminal import restart_in_utf8_mode, terminal
 
-# Threads that wait for each other spin a little, since most waits are short, and then sleep, since loader workers need
-# the cores: docs/benchmarks/speed.md. Before torch is loaded.
+# OpenMP threads that wait spin briefly, because most waits are short, and then sleep, because loader workers need the
+# cores: docs/benchmarks/speed.md. Set this before importing torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# A plan's grids differ in the sizes of their tensors, which leaves gaps between segments of fixed size in GPU memory.
+# The grids of a plan need tensors of different sizes, which fragment GPU memory if its segments have a fixed size.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# fvcore compiles losses that nobody here uses as it is imported, and torch says at length what it thinks of that
+# Importing fvcore compiles losses that mgvideo does not use, with a deprecated function.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-# several labels: the largest score over views, which a test holds to what it should be
+# The multi-label task takes the maximum over views with index_reduce, which warns that it is experimental. A test
+# checks its result.
 warnings.filterwarnings("ignore", "index_reduce", UserWarning)
 
 PROGRAMS = {
     "run": "train and test a network",
     "doctor": "check this machine before training",
-    "plan": "show the plan of a run before paying for it",
-    "prepare": "check a dataset, build its pyramid, list it, or make the embedded one",
-    "reproduce": "run a table of the paper and report it",
-    "predict": "print the top classes of videos, or draw them in",
-    "export": "write a trained network as a torch.export or ONNX file",
-    "benchmark": "measure the loader, a step at each grid of a plan, or the trainer",
+    "plan": "show the plan of a run and its cost before training",
+    "prepare": "check a dataset, build its pyramid, list its videos, or generate the motion dataset",
+    "reproduce": "run the experiments of a table of the paper and report them",
+    "predict": "print the top classes of videos, or draw them into the videos",
+    "export": "export a trained network as a torch.export or ONNX file",
+    "benchmark": "measure the loader, a training step at each grid of a plan, or the trainer",
 }
 
 
 def command(*program: str) -> None:
-    """Entry point of the installed command `mgvideo PROGRAM …`, and of the files in tools/, which name the program."""
+    """Entry point of the installed command `mgvideo PROGRAM …`, and of the files in tools/, which pass the program."""
     restart_in_utf8_mode()
     main([*program, *sys.argv[1:]])
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run a program in this process: its name and its arguments, by default those of the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a program in this process. `arguments` are its name and its arguments, by default those of `sys.argv`."""
     with terminal():
-        _run(sys.argv[1:] if words is None else words)
+        _run(sys.argv[1:] if arguments is None else arguments)
 
 
-def _run(words: Sequence[str]) -> None:
-    program, arguments = (words[:1] or ["--help"])[0], words[1:]
+def _run(program_and_arguments: Sequence[str]) -> None:
+    program, arguments = (program_and_arguments[:1] or ["--help"])[0], program_and_arguments[1:]
     if program in PROGRAMS:
         if program == "run" and not {"--multirun", "-m"} & set(arguments):
-            record_early_signals()  # imports take a while, in which a job may be asked to stop
+            record_early_signals()  # imports take seconds, and a scheduler may send a signal meanwhile
             if not any(word.startswith(("-", "loader.num_workers=0", "loader.start_method=")) for word in arguments):
-                with suppress(UserError):  # raised again where the run can report it
-                    start_server()  # and workers take as long to import theirs
+                with suppress(UserError):  # the run raises it again, and reports it
+                    start_server()  # it imports the modules of the workers while this process imports its own
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
     usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())
-    print(f"mgvideo: multigrid training of video networks\n\n{usage}\n\nEach explains itself with --help.")
+    print(f"mgvideo: multigrid training of video networks\n\n{usage}\n\nAdd --help for the arguments of a program.")
     if program not in ("-h", "--help"):
         print(f"error: there is no program '{program}'", file=sys.stderr)
         raise SystemExit(2)

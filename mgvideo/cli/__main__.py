@@ -1,4 +1,4 @@
-"""`python -m mgvideo.cli PROGRAM …`: the installed command, wherever the package is, under torchrun too."""
+"""Run `python -m mgvideo.cli PROGRAM …`: the command `mgvideo` from any folder, also under torchrun."""
 
 from . import command
 

@@ -1,4 +1,4 @@
-"""From a command line to a composed config and a task, with every error of the user's as one line and exit code 2."""
+"""Compose a config from the command line and run a task on it. Each user error is one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def main(
     arguments: Sequence[str],
     more_keys: Sequence[str] = (),
 ) -> None:
-    """Run `task` on the config that `arguments` compose; Hydra's own flags (--cfg, --multirun, …) work as ever.
+    """Run `task` on the config that `arguments` compose. Hydra's own flags (--cfg, --multirun, …) work as usual.
 
-    `more_keys` are those that the program has taken out of the arguments before: an unknown key may be meant as one.
+    `more_keys` are keys that the program has already removed from the arguments. The error message for an unknown key
+    also suggests these.
     """
     register()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug shows its whole traceback; a user's error is one line below
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # full tracebacks for bugs; user errors become one line below
     if {"-h", "--help"} & set(arguments):
         print(help_text(config_name, description))
         return
@@ -59,11 +60,11 @@ def main(
         overrides = quote_texts(config_name, overrides, parsed.multirun)
         if not parsed.multirun:
             cfg = check(config_name, overrides, more_keys)
-            if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes it anew
+            if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes the config again
                 overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_milestones", "warmup_epochs")]
 
-    def guarded(cfg: DictConfig) -> None:
-        # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
+    def run_task(cfg: DictConfig) -> None:
+        # In a multirun the launcher, which may be on another machine, needs the exception itself.
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             run_on(available_cpus())
             limit_threads(cpu_count())
@@ -74,14 +75,14 @@ def main(
 
     sys.argv = [sys.argv[0], *flags, *overrides]
     with exit_on_user_error():
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(guarded)()
+        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(run_task)()
 
 
 def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[list[str], list[str], Namespace]:
-    """Hydra's flags and the overrides, in any order, and the flags as Hydra parses them.
+    """Split arguments, in any order, into Hydra's flags, overrides, and the flags as Hydra parses them.
 
     Raises:
-        UserError: a flag that does not exist, or one without its value.
+        UserError: A flag does not exist or lacks its value.
     """
     parser = get_args_parser()
     parser.exit_on_error = False
@@ -92,24 +93,27 @@ def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[li
     unknown = next((word for word in rest if word.startswith("-")), None)
     if unknown is not None:
         hint = suggestion(unknown.lstrip("-").partition("=")[0], _all_keys(config_name))
-        raise UserError(f"{unknown} is no flag{hint or ':'} Keys are given as key=value")
+        raise UserError(f"{unknown} is not a flag{hint}; write keys as key=value")
     overrides = [*parsed.overrides, *rest]
     return [word for word in arguments if word not in overrides], overrides, parsed
 
 
 def quote_texts(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
-    """The overrides, with texts quoted that Hydra does not take as they are typed: a path with `=` or a comma."""
+    """Return the overrides, with quotes around strings that Hydra would misread, such as a path with `=` or a comma."""
     register()
 
-    def composed(plain: Sequence[str]) -> DictConfig:
+    def compose_overrides(readable: Sequence[str]) -> DictConfig:
         with _initialized():
-            return compose(config_name, overrides=list(plain), return_hydra_config=True)
+            return compose(config_name, overrides=list(readable), return_hydra_config=True)
 
-    return values.quote_texts(overrides, composed, multirun)
+    return values.quote_texts(overrides, compose_overrides, multirun)
 
 
 class exit_on_user_error:  # noqa: N801  a context manager, read as a phrase
-    """Turns a user's error inside it into one line on stderr and exit code 2, another rank's into code 1."""
+    """Exit with one line on stderr after an error that the user can fix.
+
+    The exit code is 2 for errors in arguments, config or data, 1 for other errors, such as the failure of another rank.
+    """
 
     def __enter__(self) -> None: ...
 
@@ -124,7 +128,7 @@ class exit_on_user_error:  # noqa: N801  a context manager, read as a phrase
 
 
 def explain(error: BaseException | None) -> str | None:
-    """The line to print for an error that the user can put right, None for any other."""
+    """Return the one-line message for an error that the user can fix, None for any other error."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         node = re.search(r"full_key: (\S+)", str(error))
         error = error.__cause__
@@ -132,9 +136,9 @@ def explain(error: BaseException | None) -> str | None:
             kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
             return f"{node[1] if node else 'config'}: {kind}{(str(error).splitlines() or [''])[0]}"
     if isinstance(error, UserError | RankError) or type(error).__module__.startswith("submitit."):
-        return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n"))  # no colours of torch's
+        return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split("\n"))  # without the terminal colours of torch
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
-        name = str(error).splitlines()[0].rpartition(" ")[2]  # not full_key, which may only refer to the missing one
+        name = str(error).splitlines()[0].rpartition(" ")[2]  # full_key may be a key that only refers to the unset one
         return f"{name} is not set: add {name}=… to the command"
     if isinstance(error, OmegaConfBaseException | HydraException):
         return str(error).splitlines()[0]
@@ -142,10 +146,10 @@ def explain(error: BaseException | None) -> str | None:
 
 
 def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """A config as a program gets it, composed outside hydra.main, for checks, tests and tools.
+    """Compose a config as a program receives it, outside hydra.main, for checks, tests and tools.
 
     Raises:
-        UserError: a key or value that does not exist, with the nearest that does.
+        UserError: A key or value does not exist. The message suggests the most similar one.
     """
     overrides = quote_texts(config_name, overrides)
     cfg = check(config_name, overrides, with_hydra=True)
@@ -154,7 +158,7 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def _initialized() -> AbstractContextManager:
-    """Hydra with our configs: the one that already runs a program, or one for a while."""
+    """Initialise Hydra with our configs for a `with` block, unless a running program has already done so."""
     if GlobalHydra.instance().is_initialized():
         return nullcontext()
     return initialize_config_module(CONFIGS, version_base="1.3")
@@ -166,18 +170,18 @@ def check(
     """Compose the config of the overrides, with or without Hydra's own keys.
 
     Raises:
-        UserError: they do not compose, with the key or value that was meant.
+        UserError: The overrides do not compose. The message suggests the key or value that was meant.
     """
     with _initialized():
         try:
             return compose(config_name, overrides=list(overrides), return_hydra_config=with_hydra)
         except OverrideParseException as error:
-            raise UserError(_unreadable(config_name, str(error.override))) from error
+            raise UserError(_explain_unreadable(config_name, str(error.override))) from error
         except MissingConfigException as error:
-            raise UserError(_unknown_option(error)) from error
+            raise UserError(_explain_unknown_option(error)) from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(_wrong_override(config_name, overrides, error, more_keys)) from error
-        except ValueError as error:  # Hydra's error for a group that is set to nothing
+            raise UserError(_explain_override(config_name, overrides, error, more_keys)) from error
+        except ValueError as error:  # Hydra raises it for an empty group
             empty = next((o for o in overrides if o.split("=")[-1] in ("null", "")), None)
             if empty is None:
                 raise
@@ -187,47 +191,50 @@ def check(
 
 
 def _all_keys(config_name: str) -> list[str]:
-    """The keys of the config without any override."""
+    """Return the keys of the config without any override."""
     with _initialized():
         return list(flat_keys(compose(config_name)))
 
 
-def _unreadable(config_name: str, override: str) -> str:
+def _explain_unreadable(config_name: str, override: str) -> str:
+    """Return the message for an override that Hydra cannot parse."""
     key, is_set, value = override.partition("=")
     if not is_set:
         return f"cannot read '{override}': write it as key=value{suggestion(key, _all_keys(config_name))}"
-    return f"cannot read '{override}': {value} is no value for {key}"
+    return f"cannot read '{override}': {value} is not a valid value of {key}"
 
 
-def _unknown_option(error: MissingConfigException) -> str:
+def _explain_unknown_option(error: MissingConfigException) -> str:
+    """Return the message for an option that its config group does not have."""
     group, _, option = (error.missing_cfg_file or "?").partition("/")
     options = group_options().get(group) or list(error.options or [])
-    return f"{group}={option} does not exist{_nearest(option, options)}; there are: {', '.join(options)}"
+    return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}"
 
 
-def _wrong_override(config_name: str, overrides: Sequence[str], error: Exception, more_keys: Sequence[str]) -> str:
-    """Find the override at fault by leaving out one at a time."""
+def _explain_override(config_name: str, overrides: Sequence[str], error: Exception, more_keys: Sequence[str]) -> str:
+    """Return the message for the override that made composing fail with `error`."""
     text = str(error)
     ambiguous = re.match(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
     if ambiguous:
         return f"{ambiguous[1]}={ambiguous[2]}: give one value, or add --multirun to run them one after another"
-    named = re.search(r"(?:Could not override|Error merging override) '?([^'=\s]+)", text) or re.search(
+    key_match = re.search(r"(?:Could not override|Error merging override) '?([^'=\s]+)", text) or re.search(
         r"full_key: (\S+)", text
     )
-    wrong = named[1] if named else ""
+    wrong_key = key_match[1] if key_match else ""
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.key_or_group != wrong:
+        if override.key_or_group != wrong_key:
             continue
         rest = [o for o in overrides if o != override.input_line]
         keys = list(flat_keys(compose(config_name, overrides=rest)))
-        if wrong not in keys:
-            return f"{wrong} is no key of this config{suggestion(wrong, keys, more_keys)}; --cfg job prints them all"
+        if wrong_key not in keys:
+            hint = suggestion(wrong_key, keys, more_keys)
+            return f"{wrong_key} is not a key of this config{hint}; --cfg job prints all keys"
         return f"{override.input_line}: {str(error.__cause__ or error).splitlines()[0]}"
     return text.splitlines()[0]
 
 
 def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of a config, dotted."""
+    """Yield every key of a config, as dotted names."""
     for name in map(str, cfg):
         node = cfg._get_node(name)
         yield f"{prefix}{name}"
@@ -236,42 +243,42 @@ def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
 
 
 def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Scale the recipe to a `base.batch_size` or `base.epochs` among the overrides; returns a line for each change.
+    """Scale the recipe in `cfg` if the overrides set `base.batch_size` or `base.epochs`; return a line for each change.
 
-    base.lr follows base.batch_size by the linear rule, unless it is given too. base.lr_milestones and base.warmup_epochs follow
-    base.epochs in proportion, unless one of them is given too.
+    base.lr scales linearly with base.batch_size, unless the overrides set it. base.lr_milestones and base.warmup_epochs
+    scale linearly with base.epochs, unless the overrides set one of them.
     """
     keys = {_key_of(override) for override in overrides}
-    batch = "base.batch_size" in keys and "base.lr" not in keys
-    epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
-    if not (batch or epochs):
+    scales_lr = "base.batch_size" in keys and "base.lr" not in keys
+    scales_epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
+    if not (scales_lr or scales_epochs):
         return []
     rest = [override for override in overrides if _key_of(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    unset = {key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}  # no recipe to follow
+    unset = {
+        key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)
+    }  # keys that no recipe sets
     messages = []
-    if batch and not unset & {"batch_size", "lr"}:
+    if scales_lr and not unset & {"batch_size", "lr"}:
         base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)
         messages.append(
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
             f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
         )
-    if epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
+    if scales_epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
-        base.lr_milestones, base.warmup_epochs = (
-            [factor * step for step in recipe.lr_milestones],
-            factor * recipe.warmup_epochs,
-        )
+        base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
+        base.warmup_epochs = factor * recipe.warmup_epochs
         messages.append(
             f"base.lr_milestones: {_epochs(recipe.lr_milestones)} of the recipe's {recipe.epochs:g} epochs becomes "
-            f"{_epochs(base.lr_milestones)} at base.epochs={base.epochs:g}, and base.warmup_epochs {recipe.warmup_epochs:g} "
-            f"becomes {base.warmup_epochs:g} (set either to choose both)"
+            f"{_epochs(base.lr_milestones)} at base.epochs={base.epochs:g}, and base.warmup_epochs "
+            f"{recipe.warmup_epochs:g} becomes {base.warmup_epochs:g} (set either to choose both)"
         )
     return messages
 
@@ -285,19 +292,20 @@ def _epochs(values: Sequence[float]) -> str:
 
 
 def same_command(changes: Mapping[str, str], without: Sequence[str] = ()) -> str:
-    """The command line that started this run, with other values of some keys and `without` others, to paste in a shell.
+    """Return the command line of this run with `changes` to keys and `without` others, quoted for a shell.
 
-    Under torchrun on one node it starts as many ranks. Other launchers (srun, torchrun on several nodes) go before it.
+    Under torchrun on one node the command starts the same number of ranks. For other launchers (srun, torchrun on
+    several nodes) it is the command that follows the launcher.
     """
-    left_out = {*changes, *without}
-    overrides = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") not in left_out]
+    replaced = {*changes, *without}
+    overrides = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") not in replaced]
     folder = get_args_parser().parse_args(sys.argv[1:]).config_dir
     flags = ["--config-dir", folder] if folder else []
     return shlex.join([*_program(), *flags, *overrides, *(f"{key}={value}" for key, value in changes.items())])
 
 
 def _program() -> list[str]:
-    """The words that start this program, before its own arguments."""
+    """Return the words of the command line that come before the program's own arguments."""
     env, script = os.environ, sys.argv[0]
     python = "python" if shutil.which("python") == sys.executable else _short(sys.executable)
     words = [python]
@@ -313,5 +321,5 @@ def _program() -> list[str]:
 
 
 def _short(path: str) -> str:
-    """A path relative to the current folder where it is inside."""
+    """Return a path relative to the current folder if it is inside."""
     return os.path.relpath(path) if Path(path).is_absolute() and Path(path).is_relative_to(Path.cwd()) else path

@@ -1,4 +1,4 @@
-"""From a composed config to the objects that the core takes: the only place where both are known."""
+"""Build the objects that the core takes from a composed config. No other module knows both."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mgvideo.plan.shards import shard_batch
 
 from .app import flat_keys
 
-MAX_WORKERS = 16  # processes a rank, unless loader.num_workers says more; not measured yet
+MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
 
 @dataclass(frozen=True)
 class Data:
-    """Both parts of a dataset, and what a label in it is."""
+    """The training and validation datasets, their number of classes, and the task that defines their labels."""
 
     train: Any
     val: Any
@@ -39,7 +39,13 @@ class Data:
 
 
 def build_data(cfg: DictConfig) -> Data:
-    """The datasets; one that has to be made first is made once a node. Fills in `dataset.num_classes` where null."""
+    """Build the datasets, and set `dataset.num_classes` if it is null.
+
+    A dataset with a `prepare` key is generated first, once per node. All ranks call this together.
+
+    Raises:
+        UserError: A key is not set, or the classes of the datasets and the config differ.
+    """
     require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         if local_rank() == 0:
@@ -55,13 +61,14 @@ def build_data(cfg: DictConfig) -> Data:
     if cfg.dataset.num_classes != classes:
         raise UserError(f"dataset.num_classes={cfg.dataset.num_classes}: {train.root} has {classes} classes")
     if train.class_names != val.class_names:
-        other = sorted({*train.class_names} ^ {*val.class_names}) or ["their order"]
-        raise UserError(f"{train.root}: classes of training and of validation differ, in {other[0]!r} say")
+        differing = sorted({*train.class_names} ^ {*val.class_names})
+        example = repr(differing[0]) if differing else "their order"
+        raise UserError(f"{train.root}: the classes of training and validation differ, for example in {example}")
     return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
 
 
 def unset_dataset_key(cfg: DictConfig) -> str | None:
-    """The first key of the dataset that has no value, usually dataset.root; None where all have one."""
+    """Return the first key of the dataset that has no value, usually dataset.root, or None if all have one."""
     for name in flat_keys(cfg.dataset, "dataset."):
         parent, _, key = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(cfg, parent), key):
@@ -70,13 +77,13 @@ def unset_dataset_key(cfg: DictConfig) -> str | None:
 
 
 def require_dataset_keys(cfg: DictConfig) -> None:
-    """Raise UserError where a key of the dataset has no value, before other keys that refer to it are read."""
+    """Raise UserError if a key of the dataset has no value. Call it before reading keys that refer to others."""
     name = unset_dataset_key(cfg)
     require(name is None, f"{name} is not set: add {name}=… to the command")
 
 
 def build_decoder(cfg: DictConfig) -> Any:
-    """The decoder; with `dataset.pyramid` or `dataset.frame_cache`, one that reads what is prepared or kept there."""
+    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set."""
     decoder = instantiate(cfg.decoder)
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
@@ -90,80 +97,94 @@ def build_decoder(cfg: DictConfig) -> Any:
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
-    """The plan of `base.*` and `schedule`."""
+    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos."""
     base: Any = OmegaConf.to_container(cfg.base, resolve=True)
     schedule: Schedule = instantiate(cfg.schedule)
     return make_plan(Base(**base), schedule, dataset_size)
 
 
-def build_model(cfg: DictConfig, precision: Precision, anew: bool = True) -> nn.Module:
-    """The network as the trainer takes it, on its device; weights depend on the seed alone.
+def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = True) -> nn.Module:
+    """Build the network on its device, with the layers that training needs; initial weights depend only on the seed.
 
-    Where it does not begin `anew`, a checkpoint's weights are to follow, and `init_from` may be gone by now.
+    A run that resumes passes `load_init_from=False`: the checkpoint replaces the weights, and the file of `init_from`
+    may no longer exist.
     """
     torch.manual_seed(cfg.seed)
     model: nn.Module = instantiate(cfg.model)
-    if cfg.init_from and anew:
+    if cfg.init_from and load_init_from:
         from mgvideo.models.pretrained import load_pretrained
 
-        taken = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
+        summary = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
         if rank() == 0:
-            print(f"init_from: {taken}")
+            print(f"init_from: {summary}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
 
 
 def fall_back_if_convolutions_are_wrong(
     cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision
 ) -> tuple[Precision, list[str]]:
-    """The precision to train in, the same on all ranks, and warnings.
+    """Return the precision to train in, the same on all ranks, and warnings. All ranks call this together.
 
-    With `precision=auto` it is float32 where the gradients of convolutions are wrong on any rank. Slow convolutions,
-    which one busy rank may measure by accident, are a warning only.
+    If the gradients of convolutions are wrong on any rank, `precision=auto` becomes float32. Slow convolutions only
+    cause a warning, because a rank may measure them as slow while its machine is busy.
     """
     grids = [slot.grid for phase in plan.phases for slot in phase.slots]
-    ranks = gather_objects(probe_convolutions(model, grids, precision))
+    all_faults = gather_objects(probe_convolutions(model, grids, precision))
     wrong, slow = (
-        dict.fromkeys(fault for faults in ranks for fault in getattr(faults, kind)) for kind in ("wrong", "slow")
+        dict.fromkeys(fault for faults in all_faults for fault in getattr(faults, kind)) for kind in ("wrong", "slow")
     )
     name = f"torch {torch.__version__} in {precision}"
     warnings = [warning] if (warning := cudnn_warning(precision)) else []
     if slow:
         warnings.append(
-            f"{name}: {'; '.join(slow)} on at least one rank; precision=fp32 or another torch may be faster"
+            f"{name}: {'; '.join(slow)} on at least one rank; precision=fp32 or another version of torch may be faster"
         )
     if not wrong:
         return precision, warnings
     if cfg.precision != "auto":
-        return precision, [*warnings, f"{name}: {'; '.join(wrong)}; choose precision=fp32 or another torch"]
+        return precision, [
+            *warnings,
+            f"{name}: {'; '.join(wrong)}; set precision=fp32 or install another version of torch",
+        ]
     precision = replace(precision, dtype=None, channels_last=False, why="see the warning")
     precision.place(model)
     return precision, [f"{name}: {'; '.join(wrong)}; training in float32 instead"]
 
 
 def build_normalize(cfg: DictConfig, precision: Precision) -> Normalize:
-    """Input normalisation on the device."""
+    """Build the module that normalises clips on the device."""
     return Normalize(tuple(cfg.normalize.mean), tuple(cfg.normalize.std)).to(precision.device)
 
 
 def loader_options(cfg: DictConfig) -> LoaderOptions:
-    """Return how clips are loaded; where `loader.num_workers` is null, by one worker for each core of this rank.
+    """Return the options of the loader. All ranks call this together.
 
-    All ranks call it together.
+    If `loader.num_workers` is null, a rank uses one worker per CPU core of its own, 1 to MAX_WORKERS.
+
+    Raises:
+        UserError: A key of `loader` has an invalid value.
     """
-    workers = cfg.loader.num_workers
-    if workers is None:
-        workers = max(1, min(MAX_WORKERS, int(rank_cpus())))
+    num_workers = cfg.loader.num_workers
+    if num_workers is None:
+        num_workers = max(1, min(MAX_WORKERS, int(rank_cpus())))
     methods = ("fork", "forkserver", "spawn")
     if cfg.loader.start_method not in methods:
         raise UserError(f"loader.start_method={cfg.loader.start_method}: choose one of {', '.join(methods)}")
-    if workers < 0 or cfg.loader.prefetch_factor < 1:
+    if num_workers < 0 or cfg.loader.prefetch_factor < 1:
         raise UserError("loader.num_workers must be 0 or more, loader.prefetch_factor 1 or more")
-    idle = not torch.cuda.is_available() if cfg.loader.low_priority is None else cfg.loader.low_priority
-    return LoaderOptions(workers, cfg.loader.prefetch_factor, cfg.loader.start_method, cfg.loader.timeout, idle)
+    low_priority = cfg.loader.low_priority
+    if low_priority is None:
+        low_priority = not torch.cuda.is_available()
+    return LoaderOptions(
+        num_workers, cfg.loader.prefetch_factor, cfg.loader.start_method, cfg.loader.timeout, low_priority
+    )
 
 
 def micro_batch_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: Precision) -> int:
-    """How many base-grid clips a rank runs at once: as set, or measured, the least of all ranks."""
+    """Return the number of clips of the base grid per micro-batch, the same on all ranks.
+
+    It is `train.micro_batch_clips`; if that is null, each rank measures how many fit, and the smallest number counts.
+    """
     if cfg.train.micro_batch_clips is not None:
         if cfg.train.micro_batch_clips < 1:
             raise UserError("train.micro_batch_clips must be 1 or more, or null to measure it")
@@ -174,10 +195,10 @@ def micro_batch_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: 
 
 
 def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> list[str]:
-    """Return warnings where /dev/shm may not hold the batches of this run. All ranks call it together.
+    """Return warnings if /dev/shm may be too small for the batches of this run. All ranks call this together.
 
     Raises:
-        UserError: it cannot hold them.
+        UserError: It is too small.
     """
     if options.num_workers == 0:
         return []
@@ -187,8 +208,10 @@ def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> 
         for phase in plan.phases
         for slot in phase.slots
     )
-    training = [3 * slot.grid.volume * (shard.stop - shard.start) for shard, slot in shards] if cfg.train.enable else []
+    train_sizes = (
+        [3 * slot.grid.volume * (shard.stop - shard.start) for shard, slot in shards] if cfg.train.enable else []
+    )
     if cfg.train.enable and cfg.train.evals_per_phase:
-        training.append(3 * base.num_frames * base.crop_size**2 * test.batch_size)
-    tested = 3 * base.num_frames * test.crop_size**2 * test.num_crops * test.batch_size if test.enable else 0
-    return check_room(BatchSizes(max(training, default=0), tested), options.num_workers, options.prefetch_factor)
+        train_sizes.append(3 * base.num_frames * base.crop_size**2 * test.batch_size)
+    test_size = 3 * base.num_frames * test.crop_size**2 * test.num_crops * test.batch_size if test.enable else 0
+    return check_room(BatchSizes(max(train_sizes, default=0), test_size), options.num_workers, options.prefetch_factor)

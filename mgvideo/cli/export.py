@@ -143,7 +143,7 @@ def export(given: ExportKeys, overrides: Sequence[str], file: Path) -> None:
     examples = [clips.random(batch, frames, size, size)]
     if given.dynamic:
         examples.append(clips.random(1, 2 * frames if any_frames else frames, size + 32, size + 16))
-    print(trained.taken)
+    print(trained.load_summary)
     print(trained)
     program = trace(network, examples[0], clips.dims(any_frames) if given.dynamic else None)
     save, load = (save_onnx, load_onnx) if given.format == "onnx" else (save_torch, load_torch)

@@ -1,4 +1,4 @@
-"""The keys of model, dataset, optimizer and decoder: held against what their YAML files' targets declare."""
+"""Check the keys of model, dataset, optimizer and decoder against the types that the targets of their YAML declare."""
 
 from __future__ import annotations
 
@@ -18,28 +18,32 @@ from mgvideo.errors import UserError
 
 from .schema import check_value, key
 
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 @dataclass
 class DatasetKeys:
-    """What every dataset's YAML file holds besides its own keys."""
+    """The keys that all datasets have in common."""
 
-    task: str = key(MISSING, "what a label is", choices=tuple(TASKS))
+    task: str = key(MISSING, "kind of labels", choices=tuple(TASKS))
     root: str = key(MISSING, "the dataset's folder")
-    train_videos: int | None = key(None, "training videos to plan for where root is not set; null: not known", least=1)
-    num_classes: int | None = key(None, "null: as many as are found", least=1)
-    pyramid: str | None = key(None, "folder of its pyramid")
-    frame_cache: str | None = key(None, "folder for decoded frames")
-    frame_cache_gib: float = key(4.0, "room for them", least=0)
-    max_bad_fraction: float = key(0.05, "of the clips read, over which the run stops", least=0)
+    train_videos: int | None = key(
+        None, "number of training videos, for a plan without the data; null: unknown", least=1
+    )
+    num_classes: int | None = key(None, "number of classes; null: count them in the data", least=1)
+    pyramid: str | None = key(None, "folder of the dataset's pyramid; null: read the original videos")
+    frame_cache: str | None = key(None, "folder that caches decoded frames; null: no cache")
+    frame_cache_gib: float = key(4.0, "size limit of the frame cache, in GiB", least=0)
+    max_bad_fraction: float = key(
+        0.05, "largest fraction of clips that may fail to decode before the run stops", least=0
+    )
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Hold the groups' keys against their types, before anything is built; a schedule does so itself.
+    """Check the types of the groups' keys, before anything is built. `Schedule` checks its own.
 
     Raises:
-        UserError: the first that cannot be, and what it may be.
+        UserError: Names the first key with a value of the wrong type, and the right type.
     """
     _check_types("dataset", cfg.dataset, get_type_hints(DatasetKeys))
     for entry in fields(DatasetKeys):
@@ -51,6 +55,7 @@ def check_groups(cfg: DictConfig) -> None:
 
 
 def _targets(name: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
+    """Yield the node and those below it that have a `_target_`, with their dotted names."""
     if not isinstance(node, DictConfig):
         return
     if "_target_" in node:
@@ -61,9 +66,9 @@ def _targets(name: str, node: Any) -> Iterator[tuple[str, DictConfig]]:
 
 
 def holds_text(cfg: DictConfig, key: str) -> bool | None:
-    """Return whether a key holds a text, by its declared type or its present value; None for an unknown key."""
-    above, _, name = key.rpartition(".")
-    parent: Any = OmegaConf.select(cfg, above) if above else cfg
+    """Return whether a key holds a string, by its declared type or current value; None if the key does not exist."""
+    parent_key, _, name = key.rpartition(".")
+    parent: Any = OmegaConf.select(cfg, parent_key) if parent_key else cfg
     node = parent._get_node(name, validate_access=False) if isinstance(parent, DictConfig) else None
     if isinstance(node, StringNode):
         return True
@@ -71,37 +76,39 @@ def holds_text(cfg: DictConfig, key: str) -> bool | None:
         return None if node is None else False
     if not (node._is_none() or node._is_missing() or node._is_interpolation()):
         return isinstance(node._value(), str)
-    hints = get_type_hints(DatasetKeys) if above == "dataset" else _hints(parent)
+    hints = get_type_hints(DatasetKeys) if parent_key == "dataset" else _hints(parent)
     return str in _kinds(hints.get(name))
 
 
 def _hints(node: DictConfig) -> dict[str, Any]:
-    """The types that a node's target declares for its arguments; none where that cannot be told."""
+    """Return the types that a node's target declares for its arguments; empty if they cannot be read."""
     try:
         target = get_object(node._target_)
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # the build tells what is wrong with it
+    except Exception:  # building the object reports the error
         return {}
 
 
 def _check_types(name: str, node: DictConfig, hints: dict[str, Any] | None = None) -> None:
-    """Check the plain values of a node against types: by default those that its target declares."""
+    """Raise UserError if a plain value of a node does not match its type in `hints`, by default that of its target."""
     hints = _hints(node) if hints is None else hints
     for inner in map(str, node):
         kinds = _kinds(hints.get(inner))
         try:
             value = node[inner]
-        except (MissingMandatoryValue, InterpolationToMissingValueError):  # told when it is needed
+        except (MissingMandatoryValue, InterpolationToMissingValueError):  # reported when the value is read
             continue
         if kinds and value is not None and not _fits(value, kinds):
-            raise UserError(f"{name}.{inner}={value}: give {WORDS[next(kind for kind in WORDS if kind in kinds)]}")
+            raise UserError(
+                f"{name}.{inner}={value}: give {TYPE_NAMES[next(kind for kind in TYPE_NAMES if kind in kinds)]}"
+            )
 
 
 def _kinds(hint: Any) -> set[type]:
-    """The plain types that a hint allows besides None; none where it allows others too."""
+    """Return the plain types that a hint allows besides None; empty if it also allows other types."""
     options = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
     options.discard(types.NoneType)
-    return options if options <= WORDS.keys() else set()
+    return options if options <= TYPE_NAMES.keys() else set()
 
 
 def _fits(value: Any, kinds: set[type]) -> bool:

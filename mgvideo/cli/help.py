@@ -1,4 +1,4 @@
-"""The text of `--help`, made from the groups' files and the schema, so that it cannot fall behind them."""
+"""Generate the text of `--help` from the group files and the schema."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ GROUPS = ("experiment", "model", "dataset", "schedule", "optimizer", "decoder", 
 
 
 def group_options() -> dict[str, list[str]]:
-    """The options of each config group, those in sub-folders as folder/name."""
+    """Return the options of each config group, sorted. Options in sub-folders are named folder/name."""
 
     def options(folder: Path, prefix: str = "") -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         for entry in folder.iterdir():
             if entry.is_dir():
-                found += options(entry, f"{prefix}{entry.name}/")
+                names += options(entry, f"{prefix}{entry.name}/")
             elif entry.name.endswith(".yaml"):
-                found.append(prefix + entry.name.removesuffix(".yaml"))
-        return sorted(found)
+                names.append(prefix + entry.name.removesuffix(".yaml"))
+        return sorted(names)
 
     root = Path(mgvideo.configs.__file__).parent
     return {group: options(root / group) for group in GROUPS if (root / group).is_dir()}
 
 
 def help_text(config_name: str, description: str) -> str:
-    """Everything that can be said on the command line."""
+    """Return the help text: groups with their options, keys with their defaults, and flags."""
     lines = [
         description,
         "",
-        "Usage: … [group=option] [key=value] …   for instance",
+        "Usage: … [group=option] [key=value] …   for example",
         "  python tools/run_net.py model=i3d_r50 dataset=kinetics400 dataset.root=/data/k400 schedule=multigrid",
         "",
         "Groups",
@@ -44,7 +44,7 @@ def help_text(config_name: str, description: str) -> str:
             f"  {group}=",
             *textwrap.wrap(" ".join(options), 100, initial_indent=" " * 6, subsequent_indent=" " * 6),
         ]
-    lines += ["", "Keys (defaults in brackets; recipes and experiments change some: see --cfg job)"]
+    lines += ["", "Keys (defaults in brackets; recipes and experiments change some; --cfg job shows the result)"]
     for field in dataclasses.fields(RunKeys):
         default = field.default_factory() if callable(field.default_factory) else field.default
         if dataclasses.is_dataclass(default):
@@ -55,8 +55,8 @@ def help_text(config_name: str, description: str) -> str:
     lines += [
         "",
         "Flags",
-        "  --help                 this text",
-        "  --cfg job              print the composed config and leave",
+        "  --help                 print this text",
+        "  --cfg job              print the composed config and exit",
         "  --multirun, -m         run every combination of comma-separated values, such as schedule=baseline,multigrid",
         "",
         "Several processes: torchrun --nproc-per-node=2 tools/run_net.py …",
@@ -66,5 +66,5 @@ def help_text(config_name: str, description: str) -> str:
 
 def _line(name: str, field: dataclasses.Field) -> str:
     default = field.default_factory() if callable(field.default_factory) else field.default
-    shown = "" if default == "???" else f" [{'null' if default is None else str(default).lower()}]"
-    return f"      {name:<28} {field.metadata['help']}{shown}"
+    default_text = "" if default == "???" else f" [{'null' if default is None else str(default).lower()}]"
+    return f"      {name:<28} {field.metadata['help']}{default_text}"

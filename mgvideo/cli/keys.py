@@ -1,4 +1,4 @@
-"""Keys that a program takes besides those of a run: typed dataclasses of `schema.key` fields."""
+"""Read the keys that a program has besides those of a run: a dataclass of `schema.key` fields."""
 
 from __future__ import annotations
 
@@ -17,38 +17,47 @@ from .values import declares_text, read_dotlist
 Keys = TypeVar("Keys")
 
 
-def split(keys: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that set a key of the dataclass, and all others."""
-    own = [argument for argument in arguments if argument.split("=")[0] in names(keys) and "=" in argument]
-    return own, [argument for argument in arguments if argument not in own]
+def split(keys_class: type, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into those that set a key of the dataclass, and the rest."""
+    program_arguments = [
+        argument for argument in arguments if argument.split("=")[0] in names(keys_class) and "=" in argument
+    ]
+    return program_arguments, [argument for argument in arguments if argument not in program_arguments]
 
 
-def read(keys: type[Keys], overrides: Sequence[str]) -> Keys:
-    """The dataclass with `key=value` overrides. Raises UserError for a value of the wrong type, and a URL as `out`."""
-    types = {field.name: str(field.type) for field in fields(keys)}  # type: ignore[arg-type]
+def read(keys_class: type[Keys], overrides: Sequence[str]) -> Keys:
+    """Return an instance of the dataclass with `key=value` overrides.
+
+    Raises:
+        UserError: A value has the wrong type, or `out` is a URL.
+    """
+    types = {field.name: str(field.type) for field in fields(keys_class)}  # type: ignore[arg-type]
     try:
-        given = OmegaConf.merge(
-            OmegaConf.structured(keys), read_dotlist(overrides, lambda name: declares_text(types[name]))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(keys_class), read_dotlist(overrides, lambda name: declares_text(types[name]))
         )
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    read: Any = OmegaConf.to_object(given)
-    if getattr(read, "out", None) is not None:
-        read.out = to_write("out", read.out)
-    return read
+    values: Any = OmegaConf.to_object(merged)
+    if getattr(values, "out", None) is not None:
+        values.out = to_write("out", values.out)
+    return values
 
 
-def names(keys: type) -> list[str]:
-    """The names of a program's keys."""
-    return [field.name for field in fields(keys)]
+def names(keys_class: type) -> list[str]:
+    """Return the names of a program's keys."""
+    return [field.name for field in fields(keys_class)]
 
 
-def describe(keys: type) -> list[str]:
-    """A line of help for each key, with its default."""
-    defaults = keys()
-    width = max(10, *(len(f.name) for f in fields(keys)))
-    return [f"  {f.name:<{width}} {f.metadata['help']} [{_shown(getattr(defaults, f.name))}]" for f in fields(keys)]
+def describe(keys_class: type) -> list[str]:
+    """Return a line of help for each key, with its default."""
+    defaults = keys_class()
+    width = max(10, *(len(f.name) for f in fields(keys_class)))
+    return [
+        f"  {f.name:<{width}} {f.metadata['help']} [{_format_default(getattr(defaults, f.name))}]"
+        for f in fields(keys_class)
+    ]
 
 
-def _shown(default: object) -> str:
+def _format_default(default: object) -> str:
     return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

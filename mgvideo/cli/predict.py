@@ -180,7 +180,7 @@ def run(given: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) ->
     predictor = build(given, load_trained(given.ckpt, overrides, PredictKeys))
     targets = choose_targets(videos, Path(given.out)) if given.out is not None else {}
     grid, views = predictor.views.grid, predictor.views
-    print(predictor.trained.taken, file=sys.stderr)
+    print(predictor.trained.load_summary, file=sys.stderr)
     shape = f"{grid.frames} frames at stride {grid.strides[0]}, {grid.size} pixels"
     print(f"{predictor.trained}: {views.clips}×{views.crops} views (clips × crops) of {shape}", file=sys.stderr)
     paths = list(videos)

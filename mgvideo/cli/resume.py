@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or at a checkpoint, which has to be of the same recipe, model and data."""
+"""Find and load the checkpoint that a run resumes from, which must have the same recipe, model, data and plan."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from mgvideo.storage.remote_output import RemoteOutput
 from . import app
 from .build import Data
 
-RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+RESTART_COUNTERS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dict[str, Any]:
-    """What a resumed run must share with the one that it goes on with: every key that changes steps, and the data.
+    """Return what a resumed run must have in common with its checkpoint: all keys that affect training, and the data.
 
-    Of `precision=auto` it is what was chosen, which another machine may choose otherwise.
+    Keys of the returned dictionary are dotted. `precision` is the one in use, because `auto` depends on the machine.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
     sections["precision"] = precision.name
     sections["train"] = {"precise_bn_clips": cfg.train.precise_bn_clips}
-    parts = ("train", "val")
+    splits = ("train", "val")
     sections["dataset"] = {
         "task": cfg.dataset.task,
         "num_classes": data.classes,
         "pyramid": cfg.dataset.get("pyramid") is not None,
-        **{f"{part}.flip": cfg.dataset[part].flip for part in parts if "flip" in cfg.dataset[part]},
-        **{f"{part}.videos": len(getattr(data, part)) for part in parts},
-        **{f"{part}.fingerprint": getattr(data, part).fingerprint() for part in parts},
+        **{f"{split}.flip": cfg.dataset[split].flip for split in splits if "flip" in cfg.dataset[split]},
+        **{f"{split}.videos": len(getattr(data, split)) for split in splits},
+        **{f"{split}.fingerprint": getattr(data, split).fingerprint() for split in splits},
     }
     flat: dict[str, Any] = {}
 
@@ -61,12 +61,13 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
 
 
 def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOutput) -> tuple[str | None, list[str]]:
-    """The checkpoint to go on from, the same on all ranks, None to begin anew; warnings about those passed over.
+    """Return the path of the checkpoint to resume from, and warnings about damaged ones that it skips.
 
-    A job that SLURM or torchrun started again goes on with what it wrote itself, wherever `resume` let it begin.
+    All ranks call this together and get the same path. It is None if the run starts anew. A job that SLURM or torchrun
+    restarted continues from its own newest checkpoint, whatever `resume` is.
     """
     warnings: list[str] = []
-    restarted = cfg.train.enable and any(os.environ.get(name, "0") != "0" for name in RESTARTS)
+    restarted = cfg.train.enable and any(os.environ.get(name, "0") != "0" for name in RESTART_COUNTERS)
     if cfg.resume == "auto" or restarted:
         newest, warnings = gather_objects(checkpoints.newest() if rank() == 0 else None)[0]
         if newest is not None:
@@ -75,46 +76,52 @@ def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOut
 
 
 def load_checkpoint(
-    cfg: DictConfig, path: str, made: dict[str, Any], versions: Mapping[str, str], plan: Plan
+    cfg: DictConfig, path: str, fingerprint: dict[str, Any], versions: Mapping[str, str], plan: Plan
 ) -> tuple[dict[str, Any], list[str]]:
-    """The state in a checkpoint, and warnings.
+    """Return the state in a checkpoint, and warnings about differences.
+
+    `fingerprint` and `versions` are those of this run: see `resume_fingerprint` and `software_versions`.
 
     Raises:
-        UserError: it cannot be read; or it is of another recipe, model, dataset or plan, and `checkpoint.strict` is on.
+        UserError: The checkpoint cannot be read; or it has another recipe, model, dataset or plan, and
+            `checkpoint.strict` is true.
     """
     state, warnings = read_checkpoint(path), []
-    differing = [*differences(state["made_of"], made), *plan_differences(state["plan"], plan)]
-    if differing:
-        message = f"{path} was made by another recipe, model, dataset or plan: {'; '.join(differing)}"
+    changes = [*differences(state["made_of"], fingerprint), *plan_differences(state["plan"], plan)]
+    if changes:
+        message = f"{path} has another recipe, model, dataset or plan: {'; '.join(changes)}"
         if cfg.checkpoint.strict:
             raise UserError(
-                f"{message}. Set them back, start anew with resume=never or in another output_dir, or accept the "
-                "differences with checkpoint.strict=false"
+                f"{message}. Restore the old values, start anew with resume=never or another output_dir, or accept the "
+                "changes with checkpoint.strict=false"
             )
-        warnings.append(f"{message}; continuing, since checkpoint.strict=false")
+        warnings.append(f"{message}; continuing because checkpoint.strict=false")
         if state["progress"]["step"] > plan.steps:
-            warnings.append(f"{path} is of step {state['progress']['step']}, after the last step of this plan")
-    if changed := differences(state.get("versions", {}), versions):
-        warnings.append(f"{path} was written by other software: {'; '.join(changed)}; results may differ from here on")
+            warnings.append(f"{path} is from step {state['progress']['step']}, after the last step of this plan")
+    if version_changes := differences(state.get("versions", {}), versions):
+        warnings.append(
+            f"{path} was written by other software versions: {'; '.join(version_changes)}; "
+            "results may differ from now on"
+        )
     return state, warnings
 
 
 def plan_differences(saved: dict[str, Any], plan: Plan) -> list[str]:
-    """What differs between a saved plan and this one: the number of steps and phases, and the first other phase."""
+    """Describe how a saved plan differs from this one: numbers of steps and phases, and the first different phase."""
     try:
         old = Plan.from_json(saved)
     except UserError as error:
-        return [f"its plan cannot be compared: {error}"]
+        return [f"the saved plan cannot be compared: {error}"]
     if old.phases == plan.phases:
         return []
-    first = next(i for i, (was, now) in enumerate(zip_longest(old.phases, plan.phases)) if was != now)
+    first = next(i for i, (before, now) in enumerate(zip_longest(old.phases, plan.phases)) if before != now)
     return [
         f"the plan had {old.steps} steps in {len(old.phases)} phases, has {plan.steps} in {len(plan.phases)}",
-        f"phase {first + 1} had {_phase_text(old, first)}, has {_phase_text(plan, first)}",
+        f"phase {first + 1} had {_describe_phase(old, first)}, has {_describe_phase(plan, first)}",
     ]
 
 
-def _phase_text(plan: Plan, index: int) -> str:
+def _describe_phase(plan: Plan, index: int) -> str:
     if index >= len(plan.phases):
         return "no steps"
     phase = plan.phases[index]
@@ -125,7 +132,7 @@ def _phase_text(plan: Plan, index: int) -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of mgvideo, with a digest of its sources, which people edit in a checkout, and of torch."""
+    """Return the versions of mgvideo and torch; mgvideo's includes a digest of its sources, because users edit them."""
     files = {}
     for package in map(import_module, ("mgvideo", "mgvideo.models", "mgvideo.datasets")):
         for folder in map(Path, package.__path__):
@@ -137,42 +144,45 @@ def software_versions() -> dict[str, str]:
     return {"mgvideo": f"{__version__} (sources {digest.hexdigest()[:8]})", "torch": str(torch.__version__)}
 
 
-def keep_micro_batch_clips(saved: Mapping[str, int] | None, fits: int, plan: Plan) -> tuple[int, str | None]:
-    """How many base-grid clips a rank of a resumed run runs at once, and a warning; `fits` is what was measured now.
+def keep_micro_batch_clips(saved: Mapping[str, int] | None, measured: int, plan: Plan) -> tuple[int, str | None]:
+    """Return the number of base-grid clips per micro-batch of a resumed run, and a warning if it changed.
 
-    With as many ranks as before it is the saved number, so that the run stays the same to the last bit. Where memory
-    holds fewer now, and steps of the plan are larger than that, it is the measured number.
+    With the same number of ranks it is the saved number, so that results stay bit-identical. If memory holds fewer
+    clips now, and the plan has steps with more, it is `measured`. `saved` holds "clips" and "ranks".
     """
     if saved is None or saved["ranks"] != world_size():
-        return fits, None
-    kept = saved["clips"]
-    # The free memory of a machine varies; the measured number leaves 40 % of it free, the saved one may leave 20 %.
-    if kept <= fits * MAX_MEMORY_SHARE / MEMORY_SHARE or clips_at_once(plan, world_size()) <= fits:
-        return kept, None
-    return fits, (
-        f"memory holds {fits} clips of the base grid at once now, not {kept} as before: micro-batches become smaller, "
-        "so that sums may differ in their last bits; BN groups of more clips than that shrink"
+        return measured, None
+    clips = saved["clips"]
+    # Free memory varies between starts. The measured number leaves 40 % of it free, the saved one may leave only 20 %.
+    if clips <= measured * MAX_MEMORY_SHARE / MEMORY_SHARE or clips_at_once(plan, world_size()) <= measured:
+        return clips, None
+    return measured, (
+        f"memory holds {measured} clips of the base grid at once now, {clips} before: micro-batches become smaller, so "
+        "results may differ by rounding; larger BN groups shrink"
     )
 
 
 def lower_lr_command(cfg: DictConfig, checkpoints: Checkpoints) -> str:
-    """The command that continues this run from its newest checkpoint with half the learning rate."""
+    """Return the command that continues this run from its newest checkpoint with half the learning rate."""
     changes = {"base.lr": f"{cfg.base.lr / 2:g}"}
     if not checkpoints.steps():
         return app.same_command(changes)
-    # resume=auto finds the newest checkpoint; resume=never or a path say where the run began
+    # The default, resume=auto, finds the newest checkpoint.
     return app.same_command({**changes, "checkpoint.strict": "false"}, without=["resume"])
 
 
 def archive_newer_checkpoints(
     path: str | None, state: dict[str, Any] | None, checkpoints: Checkpoints, mirror: RemoteOutput
 ) -> str | None:
-    """Leave in the folder only the checkpoints that the run goes on from; the line to print where others were there."""
+    """Move checkpoints out of the folder that this run does not continue from; return a message if there were any.
+
+    `path` and `state` are the checkpoint that the run resumes from, None if it starts anew.
+    """
     if rank() != 0:
         return None
     if state is None or path is None:
         return checkpoints.rewind(0)
     folder = path.rpartition("/")[0] if is_remote(path) else str(Path(plain(path)).resolve().parent)
-    if folder != mirror.source(checkpoints.folder):  # all that is here is of another run
+    if folder != mirror.source(checkpoints.folder):  # the checkpoints here are from another run
         return checkpoints.rewind(0)
     return checkpoints.rewind(state["progress"]["step"], state["progress"].get("best_step", 0))

@@ -1,4 +1,4 @@
-"""`mgvideo run`: train a network along its plan, test it on many views, report."""
+"""The program `mgvideo run`: train a network along its plan, test it on several views per video, write a report."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run(cfg: DictConfig) -> None:
-    """One run from a composed config; on every rank."""
+    """Train and test as a composed config says. Every rank calls this."""
     check_values(cfg)
     check_groups(cfg)
     with handle_signals(), process_group() as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # shapes are few and come again
+        torch.backends.cudnn.benchmark = not cfg.deterministic  # a plan has few shapes, which repeat
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
         check_shards(plan, world_size())
@@ -87,42 +87,48 @@ def run(cfg: DictConfig) -> None:
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
-        with locked_run_folder(folder), mirror.synced(), explained(cfg, checkpoints):
+        with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
-            model = build_model(cfg, precision, anew=path is None)
+            model = build_model(cfg, precision, load_init_from=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
             checkpoints.made_of, checkpoints.versions = resume_fingerprint(cfg, data, precision), software_versions()
-            state, told = (
+            state, differences = (
                 load_checkpoint(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
             )
-            write_plan(cfg, data, plan, folder)
+            write_run_files(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
-            monitor = RunLogger(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
+            logger = RunLogger(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
             try:
-                for warning in [*filter(None, [precision.warning]), *faults, *warnings, *told]:
-                    monitor.print_line(f"warning: {warning}")
-                announce(cfg, monitor, plan, precision, data)
-                trainer = build_trainer(cfg, model, plan, data, precision, monitor, checkpoints, state)
+                for warning in [*filter(None, [precision.warning]), *faults, *warnings, *differences]:
+                    logger.print_line(f"warning: {warning}")
+                print_summary(cfg, logger, plan, precision, data)
+                trainer = build_trainer(cfg, model, plan, data, precision, logger, checkpoints, state)
                 if state:
                     trainer.load(state)
-                    monitor.print_line(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
-                if cfg.train.enable and (moved := archive_newer_checkpoints(path, state, checkpoints, mirror)):
-                    monitor.print_line(f"warning: {moved}")
+                    logger.print_line(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
+                if cfg.train.enable and (
+                    archive_message := archive_newer_checkpoints(path, state, checkpoints, mirror)
+                ):
+                    logger.print_line(f"warning: {archive_message}")
                 defer_signals()
                 if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
                     trainer.progress.begins(hardware(device), str(precision))
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
-                    test(cfg, trainer, data, monitor)
+                    test(cfg, trainer, data, logger)
             finally:
-                monitor.close()
+                logger.close()
 
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
-    """The run's folder, made and held against other runs by rank 0."""
+    """Create the run's folder on rank 0 and lock it against other runs.
+
+    Raises:
+        UserError: Another run uses the folder, or it cannot be written.
+    """
     if rank() != 0:
         yield
         return
@@ -136,10 +142,13 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
-    """Print or raise the line for what ends a run: a signal, the disk, memory, a dead worker, a non-finite loss."""
+def explain_errors(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
+    """Print a line if a signal stops the run; raise UserError for a non-finite loss, disk, memory and workers.
+
+    The message for a non-finite loss includes the command that continues with half the learning rate.
+    """
     try:
-        with _torch_errors_explained():
+        with _explain_torch_errors():
             yield
     except NonFiniteError as error:
         raise UserError(
@@ -150,32 +159,33 @@ def explained(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
         checkpoints.wait()
         if rank() == 0:
             step = max(checkpoints.steps(), default=0)
-            print(f"stopped by {stop.name}; the same command goes on from step {step}", file=sys.stderr)
+            print(f"stopped by {stop.name}; run the same command to continue from step {step}", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
         folder = checkpoints.folder.parent
-        other = error.filename is not None and not belongs_to(error.filename, folder)
-        where = error.filename if other else f"cannot write into output_dir={folder}"
-        raise UserError(f"{where}: {error.strerror}; the checkpoints written before are intact") from error
+        is_elsewhere = error.filename is not None and not belongs_to(error.filename, folder)
+        where = error.filename if is_elsewhere else f"cannot write into output_dir={folder}"
+        raise UserError(f"{where}: {error.strerror}; earlier checkpoints are intact") from error
 
 
 @contextmanager
-def _torch_errors_explained() -> Iterator[None]:
+def _explain_torch_errors() -> Iterator[None]:
+    """Raise a clearer error in place of torch's for a dead worker, memory, or a non-deterministic operation."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # of a dead worker torch raises it wherever this process is
-        explained_error = explain_dead_worker(error)
-        if explained_error is error:
-            explained_error = _explain(error)
-        if explained_error is error:
+    except (RuntimeError, MemoryError) as error:  # torch's signal handler raises it for a dead worker
+        clear_error = explain_dead_worker(error)
+        if clear_error is error:
+            clear_error = _explain_torch_error(error)
+        if clear_error is error:
             raise
-        raise explained_error from error
+        raise clear_error from error
 
 
-def _explain(error: Exception) -> Exception:
-    """A UserError for torch's error where a key of the config helps, else the error itself."""
+def _explain_torch_error(error: Exception) -> Exception:
+    """Return a UserError for an error of torch that a config key avoids, otherwise the error itself."""
     if is_out_of_memory(error):
         return UserError(
             f"out of memory {place()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
@@ -186,8 +196,8 @@ def _explain(error: Exception) -> Exception:
     return error
 
 
-def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
-    """Leave the composed config, the plan and the names of the classes in the run's folder."""
+def write_run_files(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
+    """Write config.yaml, classes.txt and plan.json into the run's folder. Rank 0 alone writes."""
     if rank() == 0:
         names = "".join(f"{name}\n" for name in data.train.class_names)
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
@@ -195,17 +205,17 @@ def write_plan(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
         write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 
-def announce(cfg: DictConfig, monitor: RunLogger, plan: Plan, precision: Precision, data: Data) -> None:
-    """The first screen: what will happen."""
+def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Precision, data: Data) -> None:
+    """Print what the run will do: its model, data, plan and precision."""
     choices: Any = HydraConfig.get().runtime.choices
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
-    monitor.print_line(
+    logger.print_line(
         f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}"
     )
-    monitor.print_renderable(plan_table(plan, gpus=world_size()))
+    logger.print_renderable(plan_table(plan, gpus=world_size()))
     for note in dict.fromkeys((*plan.notes, *data.train.notes, *data.val.notes)):
-        monitor.print_line(f"note: {note}")
-    monitor.print_line(f"precision: {precision}")
+        logger.print_line(f"note: {note}")
+    logger.print_line(f"precision: {precision}")
 
 
 def build_trainer(
@@ -214,27 +224,27 @@ def build_trainer(
     plan: Plan,
     data: Data,
     precision: Precision,
-    monitor: RunLogger,
+    logger: RunLogger,
     checkpoints: Checkpoints,
     state: dict[str, Any] | None = None,
 ) -> Trainer:
-    """The trainer, its optimizer and its validation."""
+    """Build the trainer with its loaders, optimizer and validation."""
     options = loader_options(cfg)
     for warning in check_shared_memory(cfg, plan, options):
-        monitor.print_line(f"warning: {warning}")
+        logger.print_line(f"warning: {warning}")
     pin = precision.device.type == "cuda"
-    loader = Loader(data.train, options, pin)  # first, so that what its workers need is imported meanwhile
+    loader = Loader(data.train, options, pin)  # early, so that its workers can import modules in the meantime
     normalize = build_normalize(cfg, precision)
     if cfg.train.enable:
         smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
         check_forward(model, smallest, precision.device)
-    fits = micro_batch_clips(cfg, model, plan, precision)
+    max_clips = micro_batch_clips(cfg, model, plan, precision)
     if state and cfg.train.micro_batch_clips is None:
-        fits, changed = keep_micro_batch_clips(state.get("micro_batch_clips"), fits, plan)
-        if changed:
-            monitor.print_line(f"warning: {changed}")
-    if fits < clips_at_once(plan, world_size()):
-        monitor.print_line(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
+        max_clips, change = keep_micro_batch_clips(state.get("micro_batch_clips"), max_clips, plan)
+        if change:
+            logger.print_line(f"warning: {change}")
+    if max_clips < clips_at_once(plan, world_size()):
+        logger.print_line(f"memory holds {max_clips} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
     side = base.crop_size
     views = Views(Grid(base.num_frames, side, (base.frame_stride, base.frame_stride), (side, side)))
@@ -251,7 +261,7 @@ def build_trainer(
         normalize=normalize,
         precision=precision,
         options=TrainOptions(
-            micro_batch_clips=fits,
+            micro_batch_clips=max_clips,
             log_every=cfg.train.log_every,
             evals_per_phase=cfg.train.evals_per_phase,
             precise_bn_clips=cfg.train.precise_bn_clips,
@@ -262,16 +272,16 @@ def build_trainer(
             compile=cfg.compile,
             profile=cfg.train.profile,
         ),
-        monitor=monitor,
+        monitor=logger,
         checkpoints=checkpoints,
         validate=(evaluator, views) if cfg.train.evals_per_phase else None,
     )
 
 
-def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> None:
-    """Multi-view test of the model as it is, then the report."""
+def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> None:
+    """Test the model on several views per video and write the report. All ranks call this together."""
     if cfg.train.enable and trainer.progress.evaluated < trainer.progress.step:
-        trainer.precise_bn()  # no evaluation has made them for these weights
+        trainer.precise_bn()  # no validation has computed them for these weights
     base, size = trainer.plan.base, cfg.test.crop_size
     views = Views(
         Grid(base.num_frames, size, (base.frame_stride, base.frame_stride), (size, size)),
@@ -281,22 +291,22 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin)
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch_size)
     started = time.perf_counter()
-    monitor.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    beat = trainer.report_progress("testing", -1)
+    logger.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
+    report_progress = trainer.report_progress("testing", -1)
 
-    def tell(done: int, of: int, waiting: bool) -> None:
-        beat(done, of, waiting)
-        monitor.tested(done, of)
+    def on_progress(done: int, total: int, is_waiting: bool) -> None:
+        report_progress(done, total, is_waiting)
+        logger.tested(done, total)
 
-    result = evaluator(trainer.model, views, tell)
+    result = evaluator(trainer.model, views, on_progress)
     report_position("after the test")
-    monitor.stop_progress()
+    logger.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
     if rank() != 0:
         return
     if result.failures:
-        monitor.failures(trainer.progress.step, result.failures)
-    record_test(trainer, data, monitor, result, metrics)
+        logger.failures(trainer.progress.step, result.failures)
+    record_test(trainer, data, logger, result, metrics)
     choices: Any = HydraConfig.get().runtime.choices
     report = Report(
         name=f"{choices.model} on {choices.dataset}, {trainer.plan.schedule}",
@@ -311,31 +321,31 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
         views=f"{views.clips}×{views.crops}",
         videos=len(data.val),
         failures=result.failures,
-        folder=monitor.folder,
+        folder=logger.folder,
         advice=advice(choices, plan_name=trainer.plan.schedule),
     )
     report.write()
-    monitor.print_line("\n" + report.markdown())
+    logger.print_line("\n" + report.markdown())
 
 
-def record_test(trainer: Trainer, data: Data, monitor: RunLogger, result: Scores, metrics: dict[str, float]) -> None:
-    """The test in TensorBoard and test.json."""
+def record_test(trainer: Trainer, data: Data, logger: RunLogger, result: Scores, metrics: dict[str, float]) -> None:
+    """Write the test metrics, and for single labels the confusion matrix, to TensorBoard and test.json."""
     step = trainer.progress.step
     for name, value in metrics.items():
-        monitor.board.add_scalar(f"test/{name}", value, step)
+        logger.board.add_scalar(f"test/{name}", value, step)
     if isinstance(data.task, SingleLabel):
         confusion = data.task.confusion(result.scores, result.labels).float()
-        shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        monitor.board.add_image("test/confusion", 1 - shares, step, dataformats="HW")
-    write_atomic(monitor.folder / "test.json", json.dumps({"step": step, **metrics}).encode())
+        fractions = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+        logger.board.add_image("test/confusion", 1 - fractions, step, dataformats="HW")
+    write_atomic(logger.folder / "test.json", json.dumps({"step": step, **metrics}).encode())
 
 
 def advice(choices: Any, plan_name: str) -> tuple[str, ...]:
-    """What somebody who has just seen this run may want to do."""
-    same = f"python tools/run_net.py model={choices.model} dataset={choices.dataset}"
-    other = "baseline" if plan_name != "baseline" else "multigrid"
+    """Return commands to try next, for the end of the report."""
+    command = f"python tools/run_net.py model={choices.model} dataset={choices.dataset}"
+    other_schedule = "baseline" if plan_name != "baseline" else "multigrid"
     return (
-        f"`{same} schedule={other}`: the same recipe under another schedule",
-        "`python tools/run_net.py dataset=folder dataset.root=/path/to/clips`: your own videos, a folder per class",
-        "`python tools/plan.py experiment=kinetics/slowfast_8x8_r50 gpus=8`: what a published recipe would do",
+        f"`{command} schedule={other_schedule}`: the same recipe with another schedule",
+        "`python tools/run_net.py dataset=folder dataset.root=/path/to/clips`: your own videos, one folder per class",
+        "`python tools/plan.py experiment=kinetics/slowfast_8x8_r50 gpus=8`: the plan of a published recipe",
     )

@@ -1,7 +1,7 @@
-"""Every key of a run outside the groups: its type, its default and what it means, declared once.
+"""Declare every config key of a run outside the groups: its type, default, limits and help text.
 
-Hydra checks overrides against these types, and `--help` prints the texts. The groups (model, dataset, schedule,
-optimizer, decoder) are documented in their YAML files.
+Hydra checks overrides against these types, and `--help` prints the texts. The YAML files of the groups (model, dataset,
+schedule, optimizer, decoder) document their own keys.
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 
 
 def key(default: Any, text: str, **limits: Any) -> Any:
-    """A documented key; lists and blocks are made anew for each config.
+    """Return a dataclass field for a config key with a help text.
 
-    Limits: `least` (a number from there up), `above` (a number above that), `length` (of a list, whose items the others
-    then hold for), `choices`.
+    Each config gets its own copy of a `default` that is a list, and its own instance of one that is a class (a block of
+    keys).
+
+    Limits: `least` (smallest allowed number), `above` (numbers must be greater), `length` (of a list; `least` and
+    `above` then apply to each item), `choices` (allowed values).
     """
-    about = {"help": text, "limits": limits}
+    metadata = {"help": text, "limits": limits}
     if isinstance(default, list | type):
-        return field(default_factory=default if isinstance(default, type) else lambda: list(default), metadata=about)
-    return field(default=default, metadata=about)
+        factory = default if isinstance(default, type) else lambda: list(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Hold every key against its limits; what its type allows and the recipe forbids, `Base` and others refuse.
+    """Check every key against its limits. Limits that depend on several keys are checked elsewhere, as in `Base`.
 
     Raises:
-        UserError: the first key that is outside, and what it may be.
+        UserError: Names the first key that is outside its limits, and the values that it can have.
     """
     for entry in fields(RunKeys):
         block = entry.default_factory() if callable(entry.default_factory) else None
@@ -48,7 +52,7 @@ def check_values(cfg: DictConfig) -> None:
 
 
 def check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """Hold one value against its limits. Raises UserError."""
+    """Raise UserError if a value is outside its limits. None is always allowed."""
     if value is None:
         return
     items = value if "length" in limits else [value]
@@ -64,92 +68,112 @@ def check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 @dataclass
 class BaseKeys:
-    """The baseline recipe that the multigrid factors multiply; recipe/*.yaml fills it in."""
+    """The baseline recipe, which recipe/*.yaml fills in; the multigrid schedule scales its batch, clips and epochs."""
 
-    batch_size: int = key(MISSING, "clips a step over all ranks; changed on the command line, base.lr follows linearly")
-    num_frames: int = key(MISSING, "frames a clip")
-    crop_size: int = key(MISSING, "side of the square crop, pixels")
-    frame_stride: int = key(MISSING, "frames of the video between two of the clip")
-    short_side: list[int] = key([], "short side before cropping, drawn from [lowest, highest], pixels")
+    batch_size: int = key(
+        MISSING, "global batch size: clips per step over all ranks; base.lr scales with it unless set too"
+    )
+    num_frames: int = key(MISSING, "frames per clip")
+    crop_size: int = key(MISSING, "side of the square training crop, in pixels")
+    frame_stride: int = key(MISSING, "temporal stride: a clip takes every n-th frame of the video")
+    short_side: list[int] = key(
+        [], "[min, max] of the random short side that frames are resized to before cropping, in pixels"
+    )
     epochs: float = key(
         MISSING,
-        "passes over the dataset of the baseline; changed alone, base.lr_milestones and base.warmup_epochs follow",
+        "epochs of the baseline; base.lr_milestones and base.warmup_epochs scale with it unless set too",
     )
     lr: float = key(MISSING, "learning rate at base.batch_size, after warm-up")
-    lr_milestones: list[float] = key([], "epochs at which the LR drops by gamma and a new LR stage starts")
-    gamma: float = key(0.1, "LR factor from one stage to the next")
+    lr_milestones: list[float] = key(
+        [], "epochs at which the LR is multiplied by base.gamma; each starts a new LR stage"
+    )
+    gamma: float = key(0.1, "LR factor at each milestone")
     warmup_epochs: float = key(0.0, "epochs of linear warm-up")
-    warmup_lr: float = key(0.0, "LR that warm-up starts from")
-    lr_policy: str = key("step", "step or cosine")
+    warmup_lr: float = key(0.0, "LR at the start of warm-up")
+    lr_policy: str = key("step", "LR schedule: step or cosine")
 
 
 @dataclass
 class TrainKeys:
-    """Around the steps of training."""
+    """Training: micro-batches, logging, validation, precise BN and profiling."""
 
-    enable: bool = key(True, "train at all")
+    enable: bool = key(True, "train; false: only test")
     micro_batch_clips: int | None = key(
-        None, "base-grid clips in a micro-batch, of which a rank accumulates gradients; null: measured", least=1
+        None,
+        "micro-batch size per rank for gradient accumulation, in clips of base size; null: as many as memory holds",
+        least=1,
     )
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
-    evals_per_phase: int = key(1, "evaluations on the validation videos a phase, its end included; 0: none", least=0)
+    evals_per_phase: int = key(1, "validations per phase of the plan, the last at its end; 0: none", least=0)
     precise_bn_clips: int = key(
         12_800,
-        "clips for precise BN before each evaluation and the test, at most one pass over the dataset; 0: none",
+        "training clips for precise BN statistics before each validation and the test, at most one epoch; 0: off",
         least=0,
     )
-    profile: int = key(0, "steps to trace with torch.profiler, after the first few, into output_dir/profile", least=0)
+    profile: int = key(
+        0, "steps to trace with torch.profiler into output_dir/profile, after a few warm-up steps; 0: none", least=0
+    )
 
 
 @dataclass
 class TestKeys:
     """The multi-view test after training."""
 
-    enable: bool = key(True, "test at all")
-    num_clips: int = key(10, "uniformly spaced clips a video", least=1)
-    num_crops: int = key(3, "crops a clip along the longer side: 1 or 3", choices=(1, 3))
-    crop_size: int = key(256, "side of the crops, and short side of the frames, pixels", least=1)
-    batch_size: int = key(8, "clips that a rank runs at once, in validation too", least=1)
+    enable: bool = key(True, "run the multi-view test")
+    num_clips: int = key(10, "uniformly spaced clips per video", least=1)
+    num_crops: int = key(3, "crops per clip along the longer side: 1 or 3", choices=(1, 3))
+    crop_size: int = key(256, "side of the square crops and short side of the frames, in pixels", least=1)
+    batch_size: int = key(8, "clips per batch on each rank, also in validation", least=1)
 
 
 @dataclass
 class LoaderKeys:
-    """How clips are loaded; none of it changes which clips a step sees."""
+    """Loader workers; these keys do not change which clips a step uses."""
 
     num_workers: int | None = key(
-        None, "worker processes a rank; null: one a core that it has to itself, at most 16", least=0
+        None,
+        "worker processes per rank; null: one per CPU core of the rank, at most 16; 0: load in the main process",
+        least=0,
     )
-    prefetch_factor: int = key(2, "batches that each worker keeps ready", least=1)
-    start_method: str = key("forkserver", "forkserver, fork or spawn", choices=("fork", "forkserver", "spawn"))
+    prefetch_factor: int = key(2, "batches that each worker loads in advance", least=1)
+    start_method: str = key(
+        "forkserver", "how workers start: forkserver, fork or spawn", choices=("fork", "forkserver", "spawn")
+    )
     timeout: float = key(
-        45.0, "seconds, and one more a clip of the batch, after which a silent worker counts as hung", above=0
+        45.0,
+        "seconds, plus one per clip of the batch, after which a worker that returns nothing counts as hung",
+        above=0,
     )
     low_priority: bool | None = key(
-        None, "workers run when cores have nothing else to do; null: where these train the network"
+        None, "run workers at idle priority, so that training gets the CPU first; null: true if there is no GPU"
     )
 
 
 @dataclass
 class CheckpointKeys:
-    """Checkpoints are taken at the end of each phase and at each new best; more often with these."""
+    """Checkpoints, besides those at the end of each phase and at each new best validation result."""
 
-    every_steps: int = key(0, "steps between two; 0: none by steps", least=0)
-    every_minutes: float = key(15.0, "minutes between two; 0: none by time", least=0)
-    keep: int = key(3, "how many to keep besides the best", least=1)
-    strict: bool = key(True, "refuse to resume what another recipe, model, dataset or plan made; false: warn")
+    every_steps: int = key(0, "steps between two checkpoints; 0: off", least=0)
+    every_minutes: float = key(15.0, "minutes between two checkpoints; 0: off", least=0)
+    keep: int = key(3, "newest checkpoints to keep, besides the best", least=1)
+    strict: bool = key(
+        True, "refuse to resume a checkpoint of another recipe, model, dataset or plan; false: only warn"
+    )
 
 
 @dataclass
 class NormalizeKeys:
-    """Input normalisation: what the weights were trained with."""
+    """Input normalisation; use the values that the weights were trained with."""
 
-    mean: list[float] = key([0.45, 0.45, 0.45], "per channel, of pixels in 0–1", length=3, least=0)
-    std: list[float] = key([0.225, 0.225, 0.225], "per channel, of pixels in 0–1", length=3, above=0)
+    mean: list[float] = key([0.45, 0.45, 0.45], "mean per channel, for pixels in 0–1", length=3, least=0)
+    std: list[float] = key(
+        [0.225, 0.225, 0.225], "standard deviation per channel, for pixels in 0–1", length=3, above=0
+    )
 
 
 @dataclass
 class RunKeys:
-    """A run."""
+    """All config keys of a run."""
 
     model: Any = MISSING
     dataset: Any = MISSING
@@ -162,25 +186,32 @@ class RunKeys:
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")
-    precision: str = key("auto", "auto, fp32, bf16 or fp16; auto says what it chose and why", choices=PRECISIONS)
+    precision: str = key(
+        "auto", "auto, fp32, bf16 or fp16; auto chooses by device and prints the reason", choices=PRECISIONS
+    )
     compile: str = key(
-        "off", "off, or torch.compile's mode: default, reduce-overhead (CUDA graphs), max-autotune", choices=COMPILE
+        "off",
+        "off, or the mode of torch.compile: default, reduce-overhead (CUDA graphs), max-autotune",
+        choices=COMPILE,
     )
-    seed: int = key(0, "of weights, order, clips and dropout", least=0)
+    seed: int = key(0, "seed of the initial weights, the order of clips, their augmentation and dropout", least=0)
     hang_timeout: float = key(
-        45.0, "seconds that ranks wait for one that does nothing before the run ends; 0: for ever", least=0
+        45.0, "seconds without progress on a rank after which the other ranks end the run; 0: no limit", least=0
     )
-    deterministic: bool = key(False, "end the run at a kernel whose result varies from run to run")
-    output_dir: str = key(MISSING, "the run's folder")
-    resume: str = key("auto", "auto: go on with output_dir's newest checkpoint; never; or a checkpoint's path")
+    deterministic: bool = key(False, "use deterministic algorithms, and stop with an error if an operation has none")
+    output_dir: str = key(MISSING, "the run's folder, for checkpoints, logs and reports")
+    resume: str = key(
+        "auto", "auto: from the newest checkpoint in output_dir; never: start anew; or the path of a checkpoint"
+    )
     init_from: str | None = key(
-        None, "weights to start from: a checkpoint of ours, PySlowFast, PyTorchVideo, torchvision"
+        None, "initial weights: a checkpoint of mgvideo, PySlowFast, PyTorchVideo or torchvision"
     )
     init_from_key: str | None = key(
-        None, "where init_from holds several copies of the network, which: model or model_ema; null: an average first"
+        None,
+        "which weights of init_from, if it has several: model or model_ema; null: an average if there is one",
     )
 
 
 def register() -> None:
-    """Make the schema known to Hydra, as the `schema` that configs/run.yaml starts from."""
+    """Add the schema to Hydra's config store under the name `schema`, which configs/run.yaml refers to."""
     ConfigStore.instance().store(name="schema", node=RunKeys, provider="mgvideo")

@@ -1,7 +1,7 @@
-"""From a key that does not exist to the one that was meant: by the names of other projects, then by its spelling.
+"""Suggest the config key that was meant: by the names that other projects use, then by spelling.
 
-The tables hold what PySlowFast, MMAction2, Lightning, timm and torchvision's scripts call things. A test holds their
-targets against the configs.
+The tables hold the names of PySlowFast, MMAction2, Lightning, timm and torchvision's scripts, and earlier names of our
+own keys. A test checks that each key in them exists.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-# our key: their names for it, upper case as lower case; a name without a dot stands for any that ends with it
-SAME = {
+# Our key: other names for it, in lower case. A name without a dot also matches any key that ends with ".name".
+OTHER_NAMES = {
     "base.batch_size": (
         "batch_size bs batchsize global_batch_size total_batch_size train_batch_size samples_per_gpu "
-        "videos_per_gpu batch_size_per_gpu train.batch_size"
+        "videos_per_gpu batch_size_per_gpu train.batch_size batch"
     ),
     "base.num_frames": (
-        "num_frames n_frames nframes clip_len clip_length clip_size frames_per_clip num_segments sequence_length "
-        "seq_len frame_num"
+        "n_frames nframes clip_len clip_length clip_size frames_per_clip num_segments sequence_length seq_len "
+        "frame_num frames"
     ),
     "base.crop_size": (
-        "crop_size train_crop_size image_size img_size input_size resolution train_size side crop spatial_size"
+        "train_crop_size image_size img_size input_size resolution train_size side crop spatial_size size base.size"
     ),
-    "base.frame_stride": "sampling_rate frame_interval frame_stride temporal_stride sample_rate frame_step tau frame_rate",
+    "base.frame_stride": ("sampling_rate frame_interval temporal_stride sample_rate frame_step tau frame_rate stride"),
     "base.short_side": (
-        "train_jitter_scales jitter_scales short_side short_side_scale min_max_scale resize_scale scale_jitter"
+        "train_jitter_scales jitter_scales short_side_scale min_max_scale resize_scale scale_jitter base.jitter"
     ),
     "base.epochs": "epochs max_epoch max_epochs num_epochs n_epochs total_epochs epoch num_train_epochs",
     "base.lr": "lr base_lr learning_rate init_lr initial_lr blr max_lr learningrate",
-    "base.lr_milestones": "milestones steps lr_milestones lr_steps decay_epochs step_size lr_decay_epochs step",
+    "base.lr_milestones": "milestones steps lr_steps decay_epochs step_size lr_decay_epochs step",
     "base.gamma": "lr_gamma decay_rate lr_decay_rate lr_factor",
     "base.lr_policy": "scheduler lr_scheduler sched lr_schedule lr_config lr_scheduler_type policy",
     "base.warmup_epochs": "warmup lr_warmup_epochs warmup_iters warmup_steps warm_up_epochs",
@@ -37,27 +37,30 @@ SAME = {
     "optimizer.momentum": "sgd_momentum",
     "optimizer.weight_decay": "wd decay weightdecay l2",
     "loader.num_workers": (
-        "num_workers workers n_workers nworkers num_threads workers_per_gpu dataloader_num_workers j "
-        "num_data_workers data_workers"
+        "workers n_workers nworkers num_threads workers_per_gpu dataloader_num_workers j num_data_workers data_workers"
     ),
-    "loader.prefetch_factor": "prefetch_factor prefetch",
+    "loader.prefetch_factor": "prefetch",
+    "loader.low_priority": "idle",
     "train.micro_batch_clips": (
         "micro_batch_size micro_batch microbatch accum_iter accumulate_grad_batches gradient_accumulation_steps "
-        "grad_accum accumulation_steps grad_accum_steps accumulation update_freq"
+        "grad_accum accumulation_steps grad_accum_steps accumulation update_freq "
+        "max_clips_per_step"
     ),
     "train.log_every": "log_period log_interval log_every_n_steps print_freq logging_steps log_freq display_interval",
     "train.evals_per_phase": (
         "eval_period eval_interval val_interval eval_freq check_val_every_n_epoch val_check_interval eval_every "
         "val_every validate_every evaluation_interval"
     ),
-    "train.precise_bn_clips": "num_batches_precise use_precise_stats precise_bn precise_bn_iters num_iters_precise",
-    "train.profile": "profiler profiling",
-    "test.batch_size": "test.batch_size val_batch_size eval_batch_size test_batch_size val.batch_size",
-    "test.num_clips": (
-        "num_ensemble_views num_clips test_num_clips clips_per_video num_views n_clips test_clips num_sample_clips"
+    "train.precise_bn_clips": (
+        "num_batches_precise use_precise_stats precise_bn precise_bn_iters num_iters_precise precise_bn_batches"
     ),
-    "test.num_crops": "num_spatial_crops num_crops test_num_crop three_crop threecrop test_crops num_sample_crops",
-    "test.crop_size": "test_crop_size val_size eval_size test_size val_crop_size test_image_size",
+    "train.profile": "profiler profiling",
+    "test.batch_size": "val_batch_size eval_batch_size test_batch_size val.batch_size test.batch",
+    "test.num_clips": (
+        "num_ensemble_views test_num_clips clips_per_video num_views n_clips test_clips num_sample_clips clips"
+    ),
+    "test.num_crops": "num_spatial_crops test_num_crop three_crop threecrop test_crops num_sample_crops crops",
+    "test.crop_size": "test_crop_size val_size eval_size test_size val_crop_size test_image_size size test.size",
     "test.enable": "do_test test_after",
     "checkpoint.every_steps": (
         "checkpoint_period save_interval checkpoint_interval save_every save_freq ckpt_interval save_steps "
@@ -102,9 +105,9 @@ SAME = {
     "decoder": "decoding_backend video_backend backend decode_backend video_reader",
 }
 
-# what another key or nothing at all does here: their names for it
-OTHERWISE = {
-    "start a process for each GPU instead: torchrun --nproc-per-node=N": (
+# What mgvideo does instead, or that it lacks the feature: the names that other projects use for it.
+NOT_A_KEY = {
+    "start one process per GPU instead: torchrun --nproc-per-node=N": (
         "gpus num_gpus gpu devices gpu_ids n_gpu ngpus nproc_per_node accelerator nproc num_processes device cuda "
         "world_size gpus_per_node"
     ),
@@ -118,20 +121,20 @@ OTHERWISE = {
         "clip_grad clip_grad_norm clip_grad_l2norm clip_grad_val gradient_clip_val max_norm grad_clip clip_norm "
         "max_grad_norm gradient_clip clip_gradients optimizer.clip optimizer.clip_norm grad_clip_norm"
     ),
-    "there is no average of weights over steps": "ema model_ema ema_decay model_ema_decay use_ema ema_momentum swa",
+    "there is no moving average of weights (EMA)": "ema model_ema ema_decay model_ema_decay use_ema ema_momentum swa",
     "there is no early stopping": "patience early_stopping early_stop early_stopping_patience",
-    "there is no mixing of clips or labels": (
+    "there is no mixup, CutMix or label smoothing": (
         "mixup cutmix mixup_alpha cutmix_alpha label_smoothing smoothing mixup_prob"
     ),
-    "there are no such augmentations: clips are scaled, cropped and flipped": (
+    "clips are only scaled, cropped and flipped; there are no other augmentations": (
         "color_jitter random_erasing rand_augment randaugment autoaugment aa reprob aug auto_augment"
     ),
-    "a plan counts epochs, base.epochs, and shows its steps: mgvideo plan": (
+    "set base.epochs instead; mgvideo plan shows how many steps that makes": (
         "max_steps max_iters iterations num_iters total_steps max_iter num_steps niters"
     ),
-    "memory is pinned wherever there is a GPU": "pin_memory pin_mem",
-    "every epoch is shuffled": "shuffle train_shuffle",
-    "ranks meet by what torchrun or SLURM says": (
+    "memory is always pinned on a GPU": "pin_memory pin_mem",
+    "training clips are always shuffled": "shuffle train_shuffle",
+    "ranks read their rank and address from the environment variables of torchrun or SLURM": (
         "local_rank rank master_addr master_port init_method dist_backend dist_url rdzv_endpoint"
     ),
     "BN groups follow schedule.bn_group on any number of GPUs": (
@@ -142,50 +145,73 @@ OTHERWISE = {
     ),
 }
 
-_NEAR = 0.7  # the ratio of difflib from which on a word counts as a misspelling
+_MIN_SIMILARITY = 0.7  # smallest ratio of difflib at which a word counts as a misspelt key
+_MIN_OTHER_NAME_SIMILARITY = 0.85  # the same for a misspelt name of another project: there are many of them
 
 
-def _by_name(table: dict[str, str]) -> dict[str, str]:
-    return {name: target for target, names in table.items() for name in names.split()}
+def _invert(table: dict[str, str]) -> dict[str, list[str]]:
+    """Return name → the entries of `table` that list it."""
+    entries: dict[str, list[str]] = {}
+    for entry, names in table.items():
+        for name in names.split():
+            entries.setdefault(name, []).append(entry)
+    return entries
 
 
-_SAME, _OTHERWISE = _by_name(SAME), _by_name(OTHERWISE)
+_KEYS_BY_NAME, _SENTENCES_BY_NAME = _invert(OTHER_NAMES), _invert(NOT_A_KEY)
 
 
-def suggestion(word: str, keys: Iterable[str], own: Sequence[str] = ()) -> str:
-    """What to say after "… is no key": the key that was meant, what there is instead, or nothing.
+def suggestion(word: str, keys: Iterable[str], program_keys: Sequence[str] = ()) -> str:
+    """Return the text that follows "… is not a key": the key that was meant, what to do instead, or "".
 
-    `own` are the keys of the program besides those of a run. They come before names of other projects.
+    `program_keys` are the keys of the program besides those of a run. They take precedence over other projects' names.
     """
-    keys, word = list(keys), word.lower().replace("-", "_").lstrip("_")
+    keys, typed = list(keys), word
+    word = word.lower().replace("-", "_").lstrip("_")
     last = word.rpartition(".")[2]
-    misspelt = difflib.get_close_matches(word, own, n=1, cutoff=_NEAR)
-    if misspelt:
-        return f", did you mean {misspelt[0]}?"
+    close = difflib.get_close_matches(word, program_keys, n=1, cutoff=_MIN_SIMILARITY)
+    if close:
+        return _did_you_mean(close)
     for name in dict.fromkeys((word, last)):
-        if name in keys and name != word:
-            return f", did you mean {name}?"
-        if _SAME.get(name) in keys:
-            return f", did you mean {_SAME[name]}?"
-        if name in _OTHERWISE:
-            return f": {_OTHERWISE[name]}"
-    near = _with_last_part(last, keys) or _near(word, keys)
-    return f", did you mean {' or '.join(near[:3])}?" if near else ""
+        if name in keys and name != typed:
+            return _did_you_mean([name])
+        existing = [key for key in _KEYS_BY_NAME.get(name, []) if key in keys]
+        if existing:
+            return _did_you_mean(existing)
+        if name in _SENTENCES_BY_NAME:
+            return f": {_SENTENCES_BY_NAME[name][0]}"
+    return _did_you_mean(_with_last_part(last, keys) or _similar(word, keys) or _similar_other_name(word, keys))
+
+
+def _did_you_mean(keys: Sequence[str]) -> str:
+    return f", did you mean {' or '.join(keys[:3])}?" if keys else ""
 
 
 def _with_last_part(last: str, keys: Sequence[str]) -> list[str]:
-    """Keys that end with this part, of the shallowest such alone."""
-    found = [key for key in keys if key.rpartition(".")[2].lower() == last]
-    return [key for key in found if key.count(".") == min(other.count(".") for other in found)]
+    """Return the keys whose last part is `last`; of these only the least nested."""
+    matches = [key for key in keys if key.rpartition(".")[2].lower() == last]
+    return [key for key in matches if key.count(".") == min(match.count(".") for match in matches)]
 
 
-def _near(word: str, keys: Sequence[str]) -> list[str]:
-    """Keys whose last part, and whose block where the word names one, are spelt alike."""
+def _similar(word: str, keys: Sequence[str]) -> list[str]:
+    """Return keys whose last part is spelt like that of `word`; where `word` has a block, the block must match too."""
     block, _, last = word.rpartition(".")
-    keys = [key for key in keys if not block or _ratio(block, key.rpartition(".")[0]) >= _NEAR]
-    near = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=_NEAR)
-    return _with_last_part(near[0], keys) if near else []
+    keys = _in_block(block, keys)
+    close = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=_MIN_SIMILARITY)
+    return _with_last_part(close[0], keys) if close else []
 
 
-def _ratio(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one, other).ratio()
+def _similar_other_name(word: str, keys: Sequence[str]) -> list[str]:
+    """Return keys that have another name spelt like the last part of `word`, in the same block as `_similar`."""
+    block, _, last = word.rpartition(".")
+    close = difflib.get_close_matches(last, _KEYS_BY_NAME, n=1, cutoff=_MIN_OTHER_NAME_SIMILARITY)
+    return _in_block(block, [key for name in close for key in _KEYS_BY_NAME[name] if key in keys])
+
+
+def _in_block(block: str, keys: Sequence[str]) -> list[str]:
+    """Return the keys of the block that is spelt like `block`; all keys if `block` is empty."""
+    return [key for key in keys if not block or _similarity(block, key.rpartition(".")[0]) >= _MIN_SIMILARITY]
+
+
+def _similarity(first: str, second: str) -> float:
+    return difflib.SequenceMatcher(None, first, second).ratio()

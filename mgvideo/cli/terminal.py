@@ -1,4 +1,4 @@
-"""What every program does around its work: text that any terminal can show, closed pipes and Ctrl-C."""
+"""Handle terminals: characters that an encoding lacks, closed pipes and Ctrl-C. Every program runs inside this."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 
 ENCODING_ERRORS = "mgvideo.replace_unencodable"
-ASCII_SUBSTITUTES = str.maketrans({  # for the characters that our own lines hold
+ASCII_SUBSTITUTES = str.maketrans({  # the non-ASCII characters that mgvideo prints
     **{"×": "x", "·": "-", "–": "-", "—": "-", "−": "-", "±": "+-", "…": "...", "→": "->", "²": "^2", "⁻": "-"},
     **{"τ": "tau", "α": "alpha", "γ": "gamma", "Σ": "sum", "√": "sqrt", "½": "1/2", "¼": "1/4", "≥": ">=", "≤": "<="},
     **{"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'"},
@@ -22,7 +22,10 @@ ASCII_SUBSTITUTES = str.maketrans({  # for the characters that our own lines hol
 
 
 def replace_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler for encodings: ASCII for our own characters, escapes for others, the byte itself in a file name."""
+    """Replace a character that the encoding lacks: an error handler for `codecs`.
+
+    Characters that mgvideo prints become ASCII, others become escapes, and undecodable bytes of file names stay bytes.
+    """
     if not isinstance(error, UnicodeEncodeError):
         raise error
     char = error.object[error.start]
@@ -35,10 +38,10 @@ codecs.register_error(ENCODING_ERRORS, replace_unencodable)
 
 
 def restart_in_utf8_mode() -> None:
-    """Start this process anew in Python's UTF-8 mode where file names are of another encoding.
+    """Restart this process in Python's UTF-8 mode if the encoding of file names is not UTF-8.
 
-    Python and its libraries then read and write UTF-8 everywhere, as from 3.15 on by default. What the terminal shows
-    keeps the encoding of its locale.
+    Python and its libraries then read and write UTF-8 everywhere, which is the default from Python 3.15 on. Output to
+    the terminal keeps the encoding of the locale.
     """
     if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode:
         return
@@ -49,19 +52,19 @@ def restart_in_utf8_mode() -> None:
 
 @contextmanager
 def terminal() -> Iterator[None]:
-    """Run a program: unencodable text is replaced, a closed pipe ends it quietly, and Ctrl-C ends it with code 130.
+    """Run a program in a `with` block: replace unencodable text, exit quietly at a closed pipe and at Ctrl-C.
 
-    The exit code after a closed pipe is 141, as a shell reports SIGPIPE.
+    The exit codes are those by which a shell reports SIGPIPE and SIGINT: 141 and 130.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=ENCODING_ERRORS)
     try:
         yield
-        sys.stdout.flush()  # at interpreter exit a closed pipe would print a traceback
+        sys.stdout.flush()  # flushing a closed pipe at interpreter exit prints a traceback
     except BrokenPipeError:
         if not _is_closed(sys.stdout) and not _is_closed(sys.stderr):
-            raise  # of a socket or a pipe to another process
+            raise  # it is a socket, or a pipe to another process
         _discard_output()
         raise SystemExit(128 + signal.SIGPIPE) from None
     except KeyboardInterrupt:
@@ -74,7 +77,7 @@ def terminal() -> Iterator[None]:
 
 
 def _is_closed(stream: object) -> bool:
-    """Return whether nobody reads what a stream writes any more."""
+    """Return whether the stream is a pipe without a reader."""
     if not isinstance(stream, TextIOWrapper):
         return False
     try:
@@ -93,8 +96,8 @@ def _flush_or_discard() -> None:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered to nowhere: Python flushes it once more at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    """Redirect closed streams to /dev/null, because Python flushes their buffers once more at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         if _is_closed(stream):
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(null, stream.fileno())

@@ -1,4 +1,4 @@
-"""From the path of a checkpoint to its network and the recipe that it was trained with."""
+"""Load a trained network and the config of its run from the path of a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 from mgvideo.storage.paths import is_remote, plain
 
 from . import app
-from . import keys as own_keys
+from . import keys as program_keys
 from .groups import holds_text
 from .help import GROUPS, group_options
 from .schema import RunKeys, check_values
 from .suggest import suggestion
 from .values import read_dotlist
 
-OF_THE_RUN = ("loader", "init_from_key")  # what its config says of another machine and of other weights
-DOWNLOADED = r"\w+_Weights\.\w+"  # torchvision's names of weights
+SKIPPED_KEYS = ("loader", "init_from_key")  # of a saved config: for the run's machine and its init_from
+TORCHVISION_WEIGHTS = r"\w+_Weights\.\w+"  # names of weights that torchvision downloads
 HELP = (
-    "A checkpoint in its run's folder brings its recipe along. Weights from elsewhere need their network, model=…, and",
-    "have the Kinetics recipe of that network unless experiment=… or dataset=…, or base.num_frames=…, base.frame_stride=…,",
-    "test.crop_size=…, normalize.mean=…, normalize.std=… say otherwise. All groups and keys: python tools/run_net.py --help",
+    "A checkpoint in a run's folder uses the config of its run. Other weights need model=…, and use the Kinetics",
+    "recipe of that network unless you set experiment=… or dataset=…, or base.num_frames=…, base.frame_stride=…,",
+    "test.crop_size=…, normalize.mean=…, normalize.std=…. All groups and keys: python tools/run_net.py --help",
 )
 
 
@@ -47,99 +47,108 @@ class Trained:
 
     model: nn.Module
     cfg: DictConfig
-    weights: str
-    folder: Path | None  # of its run
-    taken: str  # what was read from the weights
+    weights: str  # path or URL
+    folder: Path | None  # the run's folder
+    load_summary: str  # which tensors were loaded
 
     @property
     def classes(self) -> int:
-        """How many it tells apart."""
+        """The number of classes."""
         return int(self.cfg.model.num_classes)
 
     def __str__(self) -> str:
-        return f"{type(self.model).__name__} of {self.classes} classes from {self.weights}"
+        return f"{type(self.model).__name__} with {self.classes} classes from {self.weights}"
 
 
-def load_trained(ckpt: str | None, overrides: Sequence[str], own: type) -> Trained:
-    """The network of a checkpoint, of the best (else the newest) checkpoint of a run's folder, or of any weights that
-    init_from takes; its number of classes is that of the weights. `own` are the keys that the program takes besides.
+def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type) -> Trained:
+    """Load a network with the number of classes of its weights.
+
+    Args:
+        ckpt: A checkpoint, a run's folder (its best checkpoint is used, or else its newest), or any weights that
+            `init_from` accepts.
+        overrides: `key=value` changes to the config.
+        keys_class: The dataclass of the program's additional keys, for suggestions in error messages.
 
     Raises:
-        UserError: no such file, one that does not fit its network, a key that is not known, or no network named.
+        UserError: The file does not exist or does not fit the network, a key is unknown, or no network is given.
     """
     weights, config = locate(ckpt)
     file = Path(weights).resolve()
     if file.suffix == ".pt" and file.with_suffix(".sha256").exists():
-        read_checkpoint(Path(weights))  # which tells a damaged one from one that is not ours
-    cfg = run_config(config, overrides, own) if config else foreign_config(weights, overrides)
+        read_checkpoint(Path(weights))  # reports a damaged checkpoint as such
+    cfg = run_config(config, overrides, keys_class) if config else config_for_weights(weights, overrides)
     check_values(cfg)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)
-    taken = load_pretrained(model, weights, key=cfg.init_from_key)
-    return Trained(model.eval(), cfg, weights, config.parent if config else None, taken)
+    load_summary = load_pretrained(model, weights, key=cfg.init_from_key)
+    return Trained(model.eval(), cfg, weights, config.parent if config else None, load_summary)
 
 
 def locate(ckpt: str | None) -> tuple[str, Path | None]:
-    """The file or URL of weights that `ckpt` stands for, and the config of the run that it lies in on this machine."""
+    """Return the path or URL of the weights that `ckpt` refers to, and the config file of their run if it is local."""
     if ckpt is None:
-        raise UserError("ckpt is not set: add ckpt=CHECKPOINT, or a run's folder, to the command")
-    if is_remote(ckpt):  # what lies beside it is not looked for: not every server lists what it has
+        raise UserError("ckpt is not set: add ckpt=PATH to the command, a checkpoint or a run's folder")
+    if is_remote(ckpt):  # no search for a config beside it: not every server lists files
         return ckpt, None
     path = Path(plain(ckpt)).expanduser()
     if path.is_dir():
         path = _checkpoint_in(path)
     elif not path.exists():
-        if re.fullmatch(DOWNLOADED, ckpt):
+        if re.fullmatch(TORCHVISION_WEIGHTS, ckpt):
             return ckpt, None
-        raise UserError(f"ckpt={ckpt}: there is no such file or folder")
+        raise UserError(f"ckpt={ckpt}: no such file or folder")
     files = [folder / "config.yaml" for folder in (path.parent.parent, path.parent)]
-    return str(path), next(filter(_is_of_a_run, files), None)
+    return str(path), next(filter(_is_run_config, files), None)
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    """A run's best checkpoint, or else its newest."""
-    inside = folder / "checkpoints"
-    checkpoints = Checkpoints(inside if inside.is_dir() else folder)
-    found, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.newest()
+    """Return a run's best checkpoint, or else its newest."""
+    subfolder = folder / "checkpoints"
+    checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
+    checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.newest()
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if found is None:
-        raise UserError(f"ckpt={folder}: no checkpoints in this folder; give a run's folder or a file")
-    return found
+    if checkpoint is None:
+        raise UserError(f"ckpt={folder}: this folder has no checkpoints; give a run's folder or a file")
+    return checkpoint
 
 
-def _is_of_a_run(file: Path) -> bool:
+def _is_run_config(file: Path) -> bool:
+    """Return whether a file is the config that a run saved."""
     if not file.is_file():
         return False
     try:
         return {"model", "dataset", "base", "normalize", "test"} <= OmegaConf.load(file).keys()
-    except Exception:  # whatever a YAML file of somebody else's holds
+    except Exception:  # any other file may have this name
         return False
 
 
-def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
-    """A run's own config, changed by `key=value`; how clips are loaded is this machine's matter and starts anew.
+def run_config(file: Path, overrides: Sequence[str], keys_class: type) -> DictConfig:
+    """Return the config that a run saved, with overrides. The keys of `loader` get their defaults, for this machine.
 
     Raises:
-        UserError: a key or a value that does not exist.
+        UserError: A key or value does not exist, or the file would call code that no config of mgvideo calls.
     """
     for override in overrides:
         name, is_key, _ = override.partition("=")
         if not is_key:
             raise UserError(f"cannot read '{override}': write it as key=value")
         if name in GROUPS:
-            raise UserError(f"{override}: {file} says that already; groups are for weights that lie in no run's folder")
+            raise UserError(
+                f"{override}: {file} already sets this group; set groups only for weights outside a run's folder"
+            )
     saved: Any = OmegaConf.load(file)
     _check_trust(file, OmegaConf.to_container(saved), overrides)
     try:
-        kept = {key: saved[key] for key in saved if key not in OF_THE_RUN}
-        cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), kept)
+        sections = {key: saved[key] for key in saved if key not in SKIPPED_KEYS}
+        cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), sections)
     except OmegaConfBaseException as error:
         raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
     keys = list(app.flat_keys(cfg))
     for name in (override.split("=")[0] for override in overrides):
         if name not in keys:
-            raise UserError(f"{name} is no key here, nor of {file}{suggestion(name, keys, own_keys.names(own))}")
+            hint = suggestion(name, keys, program_keys.names(keys_class))
+            raise UserError(f"{name} is not a key of this program or of {file}{hint}")
     try:
         return OmegaConf.merge(cfg, read_dotlist(overrides, partial(holds_text, cfg)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -147,46 +156,55 @@ def run_config(file: Path, overrides: Sequence[str], own: type) -> DictConfig:
 
 
 def _check_trust(file: Path, saved: Any, overrides: Sequence[str], prefix: str = "") -> None:
-    """Raise UserError where a config that came with weights would have us call what no config of ours names."""
+    """Raise UserError if a saved config has a `_target_` that no config of mgvideo names.
+
+    A config that is shared with weights could otherwise run any code. An override that repeats the target allows it.
+    """
     for name, value in saved.items() if isinstance(saved, dict) else enumerate(saved):
         key = f"{prefix}{name}"
         if isinstance(value, dict | list):
             _check_trust(file, value, overrides, f"{key}.")
-        elif name == "_target_" and value not in own_targets() and f"{key}={value}" not in overrides:
+        elif name == "_target_" and value not in known_targets() and f"{key}={value}" not in overrides:
             raise UserError(
-                f"{file} wants {key}={value} called, which no config of mgvideo's does: nothing was. "
-                "Add that to the command if you trust it"
+                f"{file} would call {key}={value}, which no config of mgvideo calls; nothing was run. "
+                f"If you trust it, add {key}={value} to the command"
             )
-        elif isinstance(value, str) and "${" in value:  # which could make a target of something else
-            raise UserError(f"{file}: {key}={value} refers to another value, as no run leaves it")
+        elif isinstance(value, str) and "${" in value:  # an interpolation could change a target
+            raise UserError(f"{file}: {key}={value} refers to another value, which no config saved by a run does")
 
 
 @cache
-def own_targets() -> set[str]:
-    """All that the configs of mgvideo name to be called."""
+def known_targets() -> set[str]:
+    """Return all values of `_target_` in the configs of mgvideo."""
     texts = [file.read_text(encoding="utf-8") for file in Path(str(configs.__file__)).parent.rglob("*.yaml")]
     return {target for text in texts for target in re.findall(r"\b_target_: ([\w.]+)", text)}
 
 
-def foreign_config(weights: str, overrides: Sequence[str]) -> DictConfig:
-    """The config that overrides compose, by default on the Kinetics recipe of the network that they name."""
-    given = dict(override.partition("=")[::2] for override in overrides)
-    if not {"model", "experiment"} & given.keys():
-        raise UserError(f"ckpt={weights} lies in no run's folder: say which network it is with model=… or experiment=…")
+def config_for_weights(weights: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a config for weights outside a run's folder, by default with the Kinetics recipe of the network.
+
+    Raises:
+        UserError: The overrides name no network, or do not compose.
+    """
+    values = dict(override.partition("=")[::2] for override in overrides)
+    if not {"model", "experiment"} & values.keys():
+        raise UserError(
+            f"ckpt={weights} is not in a run's folder: add its network to the command, model=… or experiment=…"
+        )
     recipe = []
-    if not {"dataset", "experiment"} & given.keys():
-        experiment = f"kinetics/{given['model']}"
-        known = experiment in group_options()["experiment"]
-        recipe = [f"experiment={experiment}" if known else "dataset=kinetics400"]
+    if not {"dataset", "experiment"} & values.keys():
+        experiment = f"kinetics/{values['model']}"
+        exists = experiment in group_options()["experiment"]
+        recipe = [f"experiment={experiment}" if exists else "dataset=kinetics400"]
     return app.compose_config("run", [*recipe, *overrides])
 
 
 def _classes_in(weights: str, cfg: DictConfig) -> int:
-    """How many classes the classifier in a file of weights tells apart."""
+    """Return the number of classes of the classifier in a file of weights. Raises UserError if it has none."""
     cfg.model.num_classes = cfg.model.num_classes or 1
     with torch.device("meta"):
         model: nn.Module = instantiate(cfg.model)
     classes = find_copy(model, read(weights), weights, key=cfg.init_from_key).classes
     if classes is None:
-        raise UserError(f"{weights} has no classifier: weights to start from, with nothing to predict yet")
+        raise UserError(f"{weights} has no classifier and cannot predict: train it first, with init_from={weights}")
     return classes

@@ -1,7 +1,7 @@
-"""The values of overrides: a text, such as a path, is taken as it is typed, whatever Hydra's grammar makes of it.
+"""Quote the values of overrides, so that Hydra reads a string such as a path exactly as typed.
 
-In that grammar `=`, `#`, `~`, brackets, quotes and letters outside of ASCII need quotes, and a comma makes a sweep. The
-values of keys that hold a text get these quotes here. Still read by Hydra: `'…'` and `"…"` around a whole value, a
+In Hydra's grammar `=`, `#`, `~`, brackets, quotes and non-ASCII letters need quotes, and a comma makes a sweep. This
+module adds the quotes for keys that hold a string. Hydra still interprets `'…'` and `"…"` around a whole value, a
 backslash before a special character, `${…}`, `null`, and with --multirun the comma.
 """
 
@@ -29,23 +29,23 @@ _KEY = re.compile(r"(?:\+\+|\+|~)?([A-Za-z_][\w.$-]*)")
 
 
 def quote(text: str | Path) -> str:
-    """A text as a quoted value of Hydra's grammar, whatever is in it."""
+    """Return any text as a quoted value in Hydra's grammar."""
     text = str(text)
     mark = '"' if "'" in text and '"' not in text else "'"
-    # a backslash is itself, but for those before a mark
-    body = re.sub(rf"(\\*){mark}", lambda found: f"{found[1]}{found[1]}\\{mark}", text)
+    # Backslashes are literal, except before a quotation mark.
+    body = re.sub(rf"(\\*){mark}", lambda match: f"{match[1]}{match[1]}\\{mark}", text)
     ending = body[len(body.rstrip("\\")) :]
     return f"{mark}{body}{ending}{mark}"
 
 
 def expand_home(text: str) -> str:
-    """Expand a leading `~`, which a shell leaves alone after `key=`."""
+    """Expand a leading `~`, which the shell does not expand after `key=`."""
     return os.path.expanduser(text) if text.startswith("~") else text
 
 
 @cache
 def run_keys() -> dict[str, str]:
-    """The keys of a run outside the groups, dotted, with their declared types."""
+    """Return the dotted keys of a run outside the groups, with their declared types."""
     types: dict[str, str] = {}
     for entry in fields(RunKeys):
         block = entry.default_factory() if callable(entry.default_factory) else None
@@ -57,38 +57,38 @@ def run_keys() -> dict[str, str]:
 
 
 def declares_text(declared: str) -> bool:
-    """Return whether a declared type, as it is written, is that of a text."""
+    """Return whether a declared type, as written in the source, is `str` or `str | None`."""
     return declared.removesuffix(" | None") == "str"
 
 
 def quote_texts(
     overrides: Sequence[str], compose: Callable[[Sequence[str]], DictConfig], multirun: bool = False
 ) -> list[str]:
-    """Quote the values of keys that hold a text, where Hydra would read them as something else, or not at all.
+    """Quote the values of keys that hold a string, if Hydra would misread them or fail to parse them.
 
-    `compose` makes the config that tells which keys these are; it is called only where a value needs it, with the
-    overrides that Hydra reads as they are.
+    `compose` returns the config from which the types of keys are read. It is called only if some value may need
+    quotes, with the overrides that need none.
     """
-    needed = {word for word in overrides if _needs_quotes(word, multirun)}
-    if not needed:
+    candidates = {override for override in overrides if _may_need_quotes(override, multirun)}
+    if not candidates:
         return list(overrides)
-    plain = [word for word in overrides if word not in needed]
+    readable = [override for override in overrides if override not in candidates]
     try:
-        cfg = compose(plain)
-    except Exception:  # reported when all of them are composed
+        cfg = compose(readable)
+    except Exception:  # composing all overrides raises and reports it again
         cfg = compose([])
-    return [_quoted(word, cfg, multirun) if word in needed else word for word in overrides]
+    return [_quote_override(word, cfg, multirun) if word in candidates else word for word in overrides]
 
 
-def _needs_quotes(word: str, multirun: bool) -> bool:
-    """Return whether a text of this value could arrive otherwise than typed."""
+def _may_need_quotes(word: str, multirun: bool) -> bool:
+    """Return whether Hydra would change the value of this override, or fail to parse it, if its key holds a string."""
     key, is_set, text = word.partition("=")
     if not (is_set and text and _KEY.fullmatch(key)):
         return False
     declared = run_keys().get(_name(key))
     if declared is not None and not declares_text(declared):
         return False
-    override = _parsed(word)
+    override = _parse(word)
     if override is None:
         return True
     if override.is_sweep_override():
@@ -106,9 +106,10 @@ def _has_curly_quotes(text: str) -> bool:
     return len(text) > 2 and text[0] + text[-1] in ("“”", "‘’")
 
 
-def _quoted(word: str, cfg: DictConfig, multirun: bool) -> str:
+def _quote_override(word: str, cfg: DictConfig, multirun: bool) -> str:
+    """Return the override with a quoted value if its key holds a string, or if Hydra cannot parse it otherwise."""
     key, _, text = word.partition("=")
-    is_readable, is_text = _parsed(word) is not None, holds_text(cfg, _name(key))
+    is_readable, is_text = _parse(word) is not None, holds_text(cfg, _name(key))
     if is_text is False or (is_text is None and is_readable):
         return word
     if _has_curly_quotes(text):
@@ -117,7 +118,8 @@ def _quoted(word: str, cfg: DictConfig, multirun: bool) -> str:
     return f"{key}={','.join(quote(expand_home(part)) for part in parts)}"
 
 
-def _parsed(word: str) -> Override | None:
+def _parse(word: str) -> Override | None:
+    """Return the override as Hydra parses it, or None if Hydra cannot."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -129,24 +131,24 @@ def _name(key: str) -> str:
 
 
 def read_dotlist(overrides: Sequence[str], is_text: Callable[[str], bool | None]) -> DictConfig:
-    """A config of `key=value`, for keys that Hydra does not read: texts as typed, other values as YAML.
+    """Return a config of `key=value` words without Hydra: strings as typed, other values parsed as YAML.
 
     Raises:
-        UserError: a value that is neither.
+        UserError: A value is not valid YAML.
     """
     cfg = OmegaConf.create()
     for word in overrides:
         key, _, text = word.partition("=")
         if is_text(key) and text != "null":
-            OmegaConf.update(cfg, key, expand_home(_unquoted(text)))
+            OmegaConf.update(cfg, key, expand_home(_strip_quotes(text)))
             continue
         try:
             cfg.merge_with_dotlist([word])
         except yaml.YAMLError as error:
-            raise UserError(f"cannot read '{word}': {text} is neither a number nor a word nor a list") from error
+            raise UserError(f"cannot read '{word}': {text} is not a number, a word or a list") from error
     return cfg
 
 
-def _unquoted(text: str) -> str:
+def _strip_quotes(text: str) -> str:
     is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     return text[1:-1].replace(f"\\{text[0]}", text[0]) if is_quoted else text

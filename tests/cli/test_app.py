@@ -1,4 +1,4 @@
-"""The command line that repeats a run with other values, however the run was started."""
+"""`same_command`: the command line that repeats a run with changed values, for every way to start it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STARTS = {
         ],
     ),
     "two nodes": (["tools/run_net.py"], {**TORCHRUN, "WORLD_SIZE": "8"}, ["PYTHON", "tools/run_net.py"]),
-    "own folder": (
+    "config folder": (
         ["tools/run_net.py", "--config-dir", "my configs"],
         {},
         ["PYTHON", "tools/run_net.py", "--config-dir", "my configs"],
@@ -43,10 +43,10 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_the_command_starts_the_same_program_with_one_thing_changed(
+def test_same_command_starts_the_same_program_with_changed_keys(
     start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started, environment, expected = STARTS[start]
+    argv, environment, expected = STARTS[start]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", os.environ["PATH"])
     for name in TORCHRUN:
@@ -54,10 +54,13 @@ def test_the_command_starts_the_same_program_with_one_thing_changed(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(HydraConfig, "get", lambda: compose_config("run", OVERRIDES).hydra)
-    # as hydra.main leaves it: the program's name, and what follows it but for the name of ours
-    words = [word.replace("HERE", str(tmp_path)) for word in started if word != "run"]
+    # hydra.main sees sys.argv without the name of the program
+    words = [word.replace("HERE", str(tmp_path)) for word in argv if word != "run"]
     monkeypatch.setattr(sys, "argv", [*words, *OVERRIDES])
     command = same_command({"base.lr": "0.05"}, without=["resume"])
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    kept = ["dataset.root=/my data", "base.short_side=[36,40]", "+model.extra=1"]
-    assert shlex.split(command) == [python if word == "PYTHON" else word for word in expected] + [*kept, "base.lr=0.05"]
+    unchanged = ["dataset.root=/my data", "base.short_side=[36,40]", "+model.extra=1"]
+    assert shlex.split(command) == [python if word == "PYTHON" else word for word in expected] + [
+        *unchanged,
+        "base.lr=0.05",
+    ]

@@ -1,4 +1,4 @@
-"""Every key of the schema with what its type or its meaning forbids: one line that names it, and exit code 2."""
+"""Invalid values: every key of the schema rejects values of the wrong type or range in one line, with exit code 2."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
-from refusals import said
+from refusals import error_line
 from training import TINY
 
 from mgvideo.cli.run import main
 from mgvideo.cli.schema import RunKeys
 
 WRONG_TYPE = {"int": "many", "float": "much", "bool": "perhaps", "list[int]": "wide", "list[float]": "wide"}
-FREE = {"output_dir", "init_from", "init_from_key", "resume", "base.lr_policy"}  # texts, whose wrong values are below
+STRINGS = {
+    "output_dir",
+    "init_from",
+    "init_from_key",
+    "resume",
+    "base.lr_policy",
+}  # strings: any value has the right type
 WRONG_VALUES = [
     *(
         "base.batch_size=0",
@@ -35,15 +41,14 @@ WRONG_VALUES = [
     *("hang_timeout=-1", "resume=/nowhere/step.pt", "init_from=/nowhere/weights.pt"),
 ]
 TYPES = {
-    f"{block.name}.{one.name}" if is_dataclass(default) else block.name: str(one.type)
+    f"{block.name}.{key.name}" if is_dataclass(default) else block.name: str(key.type)
     for block in fields(RunKeys)
     for default in [block.default_factory() if callable(block.default_factory) else block.default]
-    for one in (fields(default) if is_dataclass(default) else [block])
-    if str(one.type) != "Any"
+    for key in (fields(default) if is_dataclass(default) else [block])
+    if str(key.type) != "Any"
 }
 
-
-# keys of the groups: wrong types, which are held against what the group's target declares, and wrong values
+# Keys of the config groups: values of a type that the group's target does not declare, and values out of range.
 GROUP_VALUES = [
     *("model.dropout=x", "model.dropout=2", "model.dropout=nan", "model.width=x", "model.width=2.5"),
     *(
@@ -74,34 +79,34 @@ GROUP_VALUES = [
 ]
 
 
-def test_every_key_has_a_wrong_value_or_a_wrong_type() -> None:
-    tried = {wrong.split("=")[0] for wrong in WRONG_VALUES}
-    typed = {name for name, kind in TYPES.items() if kind.removesuffix(" | None") in WRONG_TYPE}
-    assert set(TYPES) == tried | typed | FREE
+def test_every_key_of_the_schema_is_tested() -> None:
+    with_wrong_value = {override.split("=")[0] for override in WRONG_VALUES}
+    with_wrong_type = {name for name, kind in TYPES.items() if kind.removesuffix(" | None") in WRONG_TYPE}
+    assert set(TYPES) == with_wrong_value | with_wrong_type | STRINGS
 
 
 @pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.removesuffix(" | None") in WRONG_TYPE])
-def test_a_wrong_type_is_one_line(name: str, capsys: pytest.CaptureFixture) -> None:
+def test_value_of_the_wrong_type_is_reported_in_one_line(name: str, capsys: pytest.CaptureFixture) -> None:
     wrong = WRONG_TYPE[TYPES[name].removesuffix(" | None")]
-    assert name in said(main, [f"{name}={wrong}"], capsys)
+    assert name in error_line(main, [f"{name}={wrong}"], capsys)
 
 
 @pytest.mark.parametrize("wrong", WRONG_VALUES)
-def test_a_wrong_value_is_one_line(
+def test_value_out_of_range_is_reported_in_one_line(
     wrong: str, capsys: pytest.CaptureFixture, tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     key, value = wrong.split("=")
-    line = said(main, [*TINY, f"dataset.root={motion_root}", "output_dir=out", wrong], capsys)
+    line = error_line(main, [*TINY, f"dataset.root={motion_root}", "output_dir=out", wrong], capsys)
     assert key in line or value in line
 
 
 @pytest.mark.parametrize("wrong", GROUP_VALUES)
-def test_a_wrong_value_in_a_group_is_one_line(
+def test_invalid_value_in_a_group_is_reported_in_one_line(
     wrong: str, capsys: pytest.CaptureFixture, tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     *group, override = wrong.split()
     tiny = [word for word in TINY if not group or not word.startswith(group[0].split("=")[0])]
-    line = said(main, [*tiny, f"dataset.root={motion_root}", "output_dir=out", *group, override], capsys)
+    line = error_line(main, [*tiny, f"dataset.root={motion_root}", "output_dir=out", *group, override], capsys)
     assert line.startswith(f"error: {override.split('.')[0]}") or override.split("=")[1] in line

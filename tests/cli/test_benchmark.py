@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from refusals import said
+from refusals import error_line
 from training import KNOBS, TINY
 from videos import DECORD, needs_decord
 
@@ -173,4 +173,4 @@ def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root
 def test_senseless_arguments_give_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert words in said(main, arguments, capsys)
+    assert words in error_line(main, arguments, capsys)

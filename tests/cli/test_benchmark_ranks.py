@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from refusals import said
+from refusals import error_line
 from training import TINY
 
 from mgvideo.cli import app
@@ -50,7 +50,7 @@ def test_ranks_that_would_hang_are_found(
         return split_into_micro_batches(shard, 1 if dist.get_rank() == WORLD - 1 else limit)
 
     monkeypatch.setattr(where, "split_into_micro_batches", uneven)
-    line = said(main, ["ranks", *OPTIONS, *CONFIG], capsys)
+    line = error_line(main, ["ranks", *OPTIONS, *CONFIG], capsys)
     assert f"rank 0 and rank {WORLD - 1} differ at collective operation" in line
 
 
@@ -73,4 +73,4 @@ def test_a_difference_is_one_of_kind_group_type_or_size() -> None:
     [("world=1", "world=1"), ("ranks=[200]", "ranks=[200]"), ("visits=0", "visits=0"), ("world=48", "48 ranks")],
 )
 def test_senseless_arguments_give_one_line(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert words in said(main, ["ranks", argument, *CONFIG], capsys)
+    assert words in error_line(main, ["ranks", argument, *CONFIG], capsys)

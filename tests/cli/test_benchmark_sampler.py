@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from refusals import said
+from refusals import error_line
 from training import TINY
 
 from mgvideo.cli import app
@@ -28,4 +28,4 @@ def test_a_row_for_each_number_of_ranks_at_one_batch_and_at_one_share(tmp_path: 
 
 @pytest.mark.parametrize("argument", ["ranks=[]", "ranks=[0]", "batch=0", "steps=0", "videos=0", "format=png"])
 def test_senseless_arguments_give_one_line(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert argument in said(main, ["sampler", argument, *TINY], capsys)
+    assert argument in error_line(main, ["sampler", argument, *TINY], capsys)

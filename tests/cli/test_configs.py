@@ -1,4 +1,4 @@
-"""Every config composes, and what it names can be built."""
+"""Every config composes, and its targets can be built."""
 
 from pathlib import Path
 from typing import Any
@@ -22,45 +22,45 @@ from mgvideo.storage.checkpoints import differences
 OPTIONS = group_options()
 
 
-def composed(*overrides: str) -> DictConfig:
+def compose_run(*overrides: str) -> DictConfig:
     return compose_config("run", [*overrides, "output_dir=unused"])
 
 
-def plain(cfg: DictConfig, name: str) -> DictConfig:
-    """One group of a config with everything it refers to resolved."""
+def resolve_group(cfg: DictConfig, name: str) -> DictConfig:
+    """Return one group of a config with all interpolations resolved."""
     return OmegaConf.create({name: OmegaConf.to_container(cfg[name], resolve=True)})[name]
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])
-def test_models_instantiate_with_the_classes_of_the_dataset(model: str) -> None:
+def test_model_has_the_number_of_classes_of_the_dataset(model: str) -> None:
     with torch.device("meta"):
-        network = instantiate(plain(composed(f"model={model}", "dataset=motion"), "model"))
+        network = instantiate(resolve_group(compose_run(f"model={model}", "dataset=motion"), "model"))
     assert list(network.parameters())[-1].shape == (8,)
 
 
 @pytest.mark.parametrize("dataset", OPTIONS["dataset"])
-def test_datasets_name_their_parts(dataset: str) -> None:
-    cfg = composed(f"dataset={dataset}", "++dataset.root=somewhere")
+def test_dataset_has_a_task_and_splits_that_can_be_built(dataset: str) -> None:
+    cfg = compose_run(f"dataset={dataset}", "++dataset.root=somewhere")
     assert cfg.dataset.task in ("single_label", "multi_label")
     assert 0 < cfg.dataset.max_bad_fraction < 1
-    for part in ("train", "val"):
-        assert callable(instantiate({"_target_": "hydra.utils.get_method", "path": cfg.dataset[part]._target_}))
+    for split in ("train", "val"):
+        assert callable(instantiate({"_target_": "hydra.utils.get_method", "path": cfg.dataset[split]._target_}))
 
 
 @pytest.mark.parametrize("schedule", OPTIONS["schedule"])
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
-def test_each_experiment_plans_with_each_schedule(experiment: str, schedule: str) -> None:
-    cfg = composed(f"experiment={experiment}", f"schedule={schedule}", "++dataset.root=somewhere")
+def test_experiment_makes_a_plan_with_each_schedule(experiment: str, schedule: str) -> None:
+    cfg = compose_run(f"experiment={experiment}", f"schedule={schedule}", "++dataset.root=somewhere")
     plan = build_plan(cfg, 5000)
     assert plan.schedule == schedule
     assert plan.steps > 10
     with torch.device("meta"):
-        instantiate(plain(composed(f"experiment={experiment}", "++dataset.num_classes=5"), "model"))
+        instantiate(resolve_group(compose_run(f"experiment={experiment}", "++dataset.num_classes=5"), "model"))
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
-def test_each_experiment_plans_without_its_data(experiment: str) -> None:
-    cfg = composed(f"experiment={experiment}")
+def test_experiment_makes_a_plan_without_its_data(experiment: str) -> None:
+    cfg = compose_run(f"experiment={experiment}")
     videos, notes = train_videos(cfg)
     assert build_plan(cfg, videos).steps > 100
     assert bool(notes) == (experiment != "motion")
@@ -68,18 +68,18 @@ def test_each_experiment_plans_without_its_data(experiment: str) -> None:
 
 @pytest.mark.parametrize("schedule", OPTIONS["schedule"])
 @pytest.mark.parametrize("dataset", ["kinetics400", "charades", "ssv2", "folder", "motion"])
-def test_fewer_epochs_need_no_other_key(dataset: str, schedule: str) -> None:
-    recipe = composed(f"dataset={dataset}").base
-    cfg = composed(f"dataset={dataset}", f"schedule={schedule}", "base.epochs=7")
+def test_epochs_scale_milestones_and_warmup(dataset: str, schedule: str) -> None:
+    recipe = compose_run(f"dataset={dataset}").base
+    cfg = compose_run(f"dataset={dataset}", f"schedule={schedule}", "base.epochs=7")
     assert cfg.base.warmup_epochs == pytest.approx(recipe.warmup_epochs * 7 / recipe.epochs)
-    assert list(cfg.base.lr_milestones) == pytest.approx([step * 7 / recipe.epochs for step in recipe.lr_milestones])
+    assert list(cfg.base.lr_milestones) == pytest.approx([epoch * 7 / recipe.epochs for epoch in recipe.lr_milestones])
     assert build_plan(cfg, 5000).epochs == pytest.approx(
         7 * cfg.schedule.epoch_factor, rel=0.15
-    )  # rounded to whole ones
+    )  # phases end on whole epochs
 
 
-def test_without_a_recipe_nothing_is_scaled() -> None:
-    base = composed("~recipe", "base.batch_size=8", "base.epochs=5").base
+def test_nothing_is_scaled_without_a_recipe() -> None:
+    base = compose_run("~recipe", "base.batch_size=8", "base.epochs=5").base
     assert (base.batch_size, base.epochs, list(base.lr_milestones)) == (8, 5, [])
     assert OmegaConf.is_missing(base, "lr")
 
@@ -91,25 +91,25 @@ def test_cfg_job_prints_the_scaled_recipe(capsys: pytest.CaptureFixture[str], mo
     assert (printed.lr, list(printed.lr_milestones), printed.warmup_epochs) == (0.1, [6, 9], 1.5)
 
 
-def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> None:
-    """A checkpoint's fingerprint holds the recipe as it is scaled."""
+def test_scaled_recipe_has_the_fingerprint_of_an_explicit_one(motion_root: str) -> None:
+    """The resume fingerprint contains the scaled values."""
     data_keys = [key for key in TINY if key.startswith("dataset.")]
     precision = choose_precision("fp32", torch.device("cpu"))
 
     def fingerprint(*overrides: str) -> dict[str, Any]:
-        cfg = composed(*data_keys, f"dataset.root={motion_root}", *overrides)
+        cfg = compose_run(*data_keys, f"dataset.root={motion_root}", *overrides)
         cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
         return resume_fingerprint(cfg, build_data(cfg), precision)
 
     scaled = fingerprint("base.epochs=10", "base.batch_size=32")
-    by_hand = ["base.lr_milestones=[6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
-    assert differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *by_hand)) == []
+    explicit = ["base.lr_milestones=[6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
+    assert differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *explicit)) == []
     changed = " ".join(differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
     assert all(key in changed for key in ("base.epochs", "base.lr_milestones", "base.warmup_epochs"))
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
-def test_experiments_open_with_command_hardware_and_expectation(experiment: str) -> None:
+def test_experiment_starts_with_its_command_hardware_and_expected_result(experiment: str) -> None:
     import mgvideo.configs
 
     text = (Path(mgvideo.configs.__file__).parent / "experiment" / f"{experiment}.yaml").read_text()
@@ -121,26 +121,26 @@ def test_experiments_open_with_command_hardware_and_expectation(experiment: str)
 
 
 @pytest.mark.parametrize("group", ["decoder", "optimizer"])
-def test_the_other_groups_name_what_exists(group: str) -> None:
+def test_targets_of_decoders_and_optimizers_exist(group: str) -> None:
     for option in OPTIONS[group]:
-        target = composed(f"{group}={option}")[group]._target_
+        target = compose_run(f"{group}={option}")[group]._target_
         assert callable(instantiate({"_target_": "hydra.utils.get_method", "path": target}))
 
 
 @pytest.mark.parametrize(
-    ("override", "line"),
+    ("override", "start_of_line"),
     [
-        ("base.batchh=3", "base.batchh is no key of this config, did you mean base.batch_size?"),
+        ("base.batchh=3", "base.batchh is not a key of this config, did you mean base.batch_size?"),
         ("model=i3d_r5", "model=i3d_r5 does not exist, did you mean i3d_r50?"),
         ("schedule=multigird", "schedule=multigird does not exist, did you mean multigrid?"),
         ("experiment=motoin", "experiment=motoin does not exist, did you mean motion?"),
         ("base.batch_size=many", "base.batch_size=many: Value 'many' of type 'str' could not be converted to Integer"),
         ("base.batch_size", "cannot read 'base.batch_size': write it as key=value"),
-        ("model.widht=8", "model.widht is no key of this config, did you mean model.width?"),
+        ("model.widht=8", "model.widht is not a key of this config, did you mean model.width?"),
     ],
 )
-def test_a_wrong_key_or_value_is_answered_with_the_nearest(override: str, line: str) -> None:
+def test_error_suggests_the_nearest_key_or_option(override: str, start_of_line: str) -> None:
     with pytest.raises(UserError) as caught:
-        composed(override)
-    assert str(caught.value).startswith(line)
+        compose_run(override)
+    assert str(caught.value).startswith(start_of_line)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from refusals import said
+from refusals import error_line
 from torch import nn
 
 from mgvideo.cli import export
@@ -116,7 +116,7 @@ def test_missing_packages_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
-    line = said(main, ["ckpt=any", f"out={tmp_path}/net.onnx"], capsys)
+    line = error_line(main, ["ckpt=any", f"out={tmp_path}/net.onnx"], capsys)
     assert line == "error: format=onnx needs onnxscript: pip install onnx onnxruntime onnxscript"
 
 
@@ -134,7 +134,7 @@ def test_missing_packages_are_named(
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    line = said(main, arguments, capsys)
+    line = error_line(main, arguments, capsys)
     assert line.startswith("error: ")
     assert told in line
 

@@ -1,4 +1,4 @@
-"""What a run says and how it ends when one of its two ranks, or a loader worker, fails; in real processes."""
+"""Failures of one of two ranks, or of a loader worker, in real processes: error message and end of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {
     "freeze": [*overrides("freeze"), "loader.num_workers=0"],
     "worker": [*overrides("kill"), "loader.num_workers=1", "loader.start_method=forkserver"],
 }
-SAID = {
+MESSAGES = {
     "raise": "waiting for a batch: ValueError: a fault made by the tests",
     "exit": "waiting for a batch: SystemExit: 0",
     "kill": "it is gone without a word",
@@ -34,24 +34,31 @@ SAID = {
 
 
 class Ranks:
-    """Two ranks of the run program as a launcher starts them, rank 1 with a fault."""
+    """Two ranks of `mgvideo run`, started as by a launcher. Rank 1 has a fault."""
 
     def __init__(self, folder: Path, fault: str, arguments: list[str]) -> None:
         port = free_port()
         self.logs = [folder / f"{fault}_{rank}.log" for rank in range(2)]
         self.processes: list[BaseProcess] = []
         for rank, log in enumerate(self.logs):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in names.items()}
+            variables = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": 2,
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": port,
+            }
+            environment = {key: str(value) for key, value in variables.items()}
             process = start_program(*TINY, f"output_dir={folder / fault}", *arguments, log=log, environment=environment)
             self.processes.append(process)
 
-    def ended(self, rank: int) -> int | None:
-        """Wait for a rank; its exit code."""
+    def wait(self, rank: int) -> int | None:
+        """Wait until a rank ends and return its exit code."""
         self.processes[rank].join()
         return self.processes[rank].exitcode
 
     def errors(self, rank: int) -> list[str]:
+        """Return the error lines in the log of a rank."""
         return [line for line in self.logs[rank].read_text().splitlines() if line.startswith("error")]
 
 
@@ -63,29 +70,29 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, motion_root: str):
         started[fault] = Ranks(folder, fault, [*arguments, f"dataset.root={motion_root}"])
         time.sleep(1)
     yield started
-    for one in started.values():
-        for process in one.processes:
+    for pair in started.values():
+        for process in pair.processes:
             process.kill()
 
 
 @pytest.mark.parametrize("fault", CASES)
-def test_the_rank_that_failed_first_ends_the_others_with_its_message(ranks: dict[str, Ranks], fault: str) -> None:
-    assert ranks[fault].ended(0) != 0
+def test_failed_rank_ends_the_other_rank_with_its_message(ranks: dict[str, Ranks], fault: str) -> None:
+    assert ranks[fault].wait(0) != 0
     errors = ranks[fault].errors(0)
     assert len(errors) == 1, ranks[fault].logs[0].read_text()
     assert "rank 1 failed first, " in errors[0]
-    assert SAID[fault] in errors[0]
+    assert MESSAGES[fault] in errors[0]
     if fault not in ("kill", "freeze"):
         assert ("at step 0 (phase 1, " in errors[0]) == (fault != "test")
-        assert ranks[fault].ended(1) != 0
+        assert ranks[fault].wait(1) != 0
 
 
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_torchrun_starts_again_at_the_last_checkpoint(nodes: int, tmp_path: Path, motion_root: str) -> None:
-    made = overrides("kill", rank=1, after=150, once=tmp_path / "fault")
-    run = [*TINY, *made, "loader.num_workers=0", "checkpoint.every_steps=1", "train.evals_per_phase=0", "output_dir=o"]
+def test_torchrun_restarts_from_the_last_checkpoint(nodes: int, tmp_path: Path, motion_root: str) -> None:
+    fault = overrides("kill", rank=1, after=150, once=tmp_path / "fault")
+    run = [*TINY, *fault, "loader.num_workers=0", "checkpoint.every_steps=1", "train.evals_per_phase=0", "output_dir=o"]
     run += [f"dataset.root={motion_root}"]
-    # each node's agent counts its own restarts: of two, that of the killed rank alone
+    # Each node's agent counts its own restarts: with two nodes, only the agent of the killed rank counts one.
     torchrun = ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}"]
     torchrun += ["--max-restarts=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     command = [sys.executable, *torchrun, "--local-addr=localhost", str(ROOT / "tools/run_net.py"), *run]
@@ -99,6 +106,6 @@ def test_torchrun_starts_again_at_the_last_checkpoint(nodes: int, tmp_path: Path
         assert [agent.wait() for agent in agents] == [0] * nodes, log.read_text()
     finally:
         for agent in agents:
-            agent.terminate()  # which ends its ranks
+            agent.terminate()  # this also ends its ranks
     assert "resumed at step" in log.read_text()
     assert (tmp_path / "o" / "test.json").exists()

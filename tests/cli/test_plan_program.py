@@ -12,7 +12,7 @@ import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from hydra.utils import instantiate
-from refusals import said
+from refusals import error_line
 
 from mgvideo.cli import app
 from mgvideo.cli import plan as plan_program
@@ -40,7 +40,7 @@ def test_program() -> None:
 
 
 def test_wrong_values_give_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(main, ["gpus=zero"], capsys).startswith("error: gpus")
+    assert error_line(main, ["gpus=zero"], capsys).startswith("error: gpus")
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from refusals import said
+from refusals import error_line
 from training import KNOBS, ROOT, TINY, run_program
 from web import served
 
@@ -303,7 +303,7 @@ def test_videos_weights_and_names_may_be_urls(
     with served(foreign.parent) as (address, _):
         command = [f"{address}/a=b.mp4", f"ckpt={address}/weights.pth", f"classes={address}/names.txt", *network]
         (there,) = predicted([*command, f"out={tmp_path / 'drawn'}", "cam=true"], capsys)
-        told = said(main, [str(videos / "00000.mp4"), f"ckpt={address}/gone.pth", *network], capsys)
+        told = error_line(main, [str(videos / "00000.mp4"), f"ckpt={address}/gone.pth", *network], capsys)
         assert "gone.pth: " in told
         assert "404" in told
     assert frames_of(tmp_path / "drawn/a=b.mp4").any()
@@ -320,14 +320,14 @@ def _renamed(folder: Path) -> str:
     ("arguments", "told"),
     [
         (lambda run, folder: [], "ckpt is not set"),
-        (lambda run, folder: ["ckpt=/nowhere.pt"], "/nowhere.pt: there is no such file"),
-        (lambda run, folder: [f"ckpt={folder}"], "no checkpoints in this folder"),
-        (lambda run, folder: [_renamed(folder)], "say which network it is"),
+        (lambda run, folder: ["ckpt=/nowhere.pt"], "/nowhere.pt: no such file"),
+        (lambda run, folder: [f"ckpt={folder}"], "this folder has no checkpoints"),
+        (lambda run, folder: [_renamed(folder)], "add its network to the command"),
         (lambda run, folder: [_renamed(folder), "model=i3d_small"], "cannot read weights from"),
         (lambda run, folder: [f"ckpt={run}", "clip=3"], "did you mean clips?"),
         (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.frame_stride?"),
         (lambda run, folder: [f"ckpt={run}", "base.frame_stride=two"], "base.frame_stride"),
-        (lambda run, folder: [f"ckpt={run}", "model=i3d_r50"], "says that already"),
+        (lambda run, folder: [f"ckpt={run}", "model=i3d_r50"], "already sets this group"),
         (lambda run, folder: [f"ckpt={run}", "crops=2"], "crops=2"),
         (lambda run, folder: [f"ckpt={run}", "top=0"], "top=0"),
         (lambda run, folder: [f"ckpt={run}", "cam=true"], "add out=FOLDER"),
@@ -339,7 +339,7 @@ def _renamed(folder: Path) -> str:
 def test_bad_input_is_one_line(
     arguments: Any, told: str, trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = said(main, [str(videos / "00000.mp4"), *arguments(trained, tmp_path)], capsys)
+    line = error_line(main, [str(videos / "00000.mp4"), *arguments(trained, tmp_path)], capsys)
     assert line.startswith("error: ")
     assert told in line
 
@@ -370,16 +370,16 @@ def test_what_a_config_beside_the_weights_may_call_is_ours_or_asked_for(
     for copies in ("shutil.copyfile", "mgvideo.storage.paths.shutil.copyfile", "${dataset.name}"):
         config.model.dropout = {"_target_": copies, "src": str(videos / "00000.mp4"), "dst": str(stolen)}
         OmegaConf.save(config, run / "config.yaml")
-        line = said(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
+        line = error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
         assert f"model.dropout._target_={copies}" in line
     assert not stolen.exists()
     config.model.dropout = 0.0
     config.model._target_ = own = "mgvideo.models.small.R2Plus1D"
     OmegaConf.save(config, run / "config.yaml")
-    assert own in said(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
-    line = said(main, [str(videos / "00000.mp4"), f"ckpt={run}", f"model._target_={own}"], capsys)
+    assert own in error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
+    line = error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}", f"model._target_={own}"], capsys)
     assert line.startswith("error: model: "), "it was called, though not with what it takes"
 
 
 def test_no_video_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no video given" in said(main, [f"ckpt={trained}"], capsys)
+    assert "no video given" in error_line(main, [f"ckpt={trained}"], capsys)

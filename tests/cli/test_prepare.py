@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from refusals import said
+from refusals import error_line
 from training import KNOBS, ROOT, TINY, metrics, run_program
 from videos import numbered, write, write_turned
 
@@ -264,7 +264,7 @@ def test_motion_like_kinetics(tmp_path: Path) -> None:
 def test_senseless_arguments_give_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert words in said(main, arguments, capsys)
+    assert words in error_line(main, arguments, capsys)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

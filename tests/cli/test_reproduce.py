@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from refusals import said
+from refusals import error_line
 from training import TINY
 
 from mgvideo.cli import reproduce
@@ -125,7 +125,7 @@ def test_a_wrong_table_is_one_clear_line(change: dict, told: str) -> None:
 def test_what_cannot_end_well_is_refused_before_it_starts(
     arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = said(main, [*arguments, f"out={tmp_path}"], capsys)
+    line = error_line(main, [*arguments, f"out={tmp_path}"], capsys)
     assert line.startswith("error: ")
     assert told in line
 

@@ -1,4 +1,4 @@
-"""The run program as people use it: real processes, real videos, exit codes and what is left on disk."""
+"""`mgvideo run` as users start it: real processes and videos, exit codes, and the files that it writes."""
 
 import json
 import runpy
@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from refusals import said
+from refusals import error_line
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
-from mgvideo.cli.run import explained, main
+from mgvideo.cli.run import explain_errors, main
 from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
@@ -24,13 +24,13 @@ from mgvideo.storage.checkpoints import Checkpoints
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, subprocess.CompletedProcess]:
-    """A run on two processes that went well."""
+    """The folder and result of a successful run on two processes."""
     folder = tmp_path_factory.mktemp("run")
     command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "base.epochs=4", "base.lr_milestones=[2]"]
     return folder / "out", run_program(*command, cwd=folder, processes=2)
 
 
-def test_two_processes_train_across_boundaries_and_test(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+def test_two_processes_train_all_phases_and_test(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
     folder, result = finished
     assert result.returncode == 0, result.stdout + result.stderr
     plan = json.loads((folder / "plan.json").read_text())
@@ -38,10 +38,10 @@ def test_two_processes_train_across_boundaries_and_test(finished: tuple[Path, su
     losses = metrics(folder)
     assert max(losses) == plan["phases"][-1]["steps"][1]
     assert "2 ranks" in result.stdout
-    assert result.stdout.count("testing 12 videos") == 1, "rank 0 alone speaks"
+    assert result.stdout.count("testing 12 videos") == 1, "only rank 0 prints"
 
 
-def test_a_run_leaves_everything_behind(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
+def test_run_writes_report_checkpoints_and_tensorboard(finished: tuple[Path, subprocess.CompletedProcess]) -> None:
     folder, result = finished
     report = (folder / "report.md").read_text()
     assert report in result.stdout
@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_behind(finished: tuple[Path, subprocess.Complet
     assert any(tag.startswith("clips/phase_") for tag in images)
 
 
-def test_a_finished_run_is_tested_again_not_trained(
+def test_finished_run_is_tested_again_without_training(
     finished: tuple[Path, subprocess.CompletedProcess], motion_root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = finished
@@ -70,7 +70,7 @@ def test_a_finished_run_is_tested_again_not_trained(
     assert (folder / "metrics.jsonl").read_text() == before
     tested = json.loads((folder / "report.json").read_text())
     for key in ("train_seconds", "hardware", "precision", "date"):
-        assert tested[key] == trained[key], "of the training, on two processes"
+        assert tested[key] == trained[key], "the values of the training run on two processes"
     assert "2 ranks" in tested["hardware"]
 
 
@@ -104,12 +104,12 @@ def _unreadable_videos(folder: Path) -> list[str]:
     for split in ("train", "val"):
         (folder / f"{split}.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(64)))
     for i in range(64):
-        (folder / f"{i}.mp4").write_text("this is no video")
+        (folder / f"{i}.mp4").write_text("not a video")
     return [*TINY[5:], "dataset=kinetics400", f"dataset.root={folder}", "model.width=4"]
 
 
 @pytest.mark.parametrize(
-    ("prepare", "told"),
+    ("prepare", "fragment"),
     [
         (_no_such_folder, "nowhere"),
         (_empty_list, "train.csv"),
@@ -120,47 +120,52 @@ def _unreadable_videos(folder: Path) -> list[str]:
         (lambda _: ["decoder=null"], "decoder=null: choose one of decord, pyav, torchcodec"),
         (lambda _: ["dataset=kinetics400"], "dataset.root is not set"),
         (lambda _: ["precision=fp8"], "choose one of auto, fp32, bf16, fp16"),
-        (lambda _: ["base.lr_milestones=[1,2]"], "base.lr_milestones"),
+        (lambda _: ["base.lr_milestones=[2,1]"], "base.lr_milestones"),
         (lambda _: ["init_from=/nowhere.pyth"], "/nowhere.pyth"),
         (lambda _: ["resume=/nowhere.pt"], "/nowhere.pt"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_clear_line_and_exit_code_2(
-    tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, prepare, told
+def test_bad_input_is_reported_in_one_line_with_exit_code_2(
+    tmp_path: Path,
+    motion_root: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    prepare,
+    fragment,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = prepare(tmp_path)
     if not any(a.startswith("dataset=") for a in arguments):
         arguments = [f"dataset.root={motion_root}", *(a for a in TINY if "knobs" in a), *arguments]
-    line = said(main, [*arguments, "output_dir=out"], capsys)
+    line = error_line(main, [*arguments, "output_dir=out"], capsys)
     assert line.startswith("error: ")
-    assert told in line
+    assert fragment in line
 
 
-def test_a_wrong_key_leaves_nothing_else_on_stderr(tmp_path: Path) -> None:
+def test_unknown_key_prints_only_one_line_on_stderr(tmp_path: Path) -> None:
     result = run_program("base.batchh=1", "output_dir=out", cwd=tmp_path, fresh=True)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: base.batchh is no key of this config, did you mean base.batch_size?")
+    assert line.startswith("error: base.batchh is not a key of this config, did you mean base.batch_size?")
 
 
-def test_a_bad_video_among_good_ones_is_named_and_survived(tmp_path: Path) -> None:
+def test_bad_videos_are_listed_and_training_continues(tmp_path: Path) -> None:
     from mgvideo.datasets.motion import make_motion
 
     root = make_motion(str(tmp_path / "motion"), KNOBS, processes=1)
     (root / "train/00003.mp4").write_bytes(b"rotten")
     (root / "val/00002.mp4").unlink()
-    # with workers started as users' are, which TINY's are not
+    # Start workers as users do; TINY starts them another way.
     more = [f"dataset.root={tmp_path}/motion", "output_dir=out", "base.epochs=4", "loader.start_method=forkserver"]
     result = run_program(*TINY, *more, cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stderr
     listed = (tmp_path / "out/bad_videos.csv").read_text()
     assert "00003.mp4" in listed
-    assert listed.count("00002.mp4") == 2, "at the first validation, and in the test"
+    assert listed.count("00002.mp4") == 2, "once in validation, once in the test"
     assert "counted as wrong" in (tmp_path / "out/report.md").read_text()
 
 
-def test_a_test_without_validation_has_precise_statistics_too(tmp_path: Path, motion_root: str) -> None:
+def test_precise_bn_runs_before_the_test_without_validation(tmp_path: Path, motion_root: str) -> None:
     command = [*TINY, f"dataset.root={motion_root}", "precision=fp32", "base.epochs=4", "base.lr_milestones=[2]"]
     scores = {}
     for evaluations in (0, 1):
@@ -169,25 +174,23 @@ def test_a_test_without_validation_has_precise_statistics_too(tmp_path: Path, mo
     assert scores[0] == scores[1]
 
 
-def test_what_weights_do_not_fit_is_told(tmp_path: Path, motion_root: str) -> None:
+def test_weights_that_do_not_fit_are_reported(tmp_path: Path, motion_root: str) -> None:
     torch.save({"model": r2plus1d_small(5, width=4).state_dict()}, tmp_path / "five.pt")
     data = [*TINY, f"dataset.root={motion_root}", "output_dir=out"]
     only_load = ["init_from=five.pt", "train.enable=false", "test.enable=false"]
     result = run_program(*data, *only_load, cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stderr
-    taken = len(r2plus1d_small(5, width=4).state_dict()) - 2
-    assert f"init_from: {taken} tensors from five.pt, under model, with names of mgvideo; the head in" in result.stdout
+    loaded = len(r2plus1d_small(5, width=4).state_dict()) - 2
+    assert f"init_from: {loaded} tensors from five.pt, under model, with names of mgvideo; the head in" in result.stdout
     assert result.stderr.strip().splitlines() == [
         "the head in five.pt is for another number of classes: it is left out, ours starts anew"
     ]
 
 
 @pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
-def test_tools_explain_themselves(
-    tool: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tool_prints_help(tool: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [tool, "--help"])
-    with suppress(SystemExit):  # argparse leaves so
+    with suppress(SystemExit):  # argparse exits after --help
         runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) > 5
@@ -198,28 +201,28 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
     result = run_program("model=i3d_r50", "--cfg", "job", cwd=tmp_path, fresh=True)
     assert result.returncode == 0
     assert "mgvideo.models.i3d" in result.stdout
-    assert result.stderr == "", "no warning of what is imported"
+    assert result.stderr == "", "imports cause no warning"
 
 
-def test_memory_that_runs_out_anywhere_is_told_with_the_place_and_a_key(tmp_path: Path) -> None:
+def test_out_of_memory_error_names_the_position_and_a_key(tmp_path: Path) -> None:
     report_position("after step 4, in precise BN, batch 1 of 2")
-    told = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower train.micro_batch_clips"
+    message = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower train.micro_batch_clips"
     for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
-        with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+        with pytest.raises(UserError, match=message), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
             allocate()
 
 
-def test_a_kernel_that_is_not_deterministic_is_refused_with_the_key(tmp_path: Path) -> None:
-    pooled, where = F.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
+def test_non_deterministic_kernel_is_refused_with_the_key(tmp_path: Path) -> None:
+    pooled, indices = F.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
     torch.use_deterministic_algorithms(True)
     try:
-        told = r"^deterministic=true: max_unpooling2d\S* does not have a deterministic implementation: set determ"
-        with pytest.raises(UserError, match=told), explained(OmegaConf.create(), Checkpoints(tmp_path)):
-            F.max_unpool2d(pooled, where, 2)
+        message = r"^deterministic=true: max_unpooling2d\S* does not have a deterministic implementation: set determ"
+        with pytest.raises(UserError, match=message), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
+            F.max_unpool2d(pooled, indices, 2)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_other_errors_of_torch_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mat1"), explained(OmegaConf.create(), Checkpoints(tmp_path)):
+def test_other_torch_errors_stay_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mat1"), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

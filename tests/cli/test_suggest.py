@@ -1,46 +1,49 @@
-"""What a wrong key is answered with."""
+"""The suggestion in the error message for an unknown key."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-from refusals import said
+from refusals import error_line
 
 from mgvideo.cli import app
 from mgvideo.cli.help import group_options
 from mgvideo.cli.run import main
-from mgvideo.cli.suggest import OTHERWISE, SAME, suggestion
+from mgvideo.cli.suggest import NOT_A_KEY, OTHER_NAMES, suggestion
 
 
 @pytest.fixture(scope="module")
 def keys() -> set[str]:
-    """Every key that some choice of groups has."""
-    found = set(group_options())
+    """The keys of every option of the config groups, together."""
+    keys = set(group_options())
     for group in ("model", "dataset", "schedule", "optimizer", "decoder"):
         for option in group_options()[group]:
-            found |= set(app.flat_keys(app.compose_config("run", [f"{group}={option}"])))
-    return found
+            keys |= set(app.flat_keys(app.compose_config("run", [f"{group}={option}"])))
+    return keys
 
 
-def test_every_suggestion_is_a_key_and_no_name_is_one(keys: set[str]) -> None:
-    assert SAME.keys() <= keys
-    for sentence in OTHERWISE:
-        named = re.findall(r"[a-z_]+(?:\.[a-z_]+)+(?==|,|\s)", sentence)
-        assert set(named) - {"slurm.md"} <= keys, sentence
-    names = [name for names in (*SAME.values(), *OTHERWISE.values()) for name in names.split()]
-    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+def test_tables_suggest_only_keys_that_exist(keys: set[str]) -> None:
+    assert OTHER_NAMES.keys() <= keys
+    for sentence in NOT_A_KEY:
+        mentioned = re.findall(r"[a-z_]+(?:\.[a-z_]+)+(?==|,|;|\s)", sentence)
+        assert set(mentioned) - {"slurm.md"} <= keys, sentence
+
+
+def test_tables_list_each_name_once(keys: set[str]) -> None:
+    names = [name for names in (*OTHER_NAMES.values(), *NOT_A_KEY.values()) for name in names.split()]
+    assert [name for name in sorted(set(names)) if names.count(name) > 1] == ["size"], "base.crop_size, test.crop_size"
     assert not keys & set(names)
     assert all(name == name.lower().replace("-", "_") for name in names)
 
 
-def test_what_is_said_not_to_be_there_is_not(keys: set[str]) -> None:
+def test_names_of_missing_features_are_not_part_of_a_key(keys: set[str]) -> None:
     parts = {key.rpartition(".")[2] for key in keys}
-    assert not parts & {name for names in OTHERWISE.values() for name in names.split()}
+    assert not parts & {name for names in NOT_A_KEY.values() for name in names.split()}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("argument", "hint"),
     [
         ("batch_size=4", "did you mean base.batch_size?"),
         ("lr=0.01", "did you mean base.lr?"),
@@ -64,26 +67,34 @@ def test_what_is_said_not_to_be_there_is_not(keys: set[str]) -> None:
         ("amp=true", "did you mean precision?"),
         ("size=64", "did you mean base.crop_size or test.crop_size?"),
         ("base.batchh=1", "did you mean base.batch_size?"),
+        ("base.batch=1", "did you mean base.batch_size?"),
+        ("test.batch=1", "did you mean test.batch_size?"),
+        ("base.size=64", "did you mean base.crop_size?"),
+        ("test.size=64", "did you mean test.crop_size?"),
+        ("DATA.TRAIN_CROP_SIZE=64", "did you mean base.crop_size?"),
+        ("crop_size=64", "did you mean base.crop_size or test.crop_size?"),
+        ("loader.workers=2", "did you mean loader.num_workers?"),
+        ("loader.max_clips_per_step=8", "did you mean train.micro_batch_clips?"),
+        ("test.clips=1", "did you mean test.num_clips?"),
+        ("base.jitter=[256,320]", "did you mean base.short_side?"),
         ("optimizer.weight_dacay=1", "did you mean optimizer.weight_decay?"),
         ("datset.root=/d/a=b", "did you mean dataset.root?"),
         ("TRAIN.BATCH_SIZE", "did you mean base.batch_size?"),
-        ("--batch-size=4", "did you mean base.batch_size? Keys are given as key=value"),
-        ("--fast", "--fast is no flag: Keys are given as key=value"),
+        ("--batch-size=4", "did you mean base.batch_size?; write keys as key=value"),
+        ("--fast", "--fast is not a flag; write keys as key=value"),
     ],
 )
-def test_a_wrong_key_is_answered_with_the_one_that_was_meant(
-    wrong: str, told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert told in said(main, [wrong], capsys)
+def test_error_suggests_the_key_that_was_meant(argument: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert hint in error_line(main, [argument], capsys)
 
 
-def test_where_nothing_is_near_nothing_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
-    for wrong in ("zzz=1", "optimizer.rho=1", "swish=1"):
-        line = said(main, [wrong], capsys)
-        assert line == f"error: {wrong[:-2]} is no key of this config; --cfg job prints them all"
+def test_error_suggests_nothing_if_no_key_is_similar(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("zzz=1", "optimizer.rho=1", "swish=1"):
+        line = error_line(main, [argument], capsys)
+        assert line == f"error: {argument[:-2]} is not a key of this config; --cfg job prints all keys"
 
 
-def test_the_keys_of_a_program_are_near_too() -> None:
+def test_suggestion_includes_the_keys_of_the_program() -> None:
     assert suggestion("gpu", ["base.lr"], ["gpus"]) == ", did you mean gpus?"
     assert suggestion("clip", ["base.lr"], ["clips"]) == ", did you mean clips?"
     assert suggestion("learning_rate", ["base.lr"], ["clips"]) == ", did you mean base.lr?"

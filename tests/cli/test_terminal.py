@@ -1,4 +1,4 @@
-"""Programs on terminals that cannot show every character, behind pipes that close, and under Ctrl-C."""
+"""Programs on terminals without Unicode, with closed pipes, and at Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from mgvideo.cli.terminal import ENCODING_ERRORS, terminal
 from mgvideo.datasets.motion import make_motion
 from mgvideo.models.small import r2plus1d_small
 
-# as under LC_ALL=en_US.ISO-8859-1 or an ASCII locale, none of which every machine has
+# These imitate LC_ALL=en_US.ISO-8859-1 and an ASCII locale, which not every machine has.
 ENCODINGS = {"latin": {"PYTHONIOENCODING": "iso-8859-1"}, "ascii": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}}
-EVERY_HELP = "from mgvideo.cli import PROGRAMS, main\nmain(['--help'])\nfor p in PROGRAMS: main([p, '--help'])"
+PRINT_ALL_HELP = "from mgvideo.cli import PROGRAMS, main\nmain(['--help'])\nfor p in PROGRAMS: main([p, '--help'])"
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {name: text for name, text in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0", **more}
+    unchanged = {name: text for name, text in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    return {**unchanged, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "0", **more}
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_help_can_be_shown(encoding: str) -> None:
-    command = [sys.executable, "-c", EVERY_HELP]
+def test_all_help_texts_print_in_any_encoding(encoding: str) -> None:
+    command = [sys.executable, "-c", PRINT_ALL_HELP]
     result = subprocess.run(command, env=environment(**ENCODINGS[encoding]), capture_output=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert not result.stderr
@@ -43,7 +43,7 @@ def test_every_help_can_be_shown(encoding: str) -> None:
     assert "[group=option] [key=value] ..." in text
 
 
-def test_a_run_shows_itself_in_ascii_and_writes_utf_8(tmp_path: Path) -> None:
+def test_run_prints_ascii_and_writes_utf_8_files(tmp_path: Path) -> None:
     classes = ("прыжок", "走る", "été")
     make_motion(str(tmp_path / "motion"), KNOBS)
     videos = sorted((tmp_path / "motion").rglob("train/*.mp4"))
@@ -51,16 +51,16 @@ def test_a_run_shows_itself_in_ascii_and_writes_utf_8(tmp_path: Path) -> None:
         folder = tmp_path / "vidéos" / classes[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         os.link(video, folder / f"{i}é.mp4")
-    (tmp_path / "vidéos" / classes[0] / "плохое.mp4").write_text("no video")
+    (tmp_path / "vidéos" / classes[0] / "плохое.mp4").write_text("not a video")
     tiny = [word for word in TINY if "knobs" not in word]
     run = [*tiny, "dataset=folder", f"dataset.root={tmp_path}/vidéos", f"output_dir={tmp_path}/aus=gabe ×"]
     run += ["schedule=baseline", "base.epochs=2", "base.lr_milestones=[]"]
     command = [os.fsencode(word) for word in (sys.executable, str(ROOT / "tools/run_net.py"), *run)]
     result = subprocess.run(command, env=environment(**ENCODINGS["ascii"]), capture_output=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    shown = result.stdout.decode("ascii", "surrogateescape")
-    assert "32^2" in shown
-    assert "top1 **" in shown
+    printed = result.stdout.decode("ascii", "surrogateescape")
+    assert "32^2" in printed
+    assert "top1 **" in printed
     out = tmp_path / "aus=gabe ×"
     assert (out / "classes.txt").read_text(encoding="utf-8").splitlines() == sorted(classes)
     assert "плохое.mp4" in (out / "bad_videos.csv").read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def test_a_run_shows_itself_in_ascii_and_writes_utf_8(tmp_path: Path) -> None:
         (out / name).read_text(encoding="utf-8")
 
 
-def test_what_an_encoding_lacks_is_replaced_and_bytes_of_names_stay() -> None:
+def test_unencodable_characters_are_replaced_and_bytes_of_file_names_stay() -> None:
     text = "8×45² → 3.3× · 50 % … é 走 \udcff"
     assert text.encode("ascii", ENCODING_ERRORS) == rb"8x45^2 -> 3.3x - 50 % ... \xe9 \u8d70 " + b"\xff"
     assert text.encode("latin-1", ENCODING_ERRORS) == "8×45² -> 3.3× · 50 % ... é \\u8d70 ÿ".encode("latin-1")
@@ -76,36 +76,36 @@ def test_what_an_encoding_lacks_is_replaced_and_bytes_of_names_stay() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "videos=64"], ["run", "--cfg", "job"]])
-def test_a_pipe_that_is_closed_ends_a_program_quietly(arguments: list[str]) -> None:
+def test_closed_pipe_ends_a_program_quietly(arguments: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "mgvideo.cli", *arguments]
     result = subprocess.run(command, env=environment(), stdout=write, stderr=subprocess.PIPE, timeout=240)
     os.close(write)
     assert result.stderr == b""
-    assert result.returncode in (128 + signal.SIGPIPE, 1), "the latter by rich, which prints tables"
+    assert result.returncode in (128 + signal.SIGPIPE, 1), "rich, which prints tables, exits with 1"
 
 
-def test_a_broken_pipe_to_another_process_is_not_taken_for_ours() -> None:
+def test_broken_pipe_to_another_process_is_raised() -> None:
     with pytest.raises(BrokenPipeError), terminal():
         raise BrokenPipeError
 
 
-def stop(process: subprocess.Popen, begun: Callable[[], bool]) -> tuple[int, str]:
-    """Ctrl-C on a terminal, once the program is at work: its exit code and its last line."""
+def stop(process: subprocess.Popen, is_working: Callable[[], bool]) -> tuple[int, str]:
+    """Send Ctrl-C once the program is working; return its exit code and its last line on stderr."""
     deadline = time.monotonic() + 120
-    while not begun():
+    while not is_working():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     try:
-        said = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=120)[1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert "Traceback" not in said, said
-    return process.returncode, said.splitlines()[-1]
+    assert "Traceback" not in errors, errors
+    return process.returncode, errors.splitlines()[-1]
 
 
 def start(*arguments: object) -> subprocess.Popen:
@@ -120,7 +120,7 @@ def test_ctrl_c_stops_a_pool_of_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_ctrl_c_stops_a_prediction_however_early(method: str, motion_root: str, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_prediction_as_soon_as_a_worker_exists(method: str, motion_root: str, tmp_path: Path) -> None:
     torch.save(r2plus1d_small(5, width=4).state_dict(), tmp_path / "weights.pth")
     video = next(make_motion(motion_root, KNOBS).rglob("*.mp4"))
     (tmp_path / "videos").mkdir()

@@ -1,4 +1,4 @@
-"""Values of overrides that Hydra's grammar does not take as they are typed: paths as people have them."""
+"""Override values that Hydra's grammar would misread, such as paths with special characters, arrive as typed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from refusals import said
+from refusals import error_line
 from training import ROOT
 
 from mgvideo.cli import app, keys, plan
@@ -29,21 +29,21 @@ ODD = [
     *("range(1,3)", "glob(*)", "choice(a,b)", "sort(a", "/d/\udcd0x", "/d/a%20b", "%a", "-a", "--a"),
     *("- a", "? a", "| a", "&a", "!a", "a\\b", "\\", "a\\'"),
 ]
-NUMBERS = ["1e5", "1_000", "007", "12", "true", "1.50", "inf"]  # names of folders and of files, too
+NUMBERS = ["1e5", "1_000", "007", "12", "true", "1.50", "inf"]  # these may also be names of files
 
 
-def value(cfg: object, key: str) -> object:
+def select(cfg: object, key: str) -> object:
     return OmegaConf.select(cfg, key)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_a_path_arrives_as_it_was_typed(text: str) -> None:
-    texts = ("output_dir", "init_from", "resume", "dataset.root", "dataset.pyramid", "dataset.train.split")
-    cfg = app.compose_config("run", [f"{key}={text}" for key in texts])
-    assert {key: value(cfg, key) for key in texts} == dict.fromkeys(texts, text)
+def test_path_arrives_as_typed(text: str) -> None:
+    keys_of_strings = ("output_dir", "init_from", "resume", "dataset.root", "dataset.pyramid", "dataset.train.split")
+    cfg = app.compose_config("run", [f"{key}={text}" for key in keys_of_strings])
+    assert {key: select(cfg, key) for key in keys_of_strings} == dict.fromkeys(keys_of_strings, text)
 
 
-def test_a_text_that_looks_like_a_number_stays_a_text() -> None:
+def test_string_that_looks_like_a_number_stays_a_string() -> None:
     for text in NUMBERS:
         assert app.compose_config("run", [f"output_dir={text}", f"init_from={text}"]).output_dir == text
         assert app.compose_config("run", [f"dataset.root={text}"]).dataset.root == text
@@ -54,7 +54,7 @@ def test_curly_quotes_around_a_value_are_no_part_of_it() -> None:
         assert app.compose_config("run", [override]).dataset.root == "/d/a=b"
 
 
-def test_any_text_survives_quoting() -> None:
+def test_hydra_reads_any_quoted_string_unchanged() -> None:
     draw = random.Random(0)
     letters = [*"ab=,[](){}'\"\\ \t$~#:;!@%^&*?|<>`+-/.\n", "é", "動", "😀", "\udcd0", "\r", "\u2028"]
     for _ in range(500):
@@ -62,7 +62,7 @@ def test_any_text_survives_quoting() -> None:
         assert OverridesParser.create().parse_override(f"key={quote(text)}").value() == text
 
 
-def test_what_is_hydras_stays_hydras() -> None:
+def test_hydra_syntax_still_works() -> None:
     cases = {
         "dataset.root='/d/a b'": "/d/a b",
         'dataset.root="/d/a=b"': "/d/a=b",
@@ -80,51 +80,51 @@ def test_what_is_hydras_stays_hydras() -> None:
     for override, expected in cases.items():
         key = override.split("=")[0].lstrip("+").replace("model", "model.num_classes")
         cfg = app.compose_config("run", [override, "seed=3"])
-        assert value(cfg, key) == expected, override
+        assert select(cfg, key) == expected, override
 
 
-def test_commas_are_a_sweep_with_multirun_and_a_mistake_without(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commas_are_a_sweep_with_multirun_and_an_error_without(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["schedule=baseline,multigrid", "seed=0,1", "init_from=a.pt,b.pt", "dataset.root=/d/a=1,/d/a=2"]
     quoted = app.quote_texts("run", words, multirun=True)
     assert quoted == [*words[:3], "dataset.root='/d/a=1','/d/a=2'"]
     assert OverridesParser.create().parse_override(quoted[3]).is_sweep_override()
-    assert said(main, ["seed=0,1"], capsys) == (
+    assert error_line(main, ["seed=0,1"], capsys) == (
         "error: seed=0,1: give one value, or add --multirun to run them one after another"
     )
 
 
-def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/x y")
     assert app.compose_config("run", ["dataset.root=~/a=b"]).dataset.root == "/home/x y/a=b"
     assert keys.read(PredictKeys, ["ckpt=~/a=b"]).ckpt == "/home/x y/a=b"
 
 
-def test_numbers_and_lists_that_are_broken_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_numbers_and_lists_are_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("base.batch_size=1=2", "base.short_side=[36,40", "dataset.knobs.sizes=[0.1"):
-        assert said(main, [wrong], capsys).startswith(f"error: cannot read '{wrong}'")
+        assert error_line(main, [wrong], capsys).startswith(f"error: cannot read '{wrong}'")
     for wrong in ("gpus=[", "videos={", "at=[1"):
-        assert wrong.split("=")[0] in said(plan.main, [wrong], capsys)
+        assert wrong.split("=")[0] in error_line(plan.main, [wrong], capsys)
 
 
-def test_the_program_gets_them_and_flags_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_strings_and_flags_work_in_any_order(capsys: pytest.CaptureFixture[str]) -> None:
     main(["dataset.root=/d/a=b, [c] 'é' #1", "--cfg", "job", "init_from=epoch=3-step=9.ckpt"])
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["dataset"]["root"] == "/d/a=b, [c] 'é' #1"
-    assert shown["init_from"] == "epoch=3-step=9.ckpt"
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["dataset"]["root"] == "/d/a=b, [c] 'é' #1"
+    assert printed["init_from"] == "epoch=3-step=9.ckpt"
 
 
 @pytest.mark.parametrize("text", [*ODD, *NUMBERS, "01:30", "2023-01-01", "on", "0x10", "~x", "{a: 1}"])
-def test_a_programs_own_keys_take_them_too(text: str) -> None:
-    given = keys.read(PredictKeys, [f"ckpt={text}", f"classes={text}", "top=3", "cam=true"])
-    assert (given.ckpt, given.classes, given.top, given.cam) == (text, text, 3, True)
+def test_keys_of_a_program_accept_odd_strings(text: str) -> None:
+    options = keys.read(PredictKeys, [f"ckpt={text}", f"classes={text}", "top=3", "cam=true"])
+    assert (options.ckpt, options.classes, options.top, options.cam) == (text, text, 3, True)
 
 
-def test_a_programs_own_keys_may_be_quoted_or_null() -> None:
-    given = keys.read(PredictKeys, ["ckpt='a b'", 'classes="it\'s"', "size=null", "out=null"])
-    assert (given.ckpt, given.classes, given.size, given.out) == ("a b", "it's", None, None)
+def test_keys_of_a_program_may_be_quoted_or_null() -> None:
+    options = keys.read(PredictKeys, ["ckpt='a b'", 'classes="it\'s"', "size=null", "out=null"])
+    assert (options.ckpt, options.classes, options.size, options.out) == ("a b", "it's", None, None)
 
 
-def test_the_config_of_a_finished_run_takes_them_too(tmp_path: Path) -> None:
+def test_saved_config_accepts_odd_strings(tmp_path: Path) -> None:
     cfg = app.compose_config("run", ["output_dir=out"])
     saved = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     OmegaConf.save(saved, tmp_path / "config.yaml", resolve=True)
@@ -135,22 +135,22 @@ def test_the_config_of_a_finished_run_takes_them_too(tmp_path: Path) -> None:
         assert (list(read.base.short_side), read.base.lr) == ([36, 40], 0.001)
 
 
-def test_the_runs_of_a_table_get_them(tmp_path: Path) -> None:
+def test_runs_of_a_table_accept_odd_strings(tmp_path: Path) -> None:
     root = os.fspath(tmp_path / "a=b, [c]")
     (cell, *_) = entries(load_table("schedules", "motion"), app.quote_texts("run", [f"dataset.root={root}"]), None)
     assert cell.config.dataset.root == root
     parsed = OverridesParser.create().parse_overrides(cell.overrides)
-    assert not any(override.is_sweep_override() for override in parsed), "a comma in a path, of --multirun"
+    assert not any(override.is_sweep_override() for override in parsed), "a comma in a path is not a sweep"
 
 
-def test_the_commands_of_the_page_do_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_on_the_configuration_page_print_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    (?:\$ )?python tools/(\w+)\.py (.*)\n(?:    (error: .*))?", page, re.MULTILINE)
     assert len(commands) == 5
     for program, words, error in commands:
         run = {"run_net": main, "plan": plan.main}[program]
         if error:
-            assert said(run, shlex.split(words), capsys) == error
+            assert error_line(run, shlex.split(words), capsys) == error
         else:
             run(shlex.split(words))
             assert capsys.readouterr().out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fields import FIELD
-from refusals import said
+from refusals import error_line
 from training import TINY
 from videos import DECORD, bad_files, odd_files, write, write_turned
 
@@ -112,6 +112,6 @@ def test_too_many_bad_videos_end_the_run_with_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    line = said(main, [*RUN, f"dataset.root={paths['root']['']}", "decoder=pyav", "output_dir=out"], capsys)
+    line = error_line(main, [*RUN, f"dataset.root={paths['root']['']}", "decoder=pyav", "output_dir=out"], capsys)
     assert "clips could not be read, more than dataset.max_bad_fraction=0.05: see out/bad_videos.csv" in line
     assert len(named(tmp_path / "out", paths["root"][""], "train")) > 3
