@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mgvideo.cli.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.decoders import DecodeError, PyAV
 from mgvideo.datasets.lists import read_classes
-from mgvideo.datasets.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.sampling import Sampling
 from mgvideo.datasets.scan import scan_folder
 from mgvideo.datasets.video import VideoDataset, VideoEntry

@@ -20,10 +20,10 @@ from training import KNOBS, ROOT, TINY, run_program
 from web import served
 
 from mgvideo.cli import predict
+from mgvideo.cli.overlay import Heat
 from mgvideo.cli.predict import main
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import CLASSES, make_motion
-from mgvideo.datasets.overlay import Heat
 from mgvideo.datasets.video import resize
 from mgvideo.datasets.videofile import Box
 from mgvideo.engine.precision import Normalize

@@ -12,10 +12,10 @@ import torch
 from test_decoders import DECODERS, NAMES, psnr
 from videos import write
 
+from mgvideo.cli.overlay import annotate
 from mgvideo.datasets.check import check
 from mgvideo.datasets.decoders import Decoder, PyAV
 from mgvideo.datasets.orientation import from_matrix
-from mgvideo.datasets.overlay import annotate
 from mgvideo.datasets.pyramid import Layout, Pyramid, build
 
 # a b c d of the matrix that shows pixel (x, y) at (a x + c y, b x + d y)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from videos import write_turned
 
+from mgvideo.cli.overlay import Heat, annotate, blend, choose_targets, label_patch
 from mgvideo.datasets.decoders import DecodeError, PyAV
-from mgvideo.datasets.overlay import Heat, annotate, blend, choose_targets, label_patch
 from mgvideo.errors import UserError
 
 TIMES = [0, 1, 2, 4, 5, 9, 10, 11, 12, 20]

@@ -17,9 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mgvideo.datasets.pyav import PyAV
 from mgvideo.errors import UserError
-
-from .pyav import PyAV
 
 Picture = NDArray[np.uint8]  # RGB [h, w, 3]
 Paint = Callable[[Picture, int], Picture]  # a frame and its number to what takes its place
