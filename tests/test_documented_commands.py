@@ -30,7 +30,7 @@ from mgvideo import cli
 from mgvideo.cli import app, export, predict, reproduce, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
-from mgvideo.cli.jobs import Job, placed
+from mgvideo.cli.jobs import Job, launcher_overrides
 from mgvideo.cli.schema import RunKeys, check_values
 from mgvideo.errors import UserError
 
@@ -120,7 +120,7 @@ def compose_cell(reproduction: reproduce.Reproduction) -> bool:
     entry = next((entry for entry in reproduction.cells if entry.missing is None), reproduction.cells[0])
     composed(*entry.overrides, "output_dir=unused")
     if reproduction.given.launcher:
-        placed(
+        launcher_overrides(
             Job(entry, 0, Path(), reproduction.table.preset.processes), reproduction.given.launcher, reproduction.queue
         )
     return False
