@@ -91,7 +91,7 @@ class Command(NamedTuple):
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo prepare` and tools/prepare_data.py."""
-    name, rest = (arguments or ["--help"])[0], list(arguments[1:])
+    name, command_arguments = (arguments or ["--help"])[0], list(arguments[1:])
     if name not in COMMANDS:
         print(_usage())
         if name not in ("-h", "--help"):
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
             raise SystemExit(2)
         return
     command = COMMANDS[name]
-    own_overrides, run_overrides = keys.split(command.keys, rest)
+    own_overrides, run_overrides = keys.split(command.keys, command_arguments)
     options = command.keys()
     if not {"-h", "--help"} & set(run_overrides):
         with app.exit_on_user_error():
@@ -214,7 +214,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
         all(isinstance(dataset.decoder, PyAV) for dataset in datasets),
         f"dataset {cfg.dataset.name}: frames are images, no video to encode",
     )
-    # a few videos may be a sample of a dataset: plan for at least 1,000 batches, so that no phase has zero steps
+    # a few videos may be a sample of a dataset: take the grids of a plan of at least 1,000 batches
     plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch_size))
     root = cfg.dataset.root
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
@@ -236,7 +236,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
 
 
 def _short_side(paths: Sequence[str]) -> int:
-    """Return the median short side of up to about 64 of the original files."""
+    """Return the median short side of a sample of the original files. Raises UserError if none can be read."""
     sides = []
     for path in paths[:: max(1, len(paths) // SAMPLED_FILES)]:
         try:

@@ -114,11 +114,8 @@ def _description() -> str:
 def show(options: ReproduceKeys, overrides: Sequence[str]) -> None:
     """Print the costs of the table, or of all tables of the preset."""
     benchmark = read_benchmark(options.benchmark) if options.benchmark else None
-    for name in (
-        [options.table]
-        if options.table
-        else [name for name, presets in presets_by_table().items() if options.preset in presets]
-    ):
+    names = [name for name, presets in presets_by_table().items() if options.preset in presets]
+    for name in [options.table] if options.table else names:
         table = load_table(name, options.preset)
         entries = compose_entries(table, overrides, options.weights)
         prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, options.gpus)

@@ -23,7 +23,7 @@ from .plan import clip_flops, train_videos
 from .values import quote
 
 FOLDER = "table"  # inside mgvideo.configs
-# keys that change neither training nor results, and so may differ between a finished run and a new one
+# keys that change neither training nor results; `init_from` is here because recipe() compares its file name instead
 IGNORED_KEYS = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
 IGNORED_PREFIXES = ("train.log_every", "train.evals_per_phase", "dataset.train_videos")
 DATA_PATH_KEYS = ("root", "pyramid", "frame_cache", "frame_cache_gib")
@@ -63,7 +63,7 @@ def override_key(override: str) -> str:
 
 def merge_overrides(*lists: Sequence[str]) -> list[str]:
     """Concatenate lists of overrides; the last override of a key replaces earlier ones."""
-    return list({override_key(override): override for each in lists for override in each}.values())
+    return list({override_key(override): override for overrides in lists for override in overrides}.values())
 
 
 @dataclass

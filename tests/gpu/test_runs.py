@@ -33,8 +33,8 @@ def test_a_resumed_run_is_bitwise_equal_to_an_undisturbed_run(
 def test_two_ranks_over_nccl_train_like_one(tmp_path: Path, motion_root: str, cuda: torch.device) -> None:
     run(tmp_path / "one", motion_root, "precision=fp32")
     run(tmp_path / "two", motion_root, "precision=fp32", processes=2)
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
-    assert float((two - one).norm() / one.norm()) < 1e-3
+    one_rank, two_ranks = (weights(tmp_path / name) for name in ("one", "two"))
+    assert float((two_ranks - one_rank).norm() / one_rank.norm()) < 1e-3
 
 
 def weights(folder: Path) -> torch.Tensor:

@@ -33,7 +33,7 @@ BENCHMARKS = {
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo benchmark` and tools/benchmark.py."""
-    name, rest = (arguments or ["--help"])[0], list(arguments[1:])
+    name, benchmark_arguments = (arguments or ["--help"])[0], list(arguments[1:])
     if name in ("-h", "--help"):
         print("mgvideo benchmark NAME [group=option] [key=value] …\n")
         print("\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items()))
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     with app.exit_on_user_error():
         require(name in BENCHMARKS, f"there is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}")
     module = import_module(f"mgvideo.cli.benchmark.{name}")
-    own_overrides, run_overrides = keys.split(module.Keys, rest)
+    own_overrides, run_overrides = keys.split(module.Keys, benchmark_arguments)
     with app.exit_on_user_error():
         options = module.read_keys(own_overrides)
     intro = f"mgvideo benchmark {name} …: {BENCHMARKS[name]}.\nTakes the groups and keys of a run, and:"
@@ -88,9 +88,9 @@ def plain_table(title: str, *columns: str) -> Table:
     return table
 
 
-def print_report(file: TextIO, about: dict[str, Any], tables: Sequence[Table]) -> None:
+def print_report(file: TextIO, conditions: dict[str, Any], tables: Sequence[Table]) -> None:
     """Print the measurement conditions in one line, then the tables."""
     console = Console(file=file, width=160, highlight=False, markup=False)
-    console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items()))
+    console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in conditions.items()))
     for table in tables:
         console.print(table)

@@ -98,11 +98,11 @@ def run(options: Keys, cfg: DictConfig) -> None:
         instantiate(cfg.dataset.prepare)
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())
     require(isinstance(dataset.decoder, PyAV), f"dataset {cfg.dataset.name}: frames are images, no video to decode")
-    # a few files may be a sample of a dataset: plan for at least 1,000 batches, so that phases have realistic lengths
+    # a few files may be a sample of a dataset: plan at least 1,000 batches, for realistic shares of phases
     plan = build_plan(cfg, max(len(dataset), 1000 * cfg.base.batch_size))
     grids = choose_grids(plan, options.grids)
     loader_settings = loader_options(cfg)
-    about = {
+    conditions = {
         **measurement_conditions(),
         "workers": loader_settings.num_workers,
         "start_method": loader_settings.start_method,
@@ -113,9 +113,9 @@ def run(options: Keys, cfg: DictConfig) -> None:
     measure_all(cases, dataset, cfg, grids, loader_settings, options)
     with open_report(options.out) as file:
         if options.format == "json":
-            print(json.dumps(as_json(options, plan, cases, about), indent=1), file=file)
+            print(json.dumps(as_json(options, plan, cases, conditions), indent=1), file=file)
         else:
-            print_report(file, about, [table(plan, case, cases) for case in cases])
+            print_report(file, conditions, [table(plan, case, cases) for case in cases])
 
 
 def make_cases(options: Keys, cfg: DictConfig, grids: Sequence[Grid]) -> Iterator[BenchmarkCase]:
@@ -186,7 +186,9 @@ def measure_loader(
     times.cpu += (clock.total() - before).numpy()
 
 
-def as_json(options: Keys, plan: Plan, cases: Sequence[BenchmarkCase], about: dict[str, object]) -> dict[str, object]:
+def as_json(
+    options: Keys, plan: Plan, cases: Sequence[BenchmarkCase], conditions: dict[str, object]
+) -> dict[str, object]:
     """Return the report as JSON: what `forecast.read_benchmark` reads, and all rows.
 
     The former is of the first decoder, on the pyramid if there is one.
@@ -196,8 +198,8 @@ def as_json(options: Keys, plan: Plan, cases: Sequence[BenchmarkCase], about: di
     return {
         "step_seconds": step,
         "clips_per_second": {name: loader.rate for name, loader in chosen.loader.items()},
-        "workers": about["workers"] or None,
-        "conditions": about,
+        "workers": conditions["workers"] or None,
+        "conditions": conditions,
         "keys": asdict(options),
         "rows": [_row(plan, case, cases, name) for case in cases for name in case.loader],
         "whole_plan": {case.name: rate for case in cases if (rate := plan_rate(plan, case))},

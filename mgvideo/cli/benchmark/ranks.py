@@ -191,7 +191,12 @@ def run(options: Keys, cfg: DictConfig) -> None:
     """
     plan = long_cycle(build_plan(cfg, options.videos), options.visits)
     check_shards(plan, options.world)
-    about = {**measurement_conditions(), "world": options.world, "videos": options.videos, "visits": options.visits}
+    conditions = {
+        **measurement_conditions(),
+        "world": options.world,
+        "videos": options.videos,
+        "visits": options.visits,
+    }
     runs = [simulate(cfg, plan, rank, options.world) for rank in options.ranks]
     difference = first_difference(runs)
     if difference is None:
@@ -200,10 +205,11 @@ def run(options: Keys, cfg: DictConfig) -> None:
     with open_report(options.out) as file:
         if options.format == "json":
             print(
-                json.dumps({"conditions": about, "ranks": [asdict(rank_run) for rank_run in runs]}, indent=1), file=file
+                json.dumps({"conditions": conditions, "ranks": [asdict(rank_run) for rank_run in runs]}, indent=1),
+                file=file,
             )
         else:
-            print_report(file, about, [*map(rank_table, runs), totals_table(runs)])
+            print_report(file, conditions, [*map(rank_table, runs), totals_table(runs)])
     if difference is not None:
         raise UserError(difference)
 

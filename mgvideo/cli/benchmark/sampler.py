@@ -60,13 +60,13 @@ def read_keys(overrides: Sequence[str]) -> Keys:
 
 def run(options: Keys, cfg: DictConfig) -> None:
     """Measure all rows and print the report."""
-    about = {**measurement_conditions(), "videos": options.videos, "steps": options.steps}
+    conditions = {**measurement_conditions(), "videos": options.videos, "steps": options.steps}
     costs = list(measure(options, cfg))
     with open_report(options.out) as file:
         if options.format == "json":
-            print(json.dumps({"conditions": about, "rows": [asdict(cost) for cost in costs]}, indent=1), file=file)
+            print(json.dumps({"conditions": conditions, "rows": [asdict(cost) for cost in costs]}, indent=1), file=file)
         else:
-            print_report(file, about, [table(costs)])
+            print_report(file, conditions, [table(costs)])
 
 
 def measure(options: Keys, cfg: DictConfig) -> Iterator[SamplerCost]:

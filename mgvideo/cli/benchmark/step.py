@@ -199,7 +199,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     variants = [parse_variant(name, device) for name in options.variants]
     if not options.emulated:
         variants = drop_emulated_variants(variants)
-    about = {**measurement_conditions(device), "threads": torch.get_num_threads()}
+    conditions = {**measurement_conditions(device), "threads": torch.get_num_threads()}
     run_model = cfg.model._target_.rpartition(".")[2]
     models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in options.models}
     cells = {
@@ -209,11 +209,11 @@ def run(options: Keys, cfg: DictConfig) -> None:
     peaks = {v.name: measure_peak_flops(v.precision) for v in variants}
     with open_report(options.out) as file:
         if options.format == "json":
-            print(json.dumps(as_json(options, plan, cells, peaks, about), indent=1), file=file)
+            print(json.dumps(as_json(options, plan, cells, peaks, conditions), indent=1), file=file)
         else:
             tables = [table(f"{model}, {v}", rows, peaks[v], rows_of) for model, rows_of in cells.items()
                       for v, rows in rows_of.items()]  # fmt: skip
-            print_report(file, about, [*tables, *saving_tables(plan, cells)])
+            print_report(file, conditions, [*tables, *saving_tables(plan, cells)])
 
 
 def measure_model(
@@ -325,14 +325,18 @@ def saving_tables(plan: Plan, cells: dict[str, dict[str, dict[str, StepTimes]]])
 
 
 def as_json(
-    options: Keys, plan: Plan, cells: dict[str, dict[str, dict[str, StepTimes]]], peaks: dict[str, float], about: dict
+    options: Keys,
+    plan: Plan,
+    cells: dict[str, dict[str, dict[str, StepTimes]]],
+    peaks: dict[str, float],
+    conditions: dict,
 ) -> dict[str, Any]:
     """Return the report as JSON: what `forecast.read_benchmark` reads (first model, last variant), and all rows."""
     first = list(next(iter(cells.values())).values())[-1]
     return {
         "step_seconds": {name: cell.seconds for name, cell in first.items()},
         "step_clips": {name: cell.clips for name, cell in first.items()},
-        "conditions": about,
+        "conditions": conditions,
         "keys": asdict(options),
         "peak_flops": peaks,
         "rows": [

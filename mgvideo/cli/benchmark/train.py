@@ -68,8 +68,8 @@ class MeasuredRun:
     def merge(self, other: MeasuredRun) -> MeasuredRun:
         """Return these measurements together with those of another run of the same plan."""
         slots = {
-            index: SlotTimes(*(a + b for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True)))
-            for (index, mine), theirs in zip(self.slots.items(), other.slots.values(), strict=True)
+            index: SlotTimes(*(a + b for a, b in zip(vars(first).values(), vars(second).values(), strict=True)))
+            for (index, first), second in zip(self.slots.items(), other.slots.values(), strict=True)
         }
         return MeasuredRun(self.plan, slots, self.boundaries + other.boundaries)
 
@@ -112,7 +112,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     data = build_data(cfg)
     videos = len(data.train)  # a few files may be a sample of a dataset: then plan for 1,000 batches
     plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch_size)
-    about = {**measurement_conditions(device), "threads": torch.get_num_threads(), "visits": options.visits}
+    conditions = {**measurement_conditions(device), "threads": torch.get_num_threads(), "visits": options.visits}
     if plan.schedule == "baseline":
         runs = [measure_schedule(options, cfg, data, plan)]
     else:  # measure the baseline before and after, so that a change of the machine's load affects both alike
@@ -122,9 +122,9 @@ def run(options: Keys, cfg: DictConfig) -> None:
         runs = [before.merge(after), multigrid]
     with open_report(options.out) as file:
         if options.format == "json":
-            print(json.dumps(as_json(options, runs, about), indent=1), file=file)
+            print(json.dumps(as_json(options, runs, conditions), indent=1), file=file)
         else:
-            print_report(file, about, [*map(table, runs), summary(runs)])
+            print_report(file, conditions, [*map(table, runs), summary(runs)])
 
 
 def shorten_plan(plan: Plan, visits: int) -> Plan:
@@ -277,10 +277,10 @@ def summary(runs: Sequence[MeasuredRun]) -> Table:
 KINDS = ("loaded", "held")
 
 
-def as_json(options: Keys, runs: Sequence[MeasuredRun], about: dict[str, Any]) -> dict[str, Any]:
+def as_json(options: Keys, runs: Sequence[MeasuredRun], conditions: dict[str, Any]) -> dict[str, Any]:
     """Return all measurements as JSON."""
     return {
-        "conditions": about,
+        "conditions": conditions,
         "keys": asdict(options),
         "runs": [
             {
