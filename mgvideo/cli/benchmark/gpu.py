@@ -48,8 +48,8 @@ SMALL_FEATURE_MAP_SHAPES = ((8, 16, 2, 8, 8),)
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    sections: list[str] = key([], "of doctor, steps, train, grids, layers, compile, multigrid; empty: all")
-    minutes: float = key(9.0, "time limit of all sections together")
+    sections: list[str] = key([], "sections: doctor, steps, train, grids, layers, compile, multigrid; empty: all")
+    minutes: float = key(9.0, "minutes for all sections together")
     out: str = key("gpu_check", "folder for results: a JSON or text file per section, and log.txt")
 
 

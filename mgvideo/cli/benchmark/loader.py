@@ -28,16 +28,16 @@ from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
 from mgvideo.plan.plan import Grid, Plan, require
 
 DECODERS: dict[str, Callable[[], Any]] = {"decord": Decord, "pyav": PyAV, "torchcodec": TorchCodec}
-ENDLESS_STEPS = range(1_000_000)  # steps
+ENDLESS_STEPS = range(1_000_000)
 
 
 @dataclass
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    decoders: list[str] = key([], "of decord, pyav, torchcodec; empty: the run's")
-    grids: list[str] = key([], "such as 8x112,32x224; empty: all of the plan")
-    seconds: float = key(3.0, "to measure each loader, and each decoder alone, in each round")
+    decoders: list[str] = key([], "decoders to measure: decord, pyav, torchcodec; empty: the run's")
+    grids: list[str] = key([], "grids to measure, such as 8x112,32x224; empty: all of the plan")
+    seconds: float = key(3.0, "seconds to measure each loader, and each decoder alone, in each round")
     rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike")
     batch: int = key(4, "clips per batch")
     format: str = key("table", "table, or json for mgvideo plan benchmark=…")
@@ -241,7 +241,9 @@ def plan_rate(plan: Plan, case: BenchmarkCase) -> float | None:
 def table(plan: Plan, case: BenchmarkCase, cases: Sequence[BenchmarkCase]) -> Table:
     """Return a table with a row for each grid and one for the plan: rates, ratios and CPU time per clip."""
     stages = (f"{stage} ms" for stage in STAGES)
-    report = plain_table(case.name, "grid", "clips/s", "× base", "decode only", "of it", *stages, "bare ms")
+    report = plain_table(
+        case.name, "grid", "clips/s", "× base", "decode only", "loader/decode", *stages, "decode-only ms"
+    )
     for name in case.loader:
         row = _row(plan, case, cases, name)
         rate, bare, against = row["clips_per_second"], row["decode_only"], row["against_base"]

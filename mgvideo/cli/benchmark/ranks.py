@@ -341,13 +341,13 @@ def rank_table(rank_run: SimulatedRank) -> Table:
         "clips",
         "of this rank",
         "BN groups",
-        "ranks a group",
+        "ranks per group",
         "micro-batches",
         "collectives",
         "MB",
         "CPU ms",
     )
-    report = plain_table(f"rank {rank_run.rank}: a step", *columns)
+    report = plain_table(f"rank {rank_run.rank}: one step of each slot", *columns)
     for s in rank_run.slots:
         cpu = "–" if s.cpu_ms is None else f"{s.cpu_ms:.0f}"
         report.add_row(
@@ -360,7 +360,7 @@ def rank_table(rank_run: SimulatedRank) -> Table:
 def totals_table(runs: Sequence[SimulatedRank]) -> Table:
     """Return a table of the number of collective operations of each rank, by name."""
     names = sorted({c.name for rank_run in runs for c in rank_run.collectives})
-    report = plain_table("in all", "rank", *names, "same order")
+    report = plain_table("all collectives", "rank", *names, "same order")
     for rank_run in runs:
         counts = [sum(c.name == name for c in rank_run.collectives) for name in names]
         same = first_difference([runs[0], rank_run]) is None

@@ -93,7 +93,9 @@ def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
 
 def table(costs: Sequence[SamplerCost]) -> Table:
     """Return a table with a row for each number of ranks and batch."""
-    report = plain_table("a rank's part of a step", "ranks", "base batch", "clips of all", "clips of a rank", "CPU ms")
+    report = plain_table(
+        "clips of one rank in a step", "ranks", "base batch", "global clips", "clips of a rank", "CPU ms"
+    )
     for row in costs:
         report.add_row(f"{row.ranks}", f"{row.base_batch:,}", f"{row.batch:,}", f"{row.clips}", f"{row.cpu_ms:.2f}")
     return report

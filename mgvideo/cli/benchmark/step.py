@@ -34,7 +34,7 @@ from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.schedules import baseline_of
 
 REFERENCE = "fp32/contiguous/off"
-MAX_SETTLING_STEPS, MAX_PAGE_FAULTS = 6, 1000  # steps at most until one is not slowed by so many new pages of memory
+MAX_SETTLING_STEPS, MAX_PAGE_FAULTS = 6, 1000  # untimed steps, until one causes fewer page faults than this
 TRAINING_COST = 3  # FLOPs of forward and backward, relative to forward
 
 
@@ -42,8 +42,8 @@ TRAINING_COST = 3  # FLOPs of forward and backward, relative to forward
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    models: list[str] = key([], "of configs/model; empty: the run's")
-    grids: list[str] = key([], "such as 8x112,32x224; empty: all of the plan")
+    models: list[str] = key([], "models of configs/model to measure; empty: the run's")
+    grids: list[str] = key([], "grids to measure, such as 8x112,32x224; empty: all of the plan")
     variants: list[str] = key(
         [REFERENCE, "auto/channels_last/off"],
         "precision/memory format/compilation[/BN groups]; the first is the reference for the others",
@@ -51,7 +51,7 @@ class Keys:
     emulated: bool = key(False, "also measure bf16 on a CPU without bf16 instructions, which is several times slower")
     clips: int = key(4, "clips in a step at the base grid; smaller grids have more, for the same volume")
     batch: int | None = key(None, "clips in a step, the same at every grid; replaces clips")
-    seconds: float = key(3.0, "to measure each combination in each round; at least one step")
+    seconds: float = key(3.0, "seconds to measure each combination in each round; at least one step")
     rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike")
     format: str = key("table", "table, or json for mgvideo plan benchmark=…")
     out: str | None = key(None, "file to write to; null: the terminal")
@@ -80,7 +80,7 @@ class Variant:
     name: str
     precision: Precision
     compile: str
-    bn_groups: int = 1  # per batch
+    bn_groups: int = 1  # of a batch
 
 
 class StepBenchmark:
@@ -282,7 +282,7 @@ def table(
     """
     report = plain_table(
         title, "grid", "clips", "ms", "clips/s", "TFLOP/s", "of peak", "× reference", "per FLOP", "first ms", "MiB",
-        "of base",
+        "memory/base",
     )  # fmt: skip
     reference = next(iter(all_rows.values()))
     base = rows[list(rows)[-1]]

@@ -243,7 +243,7 @@ def seconds_between(marks: Sequence[Any]) -> list[float]:
 
 def table(run: MeasuredRun) -> Table:
     """Return a table with a row for each slot of each phase."""
-    columns = ("slot", "batch", "ms", "clips/s", "waiting", "bare ms", "trainer's own", "loader's part")
+    columns = ("slot", "batch", "ms", "clips/s", "waiting", "minimal ms", "trainer overhead", "loader overhead")
     report = plain_table(f"{run.plan.schedule}: a step", *columns)
     for (p, s), slot_times in run.slots.items():
         slot, figures = run.plan.phases[p].slots[s], slot_times.figures()
@@ -263,7 +263,9 @@ def table(run: MeasuredRun) -> Table:
 
 def summary(runs: Sequence[MeasuredRun]) -> Table:
     """Return a table of whole runs: steps, time, cost of a boundary, and what the schedule saves."""
-    report = plain_table("whole runs, from the medians", "schedule", "steps", "training", "held batches", "a boundary")
+    report = plain_table(
+        "whole runs, from the medians", "schedule", "steps", "training", "without loading", "per boundary"
+    )
     for run in runs:
         cost = f"{median(run.boundaries):+.2f} s" if run.boundaries else "–"
         loaded, held = run.seconds(), run.seconds("held")
