@@ -13,8 +13,7 @@ from training import TINY
 from mgvideo.cli import app
 from mgvideo.cli.benchmark import main
 from mgvideo.cli.benchmark.ranks import Collective, SimulatedRank, first_difference, read_keys, run
-from mgvideo.engine import evaluation as evaluate
-from mgvideo.engine import train_step as stepper
+from mgvideo.engine import evaluation, train_step
 from mgvideo.engine.micro_batches import MicroBatch, split_into_micro_batches
 from mgvideo.plan.shards import BatchShard
 
@@ -42,14 +41,14 @@ def test_the_first_and_the_last_rank_agree_through_a_long_cycle(tmp_path: Path) 
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("where", [stepper, evaluate])
+@pytest.mark.parametrize("module", [train_step, evaluation])
 def test_ranks_that_would_hang_are_reported(
-    where: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def split_differently_on_last_rank(shard: BatchShard, limit: int) -> list[MicroBatch]:
         return split_into_micro_batches(shard, 1 if dist.get_rank() == WORLD - 1 else limit)
 
-    monkeypatch.setattr(where, "split_into_micro_batches", split_differently_on_last_rank)
+    monkeypatch.setattr(module, "split_into_micro_batches", split_differently_on_last_rank)
     line = said(main, ["ranks", *OPTIONS, *CONFIG], capsys)
     assert f"rank 0 and rank {WORLD - 1} differ at collective operation" in line
 

@@ -311,7 +311,7 @@ def test_videos_weights_and_class_names_may_be_urls(
     assert run_predict(local, capsys)[0]["classes"] == remote["classes"]
 
 
-def _write_video_as_checkpoint(folder: Path) -> str:
+def _write_invalid_checkpoint(folder: Path) -> str:
     (folder / "text.mp4").write_text("this is no checkpoint")
     return f"ckpt={folder}/text.mp4"
 
@@ -322,8 +322,8 @@ def _write_video_as_checkpoint(folder: Path) -> str:
         (lambda run, folder: [], "ckpt is not set"),
         (lambda run, folder: ["ckpt=/nowhere.pt"], "/nowhere.pt: there is no such file"),
         (lambda run, folder: [f"ckpt={folder}"], "no checkpoints in this folder"),
-        (lambda run, folder: [_write_video_as_checkpoint(folder)], "say which network it is"),
-        (lambda run, folder: [_write_video_as_checkpoint(folder), "model=i3d_small"], "cannot read weights from"),
+        (lambda run, folder: [_write_invalid_checkpoint(folder)], "say which network it is"),
+        (lambda run, folder: [_write_invalid_checkpoint(folder), "model=i3d_small"], "cannot read weights from"),
         (lambda run, folder: [f"ckpt={run}", "clip=3"], "did you mean clips?"),
         (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.frame_stride?"),
         (lambda run, folder: [f"ckpt={run}", "base.frame_stride=two"], "base.frame_stride"),
