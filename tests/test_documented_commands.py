@@ -117,11 +117,11 @@ def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
 
 def compose_cell(reproduction: reproduce.Reproduction) -> bool:
     """Compose a cell of a table; all of them are composed in tests/cli/test_reproduce.py."""
-    entry = next((entry for entry in reproduction.cells if entry.missing is None), reproduction.cells[0])
+    entry = next((entry for entry in reproduction.entries if entry.skip_reason is None), reproduction.entries[0])
     composed(*entry.overrides, "output_dir=unused")
-    if reproduction.given.launcher:
+    if reproduction.options.launcher:
         launcher_overrides(
-            Job(entry, 0, Path(), reproduction.table.preset.processes), reproduction.given.launcher, reproduction.queue
+            Job(entry, 0, Path(), reproduction.table.preset.processes), reproduction.options.launcher, reproduction.queue
         )
     return False
 
@@ -138,8 +138,8 @@ def compose_soak(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
         compose_run(arguments)
         raise InterruptedError
 
-    patch.setattr(soak, "run", run)
-    patch.setattr(soak, "spoiled", lambda *_: 0)
+    patch.setattr(soak, "run_program", run)
+    patch.setattr(soak, "make_bad_videos", lambda *_: 0)
     patch.setattr("sys.argv", ["soak.py", *arguments])
     with pytest.raises(InterruptedError):
         soak.main()
