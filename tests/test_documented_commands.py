@@ -121,7 +121,9 @@ def compose_cell(reproduction: reproduce.Reproduction) -> bool:
     composed(*entry.overrides, "output_dir=unused")
     if reproduction.options.launcher:
         launcher_overrides(
-            Job(entry, 0, Path(), reproduction.table.preset.processes), reproduction.options.launcher, reproduction.queue
+            Job(entry, 0, Path(), reproduction.table.preset.processes),
+            reproduction.options.launcher,
+            reproduction.queue,
         )
     return False
 
