@@ -84,7 +84,7 @@ class Predictor:
         return TASKS[self.trained.cfg.dataset.task]()
 
     def score_videos(self, paths: Sequence[str]) -> Scores:
-        """Score whole videos as the test of a run does: average over views."""
+        """Score whole videos as the test of a run does: average (single label) or maximum (multi label) over views."""
         cfg = self.trained.cfg
         label: Any = 0 if cfg.dataset.task == "single_label" else ()
         sampling = Sampling(flip=False, segments=self.samples_segments)
