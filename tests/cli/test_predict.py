@@ -325,7 +325,7 @@ def _write_invalid_checkpoint(folder: Path) -> str:
         (lambda run, folder: [_write_invalid_checkpoint(folder)], "say which network it is"),
         (lambda run, folder: [_write_invalid_checkpoint(folder), "model=i3d_small"], "cannot read weights from"),
         (lambda run, folder: [f"ckpt={run}", "clip=3"], "did you mean clips?"),
-        (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.frame_stride?"),
+        (lambda run, folder: [f"ckpt={run}", "base.frame_stried=3"], "did you mean base.frame_stride?"),
         (lambda run, folder: [f"ckpt={run}", "base.frame_stride=two"], "base.frame_stride"),
         (lambda run, folder: [f"ckpt={run}", "model=i3d_r50"], "says that already"),
         (lambda run, folder: [f"ckpt={run}", "crops=2"], "crops=2"),
