@@ -30,7 +30,7 @@ from mgvideo import cli
 from mgvideo.cli import app, export, predict, reproduce, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
-from mgvideo.cli.jobs import Job, placed
+from mgvideo.cli.jobs import Job, launcher_overrides
 from mgvideo.cli.schema import RunKeys, check_values
 from mgvideo.errors import UserError
 
@@ -117,11 +117,13 @@ def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
 
 def compose_cell(reproduction: reproduce.Reproduction) -> bool:
     """Compose a cell of a table; all of them are composed in tests/cli/test_reproduce.py."""
-    entry = next((entry for entry in reproduction.cells if entry.missing is None), reproduction.cells[0])
+    entry = next((entry for entry in reproduction.entries if entry.skip_reason is None), reproduction.entries[0])
     composed(*entry.overrides, "output_dir=unused")
-    if reproduction.given.launcher:
-        placed(
-            Job(entry, 0, Path(), reproduction.table.preset.processes), reproduction.given.launcher, reproduction.queue
+    if reproduction.options.launcher:
+        launcher_overrides(
+            Job(entry, 0, Path(), reproduction.table.preset.processes),
+            reproduction.options.launcher,
+            reproduction.queue,
         )
     return False
 
@@ -138,8 +140,8 @@ def compose_soak(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
         compose_run(arguments)
         raise InterruptedError
 
-    patch.setattr(soak, "run", run)
-    patch.setattr(soak, "spoiled", lambda *_: 0)
+    patch.setattr(soak, "run_program", run)
+    patch.setattr(soak, "make_bad_videos", lambda *_: 0)
     patch.setattr("sys.argv", ["soak.py", *arguments])
     with pytest.raises(InterruptedError):
         soak.main()

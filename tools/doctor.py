@@ -2,7 +2,7 @@
 
 import sys
 
-if __name__ == "__main__":  # worker processes import this file, and need no more of it
+if __name__ == "__main__":  # worker processes import this file too: import nothing more there
     from mgvideo.cli.doctor import main
 
     main(sys.argv[1:])

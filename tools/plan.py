@@ -1,4 +1,4 @@
-"""Show the plan of a run before paying for it: python tools/plan.py [group=option] [key=value] …"""
+"""Show the plan and cost of a run before starting it: python tools/plan.py [group=option] [key=value] …"""
 
 from mgvideo.cli import command
 

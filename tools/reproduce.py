@@ -1,4 +1,4 @@
-"""Run a table's cells and report them: python tools/reproduce.py table=NAME [preset=NAME] [key=value] …"""
+"""Run the cells of a table and report the results: python tools/reproduce.py table=NAME [preset=NAME] [key=value] …"""
 
 from mgvideo.cli import command
 

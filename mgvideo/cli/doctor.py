@@ -1,4 +1,4 @@
-"""`mgvideo doctor`: check this machine before training, in one table to read and to paste into a bug report."""
+"""`mgvideo doctor`: check this machine before training and print one table, ready to paste into a bug report."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ from .build import build_normalize, build_plan, loader_options
 from .schema import key
 
 PACKAGES = ("torchvision", "torchmetrics", "hydra-core", "omegaconf", "fvcore", "iopath", "av", "decord", "torchcodec")
-FAMILIES = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")  # of configs/model
-OPEN_FILES = 4096  # that loader workers, checkpoints and sockets may need at once; 1,024 is a common limit
-DISK_GIB = 10  # below which checkpoints and decoded frames may not fit
-VIDEOS = Knobs(train=32, val=4)  # of the dataset that is made for the last checks
-MEASURED_S = 3.0
+NETWORKS = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")  # of configs/model
+MIN_OPEN_FILES = 4096  # loader workers, checkpoints and sockets may need as many; 1,024 is a common limit
+MIN_DISK_GIB = 10  # with less free space, checkpoints and decoded frames may not fit
+MOTION_KNOBS = Knobs(train=32, val=4)  # the dataset that the decoder and loader checks generate
+LOADER_MEASUREMENT_S = 3.0
 
 
 @dataclass
-class Keys:
-    """What this program takes besides the keys of a run."""
+class DoctorKeys:
+    """Keys of this program, besides the keys of a run."""
 
     format: str = key("table", "table or json")
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """A row of the table: what was checked, `ok`, `warning` or `failure`, what was found, and what to do."""
+    """A row of the table: the check, its status (`ok`, `warning` or `failure`), what it found, and what to do."""
 
     check: str
     status: str
@@ -70,42 +70,42 @@ class CheckResult:
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo doctor` and tools/doctor.py."""
-    own, rest = keys.split(Keys, arguments)
+    own_overrides, run_overrides = keys.split(DoctorKeys, arguments)
     with app.exit_on_user_error():
-        given = keys.read(Keys, own)
-        if given.format not in ("table", "json"):
-            raise UserError(f"format={given.format}: choose table or json")
-    intro = "Check this machine before training. Exit code 1 where something fails. Takes the keys of a run, and:"
-    text = "\n".join([intro, "", *keys.describe(Keys)])
-    app.main("run", text, partial(run, given), rest, keys.names(Keys))
+        options = keys.read(DoctorKeys, own_overrides)
+        if options.format not in ("table", "json"):
+            raise UserError(f"format={options.format}: choose table or json")
+    intro = "Check this machine before training. Exit code 1 if a check fails. Takes the keys of a run, and:"
+    text = "\n".join([intro, "", *keys.describe(DoctorKeys)])
+    app.main("run", text, partial(run, options), run_overrides, keys.names(DoctorKeys))
 
 
-def run(given: Keys, cfg: DictConfig) -> None:
-    """Run every check, print the table, and exit with 1 where one fails."""
+def run(options: DoctorKeys, cfg: DictConfig) -> None:
+    """Run every check, print the table, and exit with 1 if a check fails."""
     with tempfile.TemporaryDirectory() as folder:
-        findings = list(examine(cfg, Path(folder)))
-    if given.format == "json":
-        print(json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False))
+        results = list(run_checks(cfg, Path(folder)))
+    if options.format == "json":
+        print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
     else:
-        # in a file or a pipe wide enough for a bug report
+        # a file or pipe has no width: use one that suits a bug report
         console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-        console.print(table(findings))
-    if any(finding.status == "failure" for finding in findings):
+        console.print(results_table(results))
+    if any(result.status == "failure" for result in results):
         raise SystemExit(1)
 
 
-def table(findings: Sequence[CheckResult]) -> Table:
-    """The findings, one a row."""
-    grid = Table(box=None, pad_edge=False)
+def results_table(results: Sequence[CheckResult]) -> Table:
+    """Return a table with one row for each result."""
+    table = Table(box=None, pad_edge=False)
     for heading in ("check", "", "found", "what to do"):
-        grid.add_column(heading, overflow="fold")
-    for finding in findings:
-        grid.add_row(finding.check, finding.status, finding.found, finding.remedy)
-    return grid
+        table.add_column(heading, overflow="fold")
+    for result in results:
+        table.add_row(result.check, result.status, result.found, result.remedy)
+    return table
 
 
-def examine(cfg: DictConfig, folder: Path) -> Iterator[CheckResult]:
-    """The findings of all checks; an error that a check does not expect is a failure of that check alone."""
+def run_checks(cfg: DictConfig, folder: Path) -> Iterator[CheckResult]:
+    """Yield the results of all checks. An exception becomes a failure of that check, and the others still run."""
     machine = Machine(cfg, folder)
     for name, check in CHECKS.items():
         print(f"checking {name} …", file=sys.stderr, flush=True)
@@ -121,68 +121,67 @@ def examine(cfg: DictConfig, folder: Path) -> Iterator[CheckResult]:
 
 @dataclass
 class Machine:
-    """What the checks share: the config of a run, a folder for files, and what they build of both."""
+    """What the checks share: the config of a run, a temporary folder, and objects built from both on first use."""
 
     cfg: DictConfig
     folder: Path
 
     @cached_property
     def device(self) -> torch.device:
-        """The device that a run of one process would take."""
+        """The device that a run of one process uses."""
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
     @cached_property
     def precision(self) -> Precision:
-        """The precision that a run would choose."""
+        """The precision that a run chooses."""
         return choose_precision(self.cfg.precision, self.device)
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan of the config for the small dataset of the last checks."""
-        return build_plan(self.cfg, max(VIDEOS.train, self.cfg.base.batch_size))
+        """The plan of the config for the small generated dataset."""
+        return build_plan(self.cfg, max(MOTION_KNOBS.train, self.cfg.base.batch_size))
 
     @cached_property
     def videos(self) -> Any:
-        """A dataset of real mp4 files, made anew."""
-        make_motion(str(self.folder), VIDEOS)
-        return motion(str(self.folder), VIDEOS, "train", PyAV())
+        """A dataset of real mp4 files, generated in the temporary folder."""
+        make_motion(str(self.folder), MOTION_KNOBS)
+        return motion(str(self.folder), MOTION_KNOBS, "train", PyAV())
 
 
-def versions(machine: Machine) -> Iterator[CheckResult]:
-    """Python, the operating system, and the packages that matter."""
+def check_versions(machine: Machine) -> Iterator[CheckResult]:
+    """Report the versions of Python, the operating system and the packages that matter."""
     del machine
     yield CheckResult("system", "ok", f"Python {platform.python_version()} on {platform.platform()}")
     yield CheckResult(
         "mgvideo, torch", "ok", f"mgvideo {__version__}, torch {torch.__version__} (CUDA {torch.version.cuda})"
     )
-    found, missing = [], []
+    installed, missing = [], []
     for package in PACKAGES:
         try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
+            installed.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     absent = f"; not installed: {', '.join(missing)}" if missing else ""
-    yield CheckResult("packages", "ok", f"{', '.join(found)}{absent}")
+    yield CheckResult("packages", "ok", f"{', '.join(installed)}{absent}")
 
 
-def gpus(machine: Machine) -> Iterator[CheckResult]:
-    """GPUs, cuDNN and NCCL; a GPU that torch does not see."""
+def check_gpus(machine: Machine) -> Iterator[CheckResult]:
+    """Check GPUs, cuDNN and NCCL. A GPU that the driver lists and torch does not see is a failure."""
     if not torch.cuda.is_available():
         listed = _nvidia_gpus()
         if listed:
             yield CheckResult(
-                "GPU", "failure", f"torch does not see {listed}", "install a torch for CUDA, or a newer driver"
+                "GPU", "failure", f"torch does not see {listed}", "install a CUDA build of torch, or a newer driver"
             )
         else:
             yield CheckResult("GPU", "ok", "none: training runs on the CPU")
         return
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         busy = free < 0.8 * total
-        text = (
-            f"{about.name}, capability {about.major}.{about.minor}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-        )
+        memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        text = f"{properties.name}, capability {properties.major}.{properties.minor}, {memory}"
         remedy = "another program uses its memory: stop it, or set CUDA_VISIBLE_DEVICES" if busy else ""
         yield CheckResult(f"GPU {index}", "warning" if busy else "ok", text, remedy)
     warning = cudnn_warning(machine.precision)
@@ -196,34 +195,36 @@ def gpus(machine: Machine) -> Iterator[CheckResult]:
 
 
 def _nvidia_gpus() -> str:
-    """What the driver lists, where it is installed."""
+    """Return the first line of `nvidia-smi -L`, or an empty string if there is none."""
     if shutil.which("nvidia-smi") is None:
         return ""
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, encoding="utf-8", errors="replace")
     return listed.stdout.partition("\n")[0] if listed.returncode == 0 else ""
 
 
-def precision(machine: Machine) -> Iterator[CheckResult]:
-    """The precision that a run chooses, and whether its convolutions are right and fast."""
+def check_precision(machine: Machine) -> Iterator[CheckResult]:
+    """Check that convolutions are correct and fast in the precision that a run chooses."""
     chosen = machine.precision
     yield CheckResult("precision", "ok", str(chosen))
     model = chosen.place(_model("slowfast_small"))
     grids = [slot.grid for phase in machine.plan.phases for slot in phase.slots]
     faults = probe_convolutions(model, grids, chosen)
     for fault in faults.wrong:
-        yield CheckResult("kernels", "warning", fault, "precision=auto falls back to fp32; or install another torch")
+        yield CheckResult(
+            "kernels", "warning", fault, "precision=auto falls back to fp32; or install another version of torch"
+        )
     for fault in faults.slow:
-        yield CheckResult("kernels", "warning", fault, "try precision=fp32, or install another torch")
+        yield CheckResult("kernels", "warning", fault, "try precision=fp32, or install another version of torch")
     if not (faults.wrong or faults.slow):
-        compared = "nothing to compare in fp32" if chosen.dtype is None else f"right in {chosen.name}"
+        compared = "nothing to compare in fp32" if chosen.dtype is None else f"correct in {chosen.name}"
         yield CheckResult("kernels", "ok", f"convolutions: {compared}")
 
 
-def decoders(machine: Machine) -> Iterator[CheckResult]:
-    """Each decoder on a real file: the same frames as PyAV gives."""
+def check_decoders(machine: Machine) -> Iterator[CheckResult]:
+    """Check that each decoder returns the same frames of a real file as PyAV."""
     versions = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
     libraries = f"libavcodec {versions['libavcodec']}, libavformat {versions['libavformat']}"
-    path, wanted = machine.videos.path(0), None
+    path, reference = machine.videos.path(0), None
     for name, make in (("pyav", PyAV), ("decord", Decord), ("torchcodec", TorchCodec)):
         try:
             frames = _middle_frames(make(), path)
@@ -232,9 +233,9 @@ def decoders(machine: Machine) -> Iterator[CheckResult]:
                 f"decoder {name}", "failure" if name == "pyav" else "warning", "does not work", str(error)
             )
             continue
-        wanted = frames if wanted is None else wanted
-        same = (frames.float() - wanted.float()).abs().mean() < 2  # libraries round colours differently
-        text = f"reads H.264{f'; {libraries}' if name == 'pyav' else ''}" if same else "gives other frames than PyAV"
+        reference = frames if reference is None else reference
+        same = (frames.float() - reference.float()).abs().mean() < 2  # decoders round colours differently
+        text = f"reads H.264{f'; {libraries}' if name == 'pyav' else ''}" if same else "returns other frames than PyAV"
         yield CheckResult(f"decoder {name}", "ok" if same else "failure", text, "" if same else "use decoder=pyav")
 
 
@@ -247,24 +248,24 @@ def _middle_frames(decoder: Decoder, path: str) -> Tensor:
         return video.read(np.array([20, 22, 24]), Box(0, 0, video.height, video.width))
 
 
-def cores(machine: Machine) -> Iterator[CheckResult]:
-    """CPU cores that this process may use, and the loader workers that they give."""
-    own = find_resources()
-    limits = [f"a quota of {float(limit):g} cores" for limit in own.cpu_limits.values()]
-    about = ", ".join([f"{cpu_count()} usable, of {len(available_cpus())} that this process may run on", *limits])
+def check_cpus(machine: Machine) -> Iterator[CheckResult]:
+    """Check the CPU cores and memory that this process may use, and the loader workers that run on them."""
+    resources = find_resources()
+    limits = [f"a quota of {float(limit):g} cores" for limit in resources.cpu_limits.values()]
+    text = ", ".join([f"{cpu_count()} usable, of {len(available_cpus())} in the CPU affinity of this process", *limits])
     options = loader_options(machine.cfg)
     few = machine.device.type == "cuda" and options.num_workers < 4
     remedy = "give each GPU 8 or more cores (SLURM: --cpus-per-task), or prepare a pyramid" if few else ""
-    yield CheckResult("CPU cores", "warning" if few else "ok", f"{about}; {options.num_workers} loader workers", remedy)
-    memory = min([own.memory, *own.memory_limits.values()]) / 2**30
+    yield CheckResult("CPU cores", "warning" if few else "ok", f"{text}; {options.num_workers} loader workers", remedy)
+    memory = min([resources.memory, *resources.memory_limits.values()]) / 2**30
     small = memory < 4
     yield CheckResult(
         "memory", "warning" if small else "ok", f"{memory:.1f} GiB available", "4 GiB or more" if small else ""
     )
 
 
-def shared_memory(machine: Machine) -> Iterator[CheckResult]:
-    """Room in /dev/shm, through which loader workers pass their batches."""
+def check_shared_memory(machine: Machine) -> Iterator[CheckResult]:
+    """Check the free space in /dev/shm, through which loader workers send batches."""
     del machine
     room = find_room()
     if room is None:
@@ -272,37 +273,37 @@ def shared_memory(machine: Machine) -> Iterator[CheckResult]:
         return
     small = room.free < 2**30
     text = f"{room.free / 2**20:.0f} MiB free"
-    remedy = "in Docker: docker run --shm-size=8g; else fewer loader.num_workers" if small else ""
+    remedy = "in Docker: docker run --shm-size=8g; otherwise lower loader.num_workers" if small else ""
     yield CheckResult("/dev/shm", "warning" if small else "ok", text, remedy)
 
 
-def open_files(machine: Machine) -> Iterator[CheckResult]:
-    """How many files and sockets a process may have open."""
+def check_open_files(machine: Machine) -> Iterator[CheckResult]:
+    """Check the limit on open files and sockets of a process."""
     del machine
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    few = limit != resource.RLIM_INFINITY and limit < OPEN_FILES
+    few = limit != resource.RLIM_INFINITY and limit < MIN_OPEN_FILES
     yield CheckResult("open files", "warning" if few else "ok", f"at most {limit}", "ulimit -n 65536" if few else "")
 
 
-def disk(machine: Machine) -> Iterator[CheckResult]:
-    """Free space where the run's folder will be."""
+def check_disk(machine: Machine) -> Iterator[CheckResult]:
+    """Check free space and write permission where the run's folder will be."""
     from mgvideo.storage.paths import is_remote
 
     target = str(machine.cfg.output_dir)
     if is_remote(target):
         yield CheckResult("disk", "ok", f"{target} is remote: not checked")
         return
-    place = next(p for p in (Path(target).absolute(), *Path(target).absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free / 2**30
-    little = free < DISK_GIB
+    parent = next(p for p in (Path(target).absolute(), *Path(target).absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free / 2**30
+    little = free < MIN_DISK_GIB
     yield CheckResult(
-        "disk", "warning" if little else "ok", f"{free:.0f} GiB free in {place}", "set output_dir" if little else ""
+        "disk", "warning" if little else "ok", f"{free:.0f} GiB free in {parent}", "set output_dir" if little else ""
     )
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        yield CheckResult("disk", "failure", f"cannot write in {place}: {error.strerror}", "set output_dir")
+        yield CheckResult("disk", "failure", f"cannot write in {parent}: {error.strerror}", "set output_dir")
 
 
 def _model(name: str) -> nn.Module:
@@ -310,13 +311,12 @@ def _model(name: str) -> nn.Module:
     return convert_group_batchnorm(instantiate(composed.model))
 
 
-def families(machine: Machine) -> Iterator[CheckResult]:
-    """A training step of a small network of each family: loss and weights stay finite."""
-    for name in FAMILIES:
+def check_networks(machine: Machine) -> Iterator[CheckResult]:
+    """Check that loss and weights stay finite in training steps of a small network of each family."""
+    for name in NETWORKS:
         step = _Step(machine, name)
         finite = step(4, 8, 64)
-        seconds = step.seconds
-        text = f"a training step of 4 clips of 8×64²: {1e3 * seconds:.0f} ms"
+        text = f"a training step of 4 clips of 8×64²: {1e3 * step.seconds:.0f} ms"
         if finite:
             yield CheckResult(name, "ok", text)
         else:
@@ -324,7 +324,7 @@ def families(machine: Machine) -> Iterator[CheckResult]:
 
 
 class _Step:
-    """Bare training steps of a small network."""
+    """Training steps of a small network, without the trainer. `seconds` is the time of the last step."""
 
     def __init__(self, machine: Machine, name: str) -> None:
         self.precision, self.device = machine.precision, machine.device
@@ -335,7 +335,7 @@ class _Step:
         self.seconds = 0.0
 
     def __call__(self, clips: int, frames: int, size: int, groups: int = 1) -> bool:
-        """Take two steps on random pixels, and time the second. Returns whether loss and weights are finite."""
+        """Take two steps on random pixels and time the second. Returns whether loss and weights are finite."""
         pixels = torch.randint(0, 256, (clips, frames, size, size, 3), dtype=torch.uint8).to(self.device)
         labels = torch.arange(clips, device=self.device) % 8
         set_bn_groups(self.model, groups)
@@ -349,22 +349,24 @@ class _Step:
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # waits for the device
+            finite = all(bool(torch.isfinite(p).all()) for p in self.model.parameters())  # also synchronises the device
             self.seconds = time.perf_counter() - started
         return finite and bool(torch.isfinite(loss))
 
 
-def data(machine: Machine) -> Iterator[CheckResult]:
-    """Clips a second of the loader on a small real dataset, beside those of the training step on the base grid."""
+def check_loader_speed(machine: Machine) -> Iterator[CheckResult]:
+    """Compare clips per second of the loader, on a small real dataset, and of the training step, on the base grid."""
     base, batch = machine.plan.base, machine.plan.base.batch_size
     step = _Step(machine, "slowfast_small")
     step(batch, base.num_frames, base.crop_size)
-    trained = batch / step.seconds
-    loaded = _loader_rate(machine)
+    trained, loaded = batch / step.seconds, _loader_rate(machine)
     slow = loaded < trained
-    text = f"{loaded:.0f} clips a second loaded, {trained:.0f} trained (slowfast_small, {base.num_frames}×{base.crop_size}²)"
+    grid = f"{base.num_frames}×{base.crop_size}²"
+    text = f"{loaded:.0f} clips per second loaded, {trained:.0f} trained (slowfast_small, {grid})"
     remedy = (
-        "the loader sets the pace: more cores, dataset.frame_cache or a pyramid; see benchmark loader" if slow else ""
+        "the loader is the bottleneck: use more cores, dataset.frame_cache or a pyramid; see benchmark loader"
+        if slow
+        else ""
     )
     yield CheckResult("loader and step", "warning" if slow else "ok", text, remedy)
 
@@ -378,24 +380,24 @@ def _loader_rate(machine: Machine) -> float:
     with ExitStack() as stack:
         batches = loader.open(partial(sampler.shard, rank=0, world=1), range(plan.steps))
         stack.callback(getattr(batches, "close", lambda: None))
-        next(batches)  # workers are up
+        next(batches)  # starts the workers
         clips, started = 0, time.perf_counter()
         for batch in batches:
             clips += len(batch.labels)
-            if time.perf_counter() - started > MEASURED_S:
+            if time.perf_counter() - started > LOADER_MEASUREMENT_S:
                 break
         return clips / (time.perf_counter() - started)
 
 
 CHECKS: dict[str, Callable[[Machine], Iterator[CheckResult]]] = {
-    "versions": versions,
-    "GPU": gpus,
-    "precision": precision,
-    "decoders": decoders,
-    "CPU cores": cores,
-    "shared memory": shared_memory,
-    "open files": open_files,
-    "disk": disk,
-    "networks": families,
-    "loader and step": data,
+    "versions": check_versions,
+    "GPU": check_gpus,
+    "precision": check_precision,
+    "decoders": check_decoders,
+    "CPU cores": check_cpus,
+    "shared memory": check_shared_memory,
+    "open files": check_open_files,
+    "disk": check_disk,
+    "networks": check_networks,
+    "loader and step": check_loader_speed,
 }

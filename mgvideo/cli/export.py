@@ -1,4 +1,4 @@
-"""`mgvideo export`: a trained network as a file that runs without this package, checked against the network itself."""
+"""`mgvideo export`: write a trained network to a file that runs without mgvideo, and check its output."""
 
 from __future__ import annotations
 
@@ -24,57 +24,58 @@ from .trained import HELP, Trained, load_trained
 
 SUFFIXES = {".pt2": "torch", ".onnx": "onnx"}
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-TOLERANCE = 1e-4  # of the largest logit; libraries add up in another order
+TOLERANCE = 1e-4  # relative to the largest logit; runtimes sum in different orders
 
 Runner = Callable[[Tensor], Tensor]
 
 
 @dataclass
 class ExportKeys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
     ckpt: str | None = key(
-        None, "a checkpoint, a run's folder (its best one, else its newest), or weights as init_from"
+        None, "a checkpoint, a run's folder (best checkpoint, else newest), or weights as in init_from"
     )
     out: str | None = key(None, "file to write: NAME.pt2 or NAME.onnx")
-    format: str | None = key(None, "torch (torch.export) or onnx; null: what the file's name ends in says")
+    format: str | None = key(None, "torch (torch.export) or onnx; null: by the suffix of out")
     frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run")
     size: int | None = key(None, "height and width of a clip; null: base.crop_size")
-    batch: int = key(1, "clips at once")
+    batch: int = key(1, "clips in a batch")
     dynamic: bool = key(
-        False, "take any number of clips, of frames (not SlowFast) and of pixels; those above are an example"
+        False,
+        "accept any batch, height and width, and any number of frames (not SlowFast); the values above are examples",
     )
-    normalize: bool = key(False, "take uint8 RGB frames [n, t, h, w, 3] and normalise them inside")
+    normalize: bool = key(False, "accept uint8 RGB frames [n, t, h, w, 3] and include their normalisation")
 
 
 @dataclass(frozen=True)
-class Clips:
-    """Which clips a program takes: uint8 `[n, t, h, w, 3]`, or float `[n, 3, t, h, w]` where they come normalised."""
+class ClipFormat:
+    """Input of an exported network: uint8 `[n, t, h, w, 3]` if `raw`, else normalised float `[n, 3, t, h, w]`."""
 
     raw: bool
 
     def random(self, batch: int, frames: int, height: int, width: int) -> Tensor:
-        """Such clips, of noise."""
+        """Return a batch of random clips in this format, the same on every call."""
         draws = torch.Generator().manual_seed(0)
         if self.raw:
             return torch.randint(0, 256, (batch, frames, height, width, 3), dtype=torch.uint8, generator=draws)
         return torch.randn(batch, 3, frames, height, width, generator=draws)
 
     def dims(self, any_frames: bool) -> dict[int, object]:
-        """The dimensions that may vary: those of batch, height and width, and of time where `any_frames`."""
+        """Return the dynamic dimensions: batch, height, width and, if `any_frames`, time."""
         time = 1 if self.raw else 2
         return dict.fromkeys([0, *([time] if any_frames else []), time + 1, time + 2], Dim.DYNAMIC)
 
 
-class FromPixels(nn.Module):
-    """A network behind its normalisation."""
+class NormalizedNetwork(nn.Module):
+    """A network preceded by the normalisation of its input."""
 
     def __init__(self, network: nn.Module, normalize: Normalize) -> None:
         super().__init__()
         self.network, self.normalize = network, normalize
 
     def forward(self, clips: Tensor) -> Tensor:
-        """uint8 `[n, t, h, w, 3]` → logits `[n, classes]`."""
+        """Map uint8 clips `[n, t, h, w, 3]` to logits `[n, classes]`."""
         return self.network(self.normalize(clips))
 
 
@@ -83,138 +84,142 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(_help())
         return
-    own, rest = keys.split(ExportKeys, arguments)
+    own_overrides, run_overrides = keys.split(ExportKeys, arguments)
     with app.exit_on_user_error():
-        run(read_keys(own), rest)
+        run(read_keys(own_overrides), run_overrides)
 
 
 def _help() -> str:
     lines = [
-        "Write a trained network as one file that needs nothing of mgvideo, and check it against the network itself:"
+        "Write a trained network to one file that runs without mgvideo, and compare its output with the network's:"
     ]
     lines += ["python tools/export.py ckpt=PATH out=FILE [key=value] …", ""]
     return "\n".join([*lines, *HELP, "", *keys.describe(ExportKeys)])
 
 
 def read_keys(overrides: Sequence[str]) -> ExportKeys:
-    """This program's own keys, `format` filled in. Raises UserError where a value is of no use."""
-    given = keys.read(ExportKeys, overrides)
-    if given.out is None:
+    """Read and check the keys of this program, and fill in `format`. Raises UserError for an invalid value."""
+    options = keys.read(ExportKeys, overrides)
+    if options.out is None:
         raise UserError("out is not set: add out=NAME.pt2 or out=NAME.onnx to the command")
-    told = SUFFIXES.get(Path(given.out).suffix)
-    require(given.format in (None, *SUFFIXES.values()), f"format={given.format}: choose torch or onnx")
-    require(told is not None, f"out={given.out}: name it NAME.pt2 (torch) or NAME.onnx")
-    require(given.format in (None, told), f"out={given.out}: format={given.format} ends in another suffix")
-    given.format = told
+    suffix_format = SUFFIXES.get(Path(options.out).suffix)
+    require(options.format in (None, *SUFFIXES.values()), f"format={options.format}: choose torch or onnx")
+    require(suffix_format is not None, f"out={options.out}: name it NAME.pt2 (torch) or NAME.onnx")
+    require(
+        options.format in (None, suffix_format),
+        f"out={options.out}: format={options.format} requires another suffix: .pt2 for torch, .onnx for onnx",
+    )
+    options.format = suffix_format
     for name in ("frames", "size", "batch"):
-        value = getattr(given, name)
+        value = getattr(options, name)
         require(value is None or value >= 1, f"{name}={value}: give a whole number from 1 up")
-    missing = [name for name in ONNX_PACKAGES if given.format == "onnx" and find_spec(name) is None]
-    require(not missing, f"format=onnx needs {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
-    return given
+    missing = [name for name in ONNX_PACKAGES if options.format == "onnx" and find_spec(name) is None]
+    require(not missing, f"format=onnx requires {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
+    return options
 
 
-def run(given: ExportKeys, overrides: Sequence[str]) -> None:
-    """Export, check and say what the file takes."""
-    out = Path(str(given.out))
+def run(options: ExportKeys, overrides: Sequence[str]) -> None:
+    """Export to a temporary file, check it, and rename it to `out`. Nothing is left behind if that fails."""
+    out = Path(str(options.out))
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
         with writing("out", out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            part.touch()  # before minutes are spent on what cannot be written
-            export(given, overrides, part)
+            part.touch()  # fail now, not after minutes of tracing, if the folder is not writable
+            export(options, overrides, part)
             part.replace(out)
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def export(given: ExportKeys, overrides: Sequence[str], file: Path) -> None:
-    """Write the file, run it and compare it with the network."""
-    trained = load_trained(given.ckpt, overrides, ExportKeys)
-    cfg, clips = trained.cfg, Clips(given.normalize)
+def export(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:
+    """Write the file, run it, compare its output with the network's, and print a summary."""
+    trained = load_trained(options.ckpt, overrides, ExportKeys)
+    cfg, clips = trained.cfg, ClipFormat(options.normalize)
     network = trained.model
-    if given.normalize:
-        network = FromPixels(network, Normalize(tuple(cfg.normalize.mean), tuple(cfg.normalize.std))).eval()
+    if options.normalize:
+        network = NormalizedNetwork(network, Normalize(tuple(cfg.normalize.mean), tuple(cfg.normalize.std))).eval()
     any_frames = takes_any_frames(trained.model)
-    frames, size = given.frames or cfg.base.num_frames, given.size or cfg.base.crop_size
-    # with one of something a program would be for one of it alone
-    batch = max(2, given.batch) if given.dynamic else given.batch
+    frames, size = options.frames or cfg.base.num_frames, options.size or cfg.base.crop_size
+    # torch.export treats a dimension of size 1 as fixed, so a dynamic batch needs an example of at least 2
+    batch = max(2, options.batch) if options.dynamic else options.batch
     examples = [clips.random(batch, frames, size, size)]
-    if given.dynamic:
+    if options.dynamic:
         examples.append(clips.random(1, 2 * frames if any_frames else frames, size + 32, size + 16))
     print(trained.load_summary)
     print(trained)
-    program = trace(network, examples[0], clips.dims(any_frames) if given.dynamic else None)
-    save, load = (save_onnx, load_onnx) if given.format == "onnx" else (save_torch, load_torch)
+    program = trace_network(network, examples[0], clips.dims(any_frames) if options.dynamic else None)
+    save, load = (save_onnx, load_onnx) if options.format == "onnx" else (save_torch, load_torch)
     save(program, str(file))
-    check(load(str(file)), network, examples)
-    describe(given, trained, examples[0], file.stat().st_size)
+    check_output(load(str(file)), network, examples)
+    print_summary(options, trained, examples[0], file.stat().st_size)
 
 
 def takes_any_frames(model: nn.Module) -> bool:
-    """Whether one graph serves every number of frames. SlowFast's names the frames of its slow pathway."""
+    """Return whether one graph works for any number of frames. SlowFast's graph has fixed slow-pathway indices."""
     return not isinstance(model, SlowFast)
 
 
-def trace(network: nn.Module, example: Tensor, dims: dict[int, object] | None) -> ExportedProgram:
-    """The network as a graph. Raises UserError where it has none for these dimensions."""
+def trace_network(network: nn.Module, example: Tensor, dims: dict[int, object] | None) -> ExportedProgram:
+    """Trace the network into a graph. Raises UserError if torch.export cannot, with these dynamic dimensions."""
     try:
-        # strict: else the frames that a slow pathway takes would count as data, and not as a constant
+        # strict mode turns the frame indices of the slow pathway into constants; otherwise they depend on data
         return torch.export.export(network, (example,), dynamic_shapes=(dims,) if dims else None, strict=True)
-    except Exception as error:  # of many kinds, all about what torch can trace
-        raise UserError(f"torch.export cannot take this network: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # torch.export raises many types_network
+        raise UserError(f"torch.export cannot trace this network: {str(error).strip().splitlines()[0]}") from error
 
 
 def save_torch(program: ExportedProgram, file: str) -> None:
-    """A graph as torch.export writes it."""
-    with open(file, "wb") as target:  # torch would tell of no file as of a bug
+    """Write a graph in torch.export's format."""
+    with open(file, "wb") as target:  # given a path, torch reports an unwritable file as an internal error
         torch.export.save(program, target)
 
 
 def load_torch(file: str) -> Runner:
-    """A program of torch.export, ready to run."""
+    """Load a program of torch.export as a callable."""
     return torch.export.load(file).module()
 
 
 def save_onnx(program: ExportedProgram, file: str) -> None:
-    """A graph as ONNX in one file, its input `clips` and its output `logits`."""
-    # attention without heads is not in ONNX: decomposed, it is products and a softmax
-    plain = program.run_decompositions()
+    """Write a graph as one ONNX file with the input `clips` and the output `logits`."""
+    # ONNX has no attention without heads, so decompose it into matrix products and a softmax
+    decomposed = program.run_decompositions()
     names = {"input_names": ["clips"], "output_names": ["logits"]}
-    torch.onnx.export(plain, f=file, dynamo=True, verbose=False, external_data=False, **names)  # type: ignore[arg-type]
+    torch.onnx.export(decomposed, f=file, dynamo=True, verbose=False, external_data=False, **names)  # type: ignore[arg-type]
 
 
 def load_onnx(file: str) -> Runner:
-    """An ONNX file in onnxruntime, on the CPU."""
+    """Load an ONNX file in onnxruntime as a callable, on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
 
 
-def check(program: Runner, network: nn.Module, examples: Sequence[Tensor]) -> None:
-    """Compare with the network itself, on clips of each shape. Raises UserError where they differ."""
+def check_output(program: Runner, network: nn.Module, examples: Sequence[Tensor]) -> None:
+    """Compare the program with the network on each example. Raises UserError if logits differ by over `TOLERANCE`."""
     for clips in examples:
         with torch.no_grad():
-            expected, found = network(clips), program(clips)
-        largest, off = expected.abs().max().item(), (found - expected).abs().max().item()
+            expected, exported = network(clips), program(clips)
+        largest, difference = expected.abs().max().item(), (exported - expected).abs().max().item()
         allowed = TOLERANCE * max(1.0, largest)
-        print(f"check on {list(clips.shape)}: logits up to {largest:.2f} differ by {off:.1e}, allowed is {allowed:.1e}")
-        require(off <= allowed, "the exported network does not compute what the network does: nothing was written")
+        result = f"logits up to {largest:.2f} differ by {difference:.1e}, at most {allowed:.1e} allowed"
+        print(f"check on {list(clips.shape)}: {result}")
+        require(difference <= allowed, "logits of the exported network differ from the network's: nothing was written")
 
 
-def describe(given: ExportKeys, trained: Trained, example: Tensor, size: int) -> None:
-    """Say what the file takes and gives, and what is fixed in it."""
+def print_summary(options: ExportKeys, trained: Trained, example: Tensor, size: int) -> None:
+    """Print the input and output of the file, and which dimension is fixed."""
     cfg, shape, any_frames = trained.cfg, [str(side) for side in example.shape], takes_any_frames(trained.model)
-    if given.dynamic:
-        names = ["n", "t", "h", "w", "3"] if given.normalize else ["n", "3", "t", "h", "w"]
+    if options.dynamic:
+        names = ["n", "t", "h", "w", "3"] if options.normalize else ["n", "3", "t", "h", "w"]
         shape = [side if name == "t" and not any_frames else name for name, side in zip(names, shape, strict=True)]
     mean, std = list(cfg.normalize.mean), list(cfg.normalize.std)
-    pixels = "uint8 RGB" if given.normalize else f"float32 RGB in 0–1, less mean {mean}, over std {std}"
+    pixels = "uint8 RGB" if options.normalize else f"float32 RGB in 0–1, minus mean {mean}, divided by std {std}"
     scores = "softmax" if cfg.dataset.task == "single_label" else "sigmoid"
-    print(f"{given.out}: {size / 1e6:.1f} MB")
+    print(f"{options.out}: {size / 1e6:.1f} MB")
     print(f"  input clips [{', '.join(shape)}]: {pixels}; frames at stride {cfg.base.frame_stride}")
     print(f"  output logits [{shape[0]}, {trained.classes}], before the {scores}")
-    if given.dynamic and not any_frames:
-        print("  the number of frames is fixed: SlowFast chooses its slow pathway's by it, when the file is made")
+    if options.dynamic and not any_frames:
+        print("  the number of frames is fixed, because export fixes the frame indices of SlowFast's slow pathway")

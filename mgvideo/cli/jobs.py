@@ -1,4 +1,4 @@
-"""Runs of a table as processes of `mgvideo run`: one after another, or through a launcher all at once."""
+"""Start the runs of a table as processes of `mgvideo run`: one after another, or all at once through a launcher."""
 
 from __future__ import annotations
 
@@ -22,50 +22,53 @@ from mgvideo.storage.checkpoints import Checkpoints, write_atomic
 from mgvideo.tracking.run_logger import Eta
 
 from .help import group_options
-from .tables import Entry, key_of, merged
+from .tables import TableEntry, merge_overrides, override_key
 from .values import quote
 
-LOG = "run.log"  # in a run's folder: all that it printed
-LAUNCHER = "hydra.launcher"  # where its keys are
+LOG_NAME = "run.log"  # file in a run's folder with its stdout and stderr
+LAUNCHER = "hydra.launcher"  # config node of the launcher's keys
 
 
 @dataclass
 class Job:
-    """One run: a cell with a seed, in a folder of its own."""
+    """One run: a cell of a table with a seed, in its own folder below `out`."""
 
-    entry: Entry
+    entry: TableEntry
     seed: int
     out: Path
     processes: int
 
     @property
     def name(self) -> str:
-        """For people, and the run's folder."""
+        """Name of the run and of its folder."""
         return f"{self.entry.cell.name}_seed{self.seed}"
 
     @property
     def folder(self) -> Path:
-        """The run's output_dir."""
+        """The run's `output_dir`."""
         return self.out / self.name
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """What makes the run what it is."""
+        """The keys that determine the run's result; see `TableEntry.recipe`."""
         return {**self.entry.recipe(), "seed": self.seed}
 
-    def differing(self) -> list[str]:
-        """Keys in which an earlier run in this folder differs, with both values."""
-        made = _json(self.folder / "cell.json")
-        shared = [key for key in self.recipe if key in made]
-        now = json.loads(json.dumps(self.recipe))
-        return [f"{key} was {made[key]}, is {now[key]}" for key in shared if made[key] != now[key]]
+    def recipe_differences(self) -> list[str]:
+        """List the keys in which an earlier run in this folder differs, as `KEY was OLD, is NEW`."""
+        old = _read_json(self.folder / "cell.json")
+        new = json.loads(json.dumps(self.recipe))
+        return [f"{key} was {old[key]}, is {new[key]}" for key in new if key in old and old[key] != new[key]]
 
-    def finished(self) -> bool:
-        """Whether its report is there, and of this recipe."""
-        return (self.folder / "report.json").exists() and not self.differing()
+    def is_finished(self) -> bool:
+        """Return whether the folder holds a report of this recipe."""
+        return (self.folder / "report.json").exists() and not self.recipe_differences()
 
-    def begin(self) -> None:
-        """Leave the recipe in its folder; a report of another is no longer one."""
+    def prepare_folder(self) -> None:
+        """Create the folder, write the recipe to `cell.json`, and remove an old report.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "report.json").unlink(missing_ok=True)
@@ -73,20 +76,24 @@ class Job:
             raise UserError(f"cannot write into out={self.out}: {error.strerror}") from error
         write_atomic(self.folder / "cell.json", json.dumps(self.recipe, indent=1).encode())
 
-    def starts_from(self) -> list[str]:
-        """The override that gives it another cell's weights, of the same seed."""
+    def initial_weights(self) -> list[str]:
+        """Return the `init_from=` override for a cell that starts from another cell's weights, with the same seed.
+
+        Raises:
+            UserError: that run is not finished.
+        """
         if self.entry.cell.weights_of is None:
             return []
         first = self.out / f"{self.entry.cell.weights_of}_seed{self.seed}"
-        made = Checkpoints(first / "checkpoints")
-        steps = made.steps()
+        checkpoints = Checkpoints(first / "checkpoints")
+        steps = checkpoints.steps()
         if not steps or not (first / "report.json").exists():
             raise UserError(f"it starts from the weights of {first.name}, which is not finished")
-        return [f"init_from={quote(made.path(steps[-1]))}"]
+        return [f"init_from={quote(checkpoints.path(steps[-1]))}"]
 
     def command(self) -> list[str]:
-        """The process that does it."""
-        run = ["-m", "mgvideo.cli", "run", *self.entry.overrides, *self.starts_from()]
+        """Return the command line of the run: one process, or `torch.distributed.run` with several."""
+        run = ["-m", "mgvideo.cli", "run", *self.entry.overrides, *self.initial_weights()]
         run += [f"seed={self.seed}", f"output_dir={quote(self.folder.resolve())}"]
         if self.processes == 1:
             return [sys.executable, *run]
@@ -94,8 +101,8 @@ class Job:
         return [sys.executable, *ranks, *run]
 
 
-class Following:
-    """Where a run is, by what it leaves in its folder; call it now and then."""
+class RunProgress:
+    """Progress of a run, read from the files in its folder. Call `update` from time to time."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.position = job, 0
@@ -106,24 +113,24 @@ class Following:
         self.since = time.time()
 
     def update(self) -> None:
-        """Read what has come since the last call."""
+        """Read the lines of metrics.jsonl that are new since the last call."""
         path = self.job.folder / "plan.json"
         if self.plan is None and path.exists() and path.stat().st_mtime >= self.since - 1:
-            self.plan = Plan.from_json(_json(path))
+            self.plan = Plan.from_json(_read_json(path))
             self.eta = Eta(self.plan)
         metrics = self.job.folder / "metrics.jsonl"
         if self.plan is None or not metrics.exists():
             return
-        if metrics.stat().st_size < self.position:  # cut back to the checkpoint that the run goes on from
+        if metrics.stat().st_size < self.position:  # a resumed run truncates the file to its checkpoint
             self.position = 0
         with open(metrics, encoding="utf-8") as file:
             file.seek(self.position)
             while (line := file.readline()).endswith("\n"):
                 self.position = file.tell()
                 with suppress(ValueError):
-                    self._take(json.loads(line))
+                    self._add_record(json.loads(line))
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def _add_record(self, record: dict[str, Any]) -> None:
         score = next((f"{key[4:]} {value:.1f}" for key, value in record.items() if key.startswith("val_")), None)
         if score:
             self.score = score
@@ -133,14 +140,14 @@ class Following:
             self.eta.add(record["phase"], seconds, steps)
         self.last = record
 
-    def left(self) -> float | None:
-        """Seconds of training left, None where it is too early to say."""
+    def seconds_left(self) -> float | None:
+        """Return the seconds of training left, or None while no estimate is possible."""
         return self.eta.left(self.last["step"]) if self.eta else None
 
     def __str__(self) -> str:
         if self.plan is None or self.last["step"] == 0:
             return "starting"
-        left = self.left()
+        left = self.seconds_left()
         parts = [f"step {self.last['step']}/{self.plan.steps}", f"loss {self.last['loss']:.2f}", self.score]
         parts.append(
             "testing" if self.last["step"] == self.plan.steps else f"{format_duration(left)} left" if left else ""
@@ -148,30 +155,38 @@ class Following:
         return " · ".join(part for part in parts if part)
 
 
-def start(command: Sequence[str], folder: Path) -> subprocess.Popen:
-    """A process whose output goes to the folder's log; it shares our terminal, so Ctrl-C reaches it too."""
+def start_process(command: Sequence[str], folder: Path) -> subprocess.Popen:
+    """Start a process that appends its output to the folder's log.
+
+    It stays in this process group, so Ctrl-C in the terminal reaches it too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOG, "a", encoding="utf-8", errors="surrogateescape") as log:
+    with open(folder / LOG_NAME, "a", encoding="utf-8", errors="surrogateescape") as log:
         log.write(f"$ {' '.join(command)}\n")
         log.flush()
-        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # the log is a file, whatever the terminal shows
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}  # the log is UTF-8 even if the terminal is not
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
 
 
-def wait(processes: Sequence[subprocess.Popen], beat: Callable[[], None], every: float = 0.5) -> None:
-    """Wait for processes; a signal to stop is passed on, and raised as Stopped when they have left."""
-    passed_on = False
+def wait_for_processes(
+    processes: Sequence[subprocess.Popen], on_poll: Callable[[], None], interval_s: float = 0.5
+) -> None:
+    """Wait for processes to exit, and call `on_poll` every `interval_s` seconds.
+
+    A stop signal is forwarded to them once; `Stopped` is raised after they have exited.
+    """
+    forwarded = False
     try:
         while any(process.poll() is None for process in processes):
-            if received() and not passed_on:
-                passed_on = True
+            if received() and not forwarded:
+                forwarded = True
                 for process in processes:
                     if process.poll() is None:
                         process.send_signal(received())
-            beat()
-            time.sleep(every)
+            on_poll()
+            time.sleep(interval_s)
     except BaseException:
         for process in processes:
             process.terminate()
@@ -179,65 +194,75 @@ def wait(processes: Sequence[subprocess.Popen], beat: Callable[[], None], every:
     stop_if_asked()
 
 
-def why(code: int, folder: Path) -> str:
-    """What a failed process said last: its error line where it has one."""
-    lines = _text(folder / LOG).splitlines()
-    own = lines[max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0) :]
-    told = [line for line in own if line.startswith("error")] or [line for line in own if line.strip()]
-    return told[-1].removeprefix("error: ") if told else f"it ended with code {code}"
+def failure_reason(code: int, folder: Path) -> str:
+    """Return why a process failed: the last error line of its log, else the last line, else its exit code."""
+    lines = _read_text(folder / LOG_NAME).splitlines()
+    start = max((i for i, line in enumerate(lines) if line.startswith("$ ")), default=0)  # of the last command
+    errors = [line for line in lines[start:] if line.startswith("error")]
+    messages = errors or [line for line in lines[start:] if line.strip()]
+    return messages[-1].removeprefix("error: ") if messages else f"it exited with code {code}"
 
 
-def placed(job: Job, launcher: str, queue: Sequence[str]) -> list[str]:
-    """A launcher's overrides that give a run its processes: on SLURM spread over the nodes asked for, a GPU each.
+def launcher_overrides(job: Job, launcher: str, queue: Sequence[str]) -> list[str]:
+    """Return the launcher overrides that start the processes of a run; on SLURM, spread evenly over the nodes.
 
-    Raises UserError where the launcher would start another number of them.
+    Each process gets one GPU unless `queue`, the launcher overrides of the command line, sets `gpus_per_node`.
+
+    Raises:
+        UserError: the launcher cannot start this number of processes.
     """
     name, processes = job.entry.cell.name, job.processes
     if launcher != "slurm":
-        told = f"cell {name} takes {processes} processes, launcher={launcher} starts one"
-        require(processes == 1, f"{told}: give launcher=slurm or none, processes=1, or other cells=[…]")
+        problem = f"cell {name} takes {processes} processes, launcher={launcher} starts one"
+        require(processes == 1, f"{problem}: give launcher=slurm or none, processes=1, or other cells=[…]")
         return list(queue)
-    given = {key_of(override): override.partition("=")[2] for override in queue}
+    values = {override_key(override): override.partition("=")[2] for override in queue}
     require(
-        f"{LAUNCHER}.tasks_per_node" not in given, f"{LAUNCHER}.tasks_per_node: give processes=…, those of all nodes"
+        f"{LAUNCHER}.tasks_per_node" not in values,
+        f"{LAUNCHER}.tasks_per_node: give processes=…, the number on all nodes, instead",
     )
-    asked = given.get(f"{LAUNCHER}.nodes", "1")
-    require(asked.isdecimal() and int(asked) > 0, f"{LAUNCHER}.nodes={asked}: give a whole number from 1 up")
-    nodes = min(int(asked), processes)  # a cell of one process needs no second node
+    nodes_text = values.get(f"{LAUNCHER}.nodes", "1")
+    require(
+        nodes_text.isdecimal() and int(nodes_text) > 0, f"{LAUNCHER}.nodes={nodes_text}: give a whole number from 1 up"
+    )
+    nodes = min(int(nodes_text), processes)  # one process does not need a second node
     require(
         processes % nodes == 0,
-        f"{LAUNCHER}.nodes={asked}: {processes} processes of cell {name} do not share them evenly",
+        f"{LAUNCHER}.nodes={nodes_text}: {processes} processes of cell {name} cannot be spread evenly over the nodes",
     )
-    each = processes // nodes
-    ours = [f"{LAUNCHER}.nodes={nodes}", f"{LAUNCHER}.tasks_per_node={each}"]
-    # as many GPUs, unless the queue says otherwise: 0 where there are none
-    return merged([f"{LAUNCHER}.gpus_per_node={each}"], queue, ours)
+    tasks = processes // nodes
+    fixed = [f"{LAUNCHER}.nodes={nodes}", f"{LAUNCHER}.tasks_per_node={tasks}"]
+    # `queue` may set gpus_per_node to another number, such as 0 on CPU nodes
+    return merge_overrides([f"{LAUNCHER}.gpus_per_node={tasks}"], queue, fixed)
 
 
-def sweep(jobs: Sequence[Job], launcher: str, queue: Sequence[str]) -> list[str]:
-    """The command that runs one cell's seeds through a Hydra launcher."""
+def sweep_command(jobs: Sequence[Job], launcher: str, queue: Sequence[str]) -> list[str]:
+    """Return the command that runs all seeds of one cell through a Hydra launcher."""
     first = jobs[0]
     group = "launcher" if launcher in group_options()["launcher"] else "hydra/launcher"
     folder = first.out.resolve() / f"{first.entry.cell.name}_seed"
     run = ["-m", "mgvideo.cli", "run", "--multirun", f"{group}={launcher}", *first.entry.overrides]
-    run += placed(first, launcher, queue)
-    before = f"{first.entry.cell.weights_of}_seed"
-    run += [given.replace(f"{before}{first.seed}", f"{before}${{seed}}") for given in first.starts_from()]
+    run += launcher_overrides(first, launcher, queue)
+    weights_prefix = f"{first.entry.cell.weights_of}_seed"
+    run += [
+        override.replace(f"{weights_prefix}{first.seed}", f"{weights_prefix}${{seed}}")
+        for override in first.initial_weights()
+    ]
     run += [f"seed={','.join(str(job.seed) for job in jobs)}", f"output_dir={quote(f'{folder}${{seed}}')}"]
     run += [f"hydra.sweep.dir={quote(sweep_folder(first).resolve())}"]
     return [sys.executable, *run]
 
 
 def sweep_folder(job: Job) -> Path:
-    """Where a launcher leaves its own files, and our log of it."""
+    """Return the folder for the launcher's own files and its log."""
     return job.out / ".sweeps" / job.entry.cell.name
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""`mgvideo plan`: what a run would do, before it is paid for; needs neither the videos nor a GPU."""
+"""`mgvideo plan`: print or draw the plan of a run and its cost; requires neither the videos nor a GPU."""
 
 from __future__ import annotations
 
@@ -31,69 +31,69 @@ from . import app, keys
 from .build import build_plan, require_dataset_keys, unset_dataset_key
 from .schema import key
 
-GPUS = 8  # to plan for where this machine has none: those of the published recipes
+DEFAULT_GPUS = 8  # if this machine has none; the number in the published recipes
 
 
 @dataclass
 class PlanKeys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    gpus: int | None = key(None, "GPUs to plan for; null: those of this machine, 8 where it has none")
+    gpus: int | None = key(None, "GPUs to plan for; null: those of this machine, or 8 if it has none")
     format: str = key("table", "table, json or png")
     out: str | None = key(None, "file to write to; null: the terminal")
     at: list[float] = key([], "epochs at which json gives the LR")
-    videos: int | None = key(None, "training videos; null: as listed, or as published where dataset.root is not set")
-    step_time: float | None = key(None, "seconds of a training step: says what the loaders must deliver")
-    benchmark: str | None = key(None, "JSON of measured step times and loader rates: predicts time and waiting")
+    videos: int | None = key(None, "training videos; null: as listed, or as published if dataset.root is not set")
+    step_time: float | None = key(None, "seconds of a training step: adds what the loaders must deliver")
+    benchmark: str | None = key(None, "JSON of measured step times and loader rates: adds predicted time and waiting")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo plan` and tools/plan.py."""
-    own, rest = keys.split(PlanKeys, arguments)
+    own_overrides, run_overrides = keys.split(PlanKeys, arguments)
     with app.exit_on_user_error():
-        given = read_keys(own)
-    app.main("run", _description(), partial(show, given), rest, keys.names(PlanKeys))
+        options = read_keys(own_overrides)
+    app.main("run", _description(), partial(show, options), run_overrides, keys.names(PlanKeys))
 
 
 def _description() -> str:
-    intro = "Show the plan of a run before paying for it. Takes the groups and keys of a run, and:"
+    intro = "Show the plan and the cost of a run before starting it. Takes the groups and keys of a run, and:"
     return "\n".join([intro, "", *keys.describe(PlanKeys)])
 
 
 def read_keys(overrides: Sequence[str]) -> PlanKeys:
-    """This program's own keys. Raises UserError where a value is of no use."""
-    given = keys.read(PlanKeys, overrides)
-    require(given.gpus is None or given.gpus >= 1, f"gpus={given.gpus}: give a whole number from 1 up")
-    require(given.format in ("table", "json", "png"), f"format={given.format}: choose table, json or png")
-    require(given.format != "png" or given.out is not None, "format=png needs a file: add out=plan.png")
-    require(given.videos is None or given.videos >= 1, f"videos={given.videos}: give a whole number from 1 up")
-    require(given.step_time is None or given.step_time > 0, f"step_time={given.step_time}: give seconds above 0")
-    require(given.step_time is None or given.benchmark is None, "give step_time or benchmark, not both")
-    return given
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
+    options = keys.read(PlanKeys, overrides)
+    require(options.gpus is None or options.gpus >= 1, f"gpus={options.gpus}: give a whole number from 1 up")
+    require(options.format in ("table", "json", "png"), f"format={options.format}: choose table, json or png")
+    require(options.format != "png" or options.out is not None, "format=png needs a file: add out=plan.png")
+    require(options.videos is None or options.videos >= 1, f"videos={options.videos}: give a whole number from 1 up")
+    require(options.step_time is None or options.step_time > 0, f"step_time={options.step_time}: give seconds above 0")
+    require(options.step_time is None or options.benchmark is None, "give step_time or benchmark, not both")
+    return options
 
 
-def show(given: PlanKeys, cfg: DictConfig) -> None:
-    """Print or draw the plan that a config composes."""
-    plan = _plan(given, cfg)
-    gpus, notes = (given.gpus, ()) if given.gpus is not None else _gpus_of_this_machine(plan)
+def show(options: PlanKeys, cfg: DictConfig) -> None:
+    """Print or draw the plan of a config."""
+    plan = _plan(options, cfg)
+    gpus, notes = (options.gpus, ()) if options.gpus is not None else _gpus_of_this_machine(plan)
     plan = replace(plan, notes=(*plan.notes, *notes))
-    if given.out is None:
-        write(given, gpus, cfg, plan, sys.stdout)
+    if options.out is None:
+        write(options, gpus, cfg, plan, sys.stdout)
         return
-    with writing("out", given.out):
-        if given.format == "png":
+    with writing("out", options.out):
+        if options.format == "png":
             from mgvideo.plan.figure import draw_plans  # imports matplotlib
 
-            draw_plans(variants(plan, instantiate(cfg.schedule)), given.out)
+            draw_plans(variants(plan, instantiate(cfg.schedule)), options.out)
             _print_notes(plan, sys.stdout)
         else:
-            with open(given.out, "w", encoding="utf-8") as file:
-                write(given, gpus, cfg, plan, file)
+            with open(options.out, "w", encoding="utf-8") as file:
+                write(options, gpus, cfg, plan, file)
 
 
-def _plan(given: PlanKeys, cfg: DictConfig) -> Plan:
-    if given.videos is not None:
-        return build_plan(cfg, given.videos)
+def _plan(options: PlanKeys, cfg: DictConfig) -> Plan:
+    if options.videos is not None:
+        return build_plan(cfg, options.videos)
     try:
         videos, notes = train_videos(cfg)
     except UserError as error:
@@ -103,9 +103,9 @@ def _plan(given: PlanKeys, cfg: DictConfig) -> Plan:
 
 
 def _gpus_of_this_machine(plan: Plan) -> tuple[int, tuple[str, ...]]:
-    """How many GPUs there are, or the default where there is none, and a note that says which."""
+    """Return the number of GPUs of this machine, or `DEFAULT_GPUS` if it has none, and a note about it."""
     available = torch.cuda.device_count()
-    gpus = available or GPUS
+    gpus = available or DEFAULT_GPUS
     try:
         check_shards(plan, gpus)
     except UserError as error:
@@ -115,12 +115,12 @@ def _gpus_of_this_machine(plan: Plan) -> tuple[int, tuple[str, ...]]:
     return gpus, (f"planned for {chosen}; gpus=N sets the number",)
 
 
-def write(given: PlanKeys, gpus: int, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
-    """Write the plan as a table or as JSON."""
-    benchmark = _benchmark(given, plan)
+def write(options: PlanKeys, gpus: int, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
+    """Write the plan as a table or as JSON, with predicted times if a benchmark or step time is given."""
+    benchmark = _benchmark(options, plan)
     times = predict(plan, gpus, benchmark) if benchmark else None
-    if given.format == "json":
-        print(json.dumps(plan_json(plan, gpus, given.at, clip_flops(cfg), times), indent=1), file=file)
+    if options.format == "json":
+        print(json.dumps(plan_json(plan, gpus, options.at, clip_flops(cfg), times), indent=1), file=file)
         return
     console = Console(file=file, soft_wrap=True, highlight=False, markup=False)
     console.print(plan_table(plan, gpus, clip_flops(cfg), times))
@@ -136,37 +136,37 @@ def _print_notes(plan: Plan, file: TextIO) -> None:
         print(f"note: {note}", file=file)
 
 
-def _benchmark(given: PlanKeys, plan: Plan) -> Benchmark | None:
-    if given.benchmark is not None:
-        return read_benchmark(given.benchmark)
-    if given.step_time is None:
+def _benchmark(options: PlanKeys, plan: Plan) -> Benchmark | None:
+    if options.benchmark is not None:
+        return read_benchmark(options.benchmark)
+    if options.step_time is None:
         return None
-    return Benchmark({slot.grid.name: given.step_time for phase in plan.phases for slot in phase.slots})
+    return Benchmark({slot.grid.name: options.step_time for phase in plan.phases for slot in phase.slots})
 
 
 def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
-    """The recipe's baseline, then each cycle alone, then both."""
+    """Return four plans: the baseline, the short cycle alone, the long cycle alone, and both."""
     cycles = (("short", False, True), ("long", True, False), ("multigrid", True, True))
     schedules = (replace(schedule, name=name, long=long, short=short) for name, long, short in cycles)
-    return [baseline_of(plan), *(make_plan(plan.base, each, plan.dataset_size) for each in schedules)]
+    return [baseline_of(plan), *(make_plan(plan.base, variant, plan.dataset_size) for variant in schedules)]
 
 
 def train_videos(cfg: DictConfig) -> tuple[int, tuple[str, ...]]:
-    """How many videos the dataset trains on, and a note where the number is the published one.
+    """Return the number of training videos, and a note if it is the published number.
 
-    The published number, `dataset.train_videos`, counts only where a key of the dataset, such as dataset.root, is not
-    set: a wrong root is an error. A dataset that is made on first use has as many as its config states.
+    The published number, `dataset.train_videos`, is used only if a key of the dataset, such as `dataset.root`, is not
+    set; a wrong root is an error. For a dataset that is generated on first use, it is the number to generate.
 
     Raises:
         UserError: the dataset cannot be read, or its root is not set and no number is published.
     """
-    stated, unset = cfg.dataset.get("train_videos"), unset_dataset_key(cfg)
-    valid = stated is None or (isinstance(stated, int) and stated >= 1)
-    require(valid, f"dataset.train_videos={stated}: give a whole number from 1 up")
-    if stated is not None and "prepare" in cfg.dataset:
-        return stated, ()
-    if stated is not None and unset is not None:
-        return stated, (f"planned for the published {stated:,} training videos, as {unset} is not set",)
+    published, unset = cfg.dataset.get("train_videos"), unset_dataset_key(cfg)
+    valid = published is None or (isinstance(published, int) and published >= 1)
+    require(valid, f"dataset.train_videos={published}: give a whole number from 1 up")
+    if published is not None and "prepare" in cfg.dataset:
+        return published, ()
+    if published is not None and unset is not None:
+        return published, (f"planned for the published {published:,} training videos, as {unset} is not set",)
     require_dataset_keys(cfg)
     try:
         return len(instantiate(cfg.dataset.train, decoder=None)), ()
@@ -175,14 +175,19 @@ def train_videos(cfg: DictConfig) -> tuple[int, tuple[str, ...]]:
 
 
 def clip_flops(cfg: DictConfig) -> Callable[[Grid], float]:
-    """Multiply-adds of a clip's forward pass, by grid; counted on shapes alone, so no weights and no memory."""
+    """Return a function from a grid to the multiply-adds of one clip's forward pass.
+
+    They are counted on the meta device, which needs no weights and no memory.
+    """
     if cfg.dataset.num_classes is None:
-        OmegaConf.update(cfg, "dataset.num_classes", 400, force_add=True)  # a classifier's size hardly counts
+        OmegaConf.update(
+            cfg, "dataset.num_classes", 400, force_add=True
+        )  # the classifier's share of the FLOPs is negligible
     flops = _model_flops(OmegaConf.to_yaml(cfg.model, resolve=True))
     return lambda grid: flops(grid.frames, grid.size)
 
 
-@cache  # the cells of a table mostly train the same network
+@cache  # most cells of a table train the same network
 def _model_flops(model_config: str) -> Callable[[int, int], float]:
     with torch.device("meta"):
         model: nn.Module = instantiate(OmegaConf.create(model_config))

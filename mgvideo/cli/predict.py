@@ -1,4 +1,4 @@
-"""`mgvideo predict`: what a trained network sees in videos, as a table, as JSON or drawn into them."""
+"""`mgvideo predict`: the top classes of videos, as a table, as JSON, or drawn into copies of the videos."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mgvideo.cli.overlay import HeatMaps, annotate_video, choose_output_paths
 from mgvideo.datasets.decoders import DecodeError, PyAV
 from mgvideo.datasets.lists import read_classes
-from mgvideo.datasets.overlay import Heat, annotate, choose_targets
 from mgvideo.datasets.sampling import Sampling
 from mgvideo.datasets.scan import scan_folder
 from mgvideo.datasets.video import VideoDataset, VideoEntry
@@ -46,26 +46,26 @@ from .trained import HELP, Trained, load_trained
 
 @dataclass
 class PredictKeys:
-    """What this program takes besides videos and the keys of a run."""
+    """Keys of this program, besides the videos and the keys of a run."""
 
     ckpt: str | None = key(
-        None, "a checkpoint, a run's folder (its best one, else its newest), or weights as init_from"
+        None, "a checkpoint, a run's folder (best checkpoint, else newest), or weights as in init_from"
     )
-    top: int = key(5, "classes to show of each video")
-    clips: int | None = key(None, "clips of each video, evenly spaced; null: test.num_clips of the run")
-    crops: int | None = key(None, "crops of each clip, 1 or 3; null: test.num_crops")
-    size: int | None = key(None, "side of the crops in pixels; null: test.crop_size")
+    top: int = key(5, "classes to print for each video")
+    clips: int | None = key(None, "clips per video, evenly spaced; null: test.num_clips of the run")
+    crops: int | None = key(None, "crops per clip, 1 or 3; null: test.num_crops")
+    size: int | None = key(None, "side of a crop in pixels; null: test.crop_size")
     classes: str | None = key(
-        None, "file of class names, one a line; null: the run says, or its dataset, or they are numbers"
+        None, "file of class names, one per line; null: those of the run, else of its dataset, else numbers"
     )
     format: str = key("table", "table or json")
-    out: str | None = key(None, "folder to write the videos to once more, their top classes drawn in")
-    cam: bool = key(False, "with out: blend in where and when the top class is seen, as a heat map")
+    out: str | None = key(None, "folder for copies of the videos with their top classes drawn in")
+    cam: bool = key(False, "with out: also draw a class-activation map (heat map) of the top class")
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network and how it is to look at videos."""
+    """A trained network with the views, precision, normalisation and class names to predict with."""
 
     trained: Trained
     views: Views
@@ -74,48 +74,49 @@ class Predictor:
     names: Sequence[str]
 
     @property
-    def segments(self) -> bool:
-        """Whether its dataset takes a frame of each segment of a video: Something-Something does."""
+    def samples_segments(self) -> bool:
+        """Whether a clip takes one frame from each segment of the video, as for Something-Something."""
         return self.trained.cfg.dataset.val._target_.endswith(".ssv2")
 
     @cached_property
     def task(self) -> Any:
-        """Softmax or sigmoid."""
+        """The task, which turns logits into scores by softmax or sigmoid."""
         return TASKS[self.trained.cfg.dataset.task]()
 
-    def scores(self, paths: Sequence[str]) -> Scores:
-        """Scores of whole videos, as the test of a run computes them."""
+    def score_videos(self, paths: Sequence[str]) -> Scores:
+        """Score whole videos as the test of a run does: average (single label) or maximum (multi label) over views."""
         cfg = self.trained.cfg
         label: Any = 0 if cfg.dataset.task == "single_label" else ()
-        sampling = Sampling(flip=False, segments=self.segments)
+        sampling = Sampling(flip=False, segments=self.samples_segments)
         dataset = VideoDataset("", [VideoEntry(path, label) for path in paths], self.names, PyAV(), sampling)
         loader = Loader(dataset, loader_options(cfg), self.precision.device.type == "cuda")
         evaluator = Evaluator(loader, self.task, len(self.names), self.normalize, self.precision, cfg.test.batch_size)
         with ProgressLog("predict") as progress:
             return evaluator(self.trained.model, self.views, lambda done, of, _: progress(done, of))
 
-    def heat(self, path: str, label: int) -> Heat:
-        """Where and when a class is seen, relative to the hottest place of the video: whole frames, not crops.
+    def heat_maps(self, path: str, label: int) -> HeatMaps:
+        """Compute class-activation maps of a class over a whole video, scaled so that their maximum is 1.
 
-        Windows as long as a clip cover the video; the last one ends with it. Raises DecodeError.
+        Evenly spaced windows, each as long as a clip, cover the video; the last one ends with the video. The network
+        sees whole frames, not crops. Raises DecodeError.
         """
         grid = self.views.grid
         maps = []
         with PyAV().open(path, grid.size) as video, torch.no_grad(), self.precision.autocast():
-            span = video.frames if self.segments else grid.frames * grid.strides[0]
+            span = video.frames if self.samples_segments else grid.frames * grid.strides[0]
             room, windows = max(0, video.frames - span), -(-video.frames // span)
             starts = np.linspace(0, room, windows).round().astype(int).tolist()
             for start in starts:
-                places = start + (np.arange(grid.frames) + 0.5 * self.segments) * (span / grid.frames)
-                frames = video.read(np.minimum(places.astype(int), video.frames - 1))
-                clip = self.normalize(resized(frames, grid.size)[None].to(self.precision.device))
+                positions = start + (np.arange(grid.frames) + 0.5 * self.samples_segments) * (span / grid.frames)
+                frames = video.read(np.minimum(positions.astype(int), video.frames - 1))
+                clip = self.normalize(resize_short_side(frames, grid.size)[None].to(self.precision.device))
                 maps.append(joined(class_maps(self.trained.model, clip, label)))
             heat = torch.cat(maps).clamp(min=0).cpu()
-            return Heat(heat / heat.max().clamp(min=1e-12), starts, span, video.frames)
+            return HeatMaps(heat / heat.max().clamp(min=1e-12), starts, span, video.frames)
 
 
-def resized(frames: Tensor, short_side: int) -> Tensor:
-    """Frames uint8 `[t, h, w, 3]` of this short side, their proportions kept."""
+def resize_short_side(frames: Tensor, short_side: int) -> Tensor:
+    """Resize frames, uint8 `[t, h, w, 3]`, to this short side and keep the aspect ratio."""
     scale = short_side / min(frames.shape[1:3])
     size = [round(side * scale) for side in frames.shape[1:3]]
     return interpolate(frames.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
@@ -127,91 +128,91 @@ def main(arguments: Sequence[str]) -> None:
         print(_help())
         return
     videos = [word for word in arguments if is_video(word)]
-    own, rest = keys.split(PredictKeys, [word for word in arguments if word not in videos])
+    own_overrides, run_overrides = keys.split(PredictKeys, [word for word in arguments if word not in videos])
     with app.exit_on_user_error():
-        given = read_keys(own)
-        run(given, find(videos), rest)
+        options = read_keys(own_overrides)
+        run(options, find_videos(videos), run_overrides)
 
 
 def is_video(word: str) -> bool:
-    """Whether an argument is a path or a URL of videos; either may have `=` in it, as keys have."""
+    """Return whether an argument is a path or URL rather than `key=value`. Paths and URLs may contain `=`."""
     return os.path.exists(word) or is_remote(word) or not ("=" in word or word.startswith("-"))
 
 
 def _help() -> str:
     lines = ["Print the top classes of videos: python tools/predict.py VIDEO… ckpt=PATH [key=value] …", ""]
     lines += [
-        "A VIDEO is a file, a URL, or a folder: all videos in it, at any depth. Exit code 1: one could not be read."
+        "A VIDEO is a file, a URL, or a folder, which stands for all videos below it. Exit code 1: a video failed."
     ]
     return "\n".join([*lines, *HELP, "", *keys.describe(PredictKeys)])
 
 
 def read_keys(overrides: Sequence[str]) -> PredictKeys:
-    """This program's own keys. Raises UserError where a value is of no use."""
-    given = keys.read(PredictKeys, overrides)
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
+    options = keys.read(PredictKeys, overrides)
     for name in ("top", "clips", "size"):
-        value = getattr(given, name)
+        value = getattr(options, name)
         require(value is None or value >= 1, f"{name}={value}: give a whole number from 1 up")
-    require(given.crops in (None, 1, 3), f"crops={given.crops}: choose 1 or 3")
-    require(given.format in ("table", "json"), f"format={given.format}: choose table or json")
-    require(given.out is not None or not given.cam, "cam=true needs a folder to write to: add out=FOLDER")
-    return given
+    require(options.crops in (None, 1, 3), f"crops={options.crops}: choose 1 or 3")
+    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
+    require(options.out is not None or not options.cam, "cam=true needs a folder to write to: add out=FOLDER")
+    return options
 
 
-def find(words: Sequence[str]) -> dict[str, str]:
-    """Videos by their path, with what they are called under `out`: those named, and all in the folders named."""
+def find_videos(words: Sequence[str]) -> dict[str, str]:
+    """Map the path of each video to its name below `out`. A folder stands for all videos below it."""
     require(bool(words), "no video given: python tools/predict.py VIDEO… ckpt=PATH")
-    found: dict[str, str] = {}
+    videos: dict[str, str] = {}
     for word in map(plain, words):
         if not os.path.isdir(word):
-            found[word] = os.path.basename(word)
+            videos[word] = os.path.basename(word)
             continue
         scan = scan_folder(word)
         notes = scan.notes(word)
         require(bool(scan.videos), "; ".join([f"{word}: no videos in this folder", *notes]))
-        found |= {os.path.join(word, video): video for video in scan.videos}
+        videos |= {os.path.join(word, video): video for video in scan.videos}
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    return found
+    return videos
 
 
-def run(given: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) -> None:
-    """Score the videos and show what came out; exits with 1 where one could not be read."""
-    predictor = build(given, load_trained(given.ckpt, overrides, PredictKeys))
-    targets = choose_targets(videos, Path(given.out)) if given.out is not None else {}
+def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) -> None:
+    """Score the videos, print the results and draw them. Exits with 1 if a video cannot be read or written."""
+    predictor = build_predictor(options, load_trained(options.ckpt, overrides, PredictKeys))
+    targets = choose_output_paths(videos, Path(options.out)) if options.out is not None else {}
     grid, views = predictor.views.grid, predictor.views
     print(predictor.trained.load_summary, file=sys.stderr)
     shape = f"{grid.frames} frames at stride {grid.strides[0]}, {grid.size} pixels"
     print(f"{predictor.trained}: {views.clips}×{views.crops} views (clips × crops) of {shape}", file=sys.stderr)
     paths = list(videos)
-    result = predictor.scores(paths)
+    result = predictor.score_videos(paths)
     reasons = {paths[failure.index]: failure.reason for failure in result.failures}
-    rows = {path: _top(predictor, scores, given.top) for path, scores in zip(paths, result.scores, strict=True)}
+    rows = {path: _top(predictor, scores, options.top) for path, scores in zip(paths, result.scores, strict=True)}
     for path in [path for path in targets if path not in reasons]:
-        reasons |= draw(predictor, path, targets[path], rows[path], given.cam)
-    show(given, rows, reasons)
+        reasons |= draw_predictions(predictor, path, targets[path], rows[path], options.cam)
+    print_predictions(options, rows, reasons)
     for path, reason in reasons.items():
         print(f"error: {path}: {reason}", file=sys.stderr)
     if reasons:
         raise SystemExit(1)
 
 
-def build(given: PredictKeys, trained: Trained) -> Predictor:
-    """The network on its device, with the views of its run's test but for what is asked."""
+def build_predictor(options: PredictKeys, trained: Trained) -> Predictor:
+    """Move the network to its device and take the views of its run's test, except where `options` sets them."""
     cfg = trained.cfg
-    side = given.size or cfg.test.crop_size
+    side = options.size or cfg.test.crop_size
     grid = Grid(cfg.base.num_frames, side, (cfg.base.frame_stride, cfg.base.frame_stride), (side, side))
-    views = Views(grid, given.clips or cfg.test.num_clips, given.crops or cfg.test.num_crops)
+    views = Views(grid, options.clips or cfg.test.num_clips, options.crops or cfg.test.num_crops)
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if precision.warning:
         print(f"warning: {precision.warning}", file=sys.stderr)
     precision.place(trained.model)
-    names = class_names(given.classes, trained)
+    names = read_class_names(options.classes, trained)
     return Predictor(trained, views, precision, build_normalize(cfg, precision), names)
 
 
-def class_names(file: str | None, trained: Trained) -> list[str]:
-    """Names from a file, from the run's folder, from the dataset where it is at hand, or numbers."""
+def read_class_names(file: str | None, trained: Trained) -> list[str]:
+    """Read the class names from `file`, else the run's folder, else the dataset; else return numbers as names."""
     cfg, classes = trained.cfg, trained.classes
     if file is None and trained.folder and (trained.folder / "classes.txt").exists():
         file = str(trained.folder / "classes.txt")
@@ -221,21 +222,21 @@ def class_names(file: str | None, trained: Trained) -> list[str]:
         require(len(names) == classes, f"classes={file}: {len(names)} names for {classes} classes")
         return names
     try:
-        _ = cfg.dataset.root  # other keys refer to it: the one to name where it is missing
+        _ = cfg.dataset.root  # read first: if it is missing, the error names it and not a key that refers to it
         names = instantiate(cfg.dataset.val, decoder=PyAV()).class_names
         reason = f"it has {len(names)} classes, the network {classes}"
     except (UserError, HydraException, OmegaConfBaseException) as error:
         names, reason = [], str(app.explain(error))
     if len(names) == classes:
         return names
-    print(f"note: classes are numbers: {reason}; classes=FILE names them, one a line", file=sys.stderr)
+    print(f"note: classes are numbers: {reason}; name them with classes=FILE, one per line", file=sys.stderr)
     return [str(label) for label in range(classes)]
 
 
-Row = list[tuple[int, str, float]]  # label, name and score of the top classes, best first
+TopClasses = list[tuple[int, str, float]]  # (label, name, score), highest score first
 
 
-def _top(predictor: Predictor, scores: Tensor, count: int) -> Row:
+def _top(predictor: Predictor, scores: Tensor, count: int) -> TopClasses:
     best = scores.topk(min(count, len(scores)))
     return [
         (label, predictor.names[label], score)
@@ -243,37 +244,41 @@ def _top(predictor: Predictor, scores: Tensor, count: int) -> Row:
     ]
 
 
-def draw(predictor: Predictor, path: str, target: Path, row: Row, cam: bool) -> dict[str, str]:
-    """Write one video with its classes, and the top one's heat, drawn in; the reason by the path where that fails."""
+def draw_predictions(predictor: Predictor, path: str, target: Path, row: TopClasses, cam: bool) -> dict[str, str]:
+    """Write a copy of one video with its top classes and, with `cam`, the heat maps of the first.
+
+    Returns:
+        `{path: reason}` if that fails, else `{}`.
+    """
     try:
-        heat = predictor.heat(path, row[0][0]) if cam else None
-        annotate(path, target, [f"{score:.2f} {name}" for _, name, score in row], heat)
+        heat = predictor.heat_maps(path, row[0][0]) if cam else None
+        annotate_video(path, target, [f"{score:.2f} {name}" for _, name, score in row], heat)
     except DecodeError as error:
         return {path: error.reason}
     except OSError as error:
         return {path: f"cannot be written to {target}: {error.strerror or error}"}
-    except av.FFmpegError as error:  # those that are no OSError are not about a file
+    except av.FFmpegError as error:  # not an OSError, so not about a file
         return {path: f"cannot be encoded as H.264: {error.strerror or error}"}
     print(f"{path} → {target}", file=sys.stderr)
     return {}
 
 
-def show(given: PredictKeys, rows: dict[str, Row], reasons: dict[str, str]) -> None:
-    """Print the classes of each video, or what is wrong with it."""
-    if given.format == "json":
-        found = [{"video": path, **_as_json(row, reasons.get(path))} for path, row in rows.items()]
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+def print_predictions(options: PredictKeys, rows: dict[str, TopClasses], reasons: dict[str, str]) -> None:
+    """Print the top classes of each video, or why it failed."""
+    if options.format == "json":
+        entries = [{"video": path, **_as_json(row, reasons.get(path))} for path, row in rows.items()]
+        print(json.dumps(entries, indent=1, ensure_ascii=False))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("video", "class", "score"):
         table.add_column(name, justify="right" if name == "score" else "left", overflow="fold")
     for path, row in rows.items():
-        for place, (_, name, score) in enumerate(row if path not in reasons else [(0, reasons[path], None)]):
-            table.add_row("" if place else path, name, "" if score is None else f"{score:.4f}")
+        for rank, (_, name, score) in enumerate(row if path not in reasons else [(0, reasons[path], None)]):
+            table.add_row("" if rank else path, name, "" if score is None else f"{score:.4f}")
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
-def _as_json(row: Row, reason: str | None) -> dict[str, Any]:
+def _as_json(row: TopClasses, reason: str | None) -> dict[str, Any]:
     if reason is not None:
         return {"error": reason}
     return {"classes": [{"label": label, "class": name, "score": score} for label, name, score in row]}

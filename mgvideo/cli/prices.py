@@ -1,4 +1,4 @@
-"""What the cells of a table cost, by the planner: needs neither the dataset nor a GPU."""
+"""Print the cost of a table's cells as planned; requires neither the dataset nor a GPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.reproduce.tables import ResultTable
 
-from .tables import Entry
+from .tables import TableEntry
 
 
-def show(table: ResultTable, cells: Sequence[Entry], seeds: int, benchmark: Benchmark | None, gpus: int) -> None:
-    """Print a table's cells with their epochs, steps, FLOPs and, from a benchmark, times."""
+def print_costs(
+    table: ResultTable, entries: Sequence[TableEntry], seeds: int, benchmark: Benchmark | None, gpus: int
+) -> None:
+    """Print the epochs, steps and FLOPs of a table's cells and, with a benchmark, their times on `gpus` GPUs."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 180
@@ -31,33 +33,33 @@ def show(table: ResultTable, cells: Sequence[Entry], seeds: int, benchmark: Benc
         else:
             grid.add_column(heading, justify="right", no_wrap=True)
     steps = flops = seconds = 0.0
-    priced: list[Entry] = []
-    for entry in cells:
+    trained: list[TableEntry] = []
+    for entry in entries:
         figures = ["–"] * 5
         if entry.cell.not_run is None and entry.config.train.enable:
-            priced.append(entry)
-            plan, own = entry.plan, entry.flops(entry.plan)
-            steps, flops = steps + plan.steps, flops + own
-            saved = baseline_of(plan).steps / plan.steps
-            figures = [f"{plan.epochs:g}", f"{plan.steps:,}", amount(own), f"{saved:.2f}×", "–"]
-            with suppress(UserError):  # the benchmark has not measured this cell's grids
-                time = sum(phase.seconds for phase in predict(plan, gpus, benchmark)) if benchmark else 0.0
-                seconds, figures[-1] = seconds + time, format_duration(time) if benchmark else "–"
+            trained.append(entry)
+            plan, cell_flops = entry.plan, entry.flops(entry.plan)
+            steps, flops = steps + plan.steps, flops + cell_flops
+            steps_saved = baseline_of(plan).steps / plan.steps
+            figures = [f"{plan.epochs:g}", f"{plan.steps:,}", format_flops(cell_flops), f"{steps_saved:.2f}×", "–"]
+            with suppress(UserError):  # the benchmark lacks a grid of this cell
+                cell_seconds = sum(phase.seconds for phase in predict(plan, gpus, benchmark)) if benchmark else 0.0
+                seconds, figures[-1] = seconds + cell_seconds, format_duration(cell_seconds) if benchmark else "–"
         grid.add_row(entry.cell.name, entry.cell.title, *figures)
     console.print(grid)
-    for missing in dict.fromkeys(entry.missing for entry in cells if entry.missing):
-        names = ", ".join(entry.cell.name for entry in cells if entry.missing == missing)
-        console.print(f"  {names}: {missing}", soft_wrap=True)
-    for note in dict.fromkeys(note for entry in priced for note in entry.train_videos[1]):
+    for reason in dict.fromkeys(entry.skip_reason for entry in entries if entry.skip_reason):
+        names = ", ".join(entry.cell.name for entry in entries if entry.skip_reason == reason)
+        console.print(f"  {names}: {reason}", soft_wrap=True)
+    for note in dict.fromkeys(note for entry in trained for note in entry.train_videos[1]):
         console.print(f"  {note}", soft_wrap=True)
     if steps:
-        total = f"{seeds * steps:,.0f} steps, {amount(seeds * flops)} multiply-adds of forward passes"
+        total = f"{seeds * steps:,.0f} steps, {format_flops(seeds * flops)} multiply-adds of forward passes"
         console.print(
             f"  × {seeds} seed{'s' * (seeds > 1)}: {total}{f', {format_duration(seeds * seconds)}' * bool(seconds)}"
         )
 
 
-def amount(flops: float) -> str:
-    """FLOPs as in 3.2 P: tera, peta, exa."""
+def format_flops(flops: float) -> str:
+    """Format FLOPs with a prefix (T, P or E), as in `3.2 P`."""
     size, prefix = next((size, prefix) for size, prefix in ((1e18, "E"), (1e15, "P"), (0, "T")) if flops >= size)
     return f"{flops / (size or 1e12):.3g} {prefix}"

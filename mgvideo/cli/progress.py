@@ -1,4 +1,4 @@
-"""Progress over many files: a bar with the time left, in a log file a line now and then."""
+"""Progress over many files: a progress bar in a terminal, a line every 30 seconds in a log file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-LOG_INTERVAL_S = 30.0  # seconds between two lines of a log file
+LOG_INTERVAL_S = 30.0
 
 
 class ProgressLog:
-    """A context manager to call with (done, of how many); says the time left."""
+    """A context manager; call it with (done, total) to show progress and the time left on stderr."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.started, self.told = name, time.monotonic(), time.monotonic()
+        self.name, self.started, self.last_line = name, time.monotonic(), time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        left = (TextColumn("left"), TimeRemainingColumn())
+        remaining = (TextColumn("left"), TimeRemainingColumn())
         console = Console(file=sys.stderr)
-        self.bar = Bar(*columns, *left, console=console) if console.is_terminal else None
+        self.bar = Bar(*columns, *remaining, console=console) if console.is_terminal else None
         self.task = self.bar.add_task(name, total=None) if self.bar else None
 
     def __enter__(self) -> ProgressLog:
@@ -34,15 +34,15 @@ class ProgressLog:
             self.bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Update the bar, or print a line if the last one is older than `LOG_INTERVAL_S` or all is done."""
         if self.bar and self.task is not None:
             self.bar.update(self.task, completed=done, total=total)
             return
         now = time.monotonic()
-        if now - self.told >= LOG_INTERVAL_S or done == total:
+        if now - self.last_line >= LOG_INTERVAL_S or done == total:
             left = (now - self.started) / done * (total - done)
             print(f"{self.name}: {done} of {total}, {_clock(left)} left", file=sys.stderr, flush=True)
-            self.told = now
+            self.last_line = now
 
 
 def _clock(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`mgvideo reproduce`: a table of the paper, from one command: its cells run, resumed, brought together and drawn."""
+"""`mgvideo reproduce`: run or resume the cells of a table of the paper, and report their results."""
 
 from __future__ import annotations
 
@@ -25,28 +25,42 @@ from mgvideo.storage.checkpoints import write_atomic
 
 from . import app, keys, prices
 from .build import require_dataset_keys
-from .jobs import LOG, Following, Job, placed, start, sweep, sweep_folder, wait, why
+from .jobs import (
+    LOG_NAME,
+    Job,
+    RunProgress,
+    failure_reason,
+    launcher_overrides,
+    start_process,
+    sweep_command,
+    sweep_folder,
+    wait_for_processes,
+)
 from .schema import key
-from .tables import Entry, entries, load_table, tables
+from .tables import TableEntry, compose_entries, load_table, presets_by_table
 
-RUNS = "runs"  # folder of all cells below out, shared by the preset's tables
-EVERY = 60.0  # seconds between two lines of a log file
+RUNS_FOLDER = "runs"  # folder of all runs below `out`, shared by the tables of a preset
+LOG_INTERVAL_S = 60.0  # between two lines of a log file
 
 
 @dataclass
 class ReproduceKeys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    table: str | None = key(None, "which table; null: list them all")
+    table: str | None = key(None, "table to reproduce; null: list all tables")
     preset: str = key("motion", "motion, kinetics, charades or ssv2")
-    seeds: list[int] | None = key(None, "seeds of each cell, as in [0,1,2]; null: the preset's")
-    out: str | None = key(None, "folder of runs and reports, shared by a preset's tables; null: runs/tables/PRESET")
-    processes: int | None = key(None, "processes of a run, one a GPU; null: the preset's")
-    launcher: str | None = key(None, "a Hydra launcher, such as slurm: all cells at once, a cell's seeds one sweep")
-    weights: str | None = key(None, "folder of released weights, as the table names them")
-    gpus: int = key(8, "with benchmark: GPUs that the times are for")
-    cells: list[str] | None = key(None, "which cells to run, as in [baseline,multigrid]; null: all of the table")
-    benchmark: str | None = key(None, "JSON of measured step times, as mgvideo plan takes: --list gives times")
+    seeds: list[int] | None = key(None, "seeds of each cell, such as [0,1,2]; null: those of the preset")
+    out: str | None = key(
+        None, "folder of runs and reports, shared by the tables of a preset; null: runs/tables/PRESET"
+    )
+    processes: int | None = key(None, "processes of a run, one per GPU; null: those of the preset")
+    launcher: str | None = key(
+        None, "a Hydra launcher, such as slurm: runs all cells at once, the seeds of a cell as one sweep"
+    )
+    weights: str | None = key(None, "folder of released weights, with the file names that the table lists")
+    gpus: int = key(8, "with benchmark: number of GPUs to predict times for")
+    cells: list[str] | None = key(None, "cells to run, such as [baseline,multigrid]; null: all")
+    benchmark: str | None = key(None, "JSON of measured step times, as for mgvideo plan: adds times to --list")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -55,30 +69,35 @@ def main(arguments: Sequence[str]) -> None:
         print(_description())
         return
     with app.exit_on_user_error():
-        own, rest = keys.split(ReproduceKeys, [argument for argument in arguments if argument != "--list"])
-        given, rest = keys.read(ReproduceKeys, own), app.quote_texts("run", rest)
-        require(given.processes is None or given.processes >= 1, f"processes={given.processes}: give 1 or more")
-        require(given.seeds is None or len(set(given.seeds)) == len(given.seeds) > 0, "seeds: give different numbers")
-        if given.table is None or "--list" in arguments:
-            show(given, rest)
+        own_overrides, run_overrides = keys.split(
+            ReproduceKeys, [argument for argument in arguments if argument != "--list"]
+        )
+        options, run_overrides = keys.read(ReproduceKeys, own_overrides), app.quote_texts("run", run_overrides)
+        require(options.processes is None or options.processes >= 1, f"processes={options.processes}: give 1 or more")
+        require(
+            options.seeds is None or len(set(options.seeds)) == len(options.seeds) > 0, "seeds: give different numbers"
+        )
+        if options.table is None or "--list" in arguments:
+            show(options, run_overrides)
             return
-        table = load_table(given.table, given.preset)
-        queue = [override for override in rest if override.lstrip("+").startswith("hydra")]
-        require(given.launcher is not None or not queue, f"{' '.join(queue)}: is of a launcher, give launcher=… too")
-        cells = entries(table, [override for override in rest if override not in queue], given.weights)
+        table = load_table(options.table, options.preset)
+        queue = [override for override in run_overrides if override.lstrip("+").startswith("hydra")]
+        require(options.launcher is not None or not queue, f"{' '.join(queue)}: is a key of a launcher; add launcher=…")
+        shared = [override for override in run_overrides if override not in queue]
+        entries = compose_entries(table, shared, options.weights)
         command = f"python tools/reproduce.py {shlex.join(arguments)}"
-        failed = Reproduction(given, table, cells, command, queue).run()
+        failed = Reproduction(options, table, entries, command, queue).run()
     if failed:
         raise SystemExit(1)
 
 
 def _description() -> str:
-    names = [f"  {name:<12} {', '.join(presets)}" for name, presets in tables().items()]
+    names = [f"  {name:<12} {', '.join(presets)}" for name, presets in presets_by_table().items()]
     return "\n".join([
-        "Run the cells of a table that are not done yet, and report: report.md, report.csv, report.html and figures.",
+        "Run the unfinished cells of a table, and write report.md, report.csv, report.html and figures.",
         "",
-        "  python tools/reproduce.py table=schedules                      the embedded dataset, minutes a cell",
-        "  python tools/reproduce.py table=schedules --list               what it would cost",
+        "  python tools/reproduce.py table=schedules                      the embedded dataset, minutes per cell",
+        "  python tools/reproduce.py table=schedules --list               its cost",
         "  python tools/reproduce.py table=tradeoff preset=kinetics launcher=slurm dataset.root=/data/k400",
         "",
         "Tables and their presets:",
@@ -87,58 +106,66 @@ def _description() -> str:
         "Keys:",
         *keys.describe(ReproduceKeys),
         "",
-        "All other keys are those of a run (python tools/run_net.py --help) and hold for every cell.",
-        "--list shows cells and costs, and starts nothing.",
+        "All other keys are those of a run (python tools/run_net.py --help) and apply to every cell.",
+        "--list prints cells and costs, and starts no run.",
     ])  # fmt: skip
 
 
-def show(given: ReproduceKeys, overrides: Sequence[str]) -> None:
-    """The table, or all that the preset has, and what it costs."""
-    benchmark = read_benchmark(given.benchmark) if given.benchmark else None
-    for name in [given.table] if given.table else [name for name, has in tables().items() if given.preset in has]:
-        table = load_table(name, given.preset)
-        cells = entries(table, overrides, given.weights)
-        prices.show(table, cells, len(given.seeds or table.preset.seeds), benchmark, given.gpus)
+def show(options: ReproduceKeys, overrides: Sequence[str]) -> None:
+    """Print the costs of the table, or of all tables of the preset."""
+    benchmark = read_benchmark(options.benchmark) if options.benchmark else None
+    names = [name for name, presets in presets_by_table().items() if options.preset in presets]
+    for name in [options.table] if options.table else names:
+        table = load_table(name, options.preset)
+        entries = compose_entries(table, overrides, options.weights)
+        prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, options.gpus)
 
 
 class Reproduction:
-    """One call of the program: what is to be done, what failed, and the report of what is there."""
+    """One call of the program: runs the chosen cells, records failures, and reports all finished runs."""
 
     def __init__(
-        self, given: ReproduceKeys, table: ResultTable, cells: Sequence[Entry], command: str, queue: Sequence[str] = ()
+        self,
+        options: ReproduceKeys,
+        table: ResultTable,
+        entries: Sequence[TableEntry],
+        command: str,
+        queue: Sequence[str] = (),
     ) -> None:
-        self.given, self.table, self.cells, self.command, self.queue = given, table, cells, command, queue
-        out = Path(given.out or f"runs/tables/{table.preset.name}")
-        self.folder = out / table.name
+        self.options, self.table, self.entries, self.command, self.queue = options, table, entries, command, queue
+        out = Path(options.out or f"runs/tables/{table.preset.name}")
+        self.folder = out / table.name  # of the report
         self.failures: dict[str, str] = {}
         self._check_cells()
         self.jobs = [
-            Job(entry, seed, out / RUNS, entry.cell.processes or given.processes or table.preset.processes)
-            for entry in cells
-            if entry.missing is None
-            for seed in given.seeds or table.preset.seeds
+            Job(entry, seed, out / RUNS_FOLDER, entry.cell.processes or options.processes or table.preset.processes)
+            for entry in entries
+            if entry.skip_reason is None
+            for seed in options.seeds or table.preset.seeds
         ]
-        self.chosen = [job for job in self.jobs if given.cells is None or job.entry.cell.name in given.cells]
+        self.chosen = [job for job in self.jobs if options.cells is None or job.entry.cell.name in options.cells]
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
-        self.spent: list[tuple[float, float]] = []  # seconds and FLOPs of the runs that were made here
+        self.spent: list[tuple[float, float]] = []  # seconds and FLOPs of the runs finished by this call
 
     def run(self) -> bool:
-        """Do all that is left, and report; True where something failed."""
-        self._check()
-        todo = [job for job in self._in_order() if not job.finished()]
-        self.console.print(f"{self.table.title}: {len(self.chosen)} runs, {len(self.chosen) - len(todo)} done before")
-        for entry in self.cells:
-            if entry.missing:
-                self.console.print(f"not run: {entry.cell.title}: {entry.missing}")
+        """Run what is unfinished and report. Returns True if a run failed."""
+        self._check_runs()
+        unfinished = [job for job in self._dependencies_first() if not job.is_finished()]
+        self.console.print(
+            f"{self.table.title}: {len(self.chosen)} runs, {len(self.chosen) - len(unfinished)} done before"
+        )
+        for entry in self.entries:
+            if entry.skip_reason:
+                self.console.print(f"not run: {entry.cell.title}: {entry.skip_reason}")
         with handle_signals():
             try:
-                if self.given.launcher:
-                    self._all_at_once(todo)
+                if self.options.launcher:
+                    self._run_through_launcher(unfinished)
                 else:
-                    self._in_turn(todo)
+                    self._run_locally(unfinished)
             except Stopped as stop:
                 self.report()
-                self.console.print(f"stopped by {stop.name}; the same command goes on")
+                self.console.print(f"stopped by {stop.name}; run the same command to resume")
                 raise
         self.report()
         for name, reason in self.failures.items():
@@ -148,121 +175,126 @@ class Reproduction:
 
     def _check_cells(self) -> None:
         names = [cell.name for cell in self.table.cells]
-        unknown = [name for name in self.given.cells or [] if name not in names]
-        require(not unknown, f"cells: table {self.table.name} has no {', '.join(unknown)}, but {', '.join(names)}")
+        unknown = [name for name in self.options.cells or [] if name not in names]
+        require(
+            not unknown, f"cells: table {self.table.name} has no {', '.join(unknown)}; choose from {', '.join(names)}"
+        )
 
-    def _check(self) -> None:
-        """Refuse before anything starts what cannot end well."""
+    def _check_runs(self) -> None:
+        """Raise UserError, before any run starts, for what would make a run fail."""
         if not self.chosen:
-            missing = "; ".join(dict.fromkeys(e.missing for e in self.cells if e.missing))
-            raise UserError(f"no cell of table {self.table.name} can run: {missing}; give weights=FOLDER with it")
+            reasons = "; ".join(dict.fromkeys(e.skip_reason for e in self.entries if e.skip_reason))
+            raise UserError(f"no cell of table {self.table.name} can run: {reasons}; give weights=FOLDER with it")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write into out={self.folder}: {error.strerror}") from error
-        for entry in self.cells:
+        for entry in self.entries:
             if any(job.entry is entry for job in self.chosen):
                 require_dataset_keys(entry.config)
-                _ = entry.plan  # recipe, schedule and dataset fit together
+                _ = entry.plan  # raises UserError if recipe, schedule and dataset do not fit together
         for job in self.chosen:
-            if self.given.launcher:
-                placed(job, self.given.launcher, self.queue)
-            differing = [line for line in job.differing() if not line.startswith("test.")]
-            if differing:
-                more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-                told = f"{job.folder} was made by another recipe: {'; '.join(differing[:3])}{more}"
-                raise UserError(f"{told}. Give another out=FOLDER, or remove that folder")
+            if self.options.launcher:
+                launcher_overrides(job, self.options.launcher, self.queue)
+            differences = [line for line in job.recipe_differences() if not line.startswith("test.")]
+            if differences:
+                more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+                problem = f"{job.folder} holds a run of another recipe: {'; '.join(differences[:3])}{more}"
+                raise UserError(f"{problem}. Give another out=FOLDER, or remove that folder")
 
-    def _in_order(self) -> list[Job]:
-        """Cells that others start from come first."""
+    def _dependencies_first(self) -> list[Job]:
+        """Sort the runs so that cells whose weights others start from come first."""
         return sorted(self.chosen, key=lambda job: job.entry.cell.weights_of is not None)
 
-    def _in_turn(self, todo: Sequence[Job]) -> None:
-        for i, job in enumerate(todo):
+    def _run_locally(self, jobs: Sequence[Job]) -> None:
+        """Run one job after the other on this machine."""
+        for i, job in enumerate(jobs):
             stop_if_asked()
-            place = f"[{len(self.chosen) - len(todo) + i + 1}/{len(self.chosen)}] {job.name}"
+            label = f"[{len(self.chosen) - len(jobs) + i + 1}/{len(self.chosen)}] {job.name}"
             try:
-                job.begin()
+                job.prepare_folder()
                 command = job.command()
             except UserError as error:
                 self.failures[job.name] = str(error)
                 continue
-            following, began = Following(job), time.monotonic()
-            self.console.print(f"{place} starts, log {job.folder / LOG}")
-            with Line(self.console) as line:
-                process = start(command, job.folder)
-                wait([process], self._beat(line, place, following, todo[i + 1 :], began))
-            self._ended(job, process.returncode, time.monotonic() - began)
+            progress, started = RunProgress(job), time.monotonic()
+            self.console.print(f"{label} starts, log {job.folder / LOG_NAME}")
+            with StatusLine(self.console) as line:
+                process = start_process(command, job.folder)
+                wait_for_processes([process], self._status_callback(line, label, progress, jobs[i + 1 :], started))
+            self._record_end(job, process.returncode, time.monotonic() - started)
             self.report()
 
-    def _ended(self, job: Job, code: int, seconds: float) -> None:
-        if code == 0 and job.finished():
+    def _record_end(self, job: Job, code: int, seconds: float) -> None:
+        if code == 0 and job.is_finished():
             scores = read_outcome(job.folder, job.seed).report["metrics"]
-            told = " · ".join(f"{name} {value:.2f} %" for name, value in scores.items())
+            text = " · ".join(f"{name} {value:.2f} %" for name, value in scores.items())
             self.spent.append((seconds, job.entry.flops(job.entry.plan)))
-            self.console.print(f"  {job.name} done in {format_duration(seconds)} · {told}")
+            self.console.print(f"  {job.name} done in {format_duration(seconds)} · {text}")
         else:
-            self.failures[job.name] = why(code, job.folder)
+            self.failures[job.name] = failure_reason(code, job.folder)
             self.console.print(f"  {job.name} failed after {format_duration(seconds)}: {self.failures[job.name]}")
 
-    def _beat(
-        self, line: Line, place: str, following: Following, later: Sequence[Job], began: float
+    def _status_callback(
+        self, line: StatusLine, label: str, progress: RunProgress, later: Sequence[Job], started: float
     ) -> Callable[[], None]:
-        """What to show while a run goes on: where it is, and how long the rest of the table will take."""
-        own = following.job.entry.flops(following.job.entry.plan)
-        rest = sum(job.entry.flops(job.entry.plan) for job in later)
+        """Return a callback that shows the progress of a run and the time left for the whole table."""
+        run_flops = progress.job.entry.flops(progress.job.entry.plan)
+        later_flops = sum(job.entry.flops(job.entry.plan) for job in later)
 
-        def beat() -> None:
-            following.update()
-            left, elapsed = following.left(), time.monotonic() - began
-            known = [*self.spent, *([(elapsed + left, own)] if left is not None else [])]
-            pace = sum(flops for _, flops in known)
-            after = (
-                f" · table {format_duration((left or 0) + rest * sum(s for s, _ in known) / pace)} left" if pace else ""
-            )
-            line.show(f"{place} · {following}{after if later else ''}")
+        def show_progress() -> None:
+            progress.update()
+            left, elapsed = progress.seconds_left(), time.monotonic() - started
+            runs = [*self.spent, *([(elapsed + left, run_flops)] if left is not None else [])]
+            seconds, flops = sum(s for s, _ in runs), sum(f for _, f in runs)
+            table_left = ""
+            if later and flops:
+                table_left = f" · table {format_duration((left or 0) + later_flops * seconds / flops)} left"
+            line.show(f"{label} · {progress}{table_left}")
 
-        return beat
+        return show_progress
 
-    def _all_at_once(self, todo: Sequence[Job]) -> None:
-        """Through a launcher: first the cells that others start from, with all that wait for nobody."""
-        launcher = str(self.given.launcher)
-        for waiting in (False, True):
+    def _run_through_launcher(self, jobs: Sequence[Job]) -> None:
+        """Run the jobs in two waves: first those without dependencies, then those that start from their weights."""
+        launcher = str(self.options.launcher)
+        for dependent in (False, True):
             wave: dict[str, list[Job]] = {}
-            for job in todo:
-                if (job.entry.cell.weights_of is not None) == waiting:
+            for job in jobs:
+                if (job.entry.cell.weights_of is not None) == dependent:
                     wave.setdefault(job.entry.cell.name, []).append(job)
             processes = {}
-            for name, jobs in wave.items():
+            for name, seeds in wave.items():
                 try:
-                    for job in jobs:
-                        job.begin()
-                    folder = sweep_folder(jobs[0])
-                    processes[name] = start(sweep(jobs, launcher, self.queue), folder)
-                    self.console.print(f"{name}: {len(jobs)} runs, log {folder / LOG}")
+                    for job in seeds:
+                        job.prepare_folder()
+                    folder = sweep_folder(seeds[0])
+                    processes[name] = start_process(sweep_command(seeds, launcher, self.queue), folder)
+                    self.console.print(f"{name}: {len(seeds)} runs, log {folder / LOG_NAME}")
                 except UserError as error:
-                    self.failures |= {job.name: str(error) for job in jobs}
-            jobs = [job for each in wave.values() for job in each]
-            with Line(self.console) as line:
-                wait([*processes.values()], partial(_count, line, jobs), every=2.0)
+                    self.failures |= {job.name: str(error) for job in seeds}
+            started = [job for seeds in wave.values() for job in seeds]
+            with StatusLine(self.console) as line:
+                wait_for_processes([*processes.values()], partial(_show_finished, line, started), interval_s=2.0)
             for name, process in processes.items():
                 for job in wave[name]:
-                    if not job.finished():
-                        self.failures[job.name] = why(process.returncode, sweep_folder(job))
+                    if not job.is_finished():
+                        self.failures[job.name] = failure_reason(process.returncode, sweep_folder(job))
             self.report()
 
     def report(self) -> None:
-        """Write the report of all that is finished."""
+        """Write the report of all finished runs."""
         rows = []
-        for entry in self.cells:
+        for entry in self.entries:
             jobs = [job for job in self.jobs if job.entry is entry]
-            outcomes = tuple(read_outcome(job.folder, job.seed) for job in jobs if job.finished())
+            outcomes = tuple(read_outcome(job.folder, job.seed) for job in jobs if job.is_finished())
             failed = "; ".join(
                 f"{job.name} failed: {self.failures[job.name]}" for job in jobs if job.name in self.failures
             )
-            left = f"{len(jobs) - len(outcomes)} of {len(jobs)} runs not made yet" if len(outcomes) < len(jobs) else ""
+            unfinished = (
+                f"{len(jobs) - len(outcomes)} of {len(jobs)} runs not finished yet" if len(outcomes) < len(jobs) else ""
+            )
             flops = entry.flops(outcomes[0].plan) if outcomes else 0.0
-            rows.append(ReportRow(entry.cell, outcomes, flops, entry.missing or failed or left))
+            rows.append(ReportRow(entry.cell, outcomes, flops, entry.skip_reason or failed or unfinished))
         results = Results(self.table, tuple(rows), self.command)
         figures = draw_results(results, self.folder)
         write_atomic(
@@ -273,18 +305,18 @@ class Reproduction:
         write_atomic(self.folder / "report.html", page(results, svg).encode(errors="replace"))
 
 
-def _count(line: Line, jobs: Sequence[Job]) -> None:
+def _show_finished(line: StatusLine, jobs: Sequence[Job]) -> None:
     line.show(f"{sum((job.folder / 'report.json').exists() for job in jobs)} of {len(jobs)} runs done")
 
 
-class Line:
-    """A line of the terminal that changes in place; in a log file a line now and then."""
+class StatusLine:
+    """A status line that changes in place in a terminal, or is printed every `LOG_INTERVAL_S` in a log file."""
 
     def __init__(self, console: Console) -> None:
-        self.console, self.told = console, time.monotonic()
+        self.console, self.last_line = console, time.monotonic()
         self.status = console.status("starting", refresh_per_second=2) if console.is_terminal else None
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> StatusLine:
         if self.status:
             self.status.start()
         return self
@@ -294,9 +326,9 @@ class Line:
             self.status.stop()
 
     def show(self, text: str) -> None:
-        """Say it."""
+        """Show the text, or print it if the last line is old enough."""
         if self.status:
             self.status.update(text)
-        elif time.monotonic() - self.told >= EVERY:
-            self.told = time.monotonic()
+        elif time.monotonic() - self.last_line >= LOG_INTERVAL_S:
+            self.last_line = time.monotonic()
             self.console.print(text)

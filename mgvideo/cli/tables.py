@@ -1,4 +1,4 @@
-"""Tables of configs/table as runs: each cell composed, checked, planned and priced before anything starts."""
+"""Tables of configs/table as runs: compose, check, plan and price each cell before any run starts."""
 
 from __future__ import annotations
 
@@ -22,61 +22,61 @@ from .build import build_plan
 from .plan import clip_flops, train_videos
 from .values import quote
 
-FOLDER = "table"  # of mgvideo.configs
-# keys that change neither what is trained nor what is measured
-BESIDES = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
-_BESIDES_TOO = ("train.log_every", "train.evals_per_phase", "dataset.train_videos")
-PLACES = ("root", "pyramid", "frame_cache", "frame_cache_gib")
-INSTEAD = {"seed": "seeds=[…]", "output_dir": "out=FOLDER", "experiment": "preset=NAME"}
+FOLDER = "table"  # inside mgvideo.configs
+# keys that change neither training nor results; `init_from` is here because recipe() compares its file name instead
+IGNORED_KEYS = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
+IGNORED_PREFIXES = ("train.log_every", "train.evals_per_phase", "dataset.train_videos")
+DATA_PATH_KEYS = ("root", "pyramid", "frame_cache", "frame_cache_gib")
+REPLACEMENTS = {"seed": "seeds=[…]", "output_dir": "out=FOLDER", "experiment": "preset=NAME"}
 
 
 def _files(folder: str) -> dict[str, Any]:
-    found = files(app.CONFIGS).joinpath(folder)
-    return {f.name[:-5]: f for f in sorted(found.iterdir(), key=lambda f: f.name) if f.name.endswith(".yaml")}
+    directory = files(app.CONFIGS).joinpath(folder)
+    return {f.name[:-5]: f for f in sorted(directory.iterdir(), key=lambda f: f.name) if f.name.endswith(".yaml")}
 
 
 def _load(kind: str, folder: str, name: str) -> Any:
-    there = _files(folder)
-    if name not in there:
-        raise UserError(f"{kind}={name} does not exist; there are: {', '.join(there)}")
+    available = _files(folder)
+    if name not in available:
+        raise UserError(f"{kind}={name} does not exist; choose one of {', '.join(available)}")
     try:
-        return yaml.safe_load(there[name].read_text(encoding="utf-8"))
+        return yaml.safe_load(available[name].read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{kind} {name}: {' '.join(str(error).split())}") from error
 
 
-def tables() -> dict[str, list[str]]:
-    """The presets of each table."""
+def presets_by_table() -> dict[str, list[str]]:
+    """Return the presets of each table."""
     return {name: presets_of(_load("table", FOLDER, name), name) for name in _files(FOLDER)}
 
 
 def load_table(name: str, preset: str) -> ResultTable:
-    """A table under a preset. Raises UserError where there is none, or its file is wrong."""
-    own: Preset = read_preset(preset, _load("preset", f"{FOLDER}/preset", preset))
-    return read_table(name, _load("table", FOLDER, name), own)
+    """Load a table with a preset. Raises UserError if either does not exist or its file is invalid."""
+    loaded: Preset = read_preset(preset, _load("preset", f"{FOLDER}/preset", preset))
+    return read_table(name, _load("table", FOLDER, name), loaded)
 
 
-def key_of(override: str) -> str:
-    """The key that an override sets, without the signs before it."""
+def override_key(override: str) -> str:
+    """Return the key that an override sets, without a leading `+` or `~`."""
     return override.partition("=")[0].lstrip("+~")
 
 
-def merged(*lists: Sequence[str]) -> list[str]:
-    """Overrides of several lists, of the same key the last."""
-    return list({key_of(override): override for each in lists for override in each}.values())
+def merge_overrides(*lists: Sequence[str]) -> list[str]:
+    """Concatenate lists of overrides; the last override of a key replaces earlier ones."""
+    return list({override_key(override): override for overrides in lists for override in overrides}.values())
 
 
 @dataclass
-class Entry:
-    """A cell as it will run: its overrides, and the config that they compose."""
+class TableEntry:
+    """A cell of a table with its overrides and the config, plan and cost that they result in."""
 
     cell: Cell
     overrides: list[str]
-    missing: str | None = None  # why it cannot run
+    skip_reason: str | None = None  # why the cell cannot run
 
     @cached_property
     def config(self) -> DictConfig:
-        """The composed config. Raises UserError where the overrides do not compose."""
+        """The composed config. Raises UserError if the overrides are invalid."""
         try:
             return app.compose_config("run", [*self.overrides, "output_dir=unused"])
         except UserError as error:
@@ -84,16 +84,16 @@ class Entry:
 
     @cached_property
     def plan(self) -> Plan:
-        """What it would do; without the dataset, by its published number of videos."""
+        """The plan of the run; without the dataset, for its published number of videos."""
         return build_plan(self.config, self.train_videos[0])
 
     @cached_property
     def train_videos(self) -> tuple[int, tuple[str, ...]]:
-        """How many videos it trains on, and a note where the number is the published one."""
+        """Number of training videos, and a note if it is the published number."""
         return train_videos(self.config)
 
     def flops(self, plan: Plan) -> float:
-        """Multiply-adds of the forward passes of all training clips of a plan; 0 where nothing is trained."""
+        """Return the multiply-adds of the forward passes of all training clips; 0 if the cell does not train."""
         return cost(plan.phases, self._clip_flops) if self.config.train.enable else 0.0
 
     @cached_property
@@ -101,13 +101,15 @@ class Entry:
         return clip_flops(self.config)
 
     def recipe(self) -> dict[str, Any]:
-        """What a finished run must have in common with this one: flat, without paths to the data."""
-        keys = [str(key) for key in self.config if key not in BESIDES]
+        """Return the keys that a finished run must share with this one, as a flat dict without paths to the data."""
+        keys = [str(key) for key in self.config if key not in IGNORED_KEYS]
         start = self.cell.weights_of or Path(self.config.init_from or "none").name
         flat: dict[str, Any] = {"processes": self.cell.processes, "init_from": start}
         _flatten("", OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True), flat)
         return {
-            key: v for key, v in flat.items() if not key.startswith(_BESIDES_TOO) and key.split(".")[-1] not in PLACES
+            key: v
+            for key, v in flat.items()
+            if not key.startswith(IGNORED_PREFIXES) and key.split(".")[-1] not in DATA_PATH_KEYS
         }
 
 
@@ -120,32 +122,37 @@ def _flatten(prefix: str, value: Any, flat: dict[str, Any]) -> None:
             flat[key] = inner
 
 
-def entries(table: ResultTable, given: Sequence[str], weights: str | None) -> list[Entry]:
-    """The cells of a table with the overrides given for all of them; what a cell itself sets, it keeps.
+def compose_entries(table: ResultTable, shared: Sequence[str], weights: str | None) -> list[TableEntry]:
+    """Compose the cells of a table with overrides for all of them. A key that a cell sets keeps the cell's value.
 
-    Raises UserError where an override is unknown, or says what every cell says for itself.
+    Args:
+        shared: overrides of the command line.
+        weights: folder of released weights.
+
+    Raises:
+        UserError: every cell sets the key of a shared override, or another argument of the program replaces it.
     """
-    _check_given(table, given)
-    made = []
+    _check_shared(table, shared)
+    composed = []
     for cell in table.cells:
-        overrides = merged(table.preset.common, given, cell.overrides)
-        missing = cell.not_run
+        overrides = merge_overrides(table.preset.common, shared, cell.overrides)
+        skip_reason = cell.not_run
         released = cell.weights or table.preset.weights
-        starts = any(key_of(override) == "init_from" for override in overrides)
-        if released and not starts and not cell.weights_of and not missing:
+        starts = any(override_key(override) == "init_from" for override in overrides)
+        if released and not starts and not cell.weights_of and not skip_reason:
             path = Path(weights or ".", released.file)
             if weights and path.is_file():
                 overrides.append(f"init_from={quote(path.resolve())}")
             else:
-                missing = f"needs {released.file} from {released.url}" + (f" in {weights}" if weights else "")
-        made.append(Entry(cell, overrides, missing))
-    return made
+                skip_reason = f"needs {released.file} from {released.url}" + (f" in {weights}" if weights else "")
+        composed.append(TableEntry(cell, overrides, skip_reason))
+    return composed
 
 
-def _check_given(table: ResultTable, given: Sequence[str]) -> None:
-    sets = [{key_of(override) for override in cell.overrides} for cell in table.cells if not cell.not_run]
-    for override in given:
-        if sets and all(key_of(override) in keys for keys in sets):
-            raise UserError(f"{override}: every cell of table {table.name} sets {key_of(override)} itself")
-        if key_of(override) in INSTEAD:
-            raise UserError(f"{override}: give {INSTEAD[key_of(override)]} instead")
+def _check_shared(table: ResultTable, shared: Sequence[str]) -> None:
+    cell_keys = [{override_key(override) for override in cell.overrides} for cell in table.cells if not cell.not_run]
+    for override in shared:
+        if cell_keys and all(override_key(override) in keys for keys in cell_keys):
+            raise UserError(f"{override}: every cell of table {table.name} sets {override_key(override)} itself")
+        if override_key(override) in REPLACEMENTS:
+            raise UserError(f"{override}: give {REPLACEMENTS[override_key(override)]} instead")

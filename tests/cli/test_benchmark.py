@@ -1,4 +1,4 @@
-"""`mgvideo benchmark loader` on small real files: what it counts and what others can read of it, never how fast."""
+"""`mgvideo benchmark` loader, step and train on small real files: the reports; timings are not checked."""
 
 from __future__ import annotations
 
@@ -37,31 +37,31 @@ def pyramid(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> str:
     return folder
 
 
-def test_json_has_a_row_for_each_grid_and_predicts_a_run(tmp_path: Path, motion_root: str, pyramid: str) -> None:
+def test_loader_json_has_a_row_for_each_grid_and_predicts_a_run(tmp_path: Path, motion_root: str, pyramid: str) -> None:
     out = tmp_path / "loader.json"
-    own = ["seconds=0.05", "rounds=1", "decoders=[pyav]", "format=json", f"out={out}", "step_time=0.5"]
+    overrides = ["seconds=0.05", "rounds=1", "decoders=[pyav]", "format=json", f"out={out}", "step_time=0.5"]
     cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}", f"dataset.pyramid={pyramid}"])
-    run(read_keys(own), cfg)
-    told = json.loads(out.read_text())
-    grids = {row["grid"] for row in told["rows"]}
-    assert len(told["rows"]) == 2 * len(grids), "a row with and one without a pyramid"
+    run(read_keys(overrides), cfg)
+    report = json.loads(out.read_text())
+    grids = {row["grid"] for row in report["rows"]}
+    assert len(report["rows"]) == 2 * len(grids), "a row with and one without a pyramid"
     assert {"2x16", "8x32"} <= grids
-    assert all(set(row["cpu_milliseconds"]) == set(STAGES) for row in told["rows"])
-    base = [row for row in told["rows"] if row["grid"] == "8x32"]
+    assert all(set(row["cpu_milliseconds"]) == set(STAGES) for row in report["rows"])
+    base = [row for row in report["rows"] if row["grid"] == "8x32"]
     assert [row["against_base"] for row in base if not row["pyramid"]] == [1]
-    assert set(told["whole_plan"]) == {"pyav, original files", "pyav, pyramid"}
-    assert told["conditions"]["workers"] == 1
+    assert set(report["whole_plan"]) == {"pyav, original files", "pyav, pyramid"}
+    assert report["conditions"]["workers"] == 1
     benchmark = read_benchmark(out)
     assert set(benchmark.clips_per_second) == grids
-    fast = {row["grid"]: row["clips_per_second"] for row in told["rows"] if row["pyramid"]}
+    fast = {row["grid"]: row["clips_per_second"] for row in report["rows"] if row["pyramid"]}
     assert benchmark.clips_per_second == fast
     assert all(time.loading > 0 for time in predict(build_plan(cfg, KNOBS.train), 1, benchmark))
 
 
 @needs_decord
-def test_table_of_chosen_grids(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["seconds=0.05", "rounds=1", "decoders=[pyav,decord]", "grids=[8x32]"]
-    run(read_keys(own), app.compose_config("run", [*TINY, f"dataset.root={motion_root}"]))
+def test_loader_table_of_chosen_grids(motion_root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["seconds=0.05", "rounds=1", "decoders=[pyav,decord]", "grids=[8x32]"]
+    run(read_keys(overrides), app.compose_config("run", [*TINY, f"dataset.root={motion_root}"]))
     text = capsys.readouterr().out
     assert "pyav, original files" in text
     assert "decord, original files" in text
@@ -77,41 +77,41 @@ def test_the_clock_counts_each_stage_once(motion_root: str, monkeypatch: pytest.
     dataset = motion(motion_root, KNOBS, "train", PyAV())
     plain = dataset[ClipRequest(1, GRID, 1)]
     dataset.decoder = TimedDecoder(PyAV(), clock)
-    with clock.measure("collate", without="open"):  # counts what the others leave, which is hardly anything
+    with clock.measure("collate", without="open"):  # counts the rest, which is almost nothing
         timed = TimedDataset(dataset, clock)[ClipRequest(1, GRID, 1)]
     assert timed.clip.equal(plain.clip)
     spent = dict(zip(STAGES, clock.total().tolist(), strict=True))
     assert min(spent.values()) > 0
-    assert sum(spent.values()) == next(ticks) - 1, "from the first look at the time to the last"
+    assert sum(spent.values()) == next(ticks) - 1, "all ticks from the first reading to the last"
 
 
 @pytest.mark.parametrize("name", [DECORD, "pyav"])
-def test_the_bare_library_reads_the_file_that_is_named(motion_root: str, name: str) -> None:
-    dataset, clock, asked = motion(motion_root, KNOBS, "train", PyAV()), Clock(0), []
+def test_decode_only_reads_the_located_file(motion_root: str, name: str) -> None:
+    dataset, clock, requests = motion(motion_root, KNOBS, "train", PyAV()), Clock(0), []
 
     def locate(path: str, short_side: int) -> str:
-        asked.append((path, short_side))
+        requests.append((path, short_side))
         return path
 
     sample = DecodeOnly(dataset, DECODE[name], locate, clock)[ClipRequest(3, GRID, 1)]
-    assert asked[0][0] == dataset.path(3)
-    assert 28 <= asked[0][1] <= 40
+    assert requests[0][0] == dataset.path(3)
+    assert 28 <= requests[0][1] <= 40
     assert sample.index == 3
     assert clock.total()[STAGES.index("decode")] > 0
 
 
 @pytest.mark.numeric
 def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
-    own = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
+    overrides = ["seconds=0.01", "rounds=1", "clips=2", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
     cfg = app.compose_config("run", TINY)
     for format in ("table", "json"):
-        benchmark_step.run(benchmark_step.read_keys([*own, f"format={format}", f"out={tmp_path / format}"]), cfg)
-    told = json.loads((tmp_path / "json").read_text())
+        benchmark_step.run(benchmark_step.read_keys([*overrides, f"format={format}", f"out={tmp_path / format}"]), cfg)
+    report = json.loads((tmp_path / "json").read_text())
     plan = build_plan(cfg, 1000 * cfg.base.batch_size)
     grids = {slot.grid.name for phase in plan.phases for slot in phase.slots}
-    assert len(told["rows"]) == 2 * len(grids)
-    assert all(row["seconds"] > 0 and row["warm_up"] > 0 and row["flops"] > 0 for row in told["rows"])
-    shapes = [(row["clips"], *map(int, row["grid"].split("x"))) for row in told["rows"]]
+    assert len(report["rows"]) == 2 * len(grids)
+    assert all(row["seconds"] > 0 and row["warm_up"] > 0 and row["flops"] > 0 for row in report["rows"])
+    shapes = [(row["clips"], *map(int, row["grid"].split("x"))) for row in report["rows"]]
     volumes = [clips * frames * size**2 for clips, frames, size in shapes]
     assert max(volumes) <= 1.1 * min(volumes), "steps of equal volume"
     table = (tmp_path / "table").read_text()
@@ -121,27 +121,27 @@ def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
     assert all(time.compute > 0 for time in predict(plan, 1, read_benchmark(tmp_path / "json")))
 
 
-def test_step_leaves_out_what_this_cpu_emulates(
+def test_step_leaves_out_emulated_variants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    own = ["seconds=0.01", "rounds=1", "clips=1", "grids=[2x16]", "format=json", f"out={tmp_path / 'json'}"]
+    overrides = ["seconds=0.01", "rounds=1", "clips=1", "grids=[2x16]", "format=json", f"out={tmp_path / 'json'}"]
     variants = "variants=[fp32/contiguous/off,bf16/contiguous/off]"
     cfg = app.compose_config("run", TINY)
-    benchmark_step.run(benchmark_step.read_keys([*own, variants]), cfg)
+    benchmark_step.run(benchmark_step.read_keys([*overrides, variants]), cfg)
     assert [row["variant"] for row in json.loads((tmp_path / "json").read_text())["rows"]] == ["fp32/contiguous/off"]
     assert "left out: bf16/contiguous/off: this CPU does not" in capsys.readouterr().err
-    benchmark_step.run(benchmark_step.read_keys([*own, variants, "emulated=true"]), cfg)
+    benchmark_step.run(benchmark_step.read_keys([*overrides, variants, "emulated=true"]), cfg)
     assert len(json.loads((tmp_path / "json").read_text())["rows"]) == 2
     with pytest.raises(UserError, match="variants=bf16/contiguous/off: this CPU does not"):
-        benchmark_step.run(benchmark_step.read_keys([*own, "variants=[bf16/contiguous/off]"]), cfg)
+        benchmark_step.run(benchmark_step.read_keys([*overrides, "variants=[bf16/contiguous/off]"]), cfg)
 
 
 def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root: str) -> None:
     cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}"])
     for format in ("table", "json"):
-        own = ["visits=1", f"format={format}", f"out={tmp_path / format}"]
-        benchmark_train.run(benchmark_train.read_keys(own), cfg)
+        overrides = ["visits=1", f"format={format}", f"out={tmp_path / format}"]
+        benchmark_train.run(benchmark_train.read_keys(overrides), cfg)
     baseline, multigrid = json.loads((tmp_path / "json").read_text())["runs"]
     assert (baseline["schedule"], multigrid["schedule"]) == ("baseline", "multigrid")
     assert baseline["steps"] > multigrid["steps"]
@@ -162,7 +162,7 @@ def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root
         (["step", "grids=[1x1]"], "grids=1x1"),
         (["train", "visits=0"], "visits=0"),
         (["soak", "clips=0"], "clips=0"),
-        (["model"], "no benchmark of 'model'"),
+        (["model"], "no benchmark 'model'"),
         (["loader", "decoders=[opencv]"], "decoders=opencv"),
         (["loader", "format=png"], "format=png"),
         (["loader", "seconds=0"], "seconds=0"),
@@ -170,7 +170,7 @@ def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root
         (["loader", "batch=0"], "batch=0"),
     ],
 )
-def test_senseless_arguments_give_one_line(
+def test_invalid_arguments_give_one_error_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in error_line(main, arguments, capsys)

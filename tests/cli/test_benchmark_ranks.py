@@ -1,4 +1,4 @@
-"""`mgvideo benchmark ranks`: simulated ranks do the same collective operations, and ranks that do not are found."""
+"""`mgvideo benchmark ranks`: simulated ranks start the same collective operations, and a difference is reported."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from training import TINY
 from mgvideo.cli import app
 from mgvideo.cli.benchmark import main
 from mgvideo.cli.benchmark.ranks import Collective, SimulatedRank, first_difference, read_keys, run
-from mgvideo.engine import evaluation as evaluate
-from mgvideo.engine import train_step as stepper
+from mgvideo.engine import evaluation, train_step
 from mgvideo.engine.micro_batches import MicroBatch, split_into_micro_batches
 from mgvideo.plan.shards import BatchShard
 
@@ -36,25 +35,25 @@ def test_the_first_and_the_last_rank_agree_through_a_long_cycle(tmp_path: Path) 
         assert slot["clips"] == other["clips"] == slot["batch"] // WORLD
         assert {**slot, "cpu_ms": None} == {**other, "cpu_ms": None}
         shared = slot["bn_ranks"] > 1
-        assert (slot["collectives"] > 30) == shared, "batch norm exchanges statistics where ranks share a group"
+        assert (slot["collectives"] > 30) == shared, "batch norm exchanges statistics if ranks share a group"
     assert {slot["bn_ranks"] for slot in first["slots"]} == {1, 2, 4}
     assert all(slot["cpu_ms"] > 0 for slot in last["slots"])
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("where", [stepper, evaluate])
-def test_ranks_that_would_hang_are_found(
-    where: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("module", [train_step, evaluation])
+def test_ranks_that_would_hang_are_reported(
+    module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def uneven(shard: BatchShard, limit: int) -> list[MicroBatch]:
+    def split_differently_on_last_rank(shard: BatchShard, limit: int) -> list[MicroBatch]:
         return split_into_micro_batches(shard, 1 if dist.get_rank() == WORLD - 1 else limit)
 
-    monkeypatch.setattr(where, "split_into_micro_batches", uneven)
+    monkeypatch.setattr(module, "split_into_micro_batches", split_differently_on_last_rank)
     line = error_line(main, ["ranks", *OPTIONS, *CONFIG], capsys)
     assert f"rank 0 and rank {WORLD - 1} differ at collective operation" in line
 
 
-def test_a_difference_is_one_of_kind_group_type_or_size() -> None:
+def test_operations_differ_by_name_group_size_dtype_or_values() -> None:
     same = Collective("allreduce", 8, "torch.float32", 100)
     objects = Collective("allgather_base", 8, "torch.uint8", 100)
 
@@ -72,5 +71,5 @@ def test_a_difference_is_one_of_kind_group_type_or_size() -> None:
     ("argument", "words"),
     [("world=1", "world=1"), ("ranks=[200]", "ranks=[200]"), ("visits=0", "visits=0"), ("world=48", "48 ranks")],
 )
-def test_senseless_arguments_give_one_line(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_give_one_error_line(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert words in error_line(main, ["ranks", argument, *CONFIG], capsys)

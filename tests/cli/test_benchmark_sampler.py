@@ -1,4 +1,4 @@
-"""`mgvideo benchmark sampler`: the rows that it measures, never how fast."""
+"""`mgvideo benchmark sampler`: the rows of its report; timings are not checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mgvideo.cli.benchmark import main
 from mgvideo.cli.benchmark.sampler import read_keys, run
 
 
-def test_a_row_for_each_number_of_ranks_at_one_batch_and_at_one_share(tmp_path: Path) -> None:
+def test_rows_for_each_number_of_ranks_at_equal_batch_and_at_equal_clips_per_rank(tmp_path: Path) -> None:
     cfg = app.compose_config("run", TINY)
     for format in ("table", "json"):
         own = ["ranks=[2,8]", "batch=128", "clips=64", "videos=2000", "steps=2", f"format={format}"]
@@ -27,5 +27,5 @@ def test_a_row_for_each_number_of_ranks_at_one_batch_and_at_one_share(tmp_path: 
 
 
 @pytest.mark.parametrize("argument", ["ranks=[]", "ranks=[0]", "batch=0", "steps=0", "videos=0", "format=png"])
-def test_senseless_arguments_give_one_line(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_give_one_error_line(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert argument in error_line(main, ["sampler", argument, *TINY], capsys)

@@ -1,4 +1,4 @@
-"""`mgvideo export`: files of every family, run without the network's own code."""
+"""`mgvideo export`: files of every family run without mgvideo and give the network's logits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of weights, NAME.pth."""
+    """A folder with weights NAME.pth of each network."""
     folder = tmp_path_factory.mktemp("weights")
     for name, model in NETWORKS.items():
         model.eval()
-        for module in model.modules():  # new networks say almost the same of all clips
+        for module in model.modules():  # freshly initialised networks give almost the same logits for all clips
             if isinstance(module, nn.Linear | nn.BatchNorm3d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
         torch.save(model.state_dict(), folder / f"{name}.pth")
     return folder
 
 
-def exported(name: str, weights: Path, out: Path, *arguments: str) -> None:
+def run_export(name: str, weights: Path, out: Path, *arguments: str) -> None:
     width = 8 if name == "slowfast_small" else 4
     main([f"ckpt={weights / name}.pth", f"model={name}", f"model.width={width}", *GRID, f"out={out}", *arguments])
 
@@ -48,11 +48,13 @@ def logits(model: nn.Module, clips: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["r2plus1d_small", "slowfast_small"])
-def test_a_torch_program_of_any_grid(name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    exported(name, weights, tmp_path / "net.pt2", "dynamic=true")
-    told = capsys.readouterr().out
-    assert told.count("check on") == 2
-    assert ("the number of frames is fixed" in told) == (name == "slowfast_small")
+def test_a_dynamic_torch_program_accepts_any_grid(
+    name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_export(name, weights, tmp_path / "net.pt2", "dynamic=true")
+    output = capsys.readouterr().out
+    assert output.count("check on") == 2
+    assert ("the number of frames is fixed" in output) == (name == "slowfast_small")
     program = torch.export.load(tmp_path / "net.pt2").module()
     for shape in [(1, 3, 8, 32, 32), (4, 3, 8, 57, 40), (1, 3, 5, 48, 48)]:
         clips = torch.randn(shape)
@@ -63,8 +65,8 @@ def test_a_torch_program_of_any_grid(name: str, weights: Path, tmp_path: Path, c
         torch.testing.assert_close(program(clips), logits(NETWORKS[name], clips))
 
 
-def test_a_fixed_torch_program_takes_its_grid_alone(weights: Path, tmp_path: Path) -> None:
-    exported("r2plus1d_small", weights, tmp_path / "net.pt2", "batch=2", "frames=4")
+def test_a_fixed_torch_program_accepts_only_its_grid(weights: Path, tmp_path: Path) -> None:
+    run_export("r2plus1d_small", weights, tmp_path / "net.pt2", "batch=2", "frames=4")
     program = torch.export.load(tmp_path / "net.pt2").module()
     clips = torch.randn(2, 3, 4, 32, 32)
     torch.testing.assert_close(program(clips), logits(NETWORKS["r2plus1d_small"], clips))
@@ -72,43 +74,45 @@ def test_a_fixed_torch_program_takes_its_grid_alone(weights: Path, tmp_path: Pat
         program(torch.randn(2, 3, 4, 48, 48))
 
 
-def test_onnx_takes_frames_as_decoders_give_them(weights: Path, tmp_path: Path) -> None:
-    exported("slowfast_small", weights, tmp_path / "net.onnx", "dynamic=true", "normalize=true")
+def test_onnx_with_normalisation_accepts_uint8_frames(weights: Path, tmp_path: Path) -> None:
+    run_export("slowfast_small", weights, tmp_path / "net.onnx", "dynamic=true", "normalize=true")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
-    (taken,), (given,) = session.get_inputs(), session.get_outputs()
-    assert (taken.name, taken.type, given.name) == ("clips", "tensor(uint8)", "logits")
-    assert (taken.shape[1], taken.shape[4]) == (8, 3), "frames and channels are fixed"
+    (inputs,), (outputs,) = session.get_inputs(), session.get_outputs()
+    assert (inputs.name, inputs.type, outputs.name) == ("clips", "tensor(uint8)", "logits")
+    assert (inputs.shape[1], inputs.shape[4]) == (8, 3), "frames and channels are fixed"
     frames = torch.randint(0, 256, (3, 8, 40, 56, 3), dtype=torch.uint8)
     normal = Normalize((0.4, 0.5, 0.6), (0.225,) * 3)(frames)
-    found = torch.from_numpy(session.run(None, {"clips": frames.numpy()})[0])
-    torch.testing.assert_close(found, logits(NETWORKS["slowfast_small"], normal), atol=1e-4, rtol=1e-4)
+    onnx_logits = torch.from_numpy(session.run(None, {"clips": frames.numpy()})[0])
+    torch.testing.assert_close(onnx_logits, logits(NETWORKS["slowfast_small"], normal), atol=1e-4, rtol=1e-4)
     with pytest.raises(Exception, match="INVALID_ARGUMENT"):
         session.run(None, {"clips": frames[:, :7].numpy()})
 
 
-def test_a_fixed_onnx_file_takes_its_grid_alone(weights: Path, tmp_path: Path) -> None:
-    exported("slowfast_small", weights, tmp_path / "net.onnx", "format=onnx")
+def test_a_fixed_onnx_file_accepts_only_its_grid(weights: Path, tmp_path: Path) -> None:
+    run_export("slowfast_small", weights, tmp_path / "net.onnx", "format=onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == [1, 3, 8, 32, 32]
     clips = torch.randn(1, 3, 8, 32, 32)
-    found = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
-    torch.testing.assert_close(found, logits(NETWORKS["slowfast_small"], clips), atol=1e-4, rtol=1e-4)
+    onnx_logits = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+    torch.testing.assert_close(onnx_logits, logits(NETWORKS["slowfast_small"], clips), atol=1e-4, rtol=1e-4)
     with pytest.raises(Exception, match="INVALID_ARGUMENT"):
         session.run(None, {"clips": clips.repeat(2, 1, 1, 1, 1).numpy()})
 
 
-def test_onnx_of_attention(weights: Path, tmp_path: Path) -> None:
-    exported("i3d_nln_small", weights, tmp_path / "net.onnx", "dynamic=true")
+def test_onnx_of_a_network_with_attention(weights: Path, tmp_path: Path) -> None:
+    run_export("i3d_nln_small", weights, tmp_path / "net.onnx", "dynamic=true")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
     clips = torch.randn(3, 3, 10, 48, 32)
-    found = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
-    torch.testing.assert_close(found, logits(NETWORKS["i3d_nln_small"], clips), atol=1e-4, rtol=1e-4)
+    onnx_logits = torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
+    torch.testing.assert_close(onnx_logits, logits(NETWORKS["i3d_nln_small"], clips), atol=1e-4, rtol=1e-4)
 
 
-def test_what_differs_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_if_the_logits_differ(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     with pytest.raises(SystemExit):
-        exported("i3d_small", weights, tmp_path / "net.pt2")
+        run_export("i3d_small", weights, tmp_path / "net.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,11 +121,11 @@ def test_missing_packages_are_named(
 ) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     line = error_line(main, ["ckpt=any", f"out={tmp_path}/net.onnx"], capsys)
-    assert line == "error: format=onnx needs onnxscript: pip install onnx onnxruntime onnxscript"
+    assert line == "error: format=onnx requires onnxscript: pip install onnx onnxruntime onnxscript"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "out is not set"),
         (["out=net.tflite"], "NAME.pt2"),
@@ -133,15 +137,17 @@ def test_missing_packages_are_named(
         (["out=net.pt2", "dynamic=maybe"], "dynamic"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_gives_one_error_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = error_line(main, arguments, capsys)
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
-def test_a_folder_that_cannot_be_written_to(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_is_reported_before_the_work_starts(
+    weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        exported("i3d_small", weights, Path("/proc/net.pt2"))
-    told = capsys.readouterr()
-    assert "cannot write out=/proc/net.pt2" in told.err
-    assert told.out == "", "told before the work"
+        run_export("i3d_small", weights, Path("/proc/net.pt2"))
+    captured = capsys.readouterr()
+    assert "cannot write out=/proc/net.pt2" in captured.err
+    assert captured.out == "", "reported before tracing starts"

@@ -1,4 +1,4 @@
-"""`mgvideo plan` on a laptop: no videos, no weights."""
+"""`mgvideo plan` without videos and weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mgvideo.plan.plan import Grid
 PROGRAM = Path(__file__).parents[2] / "tools/plan.py"
 
 
-def shown(own: list[str], overrides: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    show(read_keys(own), app.compose_config("run", overrides))
+def run_show(own_overrides: list[str], overrides: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    show(read_keys(own_overrides), app.compose_config("run", overrides))
     return capsys.readouterr().out
 
 
@@ -39,40 +39,40 @@ def test_program() -> None:
     assert "What the loaders must deliver" in result.stdout
 
 
-def test_wrong_values_give_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_value_gives_one_error_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert error_line(main, ["gpus=zero"], capsys).startswith("error: gpus")
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    own = ["videos=1024", "format=json", "at=[0,14.9]", "step_time=0.1", "gpus=2"]
-    told = json.loads(shown(own, ["schedule=multigrid"], capsys))
-    assert told["max_epoch"] == 30
-    assert [epoch for epoch, _ in told["lr_at_epoch"]] == [0, 14.9]
-    assert sum(phase["steps"] for phase in told["phases"]) == told["steps"]
-    assert sum(phase["cost_share"] for phase in told["phases"]) == pytest.approx(1)
-    assert told["seconds"] == pytest.approx(0.1 * told["steps"])
-    assert told["saving"]["flops"] > 2
+    own_overrides = ["videos=1024", "format=json", "at=[0,14.9]", "step_time=0.1", "gpus=2"]
+    result = json.loads(run_show(own_overrides, ["schedule=multigrid"], capsys))
+    assert result["max_epoch"] == 30
+    assert [epoch for epoch, _ in result["lr_at_epoch"]] == [0, 14.9]
+    assert sum(phase["steps"] for phase in result["phases"]) == result["steps"]
+    assert sum(phase["cost_share"] for phase in result["phases"]) == pytest.approx(1)
+    assert result["seconds"] == pytest.approx(0.1 * result["steps"])
+    assert result["saving"]["flops"] > 2
 
 
-def test_prediction_from_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_times_are_predicted_from_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = tmp_path / "benchmark.json"
     benchmark.write_text(json.dumps({"step_seconds": {"16x64": 1.0}, "clips_per_second": {"16x64": 4.0}, "workers": 2}))
-    text = shown(["videos=160", "gpus=1", f"benchmark={benchmark}"], ["schedule=baseline"], capsys)
+    text = run_show(["videos=160", "gpus=1", f"benchmark={benchmark}"], ["schedule=baseline"], capsys)
     assert "predicted time of training: 13:20 min" in text  # 200 steps of 16 clips at 4 clips a second
     assert "waits 75% of its time for data: 4.0× as many workers a GPU (8 instead of 2)" in text
 
 
 def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shown(["videos=1024", "format=png", f"out={tmp_path / 'plan.png'}"], [], capsys)
+    run_show(["videos=1024", "format=png", f"out={tmp_path / 'plan.png'}"], [], capsys)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_flops_agree_with_fvcore() -> None:
-    """Ours counts shapes alone; fvcore runs the network, and counts its pooling and norms too."""
+    """fvcore also counts pooling and normalisation layers, hence the tolerance."""
     cfg = app.compose_config("run", [])
     model = instantiate(cfg.model).eval()
-    theirs = FlopCountAnalysis(model, torch.zeros(1, 3, 8, 45, 45)).unsupported_ops_warnings(False).total()
-    assert clip_flops(cfg)(Grid(8, 45, (1, 1), (45, 45))) == pytest.approx(theirs, rel=0.03)
+    expected = FlopCountAnalysis(model, torch.zeros(1, 3, 8, 45, 45)).unsupported_ops_warnings(False).total()
+    assert clip_flops(cfg)(Grid(8, 45, (1, 1), (45, 45))) == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_flops_agree_with_fvcore() -> None:
         (["at=soon"], "at"),
     ],
 )
-def test_senseless_keys_are_refused(arguments: list[str], key: str) -> None:
+def test_invalid_keys_raise(arguments: list[str], key: str) -> None:
     with pytest.raises(UserError, match=key):
         read_keys(arguments)
 
@@ -99,9 +99,9 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", group_options()["dataset"])
-def test_a_published_dataset_is_planned_without_its_data(name: str) -> None:
+def test_a_published_dataset_is_planned_without_its_files(name: str) -> None:
     cfg = app.compose_config("run", [f"dataset={name}"])
-    if name == "motion":  # made on first use, of as many videos as its config states
+    if name == "motion":  # generated on first use, with the number of videos in its config
         assert train_videos(cfg) == (1024, ())
     elif name == "folder":
         with pytest.raises(UserError, match=r"^dataset\.root is not set: add dataset\.root=… to the command$"):
@@ -113,45 +113,45 @@ def test_a_published_dataset_is_planned_without_its_data(name: str) -> None:
         assert build_plan(cfg, count).dataset_size == count
 
 
-def test_the_published_number_is_that_of_the_fold(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_published_number_depends_on_the_fold(capsys: pytest.CaptureFixture[str]) -> None:
     counts = [train_videos(app.compose_config("run", ["dataset=ucf101", f"dataset.fold={n}"]))[0] for n in (1, 2, 3)]
     assert counts == [9537, 9586, 9624]
     with pytest.raises(UserError, match=r"dataset\.root is not set"):
         train_videos(app.compose_config("run", ["dataset=ucf101", "dataset.fold=4"]))
 
 
-def test_the_published_number_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_marks_the_published_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides, note = ["dataset=hmdb51"], "planned for the published 3,570 training videos"
-    text = shown(["gpus=1"], overrides, capsys)
+    text = run_show(["gpus=1"], overrides, capsys)
     assert "3,570 clips" in text
     assert f"note: {note}" in text
-    assert note in json.loads(shown(["gpus=1", "format=json"], overrides, capsys))["notes"][-1]
-    assert f"note: {note}" in shown(["gpus=1", "format=png", f"out={tmp_path / 'plan.png'}"], overrides, capsys)
-    assert note not in shown(["gpus=1", "videos=3570"], overrides, capsys)
+    assert note in json.loads(run_show(["gpus=1", "format=json"], overrides, capsys))["notes"][-1]
+    assert f"note: {note}" in run_show(["gpus=1", "format=png", f"out={tmp_path / 'plan.png'}"], overrides, capsys)
+    assert note not in run_show(["gpus=1", "videos=3570"], overrides, capsys)
 
 
-def test_a_dataset_at_hand_counts_and_a_wrong_root_is_an_error(
+def test_an_existing_dataset_is_counted_and_a_wrong_root_raises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "train.csv").write_text("".join(f"{n}.mp4 0\n" for n in range(70)))
     overrides = ["dataset=kinetics400", f"dataset.root={tmp_path}"]
-    text = shown(["gpus=1"], overrides, capsys)
+    text = run_show(["gpus=1"], overrides, capsys)
     assert "70 clips" in text
     assert "published" not in text
     for wrong in (tmp_path / "none", tmp_path / "train.csv"):
         with pytest.raises(
             UserError, match=r"dataset\.root: no folder .*; or add videos=N to plan without the dataset"
         ):
-            shown([], ["dataset=kinetics400", f"dataset.root={wrong}"], capsys)
+            run_show([], ["dataset=kinetics400", f"dataset.root={wrong}"], capsys)
     with pytest.raises(UserError, match=r"Charades_v1_train\.csv: cannot be read.*videos=N"):
-        shown([], ["dataset=charades", f"dataset.root={tmp_path}"], capsys)
+        run_show([], ["dataset=charades", f"dataset.root={tmp_path}"], capsys)
 
 
-def test_an_unknown_number_of_videos_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_number_of_videos_raises_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"dataset\.root is not set.*; or add videos=N to plan without the dataset"):
-        shown([], ["dataset=folder"], capsys)
+        run_show([], ["dataset=folder"], capsys)
     with pytest.raises(UserError, match=r"dataset\.train_videos=many: give a whole number from 1 up"):
-        shown([], ["dataset=ssv2", "dataset.train_videos=many"], capsys)
+        run_show([], ["dataset=ssv2", "dataset.train_videos=many"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -162,30 +162,30 @@ def test_an_unknown_number_of_videos_says_how_to_go_on(capsys: pytest.CaptureFix
         (2, 2, "planned for the 2 GPUs of this machine; gpus=N sets the number"),
     ],
 )
-def test_gpus_are_those_of_the_machine(
+def test_the_default_number_of_gpus_is_that_of_the_machine(
     available: int, planned: int, note: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
-    result = json.loads(shown(["videos=1024", "format=json"], [], capsys))
+    result = json.loads(run_show(["videos=1024", "format=json"], [], capsys))
     assert (result["gpus"], result["notes"][-1]) == (planned, note)
-    result = json.loads(shown(["videos=1024", "format=json", "gpus=4"], [], capsys))
+    result = json.loads(run_show(["videos=1024", "format=json", "gpus=4"], [], capsys))
     assert result["gpus"] == 4
     assert not [line for line in result["notes"] if "GPU" in line]
 
 
-def test_gpus_of_the_machine_that_no_run_could_use(
+def test_a_default_number_of_gpus_that_no_run_can_use_raises(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(UserError, match=r"^3 ranks cannot share .*; or add gpus=N to plan for another number$"):
-        shown(["videos=1024"], [], capsys)
-    with pytest.raises(UserError, match=r"^3 ranks cannot share .* change base\.batch$"):
-        shown(["videos=1024", "gpus=3"], [], capsys)
+        run_show(["videos=1024"], [], capsys)
+    with pytest.raises(UserError, match=r"^3 ranks cannot share .* change base\.batch_size$"):
+        run_show(["videos=1024", "gpus=3"], [], capsys)
 
 
 def test_out_in_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="cannot write out="):
-        shown(["videos=1024", f"out={tmp_path / 'none' / 'plan.txt'}"], [], capsys)
+        run_show(["videos=1024", f"out={tmp_path / 'none' / 'plan.txt'}"], [], capsys)
     with pytest.raises(UserError, match="only output_dir may be a URL"):
         read_keys(["videos=1024", "out=s3://bucket/plan.txt"])
 
@@ -223,7 +223,7 @@ def test_out_is_blamed_for_its_own_errors_alone(
         (["base.epochs=30", "base.warmup_epochs=9"], 0.05, [12, 18, 30], []),
     ],
 )  # fmt: skip
-def test_the_recipe_follows_batch_and_epochs_that_are_set_alone(
+def test_the_recipe_scales_with_batch_size_and_epochs(
     overrides: list[str], lr: float, ends: list[float], starts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["gpus=1", "videos=1024", "format=json", "at=[10]", "schedule=baseline", *overrides])

@@ -1,4 +1,4 @@
-"""`mgvideo predict` on the checkpoints of a real run and on weights from elsewhere."""
+"""`mgvideo predict` on the checkpoints of a real run and on other weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from training import KNOBS, ROOT, TINY, run_program
 from web import served
 
 from mgvideo.cli import predict
+from mgvideo.cli.overlay import HeatMaps
 from mgvideo.cli.predict import main
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import CLASSES, make_motion
-from mgvideo.datasets.overlay import Heat
 from mgvideo.datasets.video import resize
 from mgvideo.datasets.videofile import Box
 from mgvideo.engine.precision import Normalize
@@ -35,7 +35,7 @@ ONE_VIEW = ["clips=1", "crops=1", "size=32"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
-    """The folder of a run that went well."""
+    """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("predict")
     command = [*TINY, f"dataset.root={motion_root}", "output_dir=out", "schedule=baseline", "precision=fp32"]
     command += ["base.epochs=0.75", "base.lr_milestones=[]"]
@@ -49,38 +49,38 @@ def videos(motion_root: str) -> Path:
     return make_motion(motion_root, KNOBS) / "val"
 
 
-def predicted(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+def run_predict(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     main([*map(str, arguments), "format=json"])
     return json.loads(capsys.readouterr().out)
 
 
-def test_a_path_is_enough_to_score_as_the_runs_test_did(
+def test_a_checkpoint_path_gives_the_scores_of_the_runs_test(
     trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = max((trained / "checkpoints").glob("step_*.pt"))
-    found = predicted([videos, f"ckpt={newest}", "top=8"], capsys)
-    assert [Path(entry["video"]).name for entry in found] == [f"{i:05d}.mp4" for i in range(KNOBS.val)]
-    assert {c["class"] for c in found[0]["classes"]} == set(CLASSES)
+    entries = run_predict([videos, f"ckpt={newest}", "top=8"], capsys)
+    assert [Path(entry["video"]).name for entry in entries] == [f"{i:05d}.mp4" for i in range(KNOBS.val)]
+    assert {c["class"] for c in entries[0]["classes"]} == set(CLASSES)
     assert (trained / "classes.txt").read_text().splitlines() == list(CLASSES)
-    assert all(sum(c["score"] for c in entry["classes"]) == pytest.approx(1, abs=1e-4) for entry in found)
-    places = [[c["label"] for c in entry["classes"]].index(i % 8) for i, entry in enumerate(found)]
+    assert all(sum(c["score"] for c in entry["classes"]) == pytest.approx(1, abs=1e-4) for entry in entries)
+    ranks = [[c["label"] for c in entry["classes"]].index(i % 8) for i, entry in enumerate(entries)]
     test = json.loads((trained / "test.json").read_text())
-    assert 100 * np.mean([place < 1 for place in places]) == pytest.approx(test["top1"])
-    assert 100 * np.mean([place < 5 for place in places]) == pytest.approx(test["top5"])
+    assert 100 * np.mean([rank < 1 for rank in ranks]) == pytest.approx(test["top1"])
+    assert 100 * np.mean([rank < 5 for rank in ranks]) == pytest.approx(test["top5"])
 
 
-def test_a_runs_folder_stands_for_its_best_checkpoint_and_keys_change_the_views(
+def test_a_run_folder_selects_its_best_checkpoint_and_keys_change_the_views(
     trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video = videos / "00001.mp4"
-    best = predicted([video, f"ckpt={trained / 'checkpoints/best.pt'}"], capsys)
-    assert predicted([video, f"ckpt={trained}"], capsys) == best
+    best = run_predict([video, f"ckpt={trained / 'checkpoints/best.pt'}"], capsys)
+    assert run_predict([video, f"ckpt={trained}"], capsys) == best
     assert len(best[0]["classes"]) == 5
     for changed in (["clips=1"], ["crops=1"], ["size=48"], ["base.frame_stride=1"], ["normalize.mean=[0,0,0]"]):
-        assert predicted([video, f"ckpt={trained}", *changed], capsys) != best, changed
+        assert run_predict([video, f"ckpt={trained}", *changed], capsys) != best, changed
 
 
-def test_bad_videos_are_told_and_the_others_go_on(trained: Path, videos: Path, tmp_path: Path) -> None:
+def test_bad_videos_are_reported_and_the_others_are_scored(trained: Path, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "in/deep").mkdir(parents=True)
     shutil.copy(videos / "00000.mp4", tmp_path / "in/deep/good.mp4")
     (tmp_path / "in/text.mp4").write_text("this is no video")
@@ -121,22 +121,22 @@ def write_frames(path: Path, frames: torch.Tensor) -> None:
         container.mux(stream.encode())
 
 
-def test_videos_are_written_with_their_classes_and_a_heat_map(
+def test_videos_are_written_with_their_classes_and_heat_maps(
     trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = frames_of(videos / "00002.mp4")
     drawn = {}
     for cam in ("false", "true"):
         out = tmp_path / cam
-        predicted([videos / "00002.mp4", f"ckpt={trained}", "top=1", f"out={out}", f"cam={cam}", *ONE_VIEW], capsys)
+        run_predict([videos / "00002.mp4", f"ckpt={trained}", "top=1", f"out={out}", f"cam={cam}", *ONE_VIEW], capsys)
         drawn[cam] = (frames_of(out / "00002.mp4") - original).abs().mean(-1)
-    assert drawn["false"][:, :8, 4:40].mean() > 20, "a label"
-    assert drawn["false"][:, 20:].mean() < 5, "and nothing else"
-    assert drawn["true"][:, 20:].amax() > 25, "the hottest place"
+    assert drawn["false"][:, :8, 4:40].mean() > 20, "the label is drawn"
+    assert drawn["false"][:, 20:].mean() < 5, "and nothing else is"
+    assert drawn["true"][:, 20:].amax() > 25, "the heat map is drawn"
     assert drawn["true"][:, 20:].mean() > 2 * drawn["false"][:, 20:].mean()
 
 
-def test_what_cannot_be_drawn_names_the_file_at_fault(
+def test_an_output_that_cannot_be_written_is_named(
     trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, still = tmp_path / "good.mp4", tmp_path / "still.mkv"
@@ -155,46 +155,46 @@ def test_what_cannot_be_drawn_names_the_file_at_fault(
     assert errors == [f"error: {good}: cannot be written to {tmp_path / 'out/good.mp4'}: Is a directory"]
     (drawn,) = (tmp_path / "out").glob("still.*")
     with PyAV().open(str(still)) as source, PyAV().open(str(drawn)) as target:
-        assert target.frames == source.frames, "times that repeat cost no frame"
+        assert target.frames == source.frames, "frames with repeated timestamps are kept"
 
 
 @pytest.fixture
-def heats(monkeypatch: pytest.MonkeyPatch) -> list[Heat]:
-    """The heat maps that are drawn, as they come."""
-    found: list[Heat] = []
-    draw = predict.annotate
+def heats(monkeypatch: pytest.MonkeyPatch) -> list[HeatMaps]:
+    """Record the heat maps that are drawn, in order."""
+    drawn: list[HeatMaps] = []
+    original = predict.annotate_video
 
-    def annotate(source: str, target: Path, lines: list[str], heat: Heat) -> None:
-        found.append(heat)
-        draw(source, target, lines, heat)
+    def annotate_video(source: str, target: Path, lines: list[str], heat: HeatMaps) -> None:
+        drawn.append(heat)
+        original(source, target, lines, heat)
 
-    monkeypatch.setattr(predict, "annotate", annotate)
-    return found
+    monkeypatch.setattr(predict, "annotate_video", annotate_video)
+    return drawn
 
 
-def test_every_window_of_a_long_video_has_its_own_heat(
-    trained: Path, videos: Path, tmp_path: Path, heats: list[Heat], capsys: pytest.CaptureFixture[str]
+def test_every_window_of_a_long_video_has_its_own_heat_map(
+    trained: Path, videos: Path, tmp_path: Path, heats: list[HeatMaps], capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = frames_of(videos / "00002.mp4")
     twice = tmp_path / "twice.mp4"
     write_frames(twice, torch.cat([original, original]))
     windows = [f"out={tmp_path / 'out'}", "base.num_frames=5", "top=1", "cam=true", *ONE_VIEW]  # of 10 frames
-    predicted([videos / "00002.mp4", twice, f"ckpt={trained}", *windows], capsys)
+    run_predict([videos / "00002.mp4", twice, f"ckpt={trained}", *windows], capsys)
     once, both = heats
     assert (once.starts, both.starts) == ([0, 10], [0, 10, 20, 30])
     assert (once.maps[0] - once.maps[1]).abs().mean() > 0.02, "windows differ"
-    error = (both.maps - once.maps.repeat(2, 1, 1, 1)).abs().mean()  # the second file is encoded anew
+    error = (both.maps - once.maps.repeat(2, 1, 1, 1)).abs().mean()  # the second file is re-encoded
     assert error < (once.maps[0] - once.maps[1]).abs().mean() / 2, f"{error}"
     painted = (frames_of(tmp_path / "out/twice.mp4") - original.repeat(2, 1, 1, 1))[:, 20:].abs().mean((1, 2, 3))
     assert len(painted) == 40
     assert painted.min() > 5
 
 
-def test_several_labels_are_sigmoids_of_which_views_give_the_largest(
+def test_multi_label_scores_are_sigmoids_with_the_maximum_over_views(
     trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def scores(*arguments: str) -> torch.Tensor:
-        (entry,) = predicted([videos / "00003.mp4", f"ckpt={trained}", "top=8", "clips=1", *arguments], capsys)
+        (entry,) = run_predict([videos / "00003.mp4", f"ckpt={trained}", "top=8", "clips=1", *arguments], capsys)
         return torch.tensor([c["score"] for c in sorted(entry["classes"], key=lambda c: c["label"])])
 
     one, several = (scores("dataset.task=multi_label", f"crops={crops}") for crops in (1, 3))
@@ -210,21 +210,21 @@ def foreign(tmp_path: Path) -> Path:
     return tmp_path / "weights.pth"
 
 
-def test_weights_from_elsewhere_say_how_many_classes_there_are(
+def test_other_weights_determine_the_number_of_classes(
     foreign: Path, videos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
     main([str(videos / "00000.mp4"), f"ckpt={foreign}", *network, "format=json"])
-    told = capsys.readouterr()
-    assert {c["class"] for c in json.loads(told.out)[0]["classes"]} == set("01234")
-    assert "classes=FILE" in told.err
+    captured = capsys.readouterr()
+    assert {c["class"] for c in json.loads(captured.out)[0]["classes"]} == set("01234")
+    assert "classes=FILE" in captured.err
     names = foreign.with_name("names.txt")
     names.write_text("walk\nrun\njump\nfly\nswim\n")
-    (entry,) = predicted([videos / "00000.mp4", f"ckpt={foreign}", *network, f"classes={names}"], capsys)
+    (entry,) = run_predict([videos / "00000.mp4", f"ckpt={foreign}", *network, f"classes={names}"], capsys)
     assert {c["class"] for c in entry["classes"]} == {"walk", "run", "jump", "fly", "swim"}
 
 
-def test_of_several_copies_of_a_network_one_is_named(
+def test_init_from_key_selects_one_of_several_networks_in_a_file(
     foreign: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = torch.load(foreign)
@@ -234,18 +234,18 @@ def test_of_several_copies_of_a_network_one_is_named(
     network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
 
     def scores(name: Path, *more: str) -> list[dict[str, Any]]:
-        return predicted([videos / "00000.mp4", f"ckpt={name}", *network, *more], capsys)
+        return run_predict([videos / "00000.mp4", f"ckpt={name}", *network, *more], capsys)
 
     both = tmp_path / "both=1, [2].pth"
     assert scores(both) == scores(tmp_path / "other.pth")
     assert scores(both, "init_from_key=model") == scores(foreign) != scores(both)
 
 
-SEGMENTS = (1, 3, 6, 8, 11, 13, 15, 18)  # the middles of eight segments of 20 frames, as PySlowFast has them
+SEGMENTS = (1, 3, 6, 8, 11, 13, 15, 18)  # the middles of eight segments of 20 frames, as in PySlowFast
 
 
-def test_something_something_is_looked_at_in_segments(
-    foreign: Path, videos: Path, tmp_path: Path, heats: list[Heat], capsys: pytest.CaptureFixture[str]
+def test_something_something_clips_are_sampled_by_segments(
+    foreign: Path, videos: Path, tmp_path: Path, heats: list[HeatMaps], capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = [
         "model=r2plus1d_small",
@@ -255,24 +255,24 @@ def test_something_something_is_looked_at_in_segments(
         "precision=fp32",
         *ONE_VIEW,
     ]
-    for stride in (1, 4):  # which has no say
+    for stride in (1, 4):  # the stride has no effect
         command = [videos / "00001.mp4", f"ckpt={foreign}", *network, f"base.frame_stride={stride}", "cam=true"]
-        (entry,) = predicted([*command, f"out={tmp_path / 'out'}"], capsys)
+        (entry,) = run_predict([*command, f"out={tmp_path / 'out'}"], capsys)
     torch.testing.assert_close(heats[0].maps, heats[1].maps)
-    assert [(heat.starts, heat.span) for heat in heats] == [([0], 20)] * 2, "the whole video at once"
+    assert [(heat.starts, heat.span) for heat in heats] == [([0], 20)] * 2, "one window covers the whole video"
     with PyAV().open(str(videos / "00001.mp4")) as video:
         clip = resize(Box(0, 8, 48, 48).of(video.read(SEGMENTS)), 32)
     model = r2plus1d_small(5, width=4)
     model.load_state_dict(torch.load(foreign))
     with torch.no_grad():
         logits = model.eval()(Normalize((0.45,) * 3, (0.225,) * 3)(clip[None]))[0]
-    found = {c["label"]: c["score"] for c in entry["classes"]}
+    scores = {c["label"]: c["score"] for c in entry["classes"]}
     expected = dict(enumerate(logits.softmax(0).tolist()))
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert scores == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("source", ["caffe2", "pyslowfast", "pytorchvideo"])
-def test_weights_of_a_model_zoo_predict_as_ours_do(
+def test_weights_of_a_model_zoo_give_the_same_predictions(
     source: str, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -287,13 +287,13 @@ def test_weights_of_a_model_zoo_predict_as_ours_do(
         torch.save({"model_state": named}, tmp_path / "theirs.pkl")
     network = ["model=slowfast_small", "model.width=8", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
     ours, theirs = (
-        predicted([videos / "00000.mp4", f"ckpt={tmp_path / name}", *network], capsys)
+        run_predict([videos / "00000.mp4", f"ckpt={tmp_path / name}", *network], capsys)
         for name in ("ours.pth", "theirs.pkl")
     )
     assert ours == theirs
 
 
-def test_videos_weights_and_names_may_be_urls(
+def test_videos_weights_and_class_names_may_be_urls(
     foreign: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
@@ -302,30 +302,30 @@ def test_videos_weights_and_names_may_be_urls(
     network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
     with served(foreign.parent) as (address, _):
         command = [f"{address}/a=b.mp4", f"ckpt={address}/weights.pth", f"classes={address}/names.txt", *network]
-        (there,) = predicted([*command, f"out={tmp_path / 'drawn'}", "cam=true"], capsys)
-        told = error_line(main, [str(videos / "00000.mp4"), f"ckpt={address}/gone.pth", *network], capsys)
-        assert "gone.pth: " in told
-        assert "404" in told
+        (remote,) = run_predict([*command, f"out={tmp_path / 'drawn'}", "cam=true"], capsys)
+        message = error_line(main, [str(videos / "00000.mp4"), f"ckpt={address}/gone.pth", *network], capsys)
+        assert "gone.pth: " in message
+        assert "404" in message
     assert frames_of(tmp_path / "drawn/a=b.mp4").any()
-    here = [f"file://{videos}/00000.mp4", f"ckpt=file://{foreign}", f"classes={foreign.parent}/names.txt", *network]
-    assert predicted(here, capsys)[0]["classes"] == there["classes"]
+    local = [f"file://{videos}/00000.mp4", f"ckpt=file://{foreign}", f"classes={foreign.parent}/names.txt", *network]
+    assert run_predict(local, capsys)[0]["classes"] == remote["classes"]
 
 
-def _renamed(folder: Path) -> str:
+def _write_invalid_checkpoint(folder: Path) -> str:
     (folder / "text.mp4").write_text("this is no checkpoint")
     return f"ckpt={folder}/text.mp4"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (lambda run, folder: [], "ckpt is not set"),
         (lambda run, folder: ["ckpt=/nowhere.pt"], "/nowhere.pt: no such file"),
         (lambda run, folder: [f"ckpt={folder}"], "this folder has no checkpoints"),
-        (lambda run, folder: [_renamed(folder)], "add its network to the command"),
-        (lambda run, folder: [_renamed(folder), "model=i3d_small"], "cannot read weights from"),
+        (lambda run, folder: [_write_invalid_checkpoint(folder)], "add its network to the command"),
+        (lambda run, folder: [_write_invalid_checkpoint(folder), "model=i3d_small"], "cannot read weights from"),
         (lambda run, folder: [f"ckpt={run}", "clip=3"], "did you mean clips?"),
-        (lambda run, folder: [f"ckpt={run}", "base.stried=3"], "did you mean base.frame_stride?"),
+        (lambda run, folder: [f"ckpt={run}", "base.frame_stried=3"], "did you mean base.frame_stride?"),
         (lambda run, folder: [f"ckpt={run}", "base.frame_stride=two"], "base.frame_stride"),
         (lambda run, folder: [f"ckpt={run}", "model=i3d_r50"], "already sets this group"),
         (lambda run, folder: [f"ckpt={run}", "crops=2"], "crops=2"),
@@ -336,15 +336,15 @@ def _renamed(folder: Path) -> str:
         (lambda run, folder: [f"ckpt={run}", "--fast"], "cannot read '--fast'"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line(
-    arguments: Any, told: str, trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_input_gives_one_error_line(
+    arguments: Any, message: str, trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = error_line(main, [str(videos / "00000.mp4"), *arguments(trained, tmp_path)], capsys)
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
-def test_a_damaged_checkpoint_is_told_or_passed_over(
+def test_a_damaged_checkpoint_is_skipped_in_a_folder_and_an_error_by_path(
     trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
@@ -353,15 +353,15 @@ def test_a_damaged_checkpoint_is_told_or_passed_over(
     shutil.copy(newest, newest.with_name("step_99999999.pt"))
     (run / "checkpoints/step_99999999.sha256").write_text("0")
     main([str(videos / "00000.mp4"), f"ckpt={run}"])
-    told = capsys.readouterr().err
-    assert "warning: " in told
-    assert f"from {newest}" in told
+    message = capsys.readouterr().err
+    assert "warning: " in message
+    assert f"from {newest}" in message
     with pytest.raises(SystemExit):
         main([str(videos / "00000.mp4"), f"ckpt={run}/checkpoints/step_99999999.pt"])
     assert "step_99999999.pt is damaged" in capsys.readouterr().err
 
 
-def test_what_a_config_beside_the_weights_may_call_is_ours_or_asked_for(
+def test_targets_of_a_config_beside_the_weights_need_permission(
     trained: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
@@ -374,11 +374,11 @@ def test_what_a_config_beside_the_weights_may_call_is_ours_or_asked_for(
         assert f"model.dropout._target_={copies}" in line
     assert not stolen.exists()
     config.model.dropout = 0.0
-    config.model._target_ = own = "mgvideo.models.small.R2Plus1D"
+    config.model._target_ = target = "mgvideo.models.small.R2Plus1D"
     OmegaConf.save(config, run / "config.yaml")
-    assert own in error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
-    line = error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}", f"model._target_={own}"], capsys)
-    assert line.startswith("error: model: "), "it was called, though not with what it takes"
+    assert target in error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}"], capsys)
+    line = error_line(main, [str(videos / "00000.mp4"), f"ckpt={run}", f"model._target_={target}"], capsys)
+    assert line.startswith("error: model: "), "the target was called, with wrong arguments"
 
 
 def test_no_video_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

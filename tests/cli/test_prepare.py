@@ -27,14 +27,14 @@ from mgvideo.errors import UserError
 KINETICS = ["dataset=kinetics400", "dataset.num_classes=8"]
 
 
-def prepare(name: str, own: list[str], overrides: list[str]) -> None:
+def prepare(name: str, own_overrides: list[str], overrides: list[str]) -> None:
     command = COMMANDS[name]
-    command.task(read_keys(command.keys, own), app.compose_config("run", overrides))
+    command.task(read_keys(command.keys, own_overrides), app.compose_config("run", overrides))
 
 
 @pytest.fixture
 def broken(tmp_path: Path, motion_root: str) -> Path:
-    """Eight videos under a folder, of which one is broken and another only listed."""
+    """A folder that lists eight videos, of which one is broken and one is missing."""
     root = tmp_path / "videos"
     source = make_motion(motion_root, KNOBS)
     (root / "train").mkdir(parents=True)
@@ -46,14 +46,14 @@ def broken(tmp_path: Path, motion_root: str) -> Path:
     return root
 
 
-def test_check_tells_files_and_classes_and_exits_over_the_threshold(
+def test_check_reports_files_and_classes_and_exits_with_1_above_the_threshold(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.csv"
-    own = [f"out={out}", "split=train", "min_frames=20", "processes=1"]
+    own_overrides = [f"out={out}", "split=train", "min_frames=20", "processes=1"]
     overrides = [*KINETICS, f"dataset.root={broken}"]
     with pytest.raises(SystemExit) as stop:
-        prepare("check", own, overrides)
+        prepare("check", own_overrides, overrides)
     assert stop.value.code == 1
     rows = list(csv.DictReader(out.open()))
     assert [(Path(row["path"]).name, row["problem"]) for row in rows] == [
@@ -64,10 +64,10 @@ def test_check_tells_files_and_classes_and_exits_over_the_threshold(
     assert [(row["class"], row["videos"], row["count"]) for row in classes] == [("0", "1", "1"), ("7", "1", "1")]
     assert "25.00% are missing or unreadable" in capsys.readouterr().out
     assert not Path(f"{out}.part").exists()
-    prepare("check", [*own, "max_broken=0.25"], overrides)
+    prepare("check", [*own_overrides, "max_broken=0.25"], overrides)
 
 
-def test_check_tells_of_lines_that_repeat(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_repeated_lines(broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (broken / "train.csv").write_text("train/00001.mp4 1\ntrain/00001.mp4 2\ntrain/00002.mp4 2\n")
     (broken / "val.csv").write_text("train/00001.mp4 1\n")
     out = tmp_path / "found.csv"
@@ -77,10 +77,10 @@ def test_check_tells_of_lines_that_repeat(broken: Path, tmp_path: Path, capsys: 
         ("00001.mp4", "conflicting labels", "1 or 2"),
         ("00001.mp4", "overlap", "listed in train and val"),
     ]
-    assert "2 videos, 1 with something to say about" in capsys.readouterr().out
+    assert "2 videos, 1 of them with a problem" in capsys.readouterr().out
 
 
-def test_check_counts_what_official_annotations_list_and_is_not_there(
+def test_check_counts_missing_videos_of_official_annotations(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = ["label,youtube_id,time_start,time_end,split", "run,00001,0,10,train", "walk,gone,5,15,train"]
@@ -98,7 +98,7 @@ def test_check_counts_what_official_annotations_list_and_is_not_there(
     assert "33.33% are missing or unreadable" in capsys.readouterr().out
 
 
-def test_videos_sampled_by_segments_are_long_enough_with_one_frame(tmp_path: Path) -> None:
+def test_with_segment_sampling_one_frame_is_long_enough(tmp_path: Path) -> None:
     write(tmp_path / "20bn-something-something-v2/1.webm", 3, codec="libvpx-vp9", options={"deadline": "realtime"})
     (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "0"}')
     item = {"id": "1", "label": "holding a cup", "template": "Holding [something]"}
@@ -110,7 +110,7 @@ def test_videos_sampled_by_segments_are_long_enough_with_one_frame(tmp_path: Pat
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[str]:
-    """Overrides for a dataset of two folders of images with two labels each, one of them too short."""
+    """Overrides for a dataset of two image folders with two labels each; one folder has too few frames."""
     lines = ["original_vido_id video_id frame_id path labels"]
     for name, frames in (("AAAAA", 4), ("BBBBB", 2)):
         for i in range(frames):
@@ -120,71 +120,75 @@ def images(tmp_path: Path) -> list[str]:
             lines.append(f'{name} 0 {i} {name}/{path.name} "3,5"')
     (tmp_path / "frames.csv").write_text("\n".join(lines))
     (tmp_path / "videos.csv").write_text("id,actions\nCCCCC,c001 0 1\n")
-    own = ["dataset.train.annotations=frames.csv", "dataset.train.videos=frames", "dataset.val.annotations=videos.csv"]
-    return ["dataset=charades", f"dataset.root={tmp_path}", *own]
+    annotations = [
+        "dataset.train.annotations=frames.csv",
+        "dataset.train.videos=frames",
+        "dataset.val.annotations=videos.csv",
+    ]
+    return ["dataset=charades", f"dataset.root={tmp_path}", *annotations]
 
 
-def test_folders_of_images_are_checked_and_each_label_is_counted(images: list[str], tmp_path: Path) -> None:
+def test_image_folders_are_checked_and_each_label_is_counted(images: list[str], tmp_path: Path) -> None:
     out = tmp_path / "found.csv"
-    own = [f"out={out}", "min_frames=3", "processes=1"]
-    prepare("check", [*own, "split=train"], images)
+    own_overrides = [f"out={out}", "min_frames=3", "processes=1"]
+    prepare("check", [*own_overrides, "split=train"], images)
     assert [(Path(row["path"]).name, row["problem"]) for row in csv.DictReader(out.open())] == [("BBBBB", "too short")]
     classes = list(csv.DictReader((tmp_path / "found_classes.csv").open()))
     assert [(row["class"], row["videos"], row["count"]) for row in classes] == [("c003", "2", "1"), ("c005", "2", "1")]
     with pytest.raises(UserError, match="check each by itself, with split=train and split=val"):
-        prepare("check", own, images)
+        prepare("check", own_overrides, images)
     with pytest.raises(UserError, match="dataset charades: frames are images, no video to encode"):
         prepare("pyramid", [f"out={tmp_path / 'pyramid'}", "split=train"], images)
 
 
-def test_a_pyramid_holds_rotated_videos_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pyramid_includes_rotated_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "upright.mp4")
     write_turned(tmp_path / "turned.mp4")
     (tmp_path / "train.csv").write_text("upright.mp4 0\nturned.mp4 1\nturned.mp4 1\n")
-    own = [f"out={tmp_path / 'pyramid'}", "split=train", "processes=1"]
-    prepare("pyramid", own, [*KINETICS, f"dataset.root={tmp_path}"])
-    told = capsys.readouterr().out
-    assert "2 videos: " in told
-    assert "read from the original" not in told
+    own_overrides = [f"out={tmp_path / 'pyramid'}", "split=train", "processes=1"]
+    prepare("pyramid", own_overrides, [*KINETICS, f"dataset.root={tmp_path}"])
+    output = capsys.readouterr().out
+    assert "2 videos: " in output
+    assert "read from the original" not in output
 
 
-def test_a_killed_check_goes_on_where_it_was(broken: Path, tmp_path: Path) -> None:
+def test_a_killed_check_resumes(broken: Path, tmp_path: Path) -> None:
     out = tmp_path / "found.csv"
-    own = [f"out={out}", "split=train", "min_frames=20", "processes=1", "max_broken=1"]
-    asked = {"min_frames": 20, "fully": True}
-    known = str(broken / "train/00001.mp4")
-    told = {"path": known, "problem": "rotated", "reason": "found before"}
-    journal = f'{json.dumps(asked)}\n{json.dumps({"path": known, "findings": [told]})}\n{{"path": "unfini'
+    own_overrides = [f"out={out}", "split=train", "min_frames=20", "processes=1", "max_broken=1"]
+    settings = {"min_frames": 20, "fully": True}
+    path = str(broken / "train/00001.mp4")
+    finding = {"path": path, "problem": "rotated", "reason": "found before"}
+    journal = f'{json.dumps(settings)}\n{json.dumps({"path": path, "findings": [finding]})}\n{{"path": "unfini'
     Path(f"{out}.part").write_text(journal)
-    prepare("check", own, [*KINETICS, f"dataset.root={broken}"])
+    prepare("check", own_overrides, [*KINETICS, f"dataset.root={broken}"])
     reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(out.open())}
     assert reasons.keys() == {"00000.mp4", "00001.mp4", "00007.mp4"}
     assert reasons["00001.mp4"] == "found before"
     Path(f"{out}.part").write_text(journal.replace("20", "1"))
-    prepare("check", own, [*KINETICS, f"dataset.root={broken}"])
-    assert "found before" not in out.read_text(), "another check was asked for"
+    prepare("check", own_overrides, [*KINETICS, f"dataset.root={broken}"])
+    assert "found before" not in out.read_text(), "a check with other settings starts from scratch"
 
 
-def test_a_run_trains_on_a_pyramid_that_a_killed_program_began(
+def test_a_run_trains_on_a_pyramid_that_was_killed_and_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, pyramid = tmp_path / "motion", tmp_path / "pyramid"
     make_motion(str(root), replace(KNOBS, train=16, val=2), 1)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.mp4")}
-    own = [f"out={pyramid}", "processes=1"]
+    own_overrides = [f"out={pyramid}", "processes=1"]
     overrides = [*TINY, "dataset.knobs.train=16", "dataset.knobs.val=2", f"dataset.root={root}", "schedule=short"]
-    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "pyramid", *own, *overrides]
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "pyramid", *own_overrides, *overrides]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         manifest = pyramid / "rows.jsonl"
         while not (manifest.exists() and manifest.read_text()):
             assert process.poll() is None
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-    prepare("pyramid", own, overrides)
-    told = capsys.readouterr()
-    assert "levels with short sides of 20, 30, 40 pixels for 18 videos" in told.out
-    assert "18 videos: " in told.out
-    assert "0:00:00 left" in told.err
+    prepare("pyramid", own_overrides, overrides)
+    captured = capsys.readouterr()
+    assert "levels with short sides of 20, 30, 40 pixels for 18 videos" in captured.out
+    assert "18 videos: " in captured.out
+    assert "0:00:00 left" in captured.err
     assert len(list(pyramid.rglob("*.mp4"))) == 3 * 18
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*.mp4")}
     result = run_program(
@@ -196,12 +200,12 @@ def test_a_run_trains_on_a_pyramid_that_a_killed_program_began(
     assert not list((tmp_path / "out").glob("bad_videos.csv"))
 
 
-def test_a_pyramid_that_is_not_there_gives_one_line(tmp_path: Path) -> None:
+def test_a_missing_pyramid_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.pyramid: no pyramid in"):
         build_decoder(app.compose_config("run", [f"dataset.pyramid={tmp_path}"]))
 
 
-def test_list_of_official_annotations_and_what_is_there(broken: Path, tmp_path: Path) -> None:
+def test_list_of_official_annotations_leaves_out_missing_videos(broken: Path, tmp_path: Path) -> None:
     rows = ["label,youtube_id,time_start,time_end,split"]
     for i, name in enumerate(("tap dancing", "air drumming", "gone")):
         rows.append(f"{name},video_{i},5,15,train")
@@ -217,11 +221,11 @@ def test_list_of_official_annotations_and_what_is_there(broken: Path, tmp_path: 
         ("video_0_000005_000015.mp4", 2),
         ("video_1_000005_000015.mp4", 0),
     ]
-    with pytest.raises(UserError, match="is what the list is made from"):
+    with pytest.raises(UserError, match="is the annotation file of the dataset"):
         prepare("list", [f"out={broken}", "split=train"], [*KINETICS, f"dataset.root={broken}"])
 
 
-def test_lists_of_odd_names_are_read_again(tmp_path: Path) -> None:
+def test_lists_with_unusual_file_names_are_read_back(tmp_path: Path) -> None:
     names = ["a b.mp4", "clip 120", "#a.mp4", '"q".mp4', "x.mp4 3", "c, d.mp4"]
     for name in names:
         (tmp_path / name).touch()
@@ -233,7 +237,7 @@ def test_lists_of_odd_names_are_read_again(tmp_path: Path) -> None:
     assert listed.labels.tolist() == list(range(6))
 
 
-def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_raises(tmp_path: Path) -> None:
     for name in ("caf\udce9/a.mp4", "caf\udce9/b.mp4", "run/c.mp4", "run/d.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -242,18 +246,18 @@ def test_a_name_that_no_list_can_hold_is_refused(tmp_path: Path) -> None:
 
 
 def test_motion_like_kinetics(tmp_path: Path) -> None:
-    given = read_keys(COMMANDS["motion"].keys, ["like=kinetics", "processes=1"])
-    words = _motion_overrides(given, ["train=1", "val=1", "frames=3", f"dataset.root={tmp_path}"])
+    options = read_keys(COMMANDS["motion"].keys, ["like=kinetics", "processes=1"])
+    words = _motion_overrides(options, ["train=1", "val=1", "frames=3", f"dataset.root={tmp_path}"])
     cfg = app.compose_config("run", words)
     assert (cfg.dataset.knobs.width, cfg.dataset.knobs.keyframe, cfg.dataset.knobs.frames) == (340, 250, 3)
-    COMMANDS["motion"].task(given, cfg)
+    COMMANDS["motion"].task(options, cfg)
     assert len(list(tmp_path.rglob("*.mp4"))) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compress"], "there is no 'compress'"),
+        (["compress"], "there is no 'prepare compress'"),
         (["pyramid"], "out is not set"),
         (["check", "split=test"], "split=test"),
         (["check", "max_broken=2"], "max_broken=2"),
@@ -261,14 +265,14 @@ def test_motion_like_kinetics(tmp_path: Path) -> None:
         (["motion", "like=ucf101"], "like=ucf101"),
     ],
 )
-def test_senseless_arguments_give_one_line(
+def test_invalid_arguments_give_one_error_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in error_line(main, arguments, capsys)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_each_command_lists_its_keys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([name, "--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {key}" in text for key in COMMANDS[name].keys.__annotations__)

@@ -1,4 +1,4 @@
-"""`mgvideo reproduce`: every table composes, and real runs of one end in a report."""
+"""`mgvideo reproduce`: every table composes, and small real runs of one table result in a report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from training import TINY
 
 from mgvideo.cli import reproduce
 from mgvideo.cli.reproduce import main
-from mgvideo.cli.tables import Entry, entries, load_table, tables
+from mgvideo.cli.tables import TableEntry, compose_entries, load_table, presets_by_table
 from mgvideo.errors import UserError
 from mgvideo.reproduce.tables import read_table
 from mgvideo.storage.checkpoints import lock_run_folder
 
 PRESETS = ("motion", "kinetics", "charades", "ssv2")
-# what may be quoted: see the published figures in models/README.md
+# all published figures that tables may quote; sources are in models/README.md
 PUBLISHED = {
     "kinetics": {(76.8, 92.7), (76.6, 92.7), (76.58, 92.85), (76.07, 92.21), ()},
     "charades": {(38.9,), (38.6,)},
@@ -37,54 +37,64 @@ ON_SLURM = ["table=schedules", "processes=8", "launcher=slurm"]
 SHORT = [*TINY, *FAST, "base.epochs=0.5", "base.lr_milestones=[]", "seeds=[0,1]"]
 
 
-def of_preset(preset: str) -> dict[str, list[Entry]]:
-    return {name: entries(load_table(name, preset), [], None) for name, has in tables().items() if preset in has}
+def of_preset(preset: str) -> dict[str, list[TableEntry]]:
+    return {
+        name: compose_entries(load_table(name, preset), [], None)
+        for name, presets in presets_by_table().items()
+        if preset in presets
+    }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_one_name_is_one_run(preset: str) -> None:
+def test_cells_of_one_name_have_the_same_overrides_in_all_tables(preset: str) -> None:
     overrides: dict[str, list[str]] = {}
     for name, cells in of_preset(preset).items():
         for entry in cells:
             assert overrides.setdefault(entry.cell.name, entry.overrides) == entry.overrides, name
 
 
-@pytest.mark.parametrize(("table", "preset"), [(name, preset) for name, has in tables().items() for preset in has])
+@pytest.mark.parametrize(
+    ("table", "preset"), [(name, preset) for name, presets in presets_by_table().items() for preset in presets]
+)
 def test_every_cell_composes_and_plans(table: str, preset: str) -> None:
-    for entry in entries(load_table(table, preset), [], None):
-        shared = entry.cell.name in ("baseline", "multigrid") and table != "schedules"  # the same there
+    for entry in compose_entries(load_table(table, preset), [], None):
+        shared = entry.cell.name in ("baseline", "multigrid") and table != "schedules"  # composed in `schedules`
         same = preset in ("charades", "ssv2") and table in ("tradeoff", "ablations")  # cells are those of kinetics
         if not (entry.cell.not_run or shared or same):
             assert entry.plan.steps > 100
             assert entry.config.schedule.name == entry.plan.schedule
 
 
-def test_overrides_of_all_cells_scale_the_recipe_as_in_a_run() -> None:
-    (entry, *_) = entries(load_table("schedules", "kinetics"), ["base.epochs=10", "dataset.root=data"], None)
+def test_shared_overrides_scale_the_recipe_as_in_a_run() -> None:
+    (entry, *_) = compose_entries(load_table("schedules", "kinetics"), ["base.epochs=10", "dataset.root=data"], None)
     assert entry.recipe()["base.lr_milestones"] == pytest.approx([0, 940 / 239, 1540 / 239, 1960 / 239])
-    assert not [key for key in entry.recipe() if "train_videos" in key]  # only what plans without the data count
+    assert not [
+        key for key in entry.recipe() if "train_videos" in key
+    ]  # `train_videos` only serves planning without the dataset
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_nothing_else_is_quoted(preset: str) -> None:
+def test_only_published_figures_are_quoted(preset: str) -> None:
     cells = [entry.cell for each in of_preset(preset).values() for entry in each]
     quoted = {tuple(cell.published.metrics.values()) for cell in cells if cell.published}
     assert quoted == PUBLISHED[preset]
 
 
-def test_released_weights_are_used_where_they_are(tmp_path: Path) -> None:
+def test_released_weights_are_used_if_present(tmp_path: Path) -> None:
     file = tmp_path / "it's here" / "Kinetics" / "SLOWFAST_8x8_R50_stepwise.pkl"
     file.parent.mkdir(parents=True)
     file.touch()
-    found = {e.cell.name: e for e in entries(load_table("published", "kinetics"), [], str(tmp_path / "it's here"))}
-    assert found["released_standard"].config.init_from == str(file)
-    told = found["released_multigrid"].missing
-    assert told
-    assert "Kinetics/SLOWFAST_8x8_R50_stepwise_multigrid.pkl from https://" in told
+    entries = {
+        e.cell.name: e for e in compose_entries(load_table("published", "kinetics"), [], str(tmp_path / "it's here"))
+    }
+    assert entries["released_standard"].config.init_from == str(file)
+    reason = entries["released_multigrid"].skip_reason
+    assert reason
+    assert "Kinetics/SLOWFAST_8x8_R50_stepwise_multigrid.pkl from https://" in reason
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"cels": []}, "cels is no key"),
         ({"figure": "pie"}, "figure=pie"),
@@ -95,51 +105,51 @@ def test_released_weights_are_used_where_they_are(tmp_path: Path) -> None:
         ({"presets": {"kinetics": {}}}, "choose one of kinetics"),
     ],
 )
-def test_a_wrong_table_is_one_clear_line(change: dict, told: str) -> None:
+def test_an_invalid_table_gives_a_one_line_error(change: dict, message: str) -> None:
     right = {"title": "t", "mirrors": "m", "baseline": "a", "figure": "none"}
     right |= {"cells": [{"name": "a"}], "presets": {"motion": {}}}
     preset = load_table("schedules", "motion").preset
     assert read_table("test", right, preset).cells[0].name == "a"
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_table("test", right | change, preset)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["table=schedule"], "table=schedule does not exist; there are: ablations"),
+        (["table=schedule"], "table=schedule does not exist; choose one of ablations"),
         (["table=published"], "no preset=motion: choose one of kinetics"),
-        (["table=schedules", "base.batchh=3"], "did you mean base.batch_size?"),
+        (["table=schedules", "base.batch_sise=3"], "did you mean base.batch_size?"),
         (["table=schedules", "schedule=long"], "every cell of table schedules sets schedule itself"),
         (["table=schedules", "seed=3"], "give seeds=[…] instead"),
-        (["table=schedules", "cells=[baselin]"], "has no baselin, but baseline"),
+        (["table=schedules", "cells=[baselin]"], "has no baselin; choose from baseline"),
         (["table=schedules", "preset=kinetics"], "dataset.root is not set"),
         (["table=generality", "launcher=joblib"], "two_workers_baseline takes 2 processes, launcher=joblib starts one"),
-        ([*ON_SLURM, "hydra.launcher.nodes=3"], "nodes=3: 8 processes of cell baseline do not share them evenly"),
+        ([*ON_SLURM, "hydra.launcher.nodes=3"], "nodes=3: 8 processes of cell baseline cannot be spread evenly"),
         ([*ON_SLURM, "hydra.launcher.nodes=two"], "hydra.launcher.nodes=two: give a whole number"),
         ([*ON_SLURM, "hydra.launcher.tasks_per_node=4"], "tasks_per_node: give processes=…"),
         (["table=schedules", "preset=charades"], "needs kinetics400/SLOWFAST_8x8_R50.pkl from https://"),
     ],
 )
-def test_what_cannot_end_well_is_refused_before_it_starts(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_arguments_are_refused_before_any_run_starts(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = error_line(main, [*arguments, f"out={tmp_path}"], capsys)
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
-def test_slurm_gives_each_cell_its_processes_and_as_many_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_starts_one_task_and_gpu_per_process_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
 
-    def start(command: list[str], folder: Path) -> subprocess.Popen:
+    def start_process(command: list[str], folder: Path) -> subprocess.Popen:
         started.append(" ".join(command))
         process = subprocess.Popen(["false"])
         process.wait()
         return process
 
-    monkeypatch.setattr(reproduce, "start", start)
+    monkeypatch.setattr(reproduce, "start_process", start_process)
     cells = ["table=generality", "cells=[i3d_baseline,two_workers_baseline]", "processes=8", f"out={tmp_path}"]
     for given, sizes in (
         ([], [(1, 8, 8), (1, 2, 2)]),
@@ -176,14 +186,14 @@ def test_list_needs_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, list[str]]:
-    """Two seeds of one cell, run through a launcher of Hydra's."""
+    """The folder and command of two finished runs of one cell, run through a Hydra launcher."""
     folder = tmp_path_factory.mktemp("tables, here")
     command = [*SHORT, "table=schedules", f"dataset.root={motion_root}"]
     main([*command, "cells=[multigrid]", "launcher=basic", f"out={folder}"])
     return folder, command
 
 
-def test_a_report_says_what_the_runs_measured(finished: tuple[Path, list[str]]) -> None:
+def test_a_report_contains_the_results_of_the_runs(finished: tuple[Path, list[str]]) -> None:
     folder, _ = finished
     runs = [json.loads((folder / f"runs/multigrid_seed{seed}/report.json").read_text()) for seed in (0, 1)]
     with open(folder / "schedules/report.csv", newline="") as file:
@@ -192,55 +202,58 @@ def test_a_report_says_what_the_runs_measured(finished: tuple[Path, list[str]]) 
     mean = sum(run["metrics"]["top1"] for run in runs) / 2
     assert float(lines["multigrid"]["top1_mean"]) == pytest.approx(mean, abs=1e-3)
     assert int(lines["multigrid"]["steps"]) == runs[0]["steps"]
-    assert lines["baseline"]["status"] == "2 of 2 runs not made yet"
-    told = (folder / "schedules/report.md").read_text()
-    assert f"{mean:.2f} ± " in told
-    assert runs[0]["hardware"] in told
+    assert lines["baseline"]["status"] == "2 of 2 runs not finished yet"
+    report = (folder / "schedules/report.md").read_text()
+    assert f"{mean:.2f} ± " in report
+    assert runs[0]["hardware"] in report
     html = (folder / "schedules/report.html").read_text()
     assert html.count("<svg") == 2
-    assert not re.search(r'(src|href)="(?!#)', html), "the page needs nothing beside it"
+    assert not re.search(r'(src|href)="(?!#)', html), "the page has no external files"
     for name in ("accuracy_over_time", "learning"):
         assert (folder / f"schedules/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"schedules/{name}.svg").exists()
 
 
-def one_held(finished: tuple[Path, list[str]], out: Path) -> list[str]:
-    """Run the baseline beside the runs that are there, in a folder of which another process holds one; the command."""
+def run_with_locked_folder(finished: tuple[Path, list[str]], out: Path) -> list[str]:
+    """Copy the finished runs to `out` and run the baseline there while the folder of seed 0 is locked.
+
+    Returns the command.
+    """
     folder, command = finished
     shutil.copytree(folder, out)
-    held = out / "runs/baseline_seed0"
-    held.mkdir()
-    with lock_run_folder(held), pytest.raises(SystemExit) as stop:
+    locked = out / "runs/baseline_seed0"
+    locked.mkdir()
+    with lock_run_folder(locked), pytest.raises(SystemExit) as stop:
         main([*command, "cells=[baseline,multigrid]", f"out={out}"])
     assert stop.value.code == 1
     return command
 
 
-def test_finished_runs_are_skipped_and_a_failed_one_stops_no_other(
+def test_finished_runs_are_skipped_and_others_run_after_a_failure(
     finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    one_held(finished, out)
+    run_with_locked_folder(finished, out)
     shown = capsys.readouterr()
     assert "4 runs, 2 done before" in shown.out
     assert "error: baseline_seed0 failed: output_dir=" in shown.err
     assert "baseline_seed1 done" in shown.out
-    told = (out / "schedules/report.md").read_text()
-    assert "baseline: baseline_seed0 failed: output_dir=" in told
+    report = (out / "schedules/report.md").read_text()
+    assert "baseline: baseline_seed0 failed: output_dir=" in report
     runs = [
         json.loads((out / f"runs/{name}/report.json").read_text()) for name in ("baseline_seed1", "multigrid_seed0")
     ]
-    line = next(line for line in told.splitlines() if line.startswith("| long + short"))
+    line = next(line for line in report.splitlines() if line.startswith("| long + short"))
     assert f"| {runs[0]['steps'] / runs[1]['steps']:.2f}× |" in line
-    assert "| 1.00× | 1.00× | 1.00× |" in told, "the baseline against itself: steps, FLOPs, clock"
+    assert "| 1.00× | 1.00× | 1.00× |" in report, "the baseline relative to itself: steps, FLOPs, time"
 
 
 @pytest.mark.slow
-def test_a_cell_may_start_from_anothers_weights_have_two_workers_and_be_tested_again(
+def test_cells_with_initial_weights_or_two_workers_and_repeated_tests(
     finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = one_held(finished, out)
+    command = run_with_locked_folder(finished, out)
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*command, "table=generality", "cells=[two_labels_tuned_baseline]", f"out={out}"])
@@ -263,35 +276,35 @@ def test_a_cell_may_start_from_anothers_weights_have_two_workers_and_be_tested_a
     assert "1 runs, 0 done before" in capsys.readouterr().out
     again = json.loads((out / "runs/baseline_seed1/report.json").read_text())
     assert (again["views"], first["views"]) == ("2×1", "1×1")
-    assert again["train_seconds"] == first["train_seconds"], "it was tested, not trained"
+    assert again["train_seconds"] == first["train_seconds"], "the run was only tested again"
 
 
-def test_another_recipe_is_refused_by_the_key_that_differs(
+def test_a_folder_of_another_recipe_is_refused_and_the_key_named(
     finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*finished[1], "cells=[multigrid]", f"out={finished[0]}", "base.gamma=0.2"])
     assert stop.value.code == 2
-    assert "was made by another recipe: base.gamma was 0.1, is 0.2" in capsys.readouterr().err
+    assert "holds a run of another recipe: base.gamma was 0.1, is 0.2" in capsys.readouterr().err
     assert (finished[0] / "runs/multigrid_seed0/report.json").exists()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(
+def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_resumes(
     tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "runs/baseline_seed0"
 
-    def ask() -> None:
+    def interrupt() -> None:
         while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     arguments = [*TINY, *FAST, "base.epochs=20", "table=schedules", "cells=[baseline]", f"out={tmp_path}"]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, f"dataset.root={motion_root}"])
     assert stop.value.code == 130
-    assert "stopped by SIGINT; the same command goes on" in capsys.readouterr().out
+    assert "stopped by SIGINT; run the same command to resume" in capsys.readouterr().out
     checkpoint = max((folder / "checkpoints").glob("step_*.pt"))
     assert (tmp_path / "schedules/report.html").exists()
     child = int((folder / ".lock").read_text().split()[1])
@@ -307,4 +320,4 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_goes_on(
     assert "1 runs, 0 done before" in capsys.readouterr().out
     assert f"resumed at step {int(checkpoint.stem[5:])} of 160" in (folder / "run.log").read_text()
     hardware = json.loads((folder / "report.json").read_text())["hardware"]
-    assert hardware.count("CPU cores") == min(len(cores), 2), "those it was begun on, and the one it went on on"
+    assert hardware.count("CPU cores") == min(len(cores), 2), "the report lists the cores before and after resuming"

@@ -18,7 +18,7 @@ from training import ROOT
 from mgvideo.cli import app, keys, plan
 from mgvideo.cli.predict import PredictKeys
 from mgvideo.cli.run import main
-from mgvideo.cli.tables import entries, load_table
+from mgvideo.cli.tables import compose_entries, load_table
 from mgvideo.cli.trained import run_config
 from mgvideo.cli.values import quote
 
@@ -137,7 +137,9 @@ def test_saved_config_accepts_odd_strings(tmp_path: Path) -> None:
 
 def test_runs_of_a_table_accept_odd_strings(tmp_path: Path) -> None:
     root = os.fspath(tmp_path / "a=b, [c]")
-    (cell, *_) = entries(load_table("schedules", "motion"), app.quote_texts("run", [f"dataset.root={root}"]), None)
+    (cell, *_) = compose_entries(
+        load_table("schedules", "motion"), app.quote_texts("run", [f"dataset.root={root}"]), None
+    )
     assert cell.config.dataset.root == root
     parsed = OverridesParser.create().parse_overrides(cell.overrides)
     assert not any(override.is_sweep_override() for override in parsed), "a comma in a path is not a sweep"

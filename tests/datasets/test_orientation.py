@@ -12,10 +12,10 @@ import torch
 from test_decoders import DECODERS, NAMES, psnr
 from videos import write
 
+from mgvideo.cli.overlay import annotate_video
 from mgvideo.datasets.check import check
 from mgvideo.datasets.decoders import Decoder, PyAV
 from mgvideo.datasets.orientation import from_matrix
-from mgvideo.datasets.overlay import annotate
 from mgvideo.datasets.pyramid import Layout, Pyramid, build
 
 # a b c d of the matrix that shows pixel (x, y) at (a x + c y, b x + d y)
@@ -77,7 +77,7 @@ def test_levels_and_drawn_videos_come_as_people_see_them(tmp_path: Path, matrix:
     assert not row.failure
     level = frames_of(path, Pyramid(folder, str(root), PyAV()), 80).numpy().astype(float)
     assert psnr(level, shown) > 32
-    annotate(path, tmp_path / "drawn.mp4", ["x"])
+    annotate_video(path, tmp_path / "drawn.mp4", ["x"])
     drawn = frames_of(str(tmp_path / "drawn.mp4")).numpy().astype(float)
     assert psnr(drawn[:, 40:], shown[:, 40:]) > 32, "below the text"
 

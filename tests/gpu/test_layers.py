@@ -1,4 +1,4 @@
-"""Layers on a GPU against the CPU: batch norm in groups, masks per clip, pooling."""
+"""Layers on a GPU compared with the CPU: batch norm in groups, dropout masks per clip, pooling."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_s
 from mgvideo.layers.dropout import ClipDropout, dropout_of
 from mgvideo.models.pooling import max_pool
 
-MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative, for sums of some thousand values
+MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative; values are sums of a few thousand terms
 
 
 @pytest.mark.parametrize("dtype", MAX_ERROR)
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_batch_norm_in_groups(
+def test_batch_norm_in_groups_equals_float64_on_the_cpu(
     groups: int, layout: torch.memory_format, dtype: torch.dtype, device: torch.device
 ) -> None:
     torch.manual_seed(0)
@@ -34,11 +34,11 @@ def test_batch_norm_in_groups(
         tensors = (y, clips.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var, evaluated)
         return [tensor.detach().double().cpu() for tensor in tensors]
 
-    for got, want in zip(run(device, dtype), run(torch.device("cpu"), torch.float64), strict=True):
-        assert float((got - want).norm() / want.norm()) < MAX_ERROR[dtype]
+    for actual, expected in zip(run(device, dtype), run(torch.device("cpu"), torch.float64), strict=True):
+        assert float((actual - expected).norm() / expected.norm()) < MAX_ERROR[dtype]
 
 
-def test_a_mask_does_not_depend_on_the_clips_beside_it(device: torch.device) -> None:
+def test_a_dropout_mask_does_not_depend_on_the_other_clips(device: torch.device) -> None:
     layer = ClipDropout(0.5).train().to(device)
     parent = nn.Sequential(layer, nn.Linear(1, 1)).to(device)
 

@@ -1,4 +1,4 @@
-"""Whole runs on GPUs: resume to the last bit, and two ranks over NCCL."""
+"""Whole runs on GPUs: bitwise resume, and two ranks over NCCL."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ DETERMINISTIC = [*TINY, "deterministic=true", "train.evals_per_phase=0", "test.e
 
 
 def run(folder: Path, motion_root: str, *arguments: str, processes: int = 0) -> None:
-    """Run the embedded recipe's small version."""
+    """Run a small version of the embedded recipe, with deterministic kernels."""
     words = [*DETERMINISTIC, f"dataset.root={motion_root}", f"output_dir={folder}", *arguments]
-    done = run_program(*words, cwd=folder.parent, processes=processes)
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = run_program(*words, cwd=folder.parent, processes=processes)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
-def test_a_resumed_run_equals_an_undisturbed_one_to_the_last_bit(
+def test_a_resumed_run_is_bitwise_equal_to_an_undisturbed_run(
     tmp_path: Path, motion_root: str, device: torch.device
 ) -> None:
     run(tmp_path / "whole", motion_root, "checkpoint.every_steps=5", "checkpoint.keep=100")
@@ -30,15 +30,15 @@ def test_a_resumed_run_equals_an_undisturbed_one_to_the_last_bit(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_ranks_over_nccl_train_as_one(tmp_path: Path, motion_root: str, cuda: torch.device) -> None:
+def test_two_ranks_over_nccl_train_like_one(tmp_path: Path, motion_root: str, cuda: torch.device) -> None:
     run(tmp_path / "one", motion_root, "precision=fp32")
     run(tmp_path / "two", motion_root, "precision=fp32", processes=2)
-    one, two = (weights(tmp_path / name) for name in ("one", "two"))
-    assert float((two - one).norm() / one.norm()) < 1e-3
+    one_rank, two_ranks = (weights(tmp_path / name) for name in ("one", "two"))
+    assert float((two_ranks - one_rank).norm() / one_rank.norm()) < 1e-3
 
 
 def weights(folder: Path) -> torch.Tensor:
-    """All tensors of the newest checkpoint's model, flat."""
+    """Return all tensors of the newest checkpoint's model as one flat float64 tensor."""
     newest, _ = Checkpoints(folder / "checkpoints").newest()
     assert newest is not None
     return torch.cat([tensor.double().flatten() for tensor in read_checkpoint(newest)["model"].values()])

@@ -1,4 +1,4 @@
-"""An optimizer step of every network family at every slot, against the same step in float64 on the CPU."""
+"""Compare an optimizer step of every network family at every slot with the same step in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from mgvideo.loading.loader import Batch
 from mgvideo.plan.plan import Plan
 from mgvideo.plan.shards import shard_batch
 
-# relative error of all gradients together; a CPU has 6e-4 in float32 and 0.065 in bf16
+# relative error of all gradients together; measured on a CPU: 6e-4 in float32, 0.065 in bf16
 MAX_ERROR = {None: 2e-3, torch.bfloat16: 0.12}
 FAMILIES = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")
 CLASSES = 8
 DATASET_SIZE = 1000
 
 
-def plan_of(model: str, batch: int = 16) -> Plan:
-    """The embedded recipe's multigrid plan."""
+def make_plan(model: str, batch: int = 16) -> Plan:
+    """Return the multigrid plan of the embedded recipe."""
     return build_plan(compose_config("run", [f"model={model}", f"base.batch_size={batch}"]), DATASET_SIZE)
 
 
-def slots(plan: Plan) -> dict[str, int]:
-    """A step of each combination of grid and BN groups."""
+def steps_by_slot(plan: Plan) -> dict[str, int]:
+    """Return one step for each combination of grid and BN groups, by name."""
     steps: dict[str, int] = {}
     for phase in plan.phases:
         for offset, slot in enumerate(phase.slots[: phase.length]):
@@ -43,19 +43,19 @@ def slots(plan: Plan) -> dict[str, int]:
     return steps
 
 
-def make_stepper(
+def make_train_step(
     model: str, plan: Plan, device: torch.device, dtype: torch.dtype | None, double: bool = False, **options: object
 ) -> TrainStep:
-    """A stepper of a network whose branches all count, with the same weights on every device."""
+    """Return a train step of a network with the same weights on every device, all branches active and no dropout."""
     from hydra.utils import instantiate
 
     cfg = compose_config("run", [f"model={model}", f"dataset.num_classes={CLASSES}"])
     torch.manual_seed(0)
     network: nn.Module = convert_clip_dropout(convert_group_batchnorm(instantiate(cfg.model)))
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):  # zeros in the last one of a branch would hide the branch
+        if isinstance(module, nn.BatchNorm3d):  # a zero weight in the last layer of a branch would disable the branch
             nn.init.uniform_(module.weight, 0.5, 1.5)
-        if isinstance(module, nn.Dropout):  # masks differ from device to device
+        if isinstance(module, nn.Dropout):  # masks differ between devices
             module.p = 0.0
     precision = Precision(device, dtype, dtype is not None, "a test")
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, torch.float64 if double else torch.float32).to(device)
@@ -67,8 +67,8 @@ def make_stepper(
     )  # fmt: skip
 
 
-def batch_of(plan: Plan, step: int, device: torch.device) -> Batch:
-    """A step's batch of random pixels, the same on every device."""
+def make_batch(plan: Plan, step: int, device: torch.device) -> Batch:
+    """Return the batch of a step with random pixels, the same on every device."""
     phase, slot = plan.phase(step), plan.slot(step)
     draw = torch.Generator().manual_seed(step)
     shape = (slot.batch, slot.grid.frames, slot.grid.size, slot.grid.size, 3)
@@ -78,7 +78,7 @@ def batch_of(plan: Plan, step: int, device: torch.device) -> Batch:
     return Batch(pinned, labels, torch.arange(slot.batch), shard=shard_batch(slot.batch, phase.bn_groups, 0, 1))
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """Loss, gradients, running statistics and weights after a step, flat and in float64 on the CPU."""
 
     loss: Tensor
@@ -87,13 +87,13 @@ class Step(NamedTuple):
     weights: Tensor
 
 
-def take(stepper: TrainStep, step: int, batch: Batch) -> Step:
-    """Take a step. Fails where it was not finite."""
-    loss = stepper(step, batch)
-    assert int(stepper.bad_step) < 0, "loss or gradients are not finite"
-    model = stepper.model
+def take_step(train_step: TrainStep, step: int, batch: Batch) -> StepResult:
+    """Take a step and assert that it is finite."""
+    loss = train_step(step, batch)
+    assert int(train_step.bad_step) < 0, "loss or gradients are not finite"
+    model = train_step.model
     running = [buffer for name, buffer in model.named_buffers() if "running" in name]
-    return Step(
+    return StepResult(
         loss.double().cpu(), _flat([p.grad for p in model.parameters()]), _flat(running), _flat(model.parameters())
     )
 
@@ -102,14 +102,14 @@ def _flat(tensors: object) -> Tensor:
     return torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors])  # type: ignore[attr-defined]
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative to the norm of what is wanted."""
-    return float((got - want).norm() / want.norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference relative to the norm of the expected tensor."""
+    return float((actual - expected).norm() / expected.norm())
 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Inside, CUDA computes float32 without TF32."""
+    """Disable TF32 inside the block."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -118,37 +118,37 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def reference(model: str, plan: Plan, step: int) -> Step:
-    """The step in float64 on the CPU."""
+def reference_step(model: str, plan: Plan, step: int) -> StepResult:
+    """Take the step in float64 on the CPU."""
     cpu = torch.device("cpu")
-    return take(make_stepper(model, plan, cpu, None, double=True), step, batch_of(plan, step, cpu))
+    return take_step(make_train_step(model, plan, cpu, None, double=True), step, make_batch(plan, step, cpu))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("model", FAMILIES)
 def test_a_step_of_every_slot_equals_float64(model: str, device: torch.device) -> None:
-    plan = plan_of(model)
-    steps = slots(plan)
+    plan = make_plan(model)
+    steps = steps_by_slot(plan)
     assert len(steps) >= 4
     for name, step in steps.items():
-        want = reference(model, plan, step)
+        expected = reference_step(model, plan, step)
         for dtype, limit in MAX_ERROR.items():
             with exact_float32():
-                got = take(make_stepper(model, plan, device, dtype), step, batch_of(plan, step, device))
+                actual = take_step(make_train_step(model, plan, device, dtype), step, make_batch(plan, step, device))
             where = f"{model} at {name} in {dtype}"
-            assert error(got.gradients, want.gradients) < limit, where
-            assert error(got.loss, want.loss) < limit, where
-            assert error(got.running, want.running) < limit, where
-            assert error(got.weights, want.weights) < limit, where
+            assert error(actual.gradients, expected.gradients) < limit, where
+            assert error(actual.loss, expected.loss) < limit, where
+            assert error(actual.running, expected.running) < limit, where
+            assert error(actual.weights, expected.weights) < limit, where
 
 
-def test_micro_batches_give_the_step_of_the_whole_batch(device: torch.device) -> None:
-    plan = plan_of("slowfast_small")
-    step = max(slots(plan).values(), key=lambda step: plan.phase(step).bn_groups)
-    batch = batch_of(plan, step, device)
+def test_micro_batches_give_the_same_step_as_the_whole_batch(device: torch.device) -> None:
+    plan = make_plan("slowfast_small")
+    step = max(steps_by_slot(plan).values(), key=lambda step: plan.phase(step).bn_groups)
+    batch = make_batch(plan, step, device)
     with exact_float32():
         whole, parts = (
-            take(make_stepper("slowfast_small", plan, device, None, micro_batch_clips=clips), step, batch)
+            take_step(make_train_step("slowfast_small", plan, device, None, micro_batch_clips=clips), step, batch)
             for clips in (10**6, 4)
         )
     assert error(parts.gradients, whole.gradients) < MAX_ERROR[None]
@@ -157,29 +157,29 @@ def test_micro_batches_give_the_step_of_the_whole_batch(device: torch.device) ->
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_steps_equal_eager_ones(mode: str, cuda: torch.device) -> None:
-    plan = plan_of("slowfast_small")
-    step = max(slots(plan).values(), key=lambda step: plan.phase(step).bn_groups)
-    batch = batch_of(plan, step, cuda)
-    eager, compiled = (make_stepper("slowfast_small", plan, cuda, torch.bfloat16, compile=m) for m in ("off", mode))
+    plan = make_plan("slowfast_small")
+    step = max(steps_by_slot(plan).values(), key=lambda step: plan.phase(step).bn_groups)
+    batch = make_batch(plan, step, cuda)
+    eager, compiled = (make_train_step("slowfast_small", plan, cuda, torch.bfloat16, compile=m) for m in ("off", mode))
     for _ in range(3):  # the third replays a CUDA graph
-        want, got = take(eager, step, batch), take(compiled, step, batch)
-    assert error(got.gradients, want.gradients) < MAX_ERROR[torch.bfloat16]
-    assert error(got.running, want.running) < MAX_ERROR[torch.bfloat16]
+        expected, actual = take_step(eager, step, batch), take_step(compiled, step, batch)
+    assert error(actual.gradients, expected.gradients) < MAX_ERROR[torch.bfloat16]
+    assert error(actual.running, expected.running) < MAX_ERROR[torch.bfloat16]
 
 
 def test_an_overflow_in_fp16_skips_the_step_and_training_continues(cuda: torch.device) -> None:
-    plan = plan_of("slowfast_small")
+    plan = make_plan("slowfast_small")
     step = plan.phases[-1].steps[0]
-    stepper = make_stepper("slowfast_small", plan, cuda, torch.float16)
-    stepper.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    before = _flat(stepper.model.parameters())
-    stepper(step, batch_of(plan, step, cuda))
-    assert torch.equal(_flat(stepper.model.parameters()), before), "the first step overflows and must be skipped"
+    train_step = make_train_step("slowfast_small", plan, cuda, torch.float16)
+    train_step.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    before = _flat(train_step.model.parameters())
+    train_step(step, make_batch(plan, step, cuda))
+    assert torch.equal(_flat(train_step.model.parameters()), before), "the first step overflows and must be skipped"
     for _ in range(40):
-        stepper(step, batch_of(plan, step, cuda))
-    after = _flat(stepper.model.parameters())
-    assert int(stepper.bad_step) < 0
+        train_step(step, make_batch(plan, step, cuda))
+    after = _flat(train_step.model.parameters())
+    assert int(train_step.bad_step) < 0
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
-    momenta = [state["momentum_buffer"] for state in stepper.optimizer.state.values()]
+    momenta = [state["momentum_buffer"] for state in train_step.optimizer.state.values()]
     assert all(bool(torch.isfinite(momentum).all()) for momentum in momenta)

@@ -1,4 +1,4 @@
-"""`mgvideo benchmark`: what the loader, a step and the trainer cost, as ratios within one run."""
+"""`mgvideo benchmark`: measure the loader, the training step and the trainer, as ratios within one run."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.storage.paths import writing
 
 BENCHMARKS = {
-    "loader": "clips a second of the real loader at each grid of a plan, beside the bare library that only decodes",
+    "loader": "clips per second of the loader at each grid of a plan, compared with decoding alone",
     "step": "milliseconds of a training step at each grid, by model, precision, memory format and compilation",
-    "soak": "whether memory and open files of the loader's workers stay flat over many clips",
-    "sampler": "the time in which a rank finds its clips of a step, at several numbers of ranks",
-    "ranks": "the first and the last of many ranks through a long cycle, simulated: shards, collectives, host time",
-    "gpu": "check and measure everything on one GPU, in one call of under ten minutes",
-    "train": "the trainer beside a bare loop, waiting for data, phase boundaries, and multigrid beside the baseline",
+    "soak": "whether memory and open files of the loader workers stay flat over many clips",
+    "sampler": "time in which a rank computes its clips of a step, at several numbers of ranks",
+    "ranks": "simulate the first and last of many ranks through a long cycle: shards, collectives, host time",
+    "gpu": "check and measure everything on one GPU, in under ten minutes",
+    "train": "the trainer against a minimal loop, data waiting, phase boundaries, and multigrid against the baseline",
 }
 
 
 def main(arguments: Sequence[str]) -> None:
     """Entry point of `mgvideo benchmark` and tools/benchmark.py."""
-    name, rest = (arguments or ["--help"])[0], list(arguments[1:])
+    name, benchmark_arguments = (arguments or ["--help"])[0], list(arguments[1:])
     if name in ("-h", "--help"):
         print("mgvideo benchmark NAME [group=option] [key=value] …\n")
         print("\n".join(f"  {name:<8} {text}" for name, text in BENCHMARKS.items()))
-        print("\nEach takes the groups and keys of a run, and its own, which NAME --help explains.")
+        print("\nEach takes the groups and keys of a run and its own keys, which NAME --help lists.")
         return
     with app.exit_on_user_error():
-        require(name in BENCHMARKS, f"there is no benchmark of '{name}'; there are: {', '.join(BENCHMARKS)}")
-    module = import_module(f"mgvideo.cli.benchmark_{name}")
-    own, rest = keys.split(module.Keys, rest)
+        require(name in BENCHMARKS, f"there is no benchmark '{name}'; choose one of {', '.join(BENCHMARKS)}")
+    module = import_module(f"mgvideo.cli.benchmark.{name}")
+    own_overrides, run_overrides = keys.split(module.Keys, benchmark_arguments)
     with app.exit_on_user_error():
-        given = module.read_keys(own)
+        options = module.read_keys(own_overrides)
     intro = f"mgvideo benchmark {name} …: {BENCHMARKS[name]}.\nTakes the groups and keys of a run, and:"
     text = "\n".join([intro, "", *keys.describe(module.Keys)])
-    app.main("run", text, partial(module.run, given), rest, keys.names(module.Keys))
+    app.main("run", text, partial(module.run, options), run_overrides, keys.names(module.Keys))
 
 
 def choose_grids(plan: Plan, names: Sequence[str]) -> list[Grid]:
-    """The plan's grids, all or those named, from the cheapest to the dearest."""
+    """Return the grids of a plan, all or those named, sorted from cheap to expensive."""
     grids = {slot.grid.name: slot.grid for phase in plan.phases for slot in phase.slots}
     for name in names:
         require(name in grids, f"grids={name}: the plan has {', '.join(grids)}")
     return sorted((grids[name] for name in names or grids), key=lambda grid: (grid.volume, grid.frames))
 
 
-def conditions(device: torch.device | None = None) -> dict[str, Any]:
-    """What a measurement depends on besides its keys."""
+def measurement_conditions(device: torch.device | None = None) -> dict[str, Any]:
+    """Return the hardware, load and torch version that a measurement depends on."""
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
     return {
         **gpu,
@@ -71,8 +71,8 @@ def conditions(device: torch.device | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def output(path: str | None) -> Iterator[TextIO]:
-    """Where a report goes: a file, or the terminal. Raises UserError where the file cannot be written."""
+def open_report(path: str | None) -> Iterator[TextIO]:
+    """Open a file for the report, or stdout for None. Raises UserError if the file cannot be written."""
     if path is None:
         yield sys.stdout
         return
@@ -81,16 +81,16 @@ def output(path: str | None) -> Iterator[TextIO]:
 
 
 def plain_table(title: str, *columns: str) -> Table:
-    """An empty table without a frame, its first column a name, the others figures."""
+    """Return an empty table without borders: the first column left-aligned, the others right-aligned."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")
     return table
 
 
-def show(file: TextIO, about: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Conditions in a line, then the tables."""
+def print_report(file: TextIO, conditions: dict[str, Any], tables: Sequence[Table]) -> None:
+    """Print the measurement conditions in one line, then the tables."""
     console = Console(file=file, width=160, highlight=False, markup=False)
-    console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items()))
+    console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in conditions.items()))
     for table in tables:
         console.print(table)

@@ -1,7 +1,7 @@
 """`mgvideo benchmark gpu`: check and measure everything on one GPU in one call of under ten minutes.
 
-Each section is a process of its own with a limit, in order of worth. Results are written as they come, so that a crash
-or the limit costs one section. On a machine without a GPU it rehearses: small sizes, no claim about GPUs.
+Each section runs in its own process with a time limit, the most important first. Each writes its own results, so
+a crash or timeout affects one section only. Without a GPU, the sections run in small sizes on the CPU, as a rehearsal.
 """
 
 from __future__ import annotations
@@ -21,69 +21,69 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from mgvideo.cli.benchmark import conditions
+from mgvideo.cli.benchmark import measurement_conditions
 from mgvideo.cli.schema import key
 from mgvideo.errors import UserError
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.models.pooling import max_pool
 from mgvideo.plan.plan import require
 
-ROOT = Path(__file__).parents[2]  # of the checkout, which holds the tests
-KINETICS = [
+ROOT = Path(__file__).parents[3]  # the checkout, which contains tests/
+KINETICS_OVERRIDES = [
     "experiment=kinetics/slowfast_8x8_r50",
     "dataset.root=unused",
     "dataset.num_classes=400",
     "base.batch_size=8",
 ]
-MAPS = (
+FEATURE_MAP_SHAPES = (
     (64, 64, 8, 28, 28),
     (64, 256, 8, 28, 28),
     (64, 8, 32, 28, 28),
     (64, 1024, 8, 7, 7),
 )  # [n, c, t, h, w] of SlowFast
-SMALL_MAPS = ((8, 16, 2, 8, 8),)
+SMALL_FEATURE_MAP_SHAPES = ((8, 16, 2, 8, 8),)
 
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    sections: list[str] = key([], "of doctor, steps, train, grids, layers, compile, multigrid; none: all")
-    minutes: float = key(9.0, "for all sections together")
-    out: str = key("gpu_check", "folder for results: a JSON or text file a section, and log.txt")
+    sections: list[str] = key([], "sections: doctor, steps, train, grids, layers, compile, multigrid; empty: all")
+    minutes: float = key(9.0, "minutes for all sections together")
+    out: str = key("gpu_check", "folder for results: a JSON or text file per section, and log.txt")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One process: the words after the interpreter, and the seconds that it may take at most."""
+    """One process: the arguments of the Python interpreter, and its time limit."""
 
     words: Sequence[str]
     limit_s: int
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """This program's own keys. Raises UserError where a value is of no use."""
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
     from mgvideo.cli import keys
 
-    given = keys.read(Keys, overrides)
-    require(given.minutes > 0, f"minutes={given.minutes}: give a number above 0")
-    return given
+    options = keys.read(Keys, overrides)
+    require(options.minutes > 0, f"minutes={options.minutes}: give a number above 0")
+    return options
 
 
-def run(given: Keys, cfg: DictConfig) -> None:
-    """Run the sections one after the other, and print what each of them ended with."""
-    out = Path(given.out).absolute()
+def run(options: Keys, cfg: DictConfig) -> None:
+    """Run the sections one after the other, and print how each ended."""
+    out = Path(options.out).absolute()
     sections = make_sections(out, rehearse=not torch.cuda.is_available())
-    for name in given.sections:
-        require(name in sections, f"sections: there is no {name}; there are: {', '.join(sections)}")
+    for name in options.sections:
+        require(name in sections, f"sections: there is no {name}; choose from {', '.join(sections)}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed below
     except OSError as error:
         raise UserError(f"cannot write out={out}: {error.strerror}") from error
-    deadline = time.monotonic() + 60 * given.minutes
+    deadline = time.monotonic() + 60 * options.minutes
     with log:
-        for name in given.sections or sections:
+        for name in options.sections or sections:
             line = _run_section(name, sections[name], deadline - time.monotonic(), log)
             print(line, flush=True)
             log.write(f"{line}\n")
@@ -100,12 +100,12 @@ def _run_section(name: str, section: Section, left_s: float, log: Any) -> str:
         done = subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=limit)
         end = "ok" if done.returncode == 0 else f"exit code {done.returncode}"
     except subprocess.TimeoutExpired:
-        end = f"ended at its limit of {limit:.0f} s"
+        end = f"stopped at its limit of {limit:.0f} s"
     return f"{name}: {end}, {time.monotonic() - started:.0f} s"
 
 
 def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
-    """The sections in order of worth; `rehearse` makes them small enough for a CPU."""
+    """Return the sections, the most important first. `rehearse` makes them small enough for a CPU."""
     program = ["-m", "mgvideo.cli"]
     step = [*program, "benchmark", "step", "rounds=1", "format=json"]
     if rehearse:
@@ -122,10 +122,10 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
     else:
         networks = "models=[slowfast_8x8_r50,i3d_r50,r2plus1d_18]"
         variants = "bf16/channels_last/off,bf16/channels_last/off/8,fp32/contiguous/off,fp16/contiguous/off"
-        grids = [*step, *KINETICS, networks, "clips=8", "seconds=0.6", f"variants=[{variants}]"]
+        grids = [*step, *KINETICS_OVERRIDES, networks, "clips=8", "seconds=0.6", f"variants=[{variants}]"]
         modes = ("off", "off/8", "default", "default/8", "reduce-overhead", "reduce-overhead/8")
         variants = ",".join(f"bf16/channels_last/{mode}" for mode in modes)
-        compiled = [*step, *KINETICS, "clips=8", "seconds=0.6", "grids=8x112", f"variants=[{variants}]"]
+        compiled = [*step, *KINETICS_OVERRIDES, "clips=8", "seconds=0.6", "grids=8x112", f"variants=[{variants}]"]
         tests, small = [], []
     return {
         "doctor": Section([*program, "doctor", "format=json"], 60),
@@ -141,21 +141,23 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
 
 
 def measure_layers(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
-    """Milliseconds of batch norm and pooling, forward and backward, in each way of computing them.
+    """Measure milliseconds of a forward and backward pass of variants of batch norm and max pooling.
 
-    Batch norm as 5-D, as its 4-D view, contiguous, and in eight groups; max pooling as 3-D and as 2-D.
+    Batch norm: contiguous, channels_last_3d, as a 4-D view, and in eight groups. Max pooling: 3-D and 2-D.
     """
     return {
         f"{name}, {'×'.join(map(str, shape))}": _milliseconds(forward, clips.detach().requires_grad_())
         for shape in shapes
-        for name, (forward, clips) in _ways(shape, device).items()
+        for name, (forward, clips) in _layer_variants(shape, device).items()
     }
 
 
-def _ways(shape: tuple[int, ...], device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Each way of computing a layer, and the bf16 clips that it takes."""
+def _layer_variants(
+    shape: tuple[int, ...], device: torch.device
+) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Return the variants by name, each as its forward function and bf16 input."""
     clips = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    last = clips.to(memory_format=torch.channels_last_3d)
+    channels_last = clips.to(memory_format=torch.channels_last_3d)
     plain = nn.BatchNorm3d(shape[1]).to(device)
     grouped = convert_group_batchnorm(nn.BatchNorm3d(shape[1])).to(device)
     set_bn_groups(grouped, 8)
@@ -170,16 +172,16 @@ def _ways(shape: tuple[int, ...], device: torch.device) -> dict[str, tuple[Calla
 
     return {
         "batch norm, contiguous": (norm, clips),
-        "batch norm, channels_last_3d": (norm, last),
-        "batch norm, 4-D view": (lambda x: norm(x.flatten(2, 3)), last),
-        "batch norm, 8 groups": (in_groups, last),
-        "max pooling, 3-D": (lambda x: F.max_pool3d(x, *window), last),
-        "max pooling, 2-D": (lambda x: max_pool(x, *window), last),
+        "batch norm, channels_last_3d": (norm, channels_last),
+        "batch norm, 4-D view": (lambda x: norm(x.flatten(2, 3)), channels_last),
+        "batch norm, 8 groups": (in_groups, channels_last),
+        "max pooling, 3-D": (lambda x: F.max_pool3d(x, *window), channels_last),
+        "max pooling, 2-D": (lambda x: max_pool(x, *window), channels_last),
     }
 
 
 def _milliseconds(forward: Callable[[Tensor], Tensor], x: Tensor, seconds: float = 0.3) -> float:
-    """Median time of a forward and backward pass."""
+    """Return the median time of a forward and backward pass, measured for `seconds` after two warm-up passes."""
     gradient = torch.randn_like(forward(x))
 
     def once() -> float:
@@ -198,6 +200,9 @@ def _milliseconds(forward: Callable[[Tensor], Tensor], x: Tensor, seconds: float
 
 if __name__ == "__main__":
     has_gpu = torch.cuda.is_available()
-    place = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
-    result = {"conditions": conditions(place), "ms": measure_layers(place, MAPS if has_gpu else SMALL_MAPS)}
+    device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
+    result = {
+        "conditions": measurement_conditions(device),
+        "ms": measure_layers(device, FEATURE_MAP_SHAPES if has_gpu else SMALL_FEATURE_MAP_SHAPES),
+    }
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`mgvideo benchmark loader`: clips a second that the loader delivers at each grid of a plan, and what limits them."""
+"""`mgvideo benchmark loader`: clips per second of the loader at each grid of a plan, and CPU time by stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import choose_grids, conditions, output, plain_table, show
+from mgvideo.cli.benchmark import choose_grids, measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_plan, loader_options, require_dataset_keys
 from mgvideo.cli.progress import ProgressLog
 from mgvideo.cli.schema import key
@@ -28,26 +28,26 @@ from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
 from mgvideo.plan.plan import Grid, Plan, require
 
 DECODERS: dict[str, Callable[[], Any]] = {"decord": Decord, "pyav": PyAV, "torchcodec": TorchCodec}
-ENDLESS = range(1_000_000)  # steps
+ENDLESS_STEPS = range(1_000_000)
 
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    decoders: list[str] = key([], "of decord, pyav, torchcodec; none: the run's")
-    grids: list[str] = key([], "such as 8x112,32x224; none: all of the plan's")
-    seconds: float = key(3.0, "to measure each loader, and each bare library, in each round")
-    rounds: int = key(2, "times round all of them, so that a change of the machine's load meets all alike")
-    batch: int = key(4, "clips a batch")
-    format: str = key("table", "table or json, which mgvideo plan benchmark=… reads")
+    decoders: list[str] = key([], "decoders to measure: decord, pyav, torchcodec; empty: the run's")
+    grids: list[str] = key([], "grids to measure, such as 8x112,32x224; empty: all of the plan")
+    seconds: float = key(3.0, "seconds to measure each loader, and each decoder alone, in each round")
+    rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike")
+    batch: int = key(4, "clips per batch")
+    format: str = key("table", "table, or json for mgvideo plan benchmark=…")
     out: str | None = key(None, "file to write to; null: the terminal")
-    step_time: float | None = key(None, "seconds of a training step, for that JSON")
+    step_time: float | None = key(None, "seconds of a training step, written to the JSON")
 
 
 @dataclass
-class Measured:
-    """Clips and wall-clock seconds of a loader, and CPU seconds of its workers by stage."""
+class LoaderTimes:
+    """Clips and wall-clock seconds of a loader, and CPU seconds of its workers by stage, summed over rounds."""
 
     clips: int = 0
     seconds: float = 0.0
@@ -55,109 +55,113 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Clips a second."""
+        """Clips per second."""
         return self.clips / self.seconds
 
     def milliseconds(self) -> dict[str, float]:
-        """CPU milliseconds a clip, by stage."""
+        """Return CPU milliseconds per clip, by stage."""
         return {stage: 1000 * float(cpu) / self.clips for stage, cpu in zip(STAGES, self.cpu, strict=True)}
 
 
 @dataclass
-class Case:
-    """A decoder on the original files or on a pyramid: loader and bare library, by grid."""
+class BenchmarkCase:
+    """A decoder on the original files or on a pyramid: times of the loader and of decoding alone, by grid."""
 
     decoder: str
     pyramid: bool
-    loader: dict[str, Measured]
-    bare: dict[str, Measured]
+    loader: dict[str, LoaderTimes]
+    bare: dict[str, LoaderTimes]
 
     @property
     def name(self) -> str:
-        """For a heading."""
+        """Heading of the table."""
         return f"{self.decoder}, {'pyramid' if self.pyramid else 'original files'}"
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """This program's own keys. Raises UserError where a value is of no use."""
-    given = keys.read(Keys, overrides)
-    for name in given.decoders:
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
+    options = keys.read(Keys, overrides)
+    for name in options.decoders:
         require(name in DECODERS, f"decoders={name}: choose of {', '.join(DECODERS)}")
-    require(given.format in ("table", "json"), f"format={given.format}: choose table or json")
-    require(given.seconds > 0, f"seconds={given.seconds}: give a number above 0")
-    require(given.rounds >= 1, f"rounds={given.rounds}: give a whole number from 1 up")
-    require(given.batch >= 1, f"batch={given.batch}: give a whole number from 1 up")
-    require(given.step_time is None or given.step_time > 0, f"step_time={given.step_time}: give seconds above 0")
-    return given
+    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
+    require(options.seconds > 0, f"seconds={options.seconds}: give a number above 0")
+    require(options.rounds >= 1, f"rounds={options.rounds}: give a whole number from 1 up")
+    require(options.batch >= 1, f"batch={options.batch}: give a whole number from 1 up")
+    require(options.step_time is None or options.step_time > 0, f"step_time={options.step_time}: give seconds above 0")
+    return options
 
 
-def run(given: Keys, cfg: DictConfig) -> None:
-    """Measure and report."""
+def run(options: Keys, cfg: DictConfig) -> None:
+    """Measure all cases and print the report."""
     require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())
     require(isinstance(dataset.decoder, PyAV), f"dataset {cfg.dataset.name}: frames are images, no video to decode")
-    # a few files may stand for a dataset: the plan is a long one, whose phases have their true shares
+    # a few files may be a sample of a dataset: plan at least 1,000 batches, for realistic shares of phases
     plan = build_plan(cfg, max(len(dataset), 1000 * cfg.base.batch_size))
-    grids = choose_grids(plan, given.grids)
-    options = loader_options(cfg)
-    about = {
-        **conditions(),
-        "workers": options.num_workers,
-        "start_method": options.start_method,
+    grids = choose_grids(plan, options.grids)
+    loader_settings = loader_options(cfg)
+    conditions = {
+        **measurement_conditions(),
+        "workers": loader_settings.num_workers,
+        "start_method": loader_settings.start_method,
         "videos": len(dataset),
-        "seconds": given.seconds * given.rounds,
+        "seconds": options.seconds * options.rounds,
     }
-    cases = list(open_cases(given, cfg, grids))
-    measure_all(cases, dataset, cfg, grids, options, given)
-    with output(given.out) as file:
-        if given.format == "json":
-            print(json.dumps(as_json(given, plan, cases, about), indent=1), file=file)
+    cases = list(make_cases(options, cfg, grids))
+    measure_all(cases, dataset, cfg, grids, loader_settings, options)
+    with open_report(options.out) as file:
+        if options.format == "json":
+            print(json.dumps(as_json(options, plan, cases, conditions), indent=1), file=file)
         else:
-            show(file, about, [table(plan, case, cases) for case in cases])
+            print_report(file, conditions, [table(plan, case, cases) for case in cases])
 
 
-def open_cases(given: Keys, cfg: DictConfig, grids: Sequence[Grid]) -> Iterator[Case]:
-    """Every decoder on the originals and, where `dataset.pyramid` names one, on the pyramid."""
-    own = next(
+def make_cases(options: Keys, cfg: DictConfig, grids: Sequence[Grid]) -> Iterator[BenchmarkCase]:
+    """Yield a case for each decoder on the original files and, if `dataset.pyramid` is set, on the pyramid."""
+    run_decoder = next(
         (name for name, kind in DECODERS.items() if cfg.decoder._target_.endswith(f".{kind.__name__}")), "decord"
     )
-    for name in given.decoders or [own]:
+    for name in options.decoders or [run_decoder]:
         for pyramid in (False, True) if cfg.dataset.get("pyramid") else (False,):
-            yield Case(name, pyramid, *({grid.name: Measured() for grid in grids} for _ in range(2)))
+            yield BenchmarkCase(name, pyramid, *({grid.name: LoaderTimes() for grid in grids} for _ in range(2)))
 
 
 def measure_all(
-    cases: Sequence[Case],
+    cases: Sequence[BenchmarkCase],
     dataset: VideoDataset,
     cfg: DictConfig,
     grids: Sequence[Grid],
-    options: LoaderOptions,
-    given: Keys,
+    loader_settings: LoaderOptions,
+    options: Keys,
 ) -> None:
-    """Fill in the cases: the loader and the bare library in turn."""
-    total, done = given.rounds * len(grids) * len(cases), 0
+    """Measure all cases in turn: the loader, then decoding alone."""
+    total, done = options.rounds * len(grids) * len(cases), 0
     with ProgressLog("benchmark") as progress:
-        for _ in range(given.rounds):
+        for _ in range(options.rounds):
             for grid in grids:
                 for case in cases:
                     decoder = DECODERS[case.decoder]()
                     pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder) if case.pyramid else None
-                    requests = partial(random_requests, grid, len(dataset), given.batch)
-                    clock = Clock(options.num_workers)
+                    requests = partial(random_requests, grid, len(dataset), options.batch)
+                    clock = Clock(loader_settings.num_workers)
                     dataset.decoder = TimedDecoder(pyramid or decoder, clock)
-                    loader = Loader(TimedDataset(dataset, clock), options, collate=partial(_timed_collate, clock))
-                    measure(loader, requests, clock, given.seconds, case.loader[grid.name])
-                    clock = Clock(options.num_workers)
-                    bare = DecodeOnly(dataset, DECODE[case.decoder], pyramid.locate if pyramid else None, clock)
-                    measure(Loader(bare, options), requests, clock, given.seconds, case.bare[grid.name])
+                    loader = Loader(
+                        TimedDataset(dataset, clock), loader_settings, collate=partial(_timed_collate, clock)
+                    )
+                    measure_loader(loader, requests, clock, options.seconds, case.loader[grid.name])
+                    clock = Clock(loader_settings.num_workers)
+                    decode_only = DecodeOnly(dataset, DECODE[case.decoder], pyramid.locate if pyramid else None, clock)
+                    measure_loader(
+                        Loader(decode_only, loader_settings), requests, clock, options.seconds, case.bare[grid.name]
+                    )
                     done += 1
                     progress(done, total)
 
 
 def random_requests(grid: Grid, videos: int, batch: int, step: int) -> BatchRequest:
-    """Request clips of random videos, the same for every loader."""
+    """Return a request for clips of random videos; the same step gives the same request."""
     rng = np.random.default_rng(step)
     clips = [ClipRequest(int(rng.integers(videos)), grid, int(rng.integers(2**63))) for _ in range(batch)]
     return BatchRequest(clips)
@@ -168,36 +172,41 @@ def _timed_collate(clock: Clock, samples: Sequence[Sample]) -> Batch:
         return collate(samples)
 
 
-def measure(
-    loader: Loader, requests: Callable[[int], BatchRequest], clock: Clock, seconds: float, into: Measured
+def measure_loader(
+    loader: Loader, requests: Callable[[int], BatchRequest], clock: Clock, seconds: float, times: LoaderTimes
 ) -> None:
-    """Add what a loader delivers in some seconds, from when all its workers are at work."""
-    batches = loader.open(requests, ENDLESS)
+    """Load batches for some seconds and add the result to `times`. Measuring starts when all workers run."""
+    batches = loader.open(requests, ENDLESS_STEPS)
     for _ in range(max(1, loader.options.num_workers)):
         next(batches)
     before, start = clock.total(), time.monotonic()
     while time.monotonic() - start < seconds:
-        into.clips += len(next(batches).clips)
-    into.seconds += time.monotonic() - start
-    into.cpu += (clock.total() - before).numpy()
+        times.clips += len(next(batches).clips)
+    times.seconds += time.monotonic() - start
+    times.cpu += (clock.total() - before).numpy()
 
 
-def as_json(given: Keys, plan: Plan, cases: Sequence[Case], about: dict[str, object]) -> dict[str, object]:
-    """What `forecast.read_benchmark` reads (of the first decoder, on the pyramid if there is one), and all rows."""
-    best = [case for case in cases if case.decoder == cases[0].decoder][-1]
-    step = {} if given.step_time is None else dict.fromkeys(best.loader, given.step_time)
+def as_json(
+    options: Keys, plan: Plan, cases: Sequence[BenchmarkCase], conditions: dict[str, object]
+) -> dict[str, object]:
+    """Return the report as JSON: what `forecast.read_benchmark` reads, and all rows.
+
+    The former is of the first decoder, on the pyramid if there is one.
+    """
+    chosen = [case for case in cases if case.decoder == cases[0].decoder][-1]
+    step = {} if options.step_time is None else dict.fromkeys(chosen.loader, options.step_time)
     return {
         "step_seconds": step,
-        "clips_per_second": {name: loader.rate for name, loader in best.loader.items()},
-        "workers": about["workers"] or None,
-        "conditions": about,
-        "keys": asdict(given),
+        "clips_per_second": {name: loader.rate for name, loader in chosen.loader.items()},
+        "workers": conditions["workers"] or None,
+        "conditions": conditions,
+        "keys": asdict(options),
         "rows": [_row(plan, case, cases, name) for case in cases for name in case.loader],
         "whole_plan": {case.name: rate for case in cases if (rate := plan_rate(plan, case))},
     }
 
 
-def _row(plan: Plan, case: Case, cases: Sequence[Case], name: str) -> dict[str, Any]:
+def _row(plan: Plan, case: BenchmarkCase, cases: Sequence[BenchmarkCase], name: str) -> dict[str, Any]:
     loader, bare, base = case.loader[name], case.bare[name], _base_rate(plan, case, cases)
     return {
         "grid": name,
@@ -211,15 +220,15 @@ def _row(plan: Plan, case: Case, cases: Sequence[Case], name: str) -> dict[str, 
     }
 
 
-def _base_rate(plan: Plan, case: Case, cases: Sequence[Case]) -> float | None:
-    """Clips a second of the base grid on the original files with the same decoder, where it was measured."""
+def _base_rate(plan: Plan, case: BenchmarkCase, cases: Sequence[BenchmarkCase]) -> float | None:
+    """Return clips per second of the base grid on the original files with the same decoder, if measured."""
     originals = next(other for other in cases if other.decoder == case.decoder and not other.pyramid)
     base = originals.loader.get(f"{plan.base.num_frames}x{plan.base.crop_size}")
     return base.rate if base else None
 
 
-def plan_rate(plan: Plan, case: Case) -> float | None:
-    """Clips a second over a whole plan, each grid weighted by its clips; None where one was not measured."""
+def plan_rate(plan: Plan, case: BenchmarkCase) -> float | None:
+    """Return clips per second over a whole plan, weighted by clips; None if a grid was not measured."""
     seconds = 0.0
     for phase in plan.phases:
         for visits, slot in zip(phase.visits(), phase.slots, strict=True):
@@ -229,18 +238,20 @@ def plan_rate(plan: Plan, case: Case) -> float | None:
     return plan.clips_before(plan.steps) / seconds
 
 
-def table(plan: Plan, case: Case, cases: Sequence[Case]) -> Table:
-    """A row a grid, and one for the whole plan: rates, ratios within this run, CPU time a clip."""
+def table(plan: Plan, case: BenchmarkCase, cases: Sequence[BenchmarkCase]) -> Table:
+    """Return a table with a row for each grid and one for the plan: rates, ratios and CPU time per clip."""
     stages = (f"{stage} ms" for stage in STAGES)
-    shown = plain_table(case.name, "grid", "clips/s", "× base", "decode only", "of it", *stages, "bare ms")
+    report = plain_table(
+        case.name, "grid", "clips/s", "× base", "decode only", "loader/decode", *stages, "decode-only ms"
+    )
     for name in case.loader:
         row = _row(plan, case, cases, name)
         rate, bare, against = row["clips_per_second"], row["decode_only"], row["against_base"]
-        spent = [f"{row['cpu_milliseconds'][stage]:.1f}" for stage in STAGES]
+        cpu_ms = [f"{row['cpu_milliseconds'][stage]:.1f}" for stage in STAGES]
         times = "–" if against is None else f"{against:.2f}"
-        least = f"{row['decode_only_cpu_milliseconds']:.1f}"
-        shown.add_row(name, f"{rate:.1f}", times, f"{bare:.1f}", f"{rate / bare:.0%}", *spent, least)
+        decode_ms = f"{row['decode_only_cpu_milliseconds']:.1f}"
+        report.add_row(name, f"{rate:.1f}", times, f"{bare:.1f}", f"{rate / bare:.0%}", *cpu_ms, decode_ms)
     whole, base = plan_rate(plan, case), _base_rate(plan, case, cases)
     if whole and base:
-        shown.add_row("plan", f"{whole:.1f}", f"{whole / base:.2f}")
-    return shown
+        report.add_row("plan", f"{whole:.1f}", f"{whole / base:.2f}")
+    return report

@@ -1,9 +1,9 @@
-"""`mgvideo benchmark ranks`: some ranks of a large run, one after the other on one machine, without the others.
+"""`mgvideo benchmark ranks`: simulate some ranks of a large run, one after the other on one machine.
 
 Each trains through a long cycle in torch's fake process group, whose collective operations return at once. Everything
-but the pixels is real: the plan, the sampler, the loader, BN groups and their process groups, DDP, logging, precise BN,
+except the pixels is real: plan, sampler, loader, BN groups and their process groups, DDP, logging, precise BN,
 validation and checkpoints. Ranks that disagree about the order of their collective operations hang on a real cluster;
-here the first difference is an error.
+here the first difference raises an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import conditions, output, plain_table, show
+from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_model, build_normalize, build_plan
 from mgvideo.cli.schema import key
 from mgvideo.distributed.ranks import bn_process_group
@@ -46,32 +46,32 @@ from mgvideo.plan.shards import check_shards, shard_batch
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.run_logger import RunLogger
 
-from .train import shortened
+from .train import shorten_plan
 
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
     world: int = key(128, "ranks of the run")
-    ranks: list[int] = key([], "those to simulate; none: the first and the last")
+    ranks: list[int] = key([], "ranks to simulate; empty: the first and the last")
     videos: int = key(240_000, "videos in the dataset")
-    visits: int = key(1, "steps of each slot of each phase of the first LR stage, and one more at each phase's start")
+    visits: int = key(1, "steps of each slot of each phase of the first LR stage; each phase starts with one more")
     format: str = key("table", "table or json")
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
 class Collective(NamedTuple):
-    """A collective operation, or the creation of a process group, as one rank starts it."""
+    """A collective operation, or the creation of a process group, on one rank."""
 
     name: str
     ranks: int  # in its process group
     dtype: str
-    values: int  # that this rank sends; of a new group, its first rank
+    values: int  # sent by this rank; for new_group: its first rank
 
 
 class CollectiveLog(TorchDispatchMode):
-    """Records the collective operations that this thread starts, DDP's among them."""
+    """Record the collective operations that this thread starts, including those of DDP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,23 +91,23 @@ class CollectiveLog(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class SlotCost:
-    """What a step of a slot is on a rank."""
+    """Work of one rank in a step of a slot."""
 
     phase: int
     grid: str
     batch: int  # clips of all ranks
     clips: int  # of this rank
-    bn_groups: int  # of this rank, which may have a part of one
+    bn_groups: int  # of this rank, which may hold a part of one
     bn_ranks: int  # that share a group
     micro_batches: int
     collectives: int
     sent_mb: float
-    cpu_ms: float | None = None  # of the training thread, the median over visits; None where not timed
+    cpu_ms: float | None = None  # of the training thread, median over visits; None if not timed
 
 
 @dataclass(frozen=True)
 class SimulatedRank:
-    """What one rank did."""
+    """Slots and collective operations of one simulated rank."""
 
     rank: int
     slots: list[SlotCost]
@@ -115,7 +115,7 @@ class SimulatedRank:
 
 
 class BlankVideos:
-    """A dataset of black clips that take no memory."""
+    """A dataset of black clips, which are expanded from one value and take no memory."""
 
     def __init__(self, videos: int, label: Tensor) -> None:
         self.videos, self.label = videos, label
@@ -138,7 +138,7 @@ def expand_blank(samples: Sequence[Sample]) -> Batch:
 
 @contextmanager
 def simulated_rank(rank: int, world: int, log: CollectiveLog | None = None) -> Iterator[None]:
-    """Inside, this process is one rank of a fake process group; `log` records its collective operations."""
+    """Run the block as one rank of a fake process group; `log` records its collective operations."""
     new_group = dist.new_group
 
     def new_fake_group(ranks: list[int] | None = None, **_: Any) -> Any:  # whatever the backend
@@ -160,18 +160,18 @@ def simulated_rank(rank: int, world: int, log: CollectiveLog | None = None) -> I
 
 
 def first_difference(runs: Sequence[SimulatedRank]) -> str | None:
-    """Return the first place where ranks do not start the same collective operations, in words; None: they agree."""
+    """Describe the first collective operation that differs between ranks; None if all agree."""
     first, *others = runs
     for other in others:
         for i, (a, b) in enumerate(zip_longest(first.collectives, other.collectives)):
-            # pickled objects, bytes, may differ in size: gathering them pads them
+            # pickled objects (uint8) may differ in size, because gathering pads them
             if a is None or b is None or a[:3] != b[:3] or (a.values != b.values and a.dtype != "torch.uint8"):
                 return f"rank {first.rank} and rank {other.rank} differ at collective operation {i}: {a} and {b}"
     return None
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """Return this program's own keys. Raises UserError where a value makes no sense."""
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(Keys, overrides)
     require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
     for name in ("videos", "visits"):
@@ -179,40 +179,48 @@ def read_keys(overrides: Sequence[str]) -> Keys:
     require(options.world >= 2, f"world={options.world}: give a whole number from 2 up")
     options.ranks = options.ranks or [0, options.world - 1]
     for rank in options.ranks:
-        require(0 <= rank < options.world, f"ranks={options.ranks}: ranks of world={options.world} are 0 to its last")
+        require(0 <= rank < options.world, f"ranks={options.ranks}: give ranks from 0 to {options.world - 1}")
     return options
 
 
 def run(options: Keys, cfg: DictConfig) -> None:
-    """Simulate and report.
+    """Simulate the ranks and print the report.
 
     Raises:
-        UserError: ranks start different collective operations, and would hang on a real cluster.
+        UserError: ranks start different collective operations, which hang on a real cluster.
     """
     plan = long_cycle(build_plan(cfg, options.videos), options.visits)
     check_shards(plan, options.world)
-    about = {**conditions(), "world": options.world, "videos": options.videos, "visits": options.visits}
+    conditions = {
+        **measurement_conditions(),
+        "world": options.world,
+        "videos": options.videos,
+        "visits": options.visits,
+    }
     runs = [simulate(cfg, plan, rank, options.world) for rank in options.ranks]
     difference = first_difference(runs)
     if difference is None:
         times = step_times(cfg, plan, options.ranks[-1], options.world)
         runs[-1] = replace(runs[-1], slots=[replace(s, cpu_ms=t) for s, t in zip(runs[-1].slots, times, strict=True)])
-    with output(options.out) as file:
+    with open_report(options.out) as file:
         if options.format == "json":
-            print(json.dumps({"conditions": about, "ranks": [asdict(one) for one in runs]}, indent=1), file=file)
+            print(
+                json.dumps({"conditions": conditions, "ranks": [asdict(rank_run) for rank_run in runs]}, indent=1),
+                file=file,
+            )
         else:
-            show(file, about, [*map(table, runs), totals(runs)])
+            print_report(file, conditions, [*map(rank_table, runs), totals_table(runs)])
     if difference is not None:
         raise UserError(difference)
 
 
 def long_cycle(plan: Plan, visits: int) -> Plan:
     """Return the phases of the plan's first LR stage, with few steps each."""
-    return shortened(replace(plan, phases=tuple(phase for phase in plan.phases if phase.stage == 0)), visits)
+    return shorten_plan(replace(plan, phases=tuple(phase for phase in plan.phases if phase.stage == 0)), visits)
 
 
 def simulate(cfg: DictConfig, plan: Plan, rank: int, world: int) -> SimulatedRank:
-    """Run one rank and record its collective operations."""
+    """Train one rank and record its collective operations."""
     log = CollectiveLog()
     bounds: dict[int, tuple[int, int]] = {}
     with simulated_rank(rank, world, log), simulated_trainer(cfg, plan) as trainer:
@@ -243,10 +251,10 @@ def simulate(cfg: DictConfig, plan: Plan, rank: int, world: int) -> SimulatedRan
 
 
 def step_times(cfg: DictConfig, plan: Plan, rank: int, world: int) -> list[float]:
-    """Return the median milliseconds of one rank's CPU time a step, of each slot; nothing is recorded meanwhile."""
+    """Return the median CPU milliseconds of a step of one rank, by slot, without recording collectives."""
     marks: list[float] = []
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that the training thread's time is all time
+    torch.set_num_threads(1)  # so that the training thread does all the work
     try:
         with simulated_rank(rank, world), simulated_trainer(cfg, plan) as trainer:
             take_step = trainer.step
@@ -269,7 +277,7 @@ def step_times(cfg: DictConfig, plan: Plan, rank: int, world: int) -> list[float
 
 @contextmanager
 def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
-    """The trainer of a run on black clips; it validates on two videos a rank."""
+    """Yield the trainer of a run on black clips; it validates on two videos per rank."""
     precision = choose_precision(cfg.precision, torch.device("cpu"))
     model, task, normalize = build_model(cfg, precision), TASKS[cfg.dataset.task](), build_normalize(cfg, precision)
     classes = cfg.dataset.num_classes
@@ -305,14 +313,17 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
 
 
 def blank_loader(videos: int, task: Task, classes: int) -> Loader:
-    """Load black clips in this process."""
+    """Return a loader of black clips that works in this process."""
     return Loader(
         BlankVideos(videos, task.no_labels(1, classes)[0]), LoaderOptions(num_workers=0), collate=expand_blank
     )
 
 
 def all_reduce_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Exchange gradients as DDP does by default, which fails on the fake group: its futures have no value."""
+    """Average gradients as DDP does by default.
+
+    DDP's own hook fails on the fake process group, whose futures have no value.
+    """
     dist.all_reduce(bucket.buffer())
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(bucket.buffer().div_(dist.get_world_size()))
@@ -323,35 +334,35 @@ def _bytes(dtype: str) -> int:
     return getattr(torch, dtype.removeprefix("torch.")).itemsize if dtype else 0
 
 
-def table(one: SimulatedRank) -> Table:
-    """A row for each slot of each phase."""
+def rank_table(rank_run: SimulatedRank) -> Table:
+    """Return a table with a row for each slot of each phase."""
     columns = (
         "slot",
         "clips",
         "of this rank",
         "BN groups",
-        "ranks a group",
+        "ranks per group",
         "micro-batches",
         "collectives",
         "MB",
         "CPU ms",
     )
-    shown = plain_table(f"rank {one.rank}: a step", *columns)
-    for s in one.slots:
+    report = plain_table(f"rank {rank_run.rank}: one step of each slot", *columns)
+    for s in rank_run.slots:
         cpu = "–" if s.cpu_ms is None else f"{s.cpu_ms:.0f}"
-        shown.add_row(
+        report.add_row(
             f"{s.phase}. {s.grid}", f"{s.batch:,}", f"{s.clips}", f"{s.bn_groups}", f"{s.bn_ranks}",
             f"{s.micro_batches}", f"{s.collectives}", f"{s.sent_mb:.1f}", cpu,
         )  # fmt: skip
-    return shown
+    return report
 
 
-def totals(runs: Sequence[SimulatedRank]) -> Table:
-    """What each rank started, by kind."""
-    names = sorted({c.name for one in runs for c in one.collectives})
-    shown = plain_table("in all", "rank", *names, "same order")
-    for one in runs:
-        counts = [sum(c.name == name for c in one.collectives) for name in names]
-        same = first_difference([runs[0], one]) is None
-        shown.add_row(f"{one.rank}", *map(str, counts), "yes" if same else "NO")
-    return shown
+def totals_table(runs: Sequence[SimulatedRank]) -> Table:
+    """Return a table of the number of collective operations of each rank, by name."""
+    names = sorted({c.name for rank_run in runs for c in rank_run.collectives})
+    report = plain_table("all collectives", "rank", *names, "same order")
+    for rank_run in runs:
+        counts = [sum(c.name == name for c in rank_run.collectives) for name in names]
+        same = first_difference([runs[0], rank_run]) is None
+        report.add_row(f"{rank_run.rank}", *map(str, counts), "yes" if same else "NO")
+    return report

@@ -1,4 +1,4 @@
-"""`mgvideo benchmark sampler`: the time in which a rank finds its clips of a step."""
+"""`mgvideo benchmark sampler`: the time in which a rank computes its clips of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import conditions, output, plain_table, show
+from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.schema import key
 from mgvideo.loading.sampler import ClipSampler
@@ -23,11 +23,13 @@ from mgvideo.plan.schedules import make_plan
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
     ranks: list[int] = key([8, 128, 1024], "numbers of ranks")
-    batch: int = key(4096, "global batch of the base grid, shared by each number of ranks")
-    clips: int = key(512, "clips a rank has in the plan's first step, in rows whose global batch grows with the ranks")
+    batch: int = key(4096, "global batch of the base grid, the same for each number of ranks")
+    clips: int = key(
+        512, "clips of a rank in the plan's first step, in the rows whose global batch grows with the ranks"
+    )
     videos: int = key(240_000, "videos in the dataset")
     steps: int = key(100, "steps to measure in each row")
     format: str = key("table", "table or json")
@@ -36,17 +38,17 @@ class Keys:
 
 @dataclass(frozen=True)
 class SamplerCost:
-    """The cost of a rank's part of the plan's first slot, on the last rank."""
+    """CPU time of the last rank for its clips of a step of the plan's first slot."""
 
     ranks: int
     base_batch: int
     batch: int  # clips of the slot's global batch
-    clips: int  # of them this rank's
-    cpu_ms: float  # median of a step, of this thread
+    clips: int  # of this rank
+    cpu_ms: float  # median over steps, of this thread
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """Return this program's own keys. Raises UserError where a value makes no sense."""
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(Keys, overrides)
     require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
     for name in ("batch", "clips", "videos", "steps"):
@@ -57,18 +59,18 @@ def read_keys(overrides: Sequence[str]) -> Keys:
 
 
 def run(options: Keys, cfg: DictConfig) -> None:
-    """Measure and report."""
-    about = {**conditions(), "videos": options.videos, "steps": options.steps}
+    """Measure all rows and print the report."""
+    conditions = {**measurement_conditions(), "videos": options.videos, "steps": options.steps}
     costs = list(measure(options, cfg))
-    with output(options.out) as file:
+    with open_report(options.out) as file:
         if options.format == "json":
-            print(json.dumps({"conditions": about, "rows": [asdict(cost) for cost in costs]}, indent=1), file=file)
+            print(json.dumps({"conditions": conditions, "rows": [asdict(cost) for cost in costs]}, indent=1), file=file)
         else:
-            show(file, about, [table(costs)])
+            print_report(file, conditions, [table(costs)])
 
 
 def measure(options: Keys, cfg: DictConfig) -> Iterator[SamplerCost]:
-    """Yield a row for each number of ranks: at the same global batch, then at the same clips a rank."""
+    """Yield a row for each number of ranks: at the same global batch, then at the same clips per rank."""
     plan, schedule = build_plan(cfg, options.videos), instantiate(cfg.schedule)
     multiplier = plan.phases[0].slots[0].batch // plan.base.batch_size
     same_batch = [(ranks, options.batch) for ranks in options.ranks]
@@ -78,11 +80,11 @@ def measure(options: Keys, cfg: DictConfig) -> Iterator[SamplerCost]:
 
 
 def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
-    """Measure the last rank, whose clips are the furthest into the batch."""
+    """Measure the last rank, whose clips are at the end of the global batch."""
     sampler, phase = ClipSampler(plan, plan.dataset_size, seed=0), plan.phases[0]
     times, clips = [], 0
     for i in range(steps + 1):
-        step = i * len(phase.slots) % phase.length  # the first slot again and again
+        step = i * len(phase.slots) % phase.length  # always the first slot
         start = time.thread_time()
         clips = len(sampler.shard(step, ranks - 1, ranks).clips)
         times.append(time.thread_time() - start)
@@ -90,8 +92,10 @@ def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
 
 
 def table(costs: Sequence[SamplerCost]) -> Table:
-    """A row for each number of ranks and batch."""
-    shown = plain_table("a rank's part of a step", "ranks", "base batch", "clips of all", "clips of a rank", "CPU ms")
+    """Return a table with a row for each number of ranks and batch."""
+    report = plain_table(
+        "clips of one rank in a step", "ranks", "base batch", "global clips", "clips of a rank", "CPU ms"
+    )
     for row in costs:
-        shown.add_row(f"{row.ranks}", f"{row.base_batch:,}", f"{row.batch:,}", f"{row.clips}", f"{row.cpu_ms:.2f}")
-    return shown
+        report.add_row(f"{row.ranks}", f"{row.base_batch:,}", f"{row.batch:,}", f"{row.clips}", f"{row.cpu_ms:.2f}")
+    return report

@@ -1,4 +1,4 @@
-"""`mgvideo benchmark soak`: whether memory and open files of the loader's workers stay flat over many clips."""
+"""`mgvideo benchmark soak`: check that memory and open files of the loader workers stay flat over many clips."""
 
 from __future__ import annotations
 
@@ -24,25 +24,23 @@ from mgvideo.storage.paths import writing
 
 from .loader import random_requests
 
-FILES = 2  # so many more open files may be chance
+MAX_EXTRA_FILES = 2  # the number of open files varies by this much without a leak
 
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    clips: int = key(20_000, "clips to load, of all grids of the plan in turn, by the same workers")
-    every: int = key(50, "clips between two looks at the workers; twenty are printed")
-    batch: int = key(4, "clips a batch")
-    growth: float = key(
-        0.05, "share by which memory may grow from the second quarter to the last; over it, exit code 1"
-    )
-    out: str | None = key(None, "JSON file for the looks; null: none")
+    clips: int = key(20_000, "clips to load with the same workers, of all grids of the plan in turn")
+    every: int = key(50, "clips between two measurements of the workers; about twenty are printed")
+    batch: int = key(4, "clips per batch")
+    growth: float = key(0.05, "share by which memory may grow from the second quarter to the last; more is exit code 1")
+    out: str | None = key(None, "JSON file for the measurements; null: none")
 
 
 @dataclass(frozen=True)
-class Look:
-    """The loader's processes after so many clips: the most memory of its own (MiB) and open files that one has."""
+class WorkerUsage:
+    """Maximum over the workers of private memory (MiB) and open files, after `clips` clips and `seconds`."""
 
     clips: int
     failures: int
@@ -52,38 +50,40 @@ class Look:
 
     def __str__(self) -> str:
         return (
-            f"{self.clips} clips, {self.failures} bad videos met, {self.seconds:.0f} s: a worker holds at most "
-            f"{self.memory:.1f} MiB of its own and {self.files} open files"
+            f"{self.clips} clips, {self.failures} bad videos, {self.seconds:.0f} s: a worker uses at most "
+            f"{self.memory:.1f} MiB of private memory and {self.files} open files"
         )
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """This program's own keys. Raises UserError where a value is of no use."""
-    given = keys.read(Keys, overrides)
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
+    options = keys.read(Keys, overrides)
     for name in ("clips", "every", "batch"):
-        require(getattr(given, name) >= 1, f"{name}={getattr(given, name)}: give a whole number from 1 up")
-    require(given.clips >= 8 * given.every, f"every={given.every}: give at most an eighth of clips={given.clips}")
-    require(given.growth >= 0, f"growth={given.growth}: give 0 or more")
-    return given
+        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
+    require(
+        options.clips >= 8 * options.every, f"every={options.every}: give at most an eighth of clips={options.clips}"
+    )
+    require(options.growth >= 0, f"growth={options.growth}: give 0 or more")
+    return options
 
 
-def run(given: Keys, cfg: DictConfig) -> None:
-    """Soak, print each look and the verdict; exits with 1 where memory or open files grow."""
+def run(options: Keys, cfg: DictConfig) -> None:
+    """Load the clips, print usages and the verdict. Exits with 1 if memory or open files grow."""
     data = build_data(cfg)
     plan = build_plan(cfg, len(data.train))
     grids = sorted({slot.grid.name: slot.grid for phase in plan.phases for slot in phase.slots}.items())
-    requests = partial(mixed_requests, [grid for _, grid in grids], len(data.train), given.batch)
-    looks: list[Look] = []
-    between = max(1, given.clips // given.every // 20)
-    for look in soak(Loader(data.train, loader_options(cfg)), requests, given):
-        looks.append(look)
-        if len(looks) % between == 0:
-            print(look, flush=True)
-    if given.out is not None:
-        with writing("out", given.out), open(given.out, "w", encoding="utf-8") as file:
-            json.dump([asdict(look) for look in looks], file, indent=1)
-    memory, files = grown(looks)
-    flat = memory <= given.growth and files <= FILES
+    requests = partial(mixed_requests, [grid for _, grid in grids], len(data.train), options.batch)
+    usages: list[WorkerUsage] = []
+    print_every = max(1, options.clips // options.every // 20)
+    for usage in soak(Loader(data.train, loader_options(cfg)), requests, options):
+        usages.append(usage)
+        if len(usages) % print_every == 0:
+            print(usage, flush=True)
+    if options.out is not None:
+        with writing("out", options.out), open(options.out, "w", encoding="utf-8") as file:
+            json.dump([asdict(usage) for usage in usages], file, indent=1)
+    memory, files = usage_growth(usages)
+    flat = memory <= options.growth and files <= MAX_EXTRA_FILES
     print(f"from the second quarter to the last: memory {memory:+.1%}, open files {files:+.1f}: {_word(flat)}")
     if not flat:
         raise SystemExit(1)
@@ -94,37 +94,40 @@ def _word(flat: bool) -> str:
 
 
 def mixed_requests(grids: Sequence[Grid], videos: int, batch: int, step: int) -> BatchRequest:
-    """Request clips of random videos, at the grids in turn."""
+    """Return a request for clips of random videos; steps take the grids in turn."""
     return random_requests(grids[step % len(grids)], videos, batch, step)
 
 
-def soak(loader: Loader, requests: Callable[[int], BatchRequest], given: Keys) -> Iterator[Look]:
-    """Load the clips with one set of workers; a look every so many clips."""
+def soak(loader: Loader, requests: Callable[[int], BatchRequest], options: Keys) -> Iterator[WorkerUsage]:
+    """Load the clips with one set of workers, and yield their usage every `options.every` clips."""
     clips = failures = 0
-    start, before = time.monotonic(), {child.pid for child in active_children()}
-    batches = loader.open(requests, range(-(-given.clips // given.batch)))
-    pids = [child.pid for child in active_children() if child.pid not in before]
-    processes = [psutil.Process(pid) for pid in pids] or [psutil.Process()]  # without workers, this one
+    start, other_pids = time.monotonic(), {child.pid for child in active_children()}
+    batches = loader.open(requests, range(-(-options.clips // options.batch)))
+    pids = [child.pid for child in active_children() if child.pid not in other_pids]
+    processes = [psutil.Process(pid) for pid in pids] or [psutil.Process()]  # without workers, this process loads
     for batch in batches:
-        told = clips // given.every
+        intervals = clips // options.every
         clips += len(batch.clips)
         failures += len(batch.failures)
-        if clips // given.every > told:
-            with suppress(psutil.Error):  # workers leave when the last batches are made
-                memory = max(map(own_memory, processes))
+        if clips // options.every > intervals:
+            with suppress(psutil.Error):  # workers exit once the last batches are loaded
+                memory = max(map(private_memory_mib, processes))
                 files = max(process.num_fds() for process in processes)
-                yield Look(clips, failures, time.monotonic() - start, memory, files)
+                yield WorkerUsage(clips, failures, time.monotonic() - start, memory, files)
 
 
-def own_memory(process: psutil.Process) -> float:
-    """MiB that only this process holds, without shared memory: batches that it is making, at the grid it is at."""
-    maps = [found for found in process.memory_maps() if not found.path.startswith("/dev/shm/")]
-    return sum(found.private_clean + found.private_dirty for found in maps) / 2**20
+def private_memory_mib(process: psutil.Process) -> float:
+    """Return the private memory of a process in MiB.
+
+    Shared memory is left out: it holds batches, whose size depends on the current grid.
+    """
+    maps = [region for region in process.memory_maps() if not region.path.startswith("/dev/shm/")]
+    return sum(region.private_clean + region.private_dirty for region in maps) / 2**20
 
 
-def grown(looks: Sequence[Look]) -> tuple[float, float]:
-    """From the second quarter of the looks to the last: the share by which memory grew, and files more."""
-    quarter = len(looks) // 4
-    early, late = looks[quarter : 2 * quarter], looks[-quarter:]
-    memory = mean(look.memory for look in late) / mean(look.memory for look in early) - 1
-    return memory, mean(look.files for look in late) - mean(look.files for look in early)
+def usage_growth(usages: Sequence[WorkerUsage]) -> tuple[float, float]:
+    """Return relative growth of memory and growth of open files, from the second quarter of the usages to the last."""
+    quarter = len(usages) // 4
+    early, late = usages[quarter : 2 * quarter], usages[-quarter:]
+    memory = mean(usage.memory for usage in late) / mean(usage.memory for usage in early) - 1
+    return memory, mean(usage.files for usage in late) - mean(usage.files for usage in early)

@@ -1,4 +1,4 @@
-"""`mgvideo benchmark step`: a training step at each grid of a plan, by model, precision, memory format, compilation."""
+"""`mgvideo benchmark step`: time a training step at each grid, by model, precision, memory format and compilation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mgvideo.cli import keys
 from mgvideo.cli.app import compose_config
-from mgvideo.cli.benchmark import choose_grids, conditions, output, plain_table, show
+from mgvideo.cli.benchmark import choose_grids, measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.plan import clip_flops
 from mgvideo.cli.progress import ProgressLog
@@ -34,59 +34,57 @@ from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.schedules import baseline_of
 
 REFERENCE = "fp32/contiguous/off"
-SETTLING, FEW_FAULTS = 6, 1000  # steps at most until one is not slowed by so many new pages of memory
-TRAINING = 3  # forward passes that a forward and a backward cost
+MAX_SETTLING_STEPS, MAX_PAGE_FAULTS = 6, 1000  # untimed steps, until one causes fewer page faults than this
+TRAINING_COST = 3  # FLOPs of forward and backward, relative to forward
 
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    models: list[str] = key([], "of configs/model; none: the run's")
-    grids: list[str] = key([], "such as 8x112,32x224; none: all of the plan's")
+    models: list[str] = key([], "models of configs/model to measure; empty: the run's")
+    grids: list[str] = key([], "grids to measure, such as 8x112,32x224; empty: all of the plan")
     variants: list[str] = key(
         [REFERENCE, "auto/channels_last/off"],
-        "precision/memory format/compilation[/BN groups]; the first is what the others are compared with",
+        "precision/memory format/compilation[/BN groups]; the first is the reference for the others",
     )
-    emulated: bool = key(
-        False, "measure variants in bf16 on a CPU without bf16 instructions too, several times as slow"
-    )
-    clips: int = key(4, "clips of the base grid in a step; a smaller grid has as many more as its volume allows")
-    batch: int | None = key(None, "instead: clips in a step, the same at every grid")
-    seconds: float = key(3.0, "to measure each cell, in each round; one step at least")
-    rounds: int = key(2, "times round all of them, so that a change of the machine's load meets all alike")
-    format: str = key("table", "table or json, which mgvideo plan benchmark=… reads")
+    emulated: bool = key(False, "also measure bf16 on a CPU without bf16 instructions, which is several times slower")
+    clips: int = key(4, "clips in a step at the base grid; smaller grids have more, for the same volume")
+    batch: int | None = key(None, "clips in a step, the same at every grid; replaces clips")
+    seconds: float = key(3.0, "seconds to measure each combination in each round; at least one step")
+    rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike")
+    format: str = key("table", "table, or json for mgvideo plan benchmark=…")
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
 @dataclass
-class Cell:
-    """A grid's steps under one variant."""
+class StepTimes:
+    """Times of the training steps at one grid under one variant."""
 
     clips: int
-    flops: float  # of a step's multiplications and additions
+    flops: float  # of a step; a multiply-add counts as two
     warm_up: float = 0.0  # seconds of the first step
     times: list[float] = field(default_factory=list)
-    memory: float = 0.0  # bytes at the peak, beyond weights and what else was there before
+    memory: float = 0.0  # peak bytes, minus what was allocated before, such as weights
 
     @property
     def seconds(self) -> float:
-        """The median step."""
+        """Median time of a step."""
         return sorted(self.times)[len(self.times) // 2]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a network runs."""
+    """Precision, memory format, compilation and BN groups that a network runs with."""
 
     name: str
     precision: Precision
     compile: str
-    bn_groups: int = 1  # of clips
+    bn_groups: int = 1  # of a batch
 
 
-class Bench:
-    """A network with an optimizer, ready for bare training steps."""
+class StepBenchmark:
+    """A network with an optimizer, for training steps without the trainer."""
 
     def __init__(self, model: nn.Module, variant: Variant, plan: Plan) -> None:
         self.variant, self.device = variant, variant.precision.device
@@ -95,7 +93,7 @@ class Bench:
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
 
     def step(self, clips: Tensor, labels: Tensor) -> None:
-        """Forward, backward, optimizer; returns when the device has done it."""
+        """Take a step: forward, backward, optimizer. Waits until the device has finished."""
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model), self.variant.precision.autocast():
             logits = self.forward(clips)
@@ -104,34 +102,34 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def measure(self, grid: Grid, cell: Cell, seconds: float) -> None:
-        """Add steps to a cell; the first of all is its warm-up."""
+    def measure(self, grid: Grid, cell: StepTimes, seconds: float) -> None:
+        """Take steps for some seconds and add their times to `cell`. The very first one counts as warm-up."""
         set_bn_groups(self.model, math.gcd(self.variant.bn_groups, cell.clips))
         shape = (cell.clips, grid.frames, grid.size, grid.size, 3)
-        # permuted frames are channels_last_3d already, as from the loader; the other variant pays for its copy
+        # permuted frames are already channels_last_3d, as from the loader; for contiguous, copy before timing
         clips = torch.randn(shape, device=self.device).permute(0, 4, 1, 2, 3)
         if not self.variant.precision.channels_last:
             clips = clips.contiguous()
         labels = torch.zeros(cell.clips, dtype=torch.int64, device=self.device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         self.step(clips, labels)
-        cell.warm_up = cell.warm_up or time.perf_counter() - begun
-        watch = PeakMemory(self.device)
-        for _ in range(SETTLING):  # takes back what that gave to the system
+        cell.warm_up = cell.warm_up or time.perf_counter() - started
+        peak_memory = PeakMemory(self.device)
+        for _ in range(MAX_SETTLING_STEPS):  # pages that PeakMemory returned to the system fault in again
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             self.step(clips, labels)
-            if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < FEW_FAULTS:
+            if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < MAX_PAGE_FAULTS:
                 break
-        begun = time.perf_counter()
-        while not cell.times or time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
+        while not cell.times or time.perf_counter() - started < seconds:
             start = time.perf_counter()
             self.step(clips, labels)
             cell.times.append(time.perf_counter() - start)
-        cell.memory = max(cell.memory, watch.bytes())
+        cell.memory = max(cell.memory, peak_memory.bytes())
 
 
 class PeakMemory:
-    """Memory at its highest since this was made, beyond what was held then."""
+    """Peak memory since this object was created, minus the memory in use at that time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -139,13 +137,13 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier steps freed goes back first
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # the kernel forgets the process's peak
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return memory that earlier steps freed to the system
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # reset VmHWM, the peak of this process
             file.write("5")
         self.before = psutil.Process().memory_info().rss
 
     def bytes(self) -> float:
-        """Read it."""
+        """Return the peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
@@ -154,105 +152,111 @@ class PeakMemory:
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """This program's own keys. Raises UserError where a value is of no use."""
-    given = keys.read(Keys, overrides)
-    require(given.format in ("table", "json"), f"format={given.format}: choose table or json")
-    require(given.seconds > 0, f"seconds={given.seconds}: give a number above 0")
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
+    options = keys.read(Keys, overrides)
+    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
+    require(options.seconds > 0, f"seconds={options.seconds}: give a number above 0")
     for name in ("rounds", "clips"):
-        require(getattr(given, name) >= 1, f"{name}={getattr(given, name)}: give a whole number from 1 up")
-    require(given.batch is None or given.batch >= 1, f"batch={given.batch}: give a whole number from 1 up")
-    require(bool(given.variants), f"variants=[]: give some, such as {REFERENCE}")
-    for name in given.variants:
+        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
+    require(options.batch is None or options.batch >= 1, f"batch={options.batch}: give a whole number from 1 up")
+    require(bool(options.variants), f"variants=[]: give at least one, such as {REFERENCE}")
+    for name in options.variants:
         parts = [*name.split("/"), "1"]
         valid = len(parts) in (4, 5) and parts[1] in ("contiguous", "channels_last") and parts[2] in COMPILE
         valid = valid and parts[3].isdecimal() and int(parts[3]) >= 1
         form = f"precision/contiguous or channels_last/{' or '.join(COMPILE)}, and /BN groups if more than 1"
         require(valid, f"variants={name}: write {form}")
-    return given
+    return options
 
 
-def variant(name: str, device: torch.device) -> Variant:
-    """Read `precision/memory format/compilation[/BN groups]`."""
+def parse_variant(name: str, device: torch.device) -> Variant:
+    """Parse `precision/memory format/compilation[/BN groups]`."""
     precision, layout, mode, *groups = name.split("/")
     chosen = replace(choose_precision(precision, device), channels_last=layout == "channels_last")
     return Variant(name, chosen, mode, *map(int, groups))
 
 
-def without_emulation(variants: Sequence[Variant]) -> list[Variant]:
-    """Leave out variants whose bf16 this CPU emulates, and say so.
+def drop_emulated_variants(variants: Sequence[Variant]) -> list[Variant]:
+    """Leave out variants in bf16 if this CPU emulates it, and print which.
 
     Raises:
-        UserError: none is left.
+        UserError: no variant is left.
     """
     names = [v.name for v in variants if v.precision.warning]
     if names:
-        reason = "this CPU does not train in bf16 instructions; emulated=true measures it all the same"
+        reason = "this CPU does not train in bf16 instructions; add emulated=true to measure it anyway"
         require(len(names) < len(variants), f"variants={','.join(names)}: {reason}")
         print(f"left out: {', '.join(names)}: {reason}", file=sys.stderr)
     return [v for v in variants if v.name not in names]
 
 
-def run(given: Keys, cfg: DictConfig) -> None:
-    """Measure and report."""
+def run(options: Keys, cfg: DictConfig) -> None:
+    """Measure all models and variants, and print the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # as a run has it
+    torch.backends.cudnn.benchmark = True  # as in a run
     plan = build_plan(cfg, 1000 * cfg.base.batch_size)
-    grids = choose_grids(plan, given.grids)
-    variants = [variant(name, device) for name in given.variants]
-    if not given.emulated:
-        variants = without_emulation(variants)
-    about = {**conditions(device), "threads": torch.get_num_threads()}
-    own = cfg.model._target_.rpartition(".")[2]
-    models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in given.models}
-    cells = {name: measure(given, model, plan, grids, variants) for name, model in (models or {own: cfg}).items()}
-    peaks = {v.name: peak(v.precision) for v in variants}
-    with output(given.out) as file:
-        if given.format == "json":
-            print(json.dumps(as_json(given, plan, cells, peaks, about), indent=1), file=file)
+    grids = choose_grids(plan, options.grids)
+    variants = [parse_variant(name, device) for name in options.variants]
+    if not options.emulated:
+        variants = drop_emulated_variants(variants)
+    conditions = {**measurement_conditions(device), "threads": torch.get_num_threads()}
+    run_model = cfg.model._target_.rpartition(".")[2]
+    models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in options.models}
+    cells = {
+        name: measure_model(options, model, plan, grids, variants)
+        for name, model in (models or {run_model: cfg}).items()
+    }
+    peaks = {v.name: measure_peak_flops(v.precision) for v in variants}
+    with open_report(options.out) as file:
+        if options.format == "json":
+            print(json.dumps(as_json(options, plan, cells, peaks, conditions), indent=1), file=file)
         else:
             tables = [table(f"{model}, {v}", rows, peaks[v], rows_of) for model, rows_of in cells.items()
                       for v, rows in rows_of.items()]  # fmt: skip
-            show(file, about, [*tables, *saving_tables(plan, cells)])
+            print_report(file, conditions, [*tables, *saving_tables(plan, cells)])
 
 
-def measure(
-    given: Keys, cfg: DictConfig, plan: Plan, grids: Sequence[Grid], variants: Sequence[Variant]
-) -> dict[str, dict[str, Cell]]:
-    """Cells by variant and grid, of one model; all variants take turns."""
+def measure_model(
+    options: Keys, cfg: DictConfig, plan: Plan, grids: Sequence[Grid], variants: Sequence[Variant]
+) -> dict[str, dict[str, StepTimes]]:
+    """Measure one model. Returns times by variant and grid; variants take turns."""
     macs = clip_flops(cfg)
     volume = plan.base.num_frames * plan.base.crop_size**2
-    benches: dict[str, Bench] = {}
-    cells: dict[str, dict[str, Cell]] = {}
+    benches: dict[str, StepBenchmark] = {}
+    cells: dict[str, dict[str, StepTimes]] = {}
     for v in variants:
         torch.manual_seed(0)
-        benches[v.name] = Bench(instantiate(cfg.model), v, plan)
+        benches[v.name] = StepBenchmark(instantiate(cfg.model), v, plan)
         faults = probe_convolutions(benches[v.name].model, grids, v.precision)
         for fault in (*faults.wrong, *faults.slow):
             print(f"warning: torch {torch.__version__} in {v.precision}: {fault}", file=sys.stderr)
         cells[v.name] = {}
         for grid in grids:
-            clips = given.batch or max(1, round(given.clips * volume / grid.volume))
-            cells[v.name][grid.name] = Cell(clips, TRAINING * 2 * macs(grid) * clips)
+            clips = options.batch or max(1, round(options.clips * volume / grid.volume))
+            cells[v.name][grid.name] = StepTimes(clips, TRAINING_COST * 2 * macs(grid) * clips)
     with ProgressLog("benchmark") as progress:
-        total, done = given.rounds * len(grids) * len(variants), 0
-        for _ in range(given.rounds):
+        total, done = options.rounds * len(grids) * len(variants), 0
+        for _ in range(options.rounds):
             for grid in grids:
                 for v in variants:
-                    benches[v.name].measure(grid, cells[v.name][grid.name], given.seconds)
+                    benches[v.name].measure(grid, cells[v.name][grid.name], options.seconds)
                     done += 1
                     progress(done, total)
     return cells
 
 
-def peak(precision: Precision, seconds: float = 1.0) -> float:
-    """FLOPs a second of a large matrix product in the same precision; on a GPU float32 is TF32, as in convolutions."""
+def measure_peak_flops(precision: Precision, seconds: float = 1.0) -> float:
+    """Measure FLOPs per second of a large matrix product in the same precision.
+
+    On a GPU, float32 uses TF32 if convolutions do.
+    """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     largest = 8192 if precision.device.type == "cuda" else 2048
     n = largest // 16
-    while n < largest and _product_seconds(n, precision) < seconds / 10:  # where bf16 is emulated, a small one does
+    while n < largest and _product_seconds(n, precision) < seconds / 10:  # a smaller one is enough for emulated bf16
         n *= 2
-    best, begun = float("inf"), time.perf_counter()
-    while time.perf_counter() - begun < seconds:
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
         best = min(best, _product_seconds(n, precision))
     return 2 * n**3 / best
 
@@ -268,17 +272,23 @@ def _product_seconds(n: int, precision: Precision) -> float:
     return time.perf_counter() - start
 
 
-def table(title: str, rows: dict[str, Cell], peak_flops: float, all_rows: dict[str, dict[str, Cell]]) -> Table:
-    """A row a grid. × reference: how much faster than the first variant; per FLOP: time over the largest grid's."""
-    shown = plain_table(
+def table(
+    title: str, rows: dict[str, StepTimes], peak_flops: float, all_rows: dict[str, dict[str, StepTimes]]
+) -> Table:
+    """Return a table with a row for each grid.
+
+    `× reference` is the speed relative to the first variant; `per FLOP` is the time per FLOP relative to the largest
+    grid.
+    """
+    report = plain_table(
         title, "grid", "clips", "ms", "clips/s", "TFLOP/s", "of peak", "× reference", "per FLOP", "first ms", "MiB",
-        "of base",
+        "memory/base",
     )  # fmt: skip
     reference = next(iter(all_rows.values()))
     base = rows[list(rows)[-1]]
     for name, cell in rows.items():
         rate = cell.flops / cell.seconds
-        shown.add_row(
+        report.add_row(
             name,
             str(cell.clips),
             f"{1000 * cell.seconds:.0f}",
@@ -291,39 +301,43 @@ def table(title: str, rows: dict[str, Cell], peak_flops: float, all_rows: dict[s
             f"{cell.memory / 2**20:.0f}",
             f"{cell.memory / max(1, base.memory):.2f}",
         )
-    return shown
+    return report
 
 
-def saving(plan: Plan, rows: dict[str, Cell]) -> float | None:
-    """Compute time of the baseline over the plan's, from measured clips; None where a grid was not measured."""
+def time_saved(plan: Plan, rows: dict[str, StepTimes]) -> float | None:
+    """Return compute time of the baseline over that of the plan; None if a grid was not measured."""
     if not {slot.grid.name for phase in plan.phases for slot in phase.slots} <= rows.keys():
         return None
     times = {name: cell.seconds / cell.clips for name, cell in rows.items()}
     return cost(baseline_of(plan).phases, lambda g: times[g.name]) / cost(plan.phases, lambda g: times[g.name])
 
 
-def saving_tables(plan: Plan, cells: dict[str, dict[str, dict[str, Cell]]]) -> list[Table]:
-    """What the plan saves of the baseline's computing time, beside its steps."""
-    shown = plain_table(f"{plan.schedule} over the baseline", "model, variant", "time saved", "steps saved")
+def saving_tables(plan: Plan, cells: dict[str, dict[str, dict[str, StepTimes]]]) -> list[Table]:
+    """Return a table of the compute time and steps that the plan saves, or no table if grids are missing."""
+    report = plain_table(f"{plan.schedule} over the baseline", "model, variant", "time saved", "steps saved")
     steps = baseline_of(plan).steps / plan.steps
     for model, variants in cells.items():
         for name, rows in variants.items():
-            found = saving(plan, rows)
-            if found:
-                shown.add_row(f"{model}, {name}", f"{found:.2f}×", f"{steps:.2f}×")
-    return [shown] if shown.rows else []
+            ratio = time_saved(plan, rows)
+            if ratio:
+                report.add_row(f"{model}, {name}", f"{ratio:.2f}×", f"{steps:.2f}×")
+    return [report] if report.rows else []
 
 
 def as_json(
-    given: Keys, plan: Plan, cells: dict[str, dict[str, dict[str, Cell]]], peaks: dict[str, float], about: dict
+    options: Keys,
+    plan: Plan,
+    cells: dict[str, dict[str, dict[str, StepTimes]]],
+    peaks: dict[str, float],
+    conditions: dict,
 ) -> dict[str, Any]:
-    """What `forecast.read_benchmark` reads (the first model under the last variant), and all cells."""
+    """Return the report as JSON: what `forecast.read_benchmark` reads (first model, last variant), and all rows."""
     first = list(next(iter(cells.values())).values())[-1]
     return {
         "step_seconds": {name: cell.seconds for name, cell in first.items()},
         "step_clips": {name: cell.clips for name, cell in first.items()},
-        "conditions": about,
-        "keys": asdict(given),
+        "conditions": conditions,
+        "keys": asdict(options),
         "peak_flops": peaks,
         "rows": [
             {"model": model, "variant": v, "grid": name, **asdict(cell), "seconds": cell.seconds}
@@ -332,6 +346,6 @@ def as_json(
             for name, cell in rows.items()
         ],
         "time_saved": {
-            f"{m}, {v}": saving(plan, rows) for m, variants in cells.items() for v, rows in variants.items()
+            f"{m}, {v}": time_saved(plan, rows) for m, variants in cells.items() for v, rows in variants.items()
         },
     }

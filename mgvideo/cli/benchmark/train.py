@@ -1,4 +1,4 @@
-"""`mgvideo benchmark train`: the trainer itself, beside a bare loop, and multigrid beside the baseline."""
+"""`mgvideo benchmark train`: compare the trainer with a minimal loop, and multigrid with the baseline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import conditions, output, plain_table, show
+from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import Data, build_data, build_model, build_plan
 from mgvideo.cli.run import build_trainer
 from mgvideo.cli.schema import key
@@ -36,45 +36,45 @@ from mgvideo.tracking.run_logger import RunLogger
 
 @dataclass
 class Keys:
-    """What this program takes besides the keys of a run."""
+    """Keys of this program, besides the keys of a run."""
 
-    visits: int = key(4, "steps to measure of each slot of each phase; the baseline's twice, before and after")
+    visits: int = key(4, "steps to measure of each slot of each phase; the baseline is measured before and after")
     format: str = key("table", "table or json")
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
 @dataclass
-class Visited:
+class SlotTimes:
     """Seconds of the steps of one slot of one phase."""
 
-    loaded: list[float] = field(default_factory=list)  # in the trainer, from one step's end to the next
-    waited: list[float] = field(default_factory=list)  # of that, for the loader
-    held: list[float] = field(default_factory=list)  # in the trainer, on a batch that is there already
-    bare: list[float] = field(default_factory=list)  # the bare loop on that batch
+    loaded: list[float] = field(default_factory=list)  # in the trainer, from the end of one step to the end of the next
+    waited: list[float] = field(default_factory=list)  # of that, waiting for the loader
+    held: list[float] = field(default_factory=list)  # in the trainer, on a batch that is already in memory
+    bare: list[float] = field(default_factory=list)  # in a minimal loop on that batch
 
     def figures(self) -> dict[str, float]:
-        """Medians."""
+        """Return the medians by field."""
         return {name: median(values) for name, values in vars(self).items()}
 
 
 @dataclass
-class Run:
-    """A schedule's slots as measured, by phase and slot, and what its phase boundaries took beyond a step."""
+class MeasuredRun:
+    """Times of a schedule's slots, by (phase, slot), and extra seconds of the first step after each boundary."""
 
     plan: Plan
-    slots: dict[tuple[int, int], Visited]
+    slots: dict[tuple[int, int], SlotTimes]
     boundaries: list[float]
 
-    def joined(self, other: Run) -> Run:
-        """With what was measured at another time."""
+    def merge(self, other: MeasuredRun) -> MeasuredRun:
+        """Return these measurements together with those of another run of the same plan."""
         slots = {
-            place: Visited(*(a + b for a, b in zip(vars(mine).values(), vars(theirs).values(), strict=True)))
-            for (place, mine), theirs in zip(self.slots.items(), other.slots.values(), strict=True)
+            index: SlotTimes(*(a + b for a, b in zip(vars(first).values(), vars(second).values(), strict=True)))
+            for (index, first), second in zip(self.slots.items(), other.slots.values(), strict=True)
         }
-        return Run(self.plan, slots, self.boundaries + other.boundaries)
+        return MeasuredRun(self.plan, slots, self.boundaries + other.boundaries)
 
     def seconds(self, kind: str = "loaded") -> float:
-        """The whole plan's training time from the slots' medians."""
+        """Estimate the training time of the whole plan from the medians of its slots."""
         return sum(
             visits * self.slots[p, s].figures()[kind]
             for p, phase in enumerate(self.plan.phases)
@@ -82,130 +82,136 @@ class Run:
         )
 
 
-class HeldBatches(Loader):
-    """Gives the first batch of each slot again and again, without loading anything."""
+class RepeatedBatches(Loader):
+    """Return the first batch of each slot for all its steps, without loading."""
 
-    def __init__(self, loader: Loader, held: dict[str, Batch]) -> None:
+    def __init__(self, loader: Loader, first_batches: dict[str, Batch]) -> None:
         super().__init__(loader.dataset, loader.options, loader.pin)
-        self.held = held
+        self.first_batches = first_batches
 
     def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
-        """Yield one batch a step."""
+        """Yield one batch per step."""
         for steps in stretches:
             for step in steps:
                 clips, shard = requests(step)
-                yield self.held[_name(clips[0].grid.name, len(clips))]._replace(shard=shard)
+                yield self.first_batches[_slot_name(clips[0].grid.name, len(clips))]._replace(shard=shard)
 
 
 def read_keys(overrides: Sequence[str]) -> Keys:
-    """This program's own keys. Raises UserError where a value is of no use."""
-    given = keys.read(Keys, overrides)
-    require(given.format in ("table", "json"), f"format={given.format}: choose table or json")
-    require(given.visits >= 1, f"visits={given.visits}: give a whole number from 1 up")
-    return given
+    """Read and check the keys of this program. Raises UserError for an invalid value."""
+    options = keys.read(Keys, overrides)
+    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
+    require(options.visits >= 1, f"visits={options.visits}: give a whole number from 1 up")
+    return options
 
 
-def run(given: Keys, cfg: DictConfig) -> None:
-    """Measure and report."""
+def run(options: Keys, cfg: DictConfig) -> None:
+    """Measure the schedules and print the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # as a run has it
+    torch.backends.cudnn.benchmark = True  # as in a run
     data = build_data(cfg)
-    videos = len(data.train)  # a few may stand for a dataset: the plan is then a long one
+    videos = len(data.train)  # a few files may be a sample of a dataset: then plan for 1,000 batches
     plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch_size)
-    about = {**conditions(device), "threads": torch.get_num_threads(), "visits": given.visits}
+    conditions = {**measurement_conditions(device), "threads": torch.get_num_threads(), "visits": options.visits}
     if plan.schedule == "baseline":
-        runs = [measure(given, cfg, data, plan)]
-    else:  # the baseline before and after, so that a change of the machine's load meets both alike
-        before, own, after = (measure(given, cfg, data, each) for each in (baseline_of(plan), plan, baseline_of(plan)))
-        runs = [before.joined(after), own]
-    with output(given.out) as file:
-        if given.format == "json":
-            print(json.dumps(as_json(given, runs, about), indent=1), file=file)
+        runs = [measure_schedule(options, cfg, data, plan)]
+    else:  # measure the baseline before and after, so that a change of the machine's load affects both alike
+        before, multigrid, after = (
+            measure_schedule(options, cfg, data, p) for p in (baseline_of(plan), plan, baseline_of(plan))
+        )
+        runs = [before.merge(after), multigrid]
+    with open_report(options.out) as file:
+        if options.format == "json":
+            print(json.dumps(as_json(options, runs, conditions), indent=1), file=file)
         else:
-            show(file, about, [*map(table, runs), summary(runs)])
+            print_report(file, conditions, [*map(table, runs), summary(runs)])
 
 
-def shortened(plan: Plan, visits: int) -> Plan:
-    """The same phases with few steps each."""
+def shorten_plan(plan: Plan, visits: int) -> Plan:
+    """Return the plan with few steps in each phase: one for the boundary and `visits` for each slot."""
     phases, step = [], 0
     for phase in plan.phases:
-        steps = visits * len(phase.slots) + 1  # the first pays for the boundary
+        steps = visits * len(phase.slots) + 1  # the first includes the boundary
         phases.append(replace(phase, steps=(step, step + steps)))
         step += steps
     return replace(plan, phases=tuple(phases))
 
 
-def measure(given: Keys, cfg: DictConfig, data: Data, plan: Plan) -> Run:
-    """Train a shortened plan with the real loader, again on held batches, then in a bare loop."""
-    short = shortened(plan, given.visits)
+def measure_schedule(options: Keys, cfg: DictConfig, data: Data, plan: Plan) -> MeasuredRun:
+    """Train a shortened plan with the loader, then on batches in memory, then in a minimal loop."""
+    short = shorten_plan(plan, options.visits)
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    slots = {(p, s): Visited() for p, phase in enumerate(plan.phases) for s in range(len(phase.slots))}
-    held: dict[str, Batch] = {}
+    slots = {(p, s): SlotTimes() for p, phase in enumerate(plan.phases) for s in range(len(phase.slots))}
+    first_batches: dict[str, Batch] = {}
     with tempfile.TemporaryDirectory() as folder:
         monitor = RunLogger(Path(folder), short, active=False)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", 1)
         trainer = build_trainer(cfg, build_model(cfg, precision), short, data, precision, monitor, checkpoints)
         trainer.validate = None
-        times = timed(trainer, held)
+        times = time_steps(trainer, first_batches)
         steps = {
             (p, s): [step for step in range(phase.steps[0] + 1, phase.steps[1]) if phase.slot(step) is slot]
             for p, phase in enumerate(short.phases)
             for s, slot in enumerate(phase.slots)
         }
-        for place, visited in slots.items():
-            visited.loaded = [times[step][0] for step in steps[place]]
-            visited.waited = [times[step][1] for step in steps[place]]
+        for index, slot_times in slots.items():
+            slot_times.loaded = [times[step][0] for step in steps[index]]
+            slot_times.waited = [times[step][1] for step in steps[index]]
         boundaries = [
             times[phase.steps[0]][0] - median(slots[p, 0].loaded) for p, phase in enumerate(short.phases) if p
         ]
-        trainer.loader = HeldBatches(trainer.loader, held)
+        trainer.loader = RepeatedBatches(trainer.loader, first_batches)
         trainer.progress.step = 0
-        times = timed(trainer, {})
-        for place, visited in slots.items():
-            visited.held = [times[step][0] for step in steps[place]]
-        for (p, s), visited in slots.items():
+        times = time_steps(trainer, {})
+        for index, slot_times in slots.items():
+            slot_times.held = [times[step][0] for step in steps[index]]
+        for (p, s), slot_times in slots.items():
             phase = short.phases[p]
-            visited.bare = bare(trainer, held[_name(phase.slots[s].grid.name, phase.slots[s].batch)],
-                                phase.bn_groups, given.visits)  # fmt: skip
-    return Run(plan, slots, boundaries)
+            batch = first_batches[_slot_name(phase.slots[s].grid.name, phase.slots[s].batch)]
+            slot_times.bare = time_bare_loop(trainer, batch, phase.bn_groups, options.visits)
+    return MeasuredRun(plan, slots, boundaries)
 
 
-def _name(grid: str, batch: int) -> str:
+def _slot_name(grid: str, batch: int) -> str:
     return f"{grid}x{batch}"
 
 
-def timed(trainer: Trainer, held: dict[str, Batch]) -> list[tuple[float, float]]:
-    """Run a trainer's whole plan: seconds of each step, from the end of the one before, and its wait for data."""
-    real, marks, waits = trainer.step, [mark(trainer.device)], []
+def time_steps(trainer: Trainer, first_batches: dict[str, Batch]) -> list[tuple[float, float]]:
+    """Train a whole plan and time its steps. Puts the first batch of each slot into `first_batches`.
+
+    Returns:
+        For each step, seconds since the end of the previous step, and seconds of waiting for data.
+    """
+    original_step, marks, waits = trainer.step, [time_mark(trainer.device)], []
     window, waited = trainer.window, 0.0
 
     def step(number: int, batch: Batch) -> None:
         nonlocal window, waited
         slot = trainer.plan.slot(number)
-        held.setdefault(_name(slot.grid.name, slot.batch), batch)
-        before, window = window, trainer.window  # a log step starts a new one
+        first_batches.setdefault(_slot_name(slot.grid.name, slot.batch), batch)
+        before, window = window, trainer.window  # a log step replaces it
         waits.append(window.waited - (waited if window is before else 0.0))
         waited = window.waited
-        real(number, batch)
-        marks.append(mark(trainer.device))
+        original_step(number, batch)
+        marks.append(time_mark(trainer.device))
 
     trainer.step = step  # type: ignore
     try:
         trainer.train()
     finally:
-        trainer.step = real  # type: ignore
-    return list(zip(between(marks), waits, strict=True))
+        trainer.step = original_step  # type: ignore
+    return list(zip(seconds_between(marks), waits, strict=True))
 
 
-def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float]:
-    """Seconds of minimal steps: transfer; normalise, forward, loss and backward by micro-batch; optimizer."""
+def time_bare_loop(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float]:
+    """Time minimal steps: transfer; normalise, forward, loss and backward by micro-batch; optimizer."""
     model, device, clips = trainer.model.train(), trainer.device, len(batch.labels)
     plan, grid = trainer.plan, batch.clips.shape[1:4].numel()
     limit = max(1, trainer.options.micro_batch_clips * plan.base.num_frames * plan.base.crop_size**2 // grid)
     micro_batches = split_into_micro_batches(shard_batch(clips, groups, 0, 1), limit)
     marks = []
     for _ in range(visits + 2):
-        marks.append(mark(device))
+        marks.append(time_mark(device))
         pixels, labels = batch.clips.to(device), batch.labels.to(device)
         trainer.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(model):
@@ -215,11 +221,11 @@ def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float
                     logits = trainer.stepper.parallel(trainer.normalize(pixels[start:stop]))
                 trainer.task.loss(logits.float(), labels[start:stop]).div(clips).backward()
         trainer.optimizer.step()
-    return between(marks)[1:]
+    return seconds_between(marks)[1:]
 
 
-def mark(device: torch.device) -> Any:
-    """A point in time, of the device's where it works beside this process, which need not wait for it then."""
+def time_mark(device: torch.device) -> Any:
+    """Return a point in time: a CUDA event, which does not make this process wait, or seconds on the CPU."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -227,55 +233,57 @@ def mark(device: torch.device) -> Any:
     return event
 
 
-def between(marks: Sequence[Any]) -> list[float]:
-    """Seconds from each mark to the next."""
+def seconds_between(marks: Sequence[Any]) -> list[float]:
+    """Return the seconds from each time mark to the next."""
     if isinstance(marks[0], float):
         return [b - a for a, b in pairwise(marks)]
     marks[-1].synchronize()
     return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
 
 
-def table(run: Run) -> Table:
-    """A row a slot of a phase."""
-    columns = ("slot", "batch", "ms", "clips/s", "waiting", "bare ms", "trainer's own", "loader's part")
-    shown = plain_table(f"{run.plan.schedule}: a step", *columns)
-    for (p, s), visited in run.slots.items():
-        slot, figures = run.plan.phases[p].slots[s], visited.figures()
-        loaded, held, least = figures["loaded"], figures["held"], figures["bare"]
-        shown.add_row(
+def table(run: MeasuredRun) -> Table:
+    """Return a table with a row for each slot of each phase."""
+    columns = ("slot", "batch", "ms", "clips/s", "waiting", "minimal ms", "trainer overhead", "loader overhead")
+    report = plain_table(f"{run.plan.schedule}: a step", *columns)
+    for (p, s), slot_times in run.slots.items():
+        slot, figures = run.plan.phases[p].slots[s], slot_times.figures()
+        loaded, held, minimal = figures["loaded"], figures["held"], figures["bare"]
+        report.add_row(
             f"{p + 1}. {slot.grid.name}",
             str(slot.batch),
             f"{1000 * loaded:.0f}",
             f"{slot.batch / loaded:.1f}",
             f"{figures['waited'] / loaded:.1%}",
-            f"{1000 * least:.0f}",
-            f"{held / least - 1:+.1%}",
+            f"{1000 * minimal:.0f}",
+            f"{held / minimal - 1:+.1%}",
             f"{loaded / held - 1:+.1%}",
         )
-    return shown
+    return report
 
 
-def summary(runs: Sequence[Run]) -> Table:
-    """What the schedule saves on the clock and in steps, and what boundaries cost."""
-    shown = plain_table("whole runs, from the medians", "schedule", "steps", "training", "held batches", "a boundary")
+def summary(runs: Sequence[MeasuredRun]) -> Table:
+    """Return a table of whole runs: steps, time, cost of a boundary, and what the schedule saves."""
+    report = plain_table(
+        "whole runs, from the medians", "schedule", "steps", "training", "without loading", "per boundary"
+    )
     for run in runs:
         cost = f"{median(run.boundaries):+.2f} s" if run.boundaries else "–"
         loaded, held = run.seconds(), run.seconds("held")
-        shown.add_row(run.plan.schedule, str(run.plan.steps), f"{loaded:.0f} s", f"{held:.0f} s", cost)
+        report.add_row(run.plan.schedule, str(run.plan.steps), f"{loaded:.0f} s", f"{held:.0f} s", cost)
     if len(runs) == 2:
         saved = [runs[0].plan.steps / runs[1].plan.steps, *(runs[0].seconds(k) / runs[1].seconds(k) for k in KINDS)]
-        shown.add_row("saving", *(f"{value:.2f}×" for value in saved), "")
-    return shown
+        report.add_row("saving", *(f"{value:.2f}×" for value in saved), "")
+    return report
 
 
 KINDS = ("loaded", "held")
 
 
-def as_json(given: Keys, runs: Sequence[Run], about: dict[str, Any]) -> dict[str, Any]:
-    """All of it."""
+def as_json(options: Keys, runs: Sequence[MeasuredRun], conditions: dict[str, Any]) -> dict[str, Any]:
+    """Return all measurements as JSON."""
     return {
-        "conditions": about,
-        "keys": asdict(given),
+        "conditions": conditions,
+        "keys": asdict(options),
         "runs": [
             {
                 "schedule": run.plan.schedule,
@@ -287,9 +295,9 @@ def as_json(given: Keys, runs: Sequence[Run], about: dict[str, Any]) -> dict[str
                         "phase": p + 1,
                         "grid": run.plan.phases[p].slots[s].grid.name,
                         "batch": run.plan.phases[p].slots[s].batch,
-                        **visited.figures(),
+                        **slot_times.figures(),
                     }
-                    for (p, s), visited in run.slots.items()
+                    for (p, s), slot_times in run.slots.items()
                 ],
             }
             for run in runs
