@@ -48,7 +48,7 @@ def blocks(text: str) -> Iterator[tuple[str, list[str]]]:
                 yield language, lines
                 language = None
             else:
-                lines.append(line.strip())
+                lines.append(line if language == "python" else line.strip())
             continue
         if line.startswith("    ") and line.strip():
             indented.append(line.strip())

@@ -81,6 +81,14 @@ def measured() -> str:
     return json.dumps({"step_seconds": dict.fromkeys(grids, 0.1)})
 
 
+def write_extensions() -> None:
+    """Write the files that docs/extending.md shows into the current folder, where its commands look for them."""
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    for name, text in re.findall(r"^`(my_parts/[\w./]+)`:\n\n```\w+\n(.*?)^```", page, re.M | re.S):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text, encoding="utf-8")
+
+
 compose_once = cache(app.compose_config)
 
 
@@ -154,7 +162,7 @@ def pip_install(words: Sequence[str]) -> None:
     extras = eval(declared[1])
     ours = {re.split(r"[\[<>=]", package)[0] for packages in extras.values() for package in packages}
     for word in words:
-        if word.startswith("-"):
+        if word.startswith("-") or word == ".":
             continue
         extra = re.fullmatch(r"(?:\.|mgvideo)\[([\w,]+)\]", word)
         if extra:
@@ -243,6 +251,7 @@ def _perform(words: list[str], programs: Programs) -> None:
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.chdir(tmp_path)
     Path("measured.json").write_text(measured())
+    write_extensions()
     return Programs(monkeypatch)
 
 
