@@ -23,7 +23,7 @@ from torch import nn
 from mgvideo import cli
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import Knobs, motion
-from mgvideo.distributed.ranks import rank
+from mgvideo.distributed.collectives import rank
 from mgvideo.distributed.signals import STOP_SIGNALS
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.optimizers import sgd

@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mgvideo import __version__
-from mgvideo.distributed.ranks import gather_objects, rank, world_size
+from mgvideo.distributed.collectives import gather_objects, rank, world_size
 from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_at_once
 from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError

@@ -18,7 +18,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.distributed.ranks import process_group, rank, world_size
+from mgvideo.distributed.collectives import rank, world_size
+from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, place, report_position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views

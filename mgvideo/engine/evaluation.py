@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mgvideo.distributed.ranks import all_reduce, bn_process_group, gather_objects, rank, world_size
+from mgvideo.distributed.collectives import all_reduce, bn_process_group, gather_objects, rank, world_size
 from mgvideo.distributed.signals import stop_if_asked
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_of

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mgvideo.distributed.ranks import RequestSync, barrier, gather_objects, rank, world_size
+from mgvideo.distributed.collectives import RequestSync, barrier, gather_objects, rank, world_size
 from mgvideo.distributed.signals import Stopped, received
 from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import NonFiniteError, UserError

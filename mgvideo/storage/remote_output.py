@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
-from mgvideo.distributed.ranks import rank
+from mgvideo.distributed.collectives import rank
 from mgvideo.errors import UserError
 
 from .checkpoints import step_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from mgvideo.distributed.ranks import rank
+from mgvideo.distributed.collectives import rank
 
 WARM_UP = 3  # steps that run before the trace, which choose kernels and compile
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mgvideo.distributed.ranks import gather_objects, rank_cpus, world_size
+from mgvideo.distributed.collectives import gather_objects, rank_cpus, world_size
 from mgvideo.loading.requests import DecodeFailure
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan

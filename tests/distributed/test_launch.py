@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from training import free_port
 
-from mgvideo.distributed import ranks as distributed
+from mgvideo.distributed import process_group as distributed
 from mgvideo.distributed.launch import choose_gpu, first_host, ranks_from_slurm
-from mgvideo.distributed.ranks import process_group
+from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
 

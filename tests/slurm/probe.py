@@ -6,7 +6,8 @@ import sys
 
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import loader_options
-from mgvideo.distributed.ranks import process_group, rank, rank_cpus, world_size
+from mgvideo.distributed.collectives import rank, rank_cpus, world_size
+from mgvideo.distributed.process_group import process_group
 
 with process_group(timeout_s=60):
     cores, options = rank_cpus(), loader_options(compose_config("run", []))

@@ -1,4 +1,4 @@
-"""Ranks: joining them, and the few collective operations that the core needs on one rank as on many."""
+"""Starting and joining the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -7,37 +7,24 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fractions import Fraction
-from functools import cache
-from typing import Any
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from mgvideo.cpu.resources import cpu_share, find_resources, memory_share
 from mgvideo.errors import UserError
 
+from .collectives import rank_cpus
 from .launch import choose_gpu, launched_number, ranks_from_slurm, visible_gpus
 from .signals import Stopped, defer_signals, raise_on_signal, requeue
 from .watchdog import LEAVING, Watchdog, report_position
 
 LEAVE_TIMEOUT_S = 15.0  # seconds that a rank which leaves waits for others, which may be stuck
-
-
-def rank() -> int:
-    """This process's rank, 0 on its own."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of ranks."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
@@ -188,63 +175,6 @@ def _exit_later(code: int) -> None:
     os._exit(code)
 
 
-class RequestSync:
-    """The most that any rank asks for, agreed on while a step runs: over gloo on the CPU, so that no device waits."""
-
-    def __init__(self, wish: Callable[[], int]) -> None:
-        self.wish = wish
-        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[Any, Tensor] | None = None
-
-    def start(self) -> None:
-        """Start to tell this rank's wish."""
-        if self.group is not None:
-            vote = torch.tensor(self.wish())
-            self._pending = (dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.group, async_op=True), vote)
-
-    def wait(self) -> int:
-        """The largest wish of all ranks, the same on each."""
-        if self._pending is None:
-            return self.wish()
-        (work, vote), self._pending = self._pending, None
-        work.wait()
-        return int(vote)
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce in place over all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, op)
-    return tensor
-
-
-def gather_objects(item: object) -> list:
-    """What each rank gave, by rank."""
-    if not dist.is_initialized():
-        return [item]
-    items: list = [None] * world_size()
-    dist.all_gather_object(items, item)
-    return items
-
-
-def rank_cpus() -> Fraction:
-    """CPU cores of this rank, its share of what the ranks of its machine may use. All ranks call it together."""
-    own = find_resources()
-    return cpu_share(own, gather_objects(own))
-
-
-def rank_memory() -> int:
-    """Bytes of memory that this rank may take, its share of what its machine has free. All ranks call it together."""
-    own = find_resources()
-    return memory_share(own, gather_objects(own))
-
-
 def limit_threads(cores: int | Fraction) -> None:
     """Let torch use no more threads than a process has cores, unless OMP_NUM_THREADS says how many it is to use.
 
@@ -252,12 +182,3 @@ def limit_threads(cores: int | Fraction) -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, int(cores))))
-
-
-@cache
-def bn_process_group(size: int) -> Any:
-    """The ProcessGroup of `size` consecutive ranks that this rank is in; None for 1. All ranks call it together."""
-    if size == 1:
-        return None
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
-    return groups[rank() // size]
