@@ -124,7 +124,7 @@ def metrics(folder: Path, key: str = "loss") -> dict[int, float]:
 
 def end_state(folder: Path) -> dict[str, object]:
     """What a run's newest checkpoint holds that must not depend on how often it was stopped: comparable by ==."""
-    newest, warnings = Checkpoints(folder / "checkpoints").newest()
+    newest, warnings = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None
     assert not warnings
     state = read_checkpoint(newest)

@@ -78,7 +78,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 def final(folder: Path) -> dict:
     """The newest checkpoint."""
-    newest, _ = Checkpoints(folder / "checkpoints").newest()
+    newest, _ = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None, f"no checkpoint in {folder}"
     return read_checkpoint(newest)
 

@@ -16,7 +16,7 @@ from mgvideo.engine.precision import Normalize
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import SlowFast
 from mgvideo.plan.plan import require
-from mgvideo.storage.paths import writing
+from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
 from .schema import key
@@ -119,7 +119,7 @@ def run(given: ExportKeys, overrides: Sequence[str]) -> None:
     out = Path(str(given.out))
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        with writing("out", out):
+        with explain_write_errors("out", out):
             out.parent.mkdir(parents=True, exist_ok=True)
             part.touch()  # before minutes are spent on what cannot be written
             export(given, overrides, part)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mgvideo.distributed.signals import received, stop_if_asked
+from mgvideo.distributed.signals import raise_if_stopped, received_signal
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan, require
@@ -135,7 +135,7 @@ class Following:
 
     def left(self) -> float | None:
         """Seconds of training left, None where it is too early to say."""
-        return self.eta.left(self.last["step"]) if self.eta else None
+        return self.eta.seconds_left(self.last["step"]) if self.eta else None
 
     def __str__(self) -> str:
         if self.plan is None or self.last["step"] == 0:
@@ -165,18 +165,18 @@ def wait(processes: Sequence[subprocess.Popen], beat: Callable[[], None], every:
     passed_on = False
     try:
         while any(process.poll() is None for process in processes):
-            if received() and not passed_on:
+            if received_signal() and not passed_on:
                 passed_on = True
                 for process in processes:
                     if process.poll() is None:
-                        process.send_signal(received())
+                        process.send_signal(received_signal())
             beat()
             time.sleep(every)
     except BaseException:
         for process in processes:
             process.terminate()
         raise
-    stop_if_asked()
+    raise_if_stopped()
 
 
 def why(code: int, folder: Path) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import to_write
+from mgvideo.storage.paths import require_local_path
 
 from .values import declares_text, read_dotlist
 
@@ -34,7 +34,7 @@ def read(keys: type[Keys], overrides: Sequence[str]) -> Keys:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     read: Any = OmegaConf.to_object(given)
     if getattr(read, "out", None) is not None:
-        read.out = to_write("out", read.out)
+        read.out = require_local_path("out", read.out)
     return read
 
 

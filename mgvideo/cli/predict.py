@@ -35,7 +35,7 @@ from mgvideo.errors import UserError
 from mgvideo.loading.loader import Loader
 from mgvideo.models.cam import class_maps, joined
 from mgvideo.plan.plan import Grid, require
-from mgvideo.storage.paths import exists, is_remote, plain
+from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
 from . import app, keys
 from .build import build_normalize, loader_options
@@ -162,7 +162,7 @@ def find(words: Sequence[str]) -> dict[str, str]:
     """Videos by their path, with what they are called under `out`: those named, and all in the folders named."""
     require(bool(words), "no video given: python tools/predict.py VIDEO… ckpt=PATH")
     found: dict[str, str] = {}
-    for word in map(plain, words):
+    for word in map(strip_file_scheme, words):
         if not os.path.isdir(word):
             found[word] = os.path.basename(word)
             continue

@@ -27,7 +27,7 @@ from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import require
-from mgvideo.storage.paths import exists, relative, writing
+from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys
@@ -147,7 +147,7 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
     span = 1 if first.sampling.segments else (cfg.base.num_frames - 1) * cfg.base.frame_stride + 1
     least = given.min_frames or span
     journal = f"{given.out}.part"
-    with writing("out", given.out):
+    with explain_write_errors("out", given.out):
         with ProgressLog("check") as progress:
             found = check(list(classes), least, given.fully, given.processes, progress, journal, first.decoder)
         findings = repeated(lines) + found
@@ -265,7 +265,7 @@ def write_lists(given: ListKeys, cfg: DictConfig) -> None:
     """Write `path label` lists of the files that are there."""
     out = Path(str(given.out))
     datasets = _datasets(cfg, given.split)
-    with writing("out", out):
+    with explain_write_errors("out", out):
         out.mkdir(parents=True, exist_ok=True)
         for split, dataset in zip(SPLITS[given.split], datasets, strict=True):
             written = _list_lines(dataset)

@@ -19,8 +19,8 @@ from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_a
 from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Plan
-from mgvideo.storage.checkpoints import Checkpoints, differences, read_checkpoint
-from mgvideo.storage.paths import is_remote, plain
+from mgvideo.storage.checkpoints import Checkpoints, describe_differences, read_checkpoint
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 from mgvideo.storage.remote_output import RemoteOutput
 
 from . import app
@@ -68,7 +68,7 @@ def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOut
     warnings: list[str] = []
     restarted = cfg.train.enable and any(os.environ.get(name, "0") != "0" for name in RESTARTS)
     if cfg.resume == "auto" or restarted:
-        newest, warnings = gather_objects(checkpoints.newest() if rank() == 0 else None)[0]
+        newest, warnings = gather_objects(checkpoints.find_newest() if rank() == 0 else None)[0]
         if newest is not None:
             return mirror.source(newest), warnings
     return (None if cfg.resume in ("auto", "never") else cfg.resume), warnings
@@ -83,7 +83,7 @@ def load_checkpoint(
         UserError: it cannot be read; or it is of another recipe, model, dataset or plan, and `checkpoint.strict` is on.
     """
     state, warnings = read_checkpoint(path), []
-    differing = [*differences(state["made_of"], made), *plan_differences(state["plan"], plan)]
+    differing = [*describe_differences(state["made_of"], made), *plan_differences(state["plan"], plan)]
     if differing:
         message = f"{path} was made by another recipe, model, dataset or plan: {'; '.join(differing)}"
         if cfg.checkpoint.strict:
@@ -94,7 +94,7 @@ def load_checkpoint(
         warnings.append(f"{message}; continuing, since checkpoint.strict=false")
         if state["progress"]["step"] > plan.steps:
             warnings.append(f"{path} is of step {state['progress']['step']}, after the last step of this plan")
-    if changed := differences(state.get("versions", {}), versions):
+    if changed := describe_differences(state.get("versions", {}), versions):
         warnings.append(f"{path} was written by other software: {'; '.join(changed)}; results may differ from here on")
     return state, warnings
 
@@ -171,8 +171,8 @@ def archive_newer_checkpoints(
     if rank() != 0:
         return None
     if state is None or path is None:
-        return checkpoints.rewind(0)
-    folder = path.rpartition("/")[0] if is_remote(path) else str(Path(plain(path)).resolve().parent)
+        return checkpoints.archive_newer(0)
+    folder = path.rpartition("/")[0] if is_remote(path) else str(Path(strip_file_scheme(path)).resolve().parent)
     if folder != mirror.source(checkpoints.folder):  # all that is here is of another run
-        return checkpoints.rewind(0)
-    return checkpoints.rewind(state["progress"]["step"], state["progress"].get("best_step", 0))
+        return checkpoints.archive_newer(0)
+    return checkpoints.archive_newer(state["progress"]["step"], state["progress"].get("best_step", 0))

@@ -21,7 +21,7 @@ from torch import nn
 from mgvideo.distributed.collectives import rank, world_size
 from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
-from mgvideo.distributed.watchdog import LEAVING, place, report_position
+from mgvideo.distributed.watchdog import LEAVING, position, report_position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import clips_at_once, is_out_of_memory
@@ -37,7 +37,7 @@ from mgvideo.plan.table import plan_table
 from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder, write_atomic
 from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
-from mgvideo.tracking.report import Report, hardware
+from mgvideo.tracking.report import Report, describe_hardware
 from mgvideo.tracking.run_logger import RunLogger
 
 from . import app
@@ -87,14 +87,17 @@ def run(cfg: DictConfig) -> None:
         precision = choose_precision(cfg.precision, device)
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
-        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
         with locked_run_folder(folder), mirror.synced(), explained(cfg, checkpoints):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, anew=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
-            checkpoints.made_of, checkpoints.versions = resume_fingerprint(cfg, data, precision), software_versions()
+            checkpoints.fingerprint, checkpoints.versions = (
+                resume_fingerprint(cfg, data, precision),
+                software_versions(),
+            )
             state, told = (
-                load_checkpoint(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
+                load_checkpoint(cfg, path, checkpoints.fingerprint, checkpoints.versions, plan) if path else (None, [])
             )
             write_plan(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
@@ -112,7 +115,7 @@ def run(cfg: DictConfig) -> None:
                     monitor.print_line(f"warning: {moved}")
                 defer_signals()
                 if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
-                    trainer.progress.begins(hardware(device), str(precision))
+                    trainer.progress.begins(describe_hardware(device), str(precision))
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
@@ -179,7 +182,7 @@ def _explain(error: Exception) -> Exception:
     """A UserError for torch's error where a key of the config helps, else the error itself."""
     if is_out_of_memory(error):
         return UserError(
-            f"out of memory {place()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
+            f"out of memory {position()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
         )
     text = str(error).splitlines()[0] if str(error) else ""
     if "use_deterministic_algorithms" in text:
@@ -287,7 +290,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
 
     def tell(done: int, of: int, waiting: bool) -> None:
         beat(done, of, waiting)
-        monitor.tested(done, of)
+        monitor.show_test_progress(done, of)
 
     result = evaluator(trainer.model, views, tell)
     report_position("after the test")
@@ -296,7 +299,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
     if rank() != 0:
         return
     if result.failures:
-        monitor.failures(trainer.progress.step, result.failures)
+        monitor.log_failures(trainer.progress.step, result.failures)
     record_test(trainer, data, monitor, result, metrics)
     choices: Any = HydraConfig.get().runtime.choices
     report = Report(

@@ -22,7 +22,7 @@ from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
 from mgvideo.models.weights_file import read
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
-from mgvideo.storage.paths import is_remote, plain
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 from . import app
 from . import keys as own_keys
@@ -85,7 +85,7 @@ def locate(ckpt: str | None) -> tuple[str, Path | None]:
         raise UserError("ckpt is not set: add ckpt=CHECKPOINT, or a run's folder, to the command")
     if is_remote(ckpt):  # what lies beside it is not looked for: not every server lists what it has
         return ckpt, None
-    path = Path(plain(ckpt)).expanduser()
+    path = Path(strip_file_scheme(ckpt)).expanduser()
     if path.is_dir():
         path = _checkpoint_in(path)
     elif not path.exists():
@@ -100,7 +100,7 @@ def _checkpoint_in(folder: Path) -> Path:
     """A run's best checkpoint, or else its newest."""
     inside = folder / "checkpoints"
     checkpoints = Checkpoints(inside if inside.is_dir() else folder)
-    found, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.newest()
+    found, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if found is None:

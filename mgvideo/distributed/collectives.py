@@ -1,4 +1,7 @@
-"""The few collective operations that the core needs, on one rank as on many."""
+"""Collective operations. Each also works in a single process that has joined no process group.
+
+`bn_process_group` caches the process groups that it creates for the whole process.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +18,39 @@ from mgvideo.cpu.resources import cpu_share, find_resources, memory_share
 
 
 def rank() -> int:
-    """This process's rank, 0 on its own."""
+    """Return this process's rank, 0 in a single process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class RequestSync:
-    """The most that any rank asks for, agreed on while a step runs: over gloo on the CPU, so that no device waits."""
+    """Agrees on the largest number that any rank requests, while a training step runs.
 
-    def __init__(self, wish: Callable[[], int]) -> None:
-        self.wish = wish
+    It uses gloo on the CPU, so it does not synchronise the device. `request` returns this rank's number.
+    """
+
+    def __init__(self, request: Callable[[], int]) -> None:
+        self.request = request
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._pending: tuple[Any, Tensor] | None = None
+        self._reduction: tuple[Any, Tensor] | None = None  # the all-reduce in progress, and its tensor
 
     def start(self) -> None:
-        """Start to tell this rank's wish."""
+        """Start to reduce this rank's number with those of the others."""
         if self.group is not None:
-            vote = torch.tensor(self.wish())
-            self._pending = (dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.group, async_op=True), vote)
+            number = torch.tensor(self.request())
+            self._reduction = (dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True), number)
 
     def wait(self) -> int:
-        """The largest wish of all ranks, the same on each."""
-        if self._pending is None:
-            return self.wish()
-        (work, vote), self._pending = self._pending, None
+        """Return the largest number of all ranks, the same on each."""
+        if self._reduction is None:
+            return self.request()
+        (work, number), self._reduction = self._reduction, None
         work.wait()
-        return int(vote)
+        return int(number)
 
 
 def barrier() -> None:
@@ -54,14 +60,14 @@ def barrier() -> None:
 
 
 def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce in place over all ranks."""
+    """Reduce a tensor in place over all ranks; returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def gather_objects(item: object) -> list:
-    """What each rank gave, by rank."""
+    """Return the `item` of every rank, in the order of ranks."""
     if not dist.is_initialized():
         return [item]
     items: list = [None] * world_size()
@@ -70,20 +76,20 @@ def gather_objects(item: object) -> list:
 
 
 def rank_cpus() -> Fraction:
-    """CPU cores of this rank, its share of what the ranks of its machine may use. All ranks call it together."""
-    own = find_resources()
-    return cpu_share(own, gather_objects(own))
+    """Return the CPU cores of this rank: its share of the cores of its machine. All ranks call this together."""
+    resources = find_resources()
+    return cpu_share(resources, gather_objects(resources))
 
 
 def rank_memory() -> int:
-    """Bytes of memory that this rank may take, its share of what its machine has free. All ranks call it together."""
-    own = find_resources()
-    return memory_share(own, gather_objects(own))
+    """Return this rank's memory in bytes: its share of its machine's free memory. All ranks call this together."""
+    resources = find_resources()
+    return memory_share(resources, gather_objects(resources))
 
 
 @cache
 def bn_process_group(size: int) -> Any:
-    """The ProcessGroup of `size` consecutive ranks that this rank is in; None for 1. All ranks call it together."""
+    """Return this rank's ProcessGroup of `size` consecutive ranks, None for size 1. All ranks call this together."""
     if size == 1:
         return None
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]

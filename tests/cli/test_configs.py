@@ -17,7 +17,7 @@ from mgvideo.cli.plan import train_videos
 from mgvideo.cli.resume import resume_fingerprint
 from mgvideo.engine.precision import choose_precision
 from mgvideo.errors import UserError
-from mgvideo.storage.checkpoints import differences
+from mgvideo.storage.checkpoints import describe_differences
 
 OPTIONS = group_options()
 
@@ -103,8 +103,8 @@ def test_a_scaled_recipe_is_the_same_as_one_that_is_set(motion_root: str) -> Non
 
     scaled = fingerprint("base.epochs=10", "base.batch_size=32")
     by_hand = ["base.lr_milestones=[6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
-    assert differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *by_hand)) == []
-    changed = " ".join(differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
+    assert describe_differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *by_hand)) == []
+    changed = " ".join(describe_differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
     assert all(key in changed for key in ("base.epochs", "base.lr_milestones", "base.warmup_epochs"))
 
 

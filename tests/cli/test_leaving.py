@@ -35,7 +35,7 @@ def asked(rank: int, folder: Path, motion_root: str) -> None:
     with handle_signals(), distributed.process_group(timeout_s=60):
         defer_signals()
         trainer = tiny_trainer(folder / "run", motion_root, tiny_plan())
-        trainer.checkpoints.written = lambda: slowly("written")
+        trainer.checkpoints.on_write = lambda: slowly("written")
         os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(Stopped) as stop:
             trainer.train()

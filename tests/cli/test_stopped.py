@@ -94,7 +94,7 @@ def test_killed_as_it_writes_a_checkpoint_it_goes_on_from_the_one_before(
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert list(checkpoints.folder.glob("*.tmp")), "it was at it"
-        assert checkpoints.newest() == (checkpoints.path(steps[steps.index(step) - 1]), [])
+        assert checkpoints.find_newest() == (checkpoints.path(steps[steps.index(step) - 1]), [])
     main(run)
     assert f"resumed at step {steps[4]} of" in capsys.readouterr().out
     assert end_state(tmp_path / "out") == end_state(whole)
@@ -112,13 +112,13 @@ def test_ctrl_c_twice_leaves_at_once(motion_root: str, tmp_path: Path) -> None:
     try:
         wait_until(lambda: (tmp_path / "hangs").exists(), process)
         process.send_signal(signal.SIGINT)
-        wait_until(lambda: "Ctrl-C again leaves at once" in Path("log").read_text(), process)
+        wait_until(lambda: "press Ctrl-C again to exit at once" in Path("log").read_text(), process)
         time.sleep(1.2)  # sooner it would count as the same one, passed on by a launcher
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130, "it does not wait for the clip, which takes an hour"
     finally:
         process.kill()
-    newest, warnings = Checkpoints(tmp_path / "out/checkpoints").newest()
+    newest, warnings = Checkpoints(tmp_path / "out/checkpoints").find_newest()
     assert newest is not None
     assert not warnings
 
@@ -225,7 +225,7 @@ def test_what_changes_the_result_is_kept_or_refused(
     line = said(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
     assert "does not fit this network" in line
     main([*run, "train.micro_batch_clips=null"])
-    newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
+    newest, _ = Checkpoints(tmp_path / "out/checkpoints").find_newest()
     assert newest is not None
     assert read_checkpoint(newest)["micro_batch_clips"] == {"ranks": 1, "clips": 16}, (
         "not as many as memory holds today"
@@ -292,7 +292,7 @@ def test_as_many_clips_at_once_as_before_unless_memory_holds_less(
     monkeypatch.setattr("mgvideo.cli.build.clips_that_fit", lambda *_: fits)
     main([*RUN[:-1], f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"])
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
+    newest, _ = Checkpoints(tmp_path / "out/checkpoints").find_newest()
     assert newest is not None
     assert read_checkpoint(newest)["micro_batch_clips"] == {"ranks": 1, "clips": 16 if kept else fits}
     assert len(warnings) == (0 if kept else 1)

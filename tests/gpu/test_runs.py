@@ -39,6 +39,6 @@ def test_two_ranks_over_nccl_train_as_one(tmp_path: Path, motion_root: str, cuda
 
 def weights(folder: Path) -> torch.Tensor:
     """All tensors of the newest checkpoint's model, flat."""
-    newest, _ = Checkpoints(folder / "checkpoints").newest()
+    newest, _ = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None
     return torch.cat([tensor.double().flatten() for tensor in read_checkpoint(newest)["model"].values()])
