@@ -12,13 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mgvideo.distributed.signals import Stopped, handle_signals, stop_if_asked
+from mgvideo.distributed.signals import Stopped, handle_signals, raise_if_stopped
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import read_benchmark
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
-from mgvideo.reproduce.page import page
+from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
 from mgvideo.storage.checkpoints import write_atomic
@@ -179,7 +179,7 @@ class Reproduction:
 
     def _in_turn(self, todo: Sequence[Job]) -> None:
         for i, job in enumerate(todo):
-            stop_if_asked()
+            raise_if_stopped()
             place = f"[{len(self.chosen) - len(todo) + i + 1}/{len(self.chosen)}] {job.name}"
             try:
                 job.begin()
@@ -270,7 +270,7 @@ class Reproduction:
         )
         write_atomic(self.folder / "report.csv", results.csv().encode(errors="replace"))
         svg = [self.folder / f"{name}.svg" for name in figures]
-        write_atomic(self.folder / "report.html", page(results, svg).encode(errors="replace"))
+        write_atomic(self.folder / "report.html", render_page(results, svg).encode(errors="replace"))
 
 
 def _count(line: Line, jobs: Sequence[Job]) -> None:
