@@ -70,11 +70,11 @@ def handle_signals() -> Iterator[None]:
     From `raise_on_signal()` to `defer_signals()` they also raise Stopped, at any point of the main thread.
     """
     _StopSignal.deferred = True
-    before = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
+    previous_handlers = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         _StopSignal.number, _StopSignal.deferred = 0, False
 
@@ -107,11 +107,11 @@ def block_signals() -> Iterator[None]:
     A terminal sends Ctrl-C to worker processes too. Workers run until the parent process ends them or exits.
     """
     resource_tracker.ensure_running()  # start it first: before Python 3.12 its start unblocks SIGINT and SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def requeue(number: int) -> None:

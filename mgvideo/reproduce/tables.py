@@ -152,7 +152,7 @@ def _block(kind: type[Block], data: Any, where: str) -> Block:
     for key in values:
         require(key in names, f"{where}: {key} is no key; there are {', '.join(sorted(names))}")
     nested = {"published": Published, "weights": Weights}
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key in nested and isinstance(value, dict):
             arguments[key] = _block(nested[key], value, f"{where}: {key}")

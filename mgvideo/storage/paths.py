@@ -27,7 +27,7 @@ from iopath.common.file_io import PathHandler, PathManager, get_cache_dir
 
 from mgvideo.errors import UserError
 
-SERVER_TIMEOUT_S = 20.0  # for a server to send its next bytes
+SERVER_TIMEOUT_S = 20.0  # for a server to accept a connection or to send its next bytes
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _prefixes: list[str] = []
@@ -73,7 +73,7 @@ def require_local_path(key: str, path: str) -> str:
 
 @contextmanager
 def explain_write_errors(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError inside into a UserError that names the file at fault: `key=path`, or the error's other file.
+    """Turn an OSError inside into a UserError that names `key=path`, or the error's own file if it is another one.
 
     An OSError without a file name is raised unchanged unless it is an error of the disk, as `_DISK_ERRORS` lists.
     """
@@ -128,7 +128,7 @@ def local_copy(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def path_manager(path: str) -> Iterator[Any]:
-    """Yield the PathManager for a URL. Any exception inside becomes an OSError with a one-line message.
+    """Yield the PathManager for a URL. Any exception inside becomes an OSError with an errno and a one-line message.
 
     Raises:
         UserError: no handler has the URL's scheme.
@@ -150,6 +150,7 @@ def path_manager(path: str) -> Iterator[Any]:
 
 
 def _scheme(path: str) -> str:
+    """Return the scheme of a URL, without `://`."""
     match = _SCHEME.match(path)
     assert match is not None
     return match[1]

@@ -23,13 +23,13 @@ INDEX = "mgvideo_files.json"
 
 @dataclass
 class Index:
-    """The files of a remote: name → [size in bytes, modification time in ns]; and its symlinks: name → target.
+    """The files and symlinks of a remote or of a local folder.
 
     Remotes have no symlinks, so they exist only in this index. It is written after the files.
     """
 
-    files: dict[str, list[int]] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[int]] = field(default_factory=dict)  # name → [size in bytes, modification time in ns]
+    links: dict[str, str] = field(default_factory=dict)  # name → target
 
 
 class RemoteOutput:
@@ -94,17 +94,17 @@ class RemoteOutput:
     def _push(self) -> None:
         """Copy new files, then write the index, then remove files that the folder no longer has."""
         with self._lock, path_manager(f"{self.address}/") as manager:
-            now = self._index()
-            for name in sorted(now.files, key=lambda name: (name.endswith(".pt"), name)):  # checksums first
-                if self._remote_index.files.get(name) != now.files[name]:
+            index = self._index()
+            for name in sorted(index.files, key=lambda name: (name.endswith(".pt"), name)):  # checksums first
+                if self._remote_index.files.get(name) != index.files[name]:
                     manager.mkdirs(f"{self.address}/{PurePosixPath(name).parent}/")
                     if manager.copy_from_local(str(self.folder / name), f"{self.address}/{name}", True) is False:
                         raise OSError(f"{name} was not written")
             with closing(manager.open(f"{self.address}/{INDEX}", "w")) as file:
-                file.write(json.dumps(asdict(now), indent=1))
-            for name in self._remote_index.files.keys() - now.files.keys():
+                file.write(json.dumps(asdict(index), indent=1))
+            for name in self._remote_index.files.keys() - index.files.keys():
                 manager.rm(f"{self.address}/{name}")
-            self._remote_index = now
+            self._remote_index = index
 
     def _index(self) -> Index:
         """Return the index of the local folder, without files that are being written."""
@@ -128,11 +128,11 @@ class RemoteOutput:
 
     def _fetch(self) -> None:
         """Replace the folder's files by the remote's, with their modification times, so that none is copied back."""
-        old = self._index()
-        for name in (*old.files, *old.links):
+        local = self._index()
+        for name in (*local.files, *local.links):
             (self.folder / name).unlink()
         with path_manager(f"{self.address}/") as manager:
-            for name, (_, time) in list(self._remote_index.files.items()):
+            for name, (_, modified_ns) in list(self._remote_index.files.items()):
                 if not manager.exists(f"{self.address}/{name}"):  # somebody deleted it on the remote
                     del self._remote_index.files[name]
                     continue
@@ -140,7 +140,7 @@ class RemoteOutput:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(manager.open(f"{self.address}/{name}", "rb")) as source, open(path, "wb") as copy:
                     shutil.copyfileobj(source, copy)
-                os.utime(path, ns=(time, time))
+                os.utime(path, ns=(modified_ns, modified_ns))
         for name, target in self._remote_index.links.items():
             (self.folder / name).symlink_to(target)
 

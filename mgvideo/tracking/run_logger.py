@@ -99,15 +99,16 @@ class RunLogger:
         self._metrics_path = folder / "metrics.jsonl"
         records = self._truncate(step, evaluated)
         self._truncate_bad_videos(step)
-        self._metrics = open(self._metrics_path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  stays open for the whole run
-        second = int(records[-1]["seconds"]) if records else 0
+        # stays open for the whole run
+        self._metrics = open(self._metrics_path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        last_second = int(records[-1]["seconds"]) if records else 0
         # purge_step removes all events of a folder from that step on, so scalars over seconds need their own folder
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        self.board_by_second = SummaryWriter(str(folder / "tensorboard/by_second"), purge_step=second)
+        self.board_by_second = SummaryWriter(str(folder / "tensorboard/by_second"), purge_step=last_second)
         for record in records:
             if record["step"] == step:  # purge_step has removed this step too
                 self._add_scalars(record)
-            if int(record["seconds"]) >= second:
+            if int(record["seconds"]) >= last_second:
                 self._add_scalars_by_second(record)
 
     def _truncate(self, step: int, evaluated: bool) -> list[dict[str, Any]]:

@@ -99,21 +99,21 @@ def save_checkpoints(mirror: RemoteOutput, *steps: int) -> None:
 
 
 def test_the_remote_mirrors_the_folder_and_restores_it(bucket: Bucket) -> None:
-    mirror = RemoteOutput("bucket://kept")
+    mirror = RemoteOutput("bucket://mirrored")
     with mirror.synced():
         save_checkpoints(mirror, 1, 2, 3, 4)
-    names = {path.name for path in (bucket.folder / "kept/checkpoints").iterdir()}
+    names = {path.name for path in (bucket.folder / "mirrored/checkpoints").iterdir()}
     assert names == {f"step_0000000{step}.{suffix}" for step in (1, 3, 4) for suffix in ("pt", "sha256")}
-    before = {path: path.stat().st_mtime_ns for path in (bucket.folder / "kept/checkpoints").iterdir()}
+    modified_ns = {path: path.stat().st_mtime_ns for path in (bucket.folder / "mirrored/checkpoints").iterdir()}
     shutil.rmtree(mirror.folder)
-    with (restored := RemoteOutput("bucket://kept/")).synced():
+    with (restored := RemoteOutput("bucket://mirrored/")).synced():
         checkpoints = Checkpoints(restored.folder / "checkpoints")
         newest, warnings = checkpoints.find_newest()
         assert newest == checkpoints.path(4)
         assert not warnings
         assert os.readlink(checkpoints.best) == "step_00000001.pt"
-        assert restored.source(newest) == "bucket://kept/checkpoints/step_00000004.pt"
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "unchanged files are not copied again"
+        assert restored.source(newest) == "bucket://mirrored/checkpoints/step_00000004.pt"
+    assert {path: path.stat().st_mtime_ns for path in modified_ns} == modified_ns, "an unchanged file is not copied"
 
 
 def test_an_unreachable_remote_is_a_warning_and_is_updated_later(bucket: Bucket, capsys: pytest.CaptureFixture) -> None:
