@@ -154,7 +154,7 @@ class Watchdog(threading.Thread):
         self._next_rank = (heartbeat, self._next_rank[1] + 1)
         limit = MAX_SILENT_HEARTBEATS_AFTER_FAILURE if self._collective_failed else MAX_SILENT_HEARTBEATS
         if self._next_rank[1] >= limit:
-            text = "it died without an error message: was it killed, out of memory, or on a lost node?"
+            text = "it stopped sending heartbeats: was it killed, out of memory, or on a lost node?"
             self.post(RankFailure((self.rank + 1) % self.size, json.loads(heartbeat)[1], text))
 
     def post(self, failure: RankFailure) -> RankFailure:

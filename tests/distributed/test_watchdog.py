@@ -72,4 +72,4 @@ def test_a_killed_rank_is_detected_even_with_slow_heartbeats(
     explained = watchdog.explain(RuntimeError("gloo: Connection reset by peer"))
     watchdog.stop(failed=False)
     assert isinstance(explained, RankError)
-    assert "rank 1 failed first, backward: it died without an error message" in str(explained)
+    assert "rank 1 failed first, backward: it stopped sending heartbeats" in str(explained)
