@@ -36,7 +36,7 @@ def draw_results(results: Results, folder: Path) -> list[str]:
     if rows and results.table.figure == "time":
         names.append(_save(_accuracy_over_time(rows), folder, "accuracy_over_time"))
     if rows and results.table.figure == "factors":
-        names.append(_save(_trade_off(rows), folder, "tradeoff"))
+        names.append(_save(_accuracy_by_schedule(rows), folder, "tradeoff"))
     if rows and results.table.figure == "dots":
         names.append(_save(_accuracy_dots(rows), folder, "accuracy"))
     if any(len(outcome.curve) > 1 for row in rows for outcome in row.outcomes):
@@ -45,6 +45,7 @@ def draw_results(results: Results, folder: Path) -> list[str]:
 
 
 def _save(figure: Figure, folder: Path, name: str) -> str:
+    """Save a figure as reproducible SVG and as PNG; returns `name`."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(folder / f"{name}.svg", format="svg", transparent=True, metadata={"Date": None})
     figure.savefig(folder / f"{name}.png", format="png", dpi=150, facecolor="white")
@@ -53,28 +54,28 @@ def _save(figure: Figure, folder: Path, name: str) -> str:
 
 def _accuracy_over_time(rows: list[ReportRow]) -> Figure:
     """Draw accuracy over training time, one point a cell."""
-    figure, axes, unit = _axes(rows)
-    colours = _colours(rows)
+    figure, axes, unit = _make_axes(rows)
+    colours = _choose_colours(rows)
     for row in rows:
-        x, y = _point(axes, row, colours[row.cell.name], unit)
-        _label(axes, row.cell.column or row.cell.name, x, y, colours[row.cell.name])
+        x, y = _draw_point(axes, row, colours[row.cell.name], unit)
+        _draw_label(axes, row.cell.column or row.cell.name, x, y, colours[row.cell.name])
     return figure
 
 
-def _trade_off(rows: list[ReportRow]) -> Figure:
+def _accuracy_by_schedule(rows: list[ReportRow]) -> Figure:
     """Draw accuracy over training time, one line a schedule; labels are epochs relative to the recipe's."""
-    figure, axes, unit = _axes(rows)
+    figure, axes, unit = _make_axes(rows)
     lines: dict[str, list[ReportRow]] = defaultdict(list)
     for row in rows:
         lines[row.plan.schedule].append(row)
     for i, (schedule, members) in enumerate(lines.items()):
         colour = COLOURS.get(schedule, OTHER_COLOURS[0])
         points = sorted(
-            (*_point(axes, row, colour, unit), f"{row.plan.epochs / row.plan.base.epochs:.2g}×") for row in members
+            (*_draw_point(axes, row, colour, unit), f"{row.plan.epochs / row.plan.base.epochs:.2g}×") for row in members
         )
         axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=colour, label=schedule, linewidth=1.8)
         for x, y, factor in points:
-            _label(axes, factor, x, y, colour, above=i % 2 == 1)
+            _draw_label(axes, factor, x, y, colour, above=i % 2 == 1)
     axes.legend(frameon=False, labelcolor=INK, loc="lower right")
     return figure
 
@@ -86,10 +87,8 @@ def _accuracy_dots(rows: list[ReportRow]) -> Figure:
     axes = figure.subplots()
     for row in rows:
         mean, deviation = row.score(str(row.metric)) or (0.0, 0.0)
-        y, colour = (
-            lines.index(row.cell.row or row.cell.column or row.cell.name),
-            COLOURS.get(row.plan.schedule, OTHER_COLOURS[0]),
-        )
+        y = lines.index(row.cell.row or row.cell.column or row.cell.name)
+        colour = COLOURS.get(row.plan.schedule, OTHER_COLOURS[0])
         axes.errorbar([mean], [y], xerr=deviation or None, fmt="o", color=colour, markersize=7, capsize=3)
     for schedule in dict.fromkeys(row.plan.schedule for row in rows):
         axes.plot([], [], "o", color=COLOURS.get(schedule, OTHER_COLOURS[0]), label=schedule)
@@ -106,17 +105,16 @@ def _learning_curves(results: Results, rows: list[ReportRow]) -> Figure:
     panels: dict[str, list[ReportRow]] = defaultdict(list)
     for row in rows:
         panels[row.cell.row].append(row)
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(
-        figsize=(7.2 if across == 1 else 3.6 * across, 4.2 if across == 1 else 2.9 * down), layout="constrained"
-    )
-    grid = figure.subplots(down, across, squeeze=False)
+    num_columns = min(3, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    size = (7.2, 4.2) if num_columns == 1 else (3.6 * num_columns, 2.9 * num_rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, members) in zip(grid.flat, panels.items(), strict=False):
-        colours = _colours(members)
-        unit, name = _unit(max(row.seconds for row in members))
+        colours = _choose_colours(members)
+        unit, name = _time_unit(max(row.seconds for row in members))
         for row in members:
             seconds, values = _mean_curve(row)
             if len(values) < 2:
@@ -135,7 +133,7 @@ def _learning_curves(results: Results, rows: list[ReportRow]) -> Figure:
 def _mean_curve(row: ReportRow) -> tuple[np.ndarray, np.ndarray]:
     """Return seconds and validation metric, averaged over seeds.
 
-    Seeds are evaluated at the same steps; a resumed run may lack the last ones, so the shortest curve sets the length.
+    Seeds are evaluated at the same steps; a resumed run may lack some, so the shortest curve sets the length.
     """
     curves = [outcome.curve for outcome in row.outcomes]
     length = min(len(curve) for curve in curves)
@@ -143,19 +141,19 @@ def _mean_curve(row: ReportRow) -> tuple[np.ndarray, np.ndarray]:
     return mean[:, 0], mean[:, 1]
 
 
-def _unit(seconds: float) -> tuple[float, str]:
+def _time_unit(seconds: float) -> tuple[float, str]:
     """Return the unit for a duration: its length in seconds and its name."""
     return next((length, name) for least, length, name in TIME_UNITS if seconds >= least)
 
 
-def _axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
+def _make_axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
     """Return a figure with axes of accuracy over log training time, and the time unit in seconds."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    unit, name = _unit(max(row.seconds for row in rows))
+    unit, name = _time_unit(max(row.seconds for row in rows))
     times = [row.seconds / unit for row in rows]
     narrow = max(times) < 6 * min(times)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5)))
@@ -166,7 +164,7 @@ def _axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
     return figure, axes, unit
 
 
-def _point(axes: Axes, row: ReportRow, colour: str, unit: float) -> tuple[float, float]:
+def _draw_point(axes: Axes, row: ReportRow, colour: str, unit: float) -> tuple[float, float]:
     """Draw a row's point with its error bar; returns x and y."""
     mean, deviation = row.score(str(row.metric)) or (0.0, 0.0)
     bars = deviation if deviation else None
@@ -175,21 +173,21 @@ def _point(axes: Axes, row: ReportRow, colour: str, unit: float) -> tuple[float,
     return x, mean
 
 
-def _label(axes: Axes, text: str, x: float, y: float, colour: str, above: bool = True) -> None:
+def _draw_label(axes: Axes, text: str, x: float, y: float, colour: str, above: bool = True) -> None:
     """Write text beside a point, where a rising line through it does not pass."""
     offset, side = ((-6, 6), "right") if above else ((7, -13), "left")
     axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=9, color=colour, weight="bold", ha=side)
 
 
-def _colours(rows: Iterable[ReportRow]) -> dict[str, str]:
+def _choose_colours(rows: Iterable[ReportRow]) -> dict[str, str]:
     """Return a colour for each cell: the first cell of a schedule gets the schedule's colour."""
     rows, palette = list(rows), cycle(OTHER_COLOURS)
-    taken: dict[str, str] = {}
+    colours: dict[str, str] = {}
     for row in rows:
         colour = COLOURS.get(row.plan.schedule)
-        taken[row.cell.name] = colour if colour and colour not in taken.values() else ""
-    used = set(taken.values())
-    return {name: colour or next(other for other in palette if other not in used) for name, colour in taken.items()}
+        colours[row.cell.name] = colour if colour and colour not in colours.values() else ""
+    used = set(colours.values())
+    return {name: colour or next(other for other in palette if other not in used) for name, colour in colours.items()}
 
 
 def _style_axes(axes: Axes) -> None:
