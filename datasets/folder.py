@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import exists, is_remote, join, plain
+from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder
@@ -66,7 +66,7 @@ def video_folder(
     their usual forms (`Validation`, `test_set`). Raises UserError.
     """
     check_root(root)
-    root = plain(root)
+    root = strip_file_scheme(root)
     layout = _find_tables(root)
     if not layout and is_remote(root):
         raise UserError(f"{root}: the folders of a URL cannot be listed; give tables train.csv and val.csv")

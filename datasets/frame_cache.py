@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import to_write
+from mgvideo.storage.paths import require_local_path
 
 from .videofile import Box, Decoder, Video
 
@@ -33,7 +33,7 @@ class FrameCache:
     """
 
     def __init__(self, folder: str, decoder: Decoder, gib: float) -> None:
-        self.folder = Path(to_write("dataset.frame_cache", folder))
+        self.folder = Path(require_local_path("dataset.frame_cache", folder))
         self.decoder, self.bytes = decoder, int(gib * 2**30)
         self.full = False
         try:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from urllib.parse import unquote
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import exists, is_remote, join, plain
+from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder
@@ -246,7 +246,7 @@ def note_repeats(name: str, entries: Sequence[VideoEntry]) -> list[str]:
 
 def check_root(root: str) -> None:
     """Raise UserError where a dataset's folder is missing; a missing remote one shows when its files are read."""
-    if not is_remote(root) and not os.path.isdir(plain(root)):
+    if not is_remote(root) and not os.path.isdir(strip_file_scheme(root)):
         home = " (nothing replaces the ~)" if root.startswith("~") else ""
         raise UserError(f"dataset.root: no folder {root}{home}; set dataset.root to where the videos are")
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import to_write
+from mgvideo.storage.paths import require_local_path
 
 from .decoders import Decoder
 from .lists import video_list
@@ -94,7 +94,7 @@ def make_motion(root: str, knobs: Knobs, processes: int | None = None, progress:
     and `knobs.json`. It appears complete or not at all; of several processes one makes it and the others wait. What
     a killed one has made is kept.
     """
-    root = to_write("dataset.root", root)
+    root = require_local_path("dataset.root", root)
     folder = Path(root) / knobs.name
     if folder.is_dir():
         return folder

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mgvideo.cpu.resources import cpu_count
-from mgvideo.distributed.signals import blocked
+from mgvideo.distributed.signals import block_signals
 from mgvideo.errors import UserError
 
 Item = TypeVar("Item")
@@ -49,7 +49,7 @@ def parallel(
     try:
         busy = context.RawArray("b", len(items))
         pool = ProcessPoolExecutor(processes, context, _begin, (busy,))
-        with blocked():
+        with block_signals():
             results = pool.map(partial(_noted, work), range(len(items)), items, chunksize=chunk)
     except OSError as error:
         raise UserError(

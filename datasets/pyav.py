@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgvideo.storage.paths import local
+from mgvideo.storage.paths import local_copy
 
 from .frame_table import (
     FrameTable,
@@ -36,7 +36,7 @@ class PyAV:
     def open(self, path: str, short_side: int | None = None) -> PyAVVideo:
         """See `Decoder.open`."""
         with errors_over(path):
-            check_file(path, copy := local(path))
+            check_file(path, copy := local_copy(path))
             return PyAVVideo(path, copy, short_side)
 
 

@@ -23,7 +23,7 @@ import av
 import numpy as np
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import belongs_to, is_remote, join, plain, read_bytes, relative
+from mgvideo.storage.paths import belongs_to, is_remote, join, read_bytes, relative, strip_file_scheme
 
 from .orientation import Orientation
 from .parallel import Progress, parallel, silent
@@ -116,7 +116,7 @@ def build(
     """
     if is_remote(folder):
         raise UserError(f"{folder}: build the pyramid in a local folder, and copy it there as it is")
-    place = Path(plain(folder))
+    place = Path(strip_file_scheme(folder))
     outside = next((path for path in paths if os.path.normpath(path).split(os.sep)[0] in ("", os.pardir)), None)
     if outside is not None:
         raise UserError(f"{outside} is not under {root}: a pyramid holds what is; set dataset.root to a folder above")
@@ -233,7 +233,7 @@ def _errors_over_levels(folder: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or (
-            error.filename is not None and belongs_to(error.filename, plain(folder))
+            error.filename is not None and belongs_to(error.filename, strip_file_scheme(folder))
         ):
             raise UserError(f"cannot write into {folder}: {error.strerror}; a repeat goes on") from error
         raise

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import is_remote, plain
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 # containers and raw streams that FFmpeg reads, of recorders, phones, cameras, browsers and archives
 _SUFFIXES = """
@@ -89,7 +89,7 @@ def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
     """
     if is_remote(root):
         raise UserError(f"{root}: the files of a URL cannot be listed; name them in a list file (docs/datasets)")
-    root = plain(root)
+    root = strip_file_scheme(root)
     start = os.path.join(root, top) if top else root
     scan, seen = Scan(), set()
     for folder, folders, names in os.walk(start, onerror=_refuse, followlinks=True):

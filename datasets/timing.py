@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from mgvideo.loading.requests import ClipRequest, Sample
-from mgvideo.storage.paths import local
+from mgvideo.storage.paths import local_copy
 
 from .frame_table import open_stream
 from .sampling import choose, clip_indices
@@ -110,7 +110,9 @@ class DecodeOnly:
         if self.locate is not None:
             path = self.locate(path, choice.short_side)
         with self.clock.measure("decode"), suppress(Exception):  # a bad video, which the loader beside it names
-            self.decode(local(path), lambda frames: clip_indices(request, choice, self.dataset.sampling, 0, frames))
+            self.decode(
+                local_copy(path), lambda frames: clip_indices(request, choice, self.dataset.sampling, 0, frames)
+            )
         return Sample(torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.zeros(()), request.index)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import is_remote, local
+from mgvideo.storage.paths import is_remote, local_copy
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".ckpt", ".bin", ".safetensors", ".pkl", ".npz", ".pth.tar")
 COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -186,7 +186,7 @@ def read(path: str | PathLike[str]) -> Any:
     try:
         if re.fullmatch(r"\w+_Weights\.\w+", str(path)):
             return torchvision.models.get_weight(str(path)).get_state_dict(progress=False, check_hash=True)
-        file = local(path)
+        file = local_copy(path)
         copy = f"; the copy kept of it is {file}" if is_remote(path) else ""
         if os.path.isdir(file):
             raise NotWeightsError(_folder(Path(file)))

@@ -23,7 +23,7 @@ from torch import nn
 from mgvideo import cli
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import Knobs, motion
-from mgvideo.distributed.ranks import rank
+from mgvideo.distributed.collectives import rank
 from mgvideo.distributed.signals import STOP_SIGNALS
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.optimizers import sgd
@@ -124,7 +124,7 @@ def metrics(folder: Path, key: str = "loss") -> dict[int, float]:
 
 def end_state(folder: Path) -> dict[str, object]:
     """What a run's newest checkpoint holds that must not depend on how often it was stopped: comparable by ==."""
-    newest, warnings = Checkpoints(folder / "checkpoints").newest()
+    newest, warnings = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None
     assert not warnings
     state = read_checkpoint(newest)

@@ -1,4 +1,4 @@
-"""A real web server of a folder, S3 as moto imitates it, and an iopath handler of another scheme that writes."""
+"""Remote storage for tests: a web server for a folder, moto's imitation of S3, and a writable iopath handler."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from iopath.common.file_io import PathHandler
 from moto.server import ThreadedMotoServer
 
 
-class _Files(SimpleHTTPRequestHandler):
-    asked: list[str]
+class _RequestHandler(SimpleHTTPRequestHandler):
+    requested: list[str]
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         if "cut" not in self.path:
             return super().do_GET()
-        self.send_response(200)  # and hang up before the end
+        self.send_response(200)  # announce 1000 bytes, and close the connection before the end
         self.send_header("Content-Length", "1000")
         self.end_headers()
         self.wfile.write(b"only this")
@@ -33,14 +33,14 @@ class _Files(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The address of a server of the folder, and the paths that it was asked for so far."""
-    handler = type("Files", (_Files,), {"asked": []})
+def serve_folder(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder over HTTP; yield the address and the list of paths requested so far."""
+    handler = type("RequestHandler", (_RequestHandler,), {"requested": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        yield f"http://127.0.0.1:{server.server_port}", handler.requested
     finally:
         server.shutdown()
         server.server_close()
@@ -48,8 +48,8 @@ def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @contextmanager
-def s3(bucket: str) -> Iterator[tuple[Any, dict[str, str]]]:
-    """A client of an S3 that holds an empty bucket, and the environment in which a process finds it."""
+def serve_s3(bucket: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Start an S3 server with an empty bucket; yield a client and the environment variables that name the server."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -65,7 +65,7 @@ def s3(bucket: str) -> Iterator[tuple[Any, dict[str, str]]]:
 
 
 class Bucket(PathHandler):
-    """`bucket://name` is a file in `folder`; it takes files whole, as object stores do, or not while `broken`."""
+    """`bucket://name` is a file in `folder`, written in one piece as in object stores. While `broken`, access fails."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -74,23 +74,23 @@ class Bucket(PathHandler):
     def _get_supported_prefixes(self) -> list[str]:
         return ["bucket://"]
 
-    def _place(self, path: str) -> Path:
+    def _file(self, path: str) -> Path:
         if self.broken:
-            raise ConnectionError("the bucket is out of reach")
+            raise ConnectionError("the bucket is unreachable")
         return self.folder / path.removeprefix("bucket://")
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> Any:
-        return open(self._place(path), mode)
+        return open(self._file(path), mode)
 
     def _exists(self, path: str, **_: Any) -> bool:
-        return self._place(path).exists()
+        return self._file(path).exists()
 
     def _mkdirs(self, path: str, **_: Any) -> None:
-        os.makedirs(self._place(path), exist_ok=True)
+        os.makedirs(self._file(path), exist_ok=True)
 
     def _rm(self, path: str, **_: Any) -> None:
-        self._place(path).unlink()
+        self._file(path).unlink()
 
     def _copy_from_local(self, local_path: str, dst_path: str, overwrite: bool = False, **_: Any) -> bool:
-        shutil.copyfile(local_path, self._place(dst_path))
+        shutil.copyfile(local_path, self._file(dst_path))
         return True

@@ -85,7 +85,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 def newest_checkpoint(folder: Path) -> dict:
     """Read the newest checkpoint of a run."""
-    newest, _ = Checkpoints(folder / "checkpoints").newest()
+    newest, _ = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None, f"no checkpoint in {folder}"
     return read_checkpoint(newest)
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from mgvideo.cpu.resources import available_cpus, cpu_count, run_on
-from mgvideo.distributed.ranks import limit_threads
+from mgvideo.distributed.process_group import limit_threads
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
 from mgvideo.plan.schedules import scale_lr

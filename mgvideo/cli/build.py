@@ -10,7 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.distributed.ranks import barrier, gather_objects, local_rank, rank, rank_cpus, rank_memory, world_size
+from mgvideo.distributed.collectives import barrier, gather_objects, rank, rank_cpus, rank_memory, world_size
+from mgvideo.distributed.process_group import local_rank
 from mgvideo.engine.micro_batches import clips_that_fit
 from mgvideo.engine.precision import Normalize, Precision, cudnn_warning, probe_convolutions
 from mgvideo.engine.tasks import TASKS, Task

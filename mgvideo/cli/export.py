@@ -16,7 +16,7 @@ from mgvideo.engine.precision import Normalize
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import SlowFast
 from mgvideo.plan.plan import require
-from mgvideo.storage.paths import writing
+from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
 from .schema import key
@@ -123,7 +123,7 @@ def run(options: ExportKeys, overrides: Sequence[str]) -> None:
     out = Path(str(options.out))
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     try:
-        with writing("out", out):
+        with explain_write_errors("out", out):
             out.parent.mkdir(parents=True, exist_ok=True)
             part.touch()  # fail now, not after minutes of tracing, if the folder is not writable
             export(options, overrides, part)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mgvideo.distributed.signals import received, stop_if_asked
+from mgvideo.distributed.signals import raise_if_stopped, received_signal
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan, require
@@ -142,7 +142,7 @@ class RunProgress:
 
     def seconds_left(self) -> float | None:
         """Return the seconds of training left, or None while no estimate is possible."""
-        return self.eta.left(self.last["step"]) if self.eta else None
+        return self.eta.seconds_left(self.last["step"]) if self.eta else None
 
     def __str__(self) -> str:
         if self.plan is None or self.last["step"] == 0:
@@ -180,18 +180,18 @@ def wait_for_processes(
     forwarded = False
     try:
         while any(process.poll() is None for process in processes):
-            if received() and not forwarded:
+            if received_signal() and not forwarded:
                 forwarded = True
                 for process in processes:
                     if process.poll() is None:
-                        process.send_signal(received())
+                        process.send_signal(received_signal())
             on_poll()
             time.sleep(interval_s)
     except BaseException:
         for process in processes:
             process.terminate()
         raise
-    stop_if_asked()
+    raise_if_stopped()
 
 
 def failure_reason(code: int, folder: Path) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import to_write
+from mgvideo.storage.paths import require_local_path
 
 from .values import declares_text, read_dotlist
 
@@ -40,7 +40,7 @@ def read(keys_class: type[Keys], overrides: Sequence[str]) -> Keys:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     values: Any = OmegaConf.to_object(merged)
     if getattr(values, "out", None) is not None:
-        values.out = to_write("out", values.out)
+        values.out = require_local_path("out", values.out)
     return values
 
 

@@ -25,7 +25,7 @@ from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import demand_table, plan_table
-from mgvideo.storage.paths import writing
+from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys, unset_dataset_key
@@ -80,7 +80,7 @@ def show(options: PlanKeys, cfg: DictConfig) -> None:
     if options.out is None:
         write(options, gpus, cfg, plan, sys.stdout)
         return
-    with writing("out", options.out):
+    with explain_write_errors("out", options.out):
         if options.format == "png":
             from mgvideo.plan.figure import draw_plans  # imports matplotlib
 

@@ -35,7 +35,7 @@ from mgvideo.errors import UserError
 from mgvideo.loading.loader import Loader
 from mgvideo.models.cam import class_maps, joined
 from mgvideo.plan.plan import Grid, require
-from mgvideo.storage.paths import exists, is_remote, plain
+from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
 from . import app, keys
 from .build import build_normalize, loader_options
@@ -163,7 +163,7 @@ def find_videos(words: Sequence[str]) -> dict[str, str]:
     """Map the path of each video to its name below `out`. A folder stands for all videos below it."""
     require(bool(words), "no video given: python tools/predict.py VIDEO… ckpt=PATH")
     videos: dict[str, str] = {}
-    for word in map(plain, words):
+    for word in map(strip_file_scheme, words):
         if not os.path.isdir(word):
             videos[word] = os.path.basename(word)
             continue

@@ -27,7 +27,7 @@ from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import require
-from mgvideo.storage.paths import exists, relative, writing
+from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys
@@ -153,7 +153,7 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     span = 1 if first.sampling.segments else (cfg.base.num_frames - 1) * cfg.base.frame_stride + 1
     min_frames = options.min_frames or span
     journal = f"{options.out}.part"
-    with writing("out", options.out):
+    with explain_write_errors("out", options.out):
         with ProgressLog("check") as progress:
             problems = check(
                 list(classes), min_frames, options.fully, options.processes, progress, journal, first.decoder
@@ -272,7 +272,7 @@ def write_lists(options: ListKeys, cfg: DictConfig) -> None:
     """Write `path label` lists of the files that exist, and the class names."""
     out = Path(str(options.out))
     datasets = _datasets(cfg, options.split)
-    with writing("out", out):
+    with explain_write_errors("out", out):
         out.mkdir(parents=True, exist_ok=True)
         for split, dataset in zip(SPLITS[options.split], datasets, strict=True):
             lines = _list_lines(dataset)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mgvideo.distributed.signals import Stopped, handle_signals, stop_if_asked
+from mgvideo.distributed.signals import Stopped, handle_signals, raise_if_stopped
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import read_benchmark
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
-from mgvideo.reproduce.page import page
+from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
 from mgvideo.storage.checkpoints import write_atomic
@@ -209,7 +209,7 @@ class Reproduction:
     def _run_locally(self, jobs: Sequence[Job]) -> None:
         """Run one job after the other on this machine."""
         for i, job in enumerate(jobs):
-            stop_if_asked()
+            raise_if_stopped()
             label = f"[{len(self.chosen) - len(jobs) + i + 1}/{len(self.chosen)}] {job.name}"
             try:
                 job.prepare_folder()
@@ -302,7 +302,7 @@ class Reproduction:
         )
         write_atomic(self.folder / "report.csv", results.csv().encode(errors="replace"))
         svg = [self.folder / f"{name}.svg" for name in figures]
-        write_atomic(self.folder / "report.html", page(results, svg).encode(errors="replace"))
+        write_atomic(self.folder / "report.html", render_page(results, svg).encode(errors="replace"))
 
 
 def _show_finished(line: StatusLine, jobs: Sequence[Job]) -> None:

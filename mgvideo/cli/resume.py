@@ -14,13 +14,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mgvideo import __version__
-from mgvideo.distributed.ranks import gather_objects, rank, world_size
+from mgvideo.distributed.collectives import gather_objects, rank, world_size
 from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_at_once
 from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Plan
-from mgvideo.storage.checkpoints import Checkpoints, differences, read_checkpoint
-from mgvideo.storage.paths import is_remote, plain
+from mgvideo.storage.checkpoints import Checkpoints, describe_differences, read_checkpoint
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 from mgvideo.storage.remote_output import RemoteOutput
 
 from . import app
@@ -69,7 +69,7 @@ def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOut
     warnings: list[str] = []
     restarted = cfg.train.enable and any(os.environ.get(name, "0") != "0" for name in RESTART_COUNTERS)
     if cfg.resume == "auto" or restarted:
-        newest, warnings = gather_objects(checkpoints.newest() if rank() == 0 else None)[0]
+        newest, warnings = gather_objects(checkpoints.find_newest() if rank() == 0 else None)[0]
         if newest is not None:
             return mirror.source(newest), warnings
     return (None if cfg.resume in ("auto", "never") else cfg.resume), warnings
@@ -87,7 +87,7 @@ def load_checkpoint(
             `checkpoint.strict` is true.
     """
     state, warnings = read_checkpoint(path), []
-    changes = [*differences(state["made_of"], fingerprint), *plan_differences(state["plan"], plan)]
+    changes = [*describe_differences(state["made_of"], fingerprint), *plan_differences(state["plan"], plan)]
     if changes:
         message = f"{path} has another recipe, model, dataset or plan: {'; '.join(changes)}"
         if cfg.checkpoint.strict:
@@ -98,7 +98,7 @@ def load_checkpoint(
         warnings.append(f"{message}; continuing because checkpoint.strict=false")
         if state["progress"]["step"] > plan.steps:
             warnings.append(f"{path} is from step {state['progress']['step']}, after the last step of this plan")
-    if version_changes := differences(state.get("versions", {}), versions):
+    if version_changes := describe_differences(state.get("versions", {}), versions):
         warnings.append(
             f"{path} was written by other software versions: {'; '.join(version_changes)}; "
             "results may differ from now on"
@@ -181,8 +181,8 @@ def archive_newer_checkpoints(
     if rank() != 0:
         return None
     if state is None or path is None:
-        return checkpoints.rewind(0)
-    folder = path.rpartition("/")[0] if is_remote(path) else str(Path(plain(path)).resolve().parent)
+        return checkpoints.archive_newer(0)
+    folder = path.rpartition("/")[0] if is_remote(path) else str(Path(strip_file_scheme(path)).resolve().parent)
     if folder != mirror.source(checkpoints.folder):  # the checkpoints here are from another run
-        return checkpoints.rewind(0)
-    return checkpoints.rewind(state["progress"]["step"], state["progress"].get("best_step", 0))
+        return checkpoints.archive_newer(0)
+    return checkpoints.archive_newer(state["progress"]["step"], state["progress"].get("best_step", 0))

@@ -18,9 +18,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from mgvideo.distributed.ranks import process_group, rank, world_size
+from mgvideo.distributed.collectives import rank, world_size
+from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
-from mgvideo.distributed.watchdog import LEAVING, place, report_position
+from mgvideo.distributed.watchdog import LEAVING, position, report_position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import clips_at_once, is_out_of_memory
@@ -36,7 +37,7 @@ from mgvideo.plan.table import plan_table
 from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder, write_atomic
 from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
-from mgvideo.tracking.report import Report, hardware
+from mgvideo.tracking.report import Report, describe_hardware
 from mgvideo.tracking.run_logger import RunLogger
 
 from . import app
@@ -86,14 +87,17 @@ def run(cfg: DictConfig) -> None:
         precision = choose_precision(cfg.precision, device)
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
-        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, written=mirror.push)
+        checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
         with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, load_init_from=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
-            checkpoints.made_of, checkpoints.versions = resume_fingerprint(cfg, data, precision), software_versions()
+            checkpoints.fingerprint, checkpoints.versions = (
+                resume_fingerprint(cfg, data, precision),
+                software_versions(),
+            )
             state, differences = (
-                load_checkpoint(cfg, path, checkpoints.made_of, checkpoints.versions, plan) if path else (None, [])
+                load_checkpoint(cfg, path, checkpoints.fingerprint, checkpoints.versions, plan) if path else (None, [])
             )
             write_run_files(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
@@ -113,7 +117,7 @@ def run(cfg: DictConfig) -> None:
                     logger.print_line(f"warning: {archive_message}")
                 defer_signals()
                 if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
-                    trainer.progress.begins(hardware(device), str(precision))
+                    trainer.progress.begins(describe_hardware(device), str(precision))
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
@@ -188,7 +192,7 @@ def _explain_torch_error(error: Exception) -> Exception:
     """Return a UserError for an error of torch that a config key avoids, otherwise the error itself."""
     if is_out_of_memory(error):
         return UserError(
-            f"out of memory {place()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
+            f"out of memory {position()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
         )
     text = str(error).splitlines()[0] if str(error) else ""
     if "use_deterministic_algorithms" in text:
@@ -296,7 +300,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
 
     def on_progress(done: int, total: int, is_waiting: bool) -> None:
         report_progress(done, total, is_waiting)
-        logger.tested(done, total)
+        logger.show_test_progress(done, total)
 
     result = evaluator(trainer.model, views, on_progress)
     report_position("after the test")
@@ -305,7 +309,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
     if rank() != 0:
         return
     if result.failures:
-        logger.failures(trainer.progress.step, result.failures)
+        logger.log_failures(trainer.progress.step, result.failures)
     record_test(trainer, data, logger, result, metrics)
     choices: Any = HydraConfig.get().runtime.choices
     report = Report(

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import cost
 from mgvideo.plan.plan import Plan
-from mgvideo.reproduce.tables import Cell, Preset, ResultTable, presets_of, read_preset, read_table
+from mgvideo.reproduce.tables import Cell, Preset, ResultTable, preset_names, read_preset, read_table
 
 from . import app
 from .build import build_plan
@@ -47,7 +47,7 @@ def _load(kind: str, folder: str, name: str) -> Any:
 
 def presets_by_table() -> dict[str, list[str]]:
     """Return the presets of each table."""
-    return {name: presets_of(_load("table", FOLDER, name), name) for name in _files(FOLDER)}
+    return {name: preset_names(_load("table", FOLDER, name), name) for name in _files(FOLDER)}
 
 
 def load_table(name: str, preset: str) -> ResultTable:

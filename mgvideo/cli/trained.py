@@ -22,7 +22,7 @@ from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
 from mgvideo.models.weights_file import read
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
-from mgvideo.storage.paths import is_remote, plain
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 from . import app
 from . import keys as program_keys
@@ -90,7 +90,7 @@ def locate(ckpt: str | None) -> tuple[str, Path | None]:
         raise UserError("ckpt is not set: add ckpt=PATH to the command, a checkpoint or a run's folder")
     if is_remote(ckpt):  # no search for a config beside it: not every server lists files
         return ckpt, None
-    path = Path(plain(ckpt)).expanduser()
+    path = Path(strip_file_scheme(ckpt)).expanduser()
     if path.is_dir():
         path = _checkpoint_in(path)
     elif not path.exists():
@@ -105,7 +105,7 @@ def _checkpoint_in(folder: Path) -> Path:
     """Return a run's best checkpoint, or else its newest."""
     subfolder = folder / "checkpoints"
     checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
-    checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.newest()
+    checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if checkpoint is None:

@@ -1,1 +1,1 @@
-"""Starting and joining ranks, collective operations, the watchdog and signals."""
+"""Start ranks and join their process group; collective operations, the watchdog and signals."""

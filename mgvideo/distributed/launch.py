@@ -1,4 +1,4 @@
-"""What a launcher, torchrun or srun, says to a process: which of how many ranks it is, where they meet, its GPU."""
+"""Read what the launcher, torchrun or srun, sets in the environment, and choose the GPU of each rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from mgvideo.errors import UserError
 
 
 def ranks_from_slurm() -> None:
-    """Set the variables that torchrun would set, where srun started several processes and torchrun did not.
+    """Set torchrun's environment variables from srun's, if srun without torchrun started several processes.
+
+    MASTER_ADDR and MASTER_PORT keep values that are already set.
 
     Raises:
-        UserError: some of srun's variables did not reach this process, as from outside a container.
+        UserError: some of srun's variables are not set, as in a container that does not pass them on.
     """
     env = os.environ
     tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
@@ -33,53 +35,54 @@ def ranks_from_slurm() -> None:
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = first_host(env["SLURM_STEP_NODELIST"])
     if "MASTER_PORT" not in env:
-        # the same on all ranks, another for each job and step, below the ports that systems hand out
+        # the same port on all ranks, different for each job and step, and below the usual range of ephemeral ports
         env["MASTER_PORT"] = str(12000 + (int(env["SLURM_JOB_ID"]) + 101 * int(env.get("SLURM_STEP_ID", "0"))) % 20000)
     env["WORLD_SIZE"], env["RANK"] = tasks, env["SLURM_PROCID"]
     env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(len(env["SLURM_GTIDS"].split(",")))
 
 
 def _in_interactive_shell(env: Mapping[str, str]) -> bool:
-    """Whether a person typed this command into a shell of `srun --pty`, whose other tasks will never join it.
+    """Whether a user typed this command into a shell of `srun --pty`; srun's other tasks then never join it.
 
-    A shell with job control puts each command into a process group of its own; srun's tasks, and what scripts start,
-    are in the group of the terminal's session.
+    A shell with job control gives each command a process group of its own. srun's tasks, and commands in scripts, stay
+    in the process group of the terminal's session leader.
     """
     return "SLURM_PTY_PORT" in env and env.get("SLURM_PROCID") == "0" and os.getpgrp() != os.getsid(0)
 
 
 def first_host(hosts: str) -> str:
-    """The first name of SLURM's list of hosts: `a[03-05,9]-x,b` is `a03-x` and others."""
+    """Return the first name in SLURM's list of hosts: `a03-x` for `a[03-05,9]-x,b`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0]) if first else hosts
 
 
 def launched_number(name: str, default: str | None = None) -> int:
-    """A number that the launcher sets in the environment. Raises UserError."""
+    """Return an integer that the launcher sets in the environment. Raises UserError if it is missing or no integer."""
     text = os.environ.get(name, default)
     if text is None or not text.isdecimal():
         raise UserError(
-            f"{name}{'' if text is None else f'={text}'}: torchrun or srun sets it, and without them so must you: RANK "
-            "from 0 below WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; or leave all of them out for one process"
+            f"{name}{'' if text is None else f'={text}'}: torchrun or srun sets it; without them, set RANK from 0 to "
+            "WORLD_SIZE - 1, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too, or unset all of them for one process"
         )
     return int(text)
 
 
 def visible_gpus() -> list[str]:
-    """Identifiers of the GPUs that this process sees, the same in all processes that see them."""
+    """Return the UUIDs of the GPUs that are visible to this process. They are the same in all processes."""
     if not torch.cuda.is_available():
         return []
     return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
 def choose_gpu(rank: int, visible: Sequence[Sequence[str]]) -> int | None:
-    """Which of the GPUs that it sees a rank takes, given what each rank sees; None where no rank sees one.
+    """Return the index of a rank's GPU among its visible ones, from the UUIDs visible to each rank; None without GPUs.
 
-    In the order of ranks, each takes the first GPU that no rank before it took. So ranks that see all GPUs of a node
-    take one each by their number there, and a rank that sees one GPU takes that one, as with srun's --gpus-per-task.
+    In the order of ranks, each takes its first visible GPU that no earlier rank took. So where all GPUs of a node are
+    visible to all its ranks, each takes the GPU of its local rank; where one is visible to each, as with srun's
+    --gpus-per-task=1, each takes that one.
 
     Raises:
-        UserError: a rank is left without a GPU, the same one on all ranks.
+        UserError: a rank is left without a GPU; the message is the same on all ranks.
     """
     if not any(visible):
         return None
@@ -88,10 +91,10 @@ def choose_gpu(rank: int, visible: Sequence[Sequence[str]]) -> int | None:
     for number, gpus in enumerate(visible):
         free = [index for index, gpu in enumerate(gpus) if gpu not in taken]
         if not free:
-            seen = f"the {len(gpus)} that it sees are taken by ranks before it" if gpus else "it sees none"
+            reason = f"earlier ranks took the {len(gpus)} that are visible to it" if gpus else "none is visible to it"
             raise UserError(
-                f"rank {number} has no GPU of its own: {seen}. Start as many processes a node as it has GPUs, and let "
-                "each see all of them (srun --gpus-per-node) or one of its own (--gpus-per-task=1)"
+                f"rank {number} has no GPU of its own: {reason}. Start one process for each GPU of a node, and make "
+                "visible to each process all of them (srun --gpus-per-node) or one of its own (--gpus-per-task=1)"
             )
         taken.add(gpus[free[0]])
         choices.append(free[0])

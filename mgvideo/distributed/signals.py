@@ -1,4 +1,7 @@
-"""Being asked to stop: by a scheduler, by a person, and what SLURM expects of a job that leaves."""
+"""Handle the signals that stop a run, and requeue its SLURM job.
+
+The first stop signal that this process receives is process-wide state, held by `_StopSignal`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from multiprocessing import resource_tracker
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_REPEAT_WINDOW_S = 1.0  # seconds in which a second Ctrl-C is the same one, passed on by a launcher
+_REPEAT_WINDOW_S = 1.0  # a second Ctrl-C within this time is the first one again, forwarded by a launcher
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and all that it did is on disk; the exit code is the shell's for that signal."""
+    """A signal stopped the run, and everything that the run did is on disk. Exit code: 128 + signal, as shells use."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -25,95 +28,103 @@ class Stopped(SystemExit):
         self.name = signal.Signals(number).name
 
 
-class _State:
-    received = 0  # the first signal that asked
-    at = 0.0
-    deferred = False
+class _StopSignal:
+    number = 0  # the first stop signal that this process received; 0: none
+    received_at = 0.0  # time.monotonic()
+    deferred = False  # the handler only records a signal, and does not raise Stopped
 
 
-def received() -> int:
-    """The signal that asked this process to stop, 0 where none did."""
-    return _State.received
+def received_signal() -> int:
+    """Return the first stop signal that this process received, 0 if none."""
+    return _StopSignal.number
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
-    if _State.received:
-        if number == signal.SIGINT and now - _State.at > _REPEAT_WINDOW_S:
+    if _StopSignal.number:
+        if number == signal.SIGINT and now - _StopSignal.received_at > _REPEAT_WINDOW_S:
             os._exit(128 + number)
         return
-    _State.received, _State.at = number, now
-    if not _State.deferred:
+    _StopSignal.number, _StopSignal.received_at = number, now
+    if not _StopSignal.deferred:
         raise Stopped(number)
     if number == signal.SIGINT:
-        os.write(2, b"\nfinishing the step and writing a checkpoint; Ctrl-C again leaves at once\n")
+        os.write(2, b"\nfinishing the step and writing a checkpoint; press Ctrl-C again to exit at once\n")
 
 
 def record_early_signals() -> None:
-    """Keep in mind until `listening` what a scheduler asks: by default its signals would end this process."""
-    _State.deferred = True
+    """Record stop signals until `handle_signals` starts: their default action would kill this process.
+
+    SIGINT keeps its default action, so that Ctrl-C ends a program that has not started its work.
+    """
+    _StopSignal.deferred = True
     for number in STOP_SIGNALS:
-        if number != signal.SIGINT:  # a person may end what has not begun
+        if number != signal.SIGINT:
             signal.signal(number, _handle)
 
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Inside, the signals of `ASKING` show in `received()`; from `heed` to `defer` they raise Stopped at any place."""
-    _State.deferred = True
-    before = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
+    """Inside, record `STOP_SIGNALS` for `received_signal()`.
+
+    From `raise_on_signal()` to `defer_signals()` they also raise Stopped, at any point of the main thread.
+    """
+    _StopSignal.deferred = True
+    previous_handlers = {number: signal.signal(number, _handle) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
-        _State.received, _State.deferred = 0, False
+        _StopSignal.number, _StopSignal.deferred = 0, False
 
 
 def raise_on_signal() -> None:
-    """From here to `defer` a signal raises Stopped wherever the process is; here, where one came before."""
-    _State.deferred = False
-    stop_if_asked()
+    """Let a signal raise Stopped at any point until `defer_signals()`; raise it now if one was received before."""
+    _StopSignal.deferred = False
+    raise_if_stopped()
 
 
 def defer_signals() -> None:
-    """From here to the end of `listening` a signal only shows in `received()`.
+    """Only record signals from here on, until `raise_on_signal()` or the end of `handle_signals`.
 
-    What a handler raises may be lost in a callback, cut a step, or cut the report of an error.
+    An exception from a signal handler may be lost in a callback, interrupt a training step, or interrupt the report of
+    an error.
     """
-    _State.deferred = True
+    _StopSignal.deferred = True
 
 
-def stop_if_asked() -> None:
-    """Raise Stopped where a signal asked for it: for loops that have nothing to save."""
-    if _State.received:
-        raise Stopped(_State.received)
+def raise_if_stopped() -> None:
+    """Raise Stopped if this process received a stop signal. For loops that have nothing to save."""
+    if _StopSignal.number:
+        raise Stopped(_StopSignal.number)
 
 
 @contextmanager
-def blocked() -> Iterator[None]:
-    """Block the signals of `ASKING` in this thread: processes started inside inherit that and never receive them.
+def block_signals() -> Iterator[None]:
+    """Block `STOP_SIGNALS` in this thread, so that processes started inside inherit the mask and never receive them.
 
-    A terminal sends Ctrl-C to workers too. They stay until the parent process ends them, or ends itself.
+    A terminal sends Ctrl-C to worker processes too. Workers run until the parent process ends them or exits.
     """
-    resource_tracker.ensure_running()  # before Python 3.12 its start unblocks SIGINT and SIGTERM, so it comes first
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()  # start it first: before Python 3.12 its start unblocks SIGINT and SIGTERM
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
 
 
 def requeue(number: int) -> None:
-    """Put this SLURM job back into the queue where that is left to us.
+    """Put this SLURM job back into the queue after signal `number`, if SLURM does not do so itself.
 
-    A job that is cancelled, or that the scheduler itself puts back, counts as running no more; one that runs and was
-    asked to stop (before its time limit, or to be preempted) would otherwise be over.
+    SLURM sends a signal to a running job before its time limit or before preemption; the job would then end for good.
+    It is requeued only in state RUNNING: a job that is cancelled, or that the scheduler requeues, has another state.
+    After SIGINT nothing is requeued.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or number == signal.SIGINT:
         return
-    if "SLURM_ARRAY_TASK_ID" in os.environ:  # a bare id may name a whole array
+    if "SLURM_ARRAY_TASK_ID" in os.environ:  # SLURM_JOB_ID may stand for the whole array
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         command = ["scontrol", "-o", "show", "job", job]

@@ -1,7 +1,10 @@
-"""Ranks that watch each other: one that fails, vanishes or hangs ends all, and all say which failed first, and where.
+"""A watchdog thread on every rank: when a rank fails, dies or hangs, all ranks exit and name the first failure.
 
-Every rank tells the rendezvous' store once a second where it is, and looks there for a failure and at the next rank, in
-a thread of its own. So a dead rank is noticed on any backend, long before a collective operation times out.
+Once a second every rank's watchdog writes a heartbeat to the rendezvous store, with the position of its main thread.
+It then checks the store for a failure, and checks the heartbeat of the next rank. So all ranks notice a dead rank on
+any backend, long before a collective operation times out.
+
+The position of the main thread is process-wide state, held by the module variable `_position`.
 """
 
 from __future__ import annotations
@@ -18,22 +21,20 @@ import torch.distributed as dist
 
 from mgvideo.errors import UserError
 
-from .signals import Stopped, received
+from .signals import Stopped, received_signal
 
-# all counted in looks, a second apart, so that a job that SLURM suspended finds nobody missing when it goes on
-MAX_SILENT_HEARTBEATS = 10  # looks at a rank that tells nothing new, until it counts as gone
-MAX_SILENT_HEARTBEATS_AFTER_FAILURE = 4  # the same, where a collective operation has failed already
-EXIT_GRACE_HEARTBEATS = 8  # looks that the main thread has to raise, before the process ends under it
-STUCK_TIMEOUT_S = (
-    60.0  # seconds, for all that: how long a failed collective operation waits for looks to tell whose fault it is
-)
+# Limits count heartbeats, one a second, and not time: after SLURM suspends and resumes a job, no rank counts as dead.
+MAX_SILENT_HEARTBEATS = 10  # heartbeats of this rank without a new one of the next rank, until that rank counts as dead
+MAX_SILENT_HEARTBEATS_AFTER_FAILURE = 4  # the same limit after a collective operation failed
+EXIT_GRACE_HEARTBEATS = 8  # after a failure: heartbeats until the watchdog exits the process under its main thread
+STUCK_TIMEOUT_S = 60.0  # upper limit for waiting, after a failed collective operation, for heartbeats to name the cause
 
-LEAVING = "on its way out, as it was asked to"  # a place, which rank 0 may be at for long: it has a checkpoint to write
+LEAVING = "stopping after a signal"  # a position. Rank 0 may stay there for long, since it writes a checkpoint
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What went wrong first, on which rank, and where that was in the run."""
+    """The first failure of a run: the rank, the position of its main thread, and the error message."""
 
     rank: int
     where: str
@@ -44,137 +45,155 @@ class RankFailure:
 
 
 class RankError(Exception):
-    """Another rank failed, and therefore this one ends."""
+    """Another rank failed, so this one ends."""
 
 
 @dataclass
 class _Position:
     where: str = "before the first step"
-    order: tuple[int, ...] = (-1,)  # step, and what of it
-    limit: float | None = None  # seconds that this may take
-    looks: int = 0  # since the main thread came here
+    order: tuple[int, ...] = (-1,)  # (step, part of the step, …)
+    limit: float | None = None  # heartbeats (about seconds) that the main thread may stay here; None: no limit
+    heartbeats: int = 0  # since the main thread reported this position
 
 
-_place = _Position()
+_position = _Position()
 
 
 def report_position(where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -> None:
-    """Note where the main thread is, and in how many seconds it should be elsewhere (None: whenever).
+    """Set the position of the main thread.
 
-    The order, (step, part of the step, …), tells who of several waiting ranks the others are waiting for.
+    Args:
+        where: the position in words, for error messages.
+        order: (step, part of the step, …); the ranks with the smallest order hold up the others.
+        limit: seconds in which the main thread should report another position; None for no limit.
     """
-    global _place
-    _place = _Position(where, order, limit)
+    global _position
+    _position = _Position(where, order, limit)
 
 
-def place() -> str:
-    """Where the main thread is, as it reported by `at`."""
-    return _place.where
+def position() -> str:
+    """Return the position of the main thread, in the words given to `report_position`."""
+    return _position.where
 
 
 class Watchdog(threading.Thread):
-    """This rank's thread. `store` is the rendezvous' (a client of our own: the main thread may wait in its)."""
+    """The watchdog thread of this rank.
+
+    `store` is a client of the rendezvous store for this thread alone: the main thread may block in its own client.
+    `failure` is the first failure of the run, None before there is one.
+    """
 
     def __init__(self, store: dist.Store, rank: int, size: int) -> None:
-        super().__init__(name="watch", daemon=True)
-        self.store = dist.PrefixStore("watch", store)
+        super().__init__(name="watchdog", daemon=True)
+        self.store = dist.PrefixStore("watchdog", store)
         self.rank, self.size = rank, size
         self.failure: RankFailure | None = None
         self._done = threading.Event()
-        self._suspicious = False
-        self._looks = 0
-        self._next: tuple[str, int] = ("", 0)  # what the next rank told, and in how many looks nothing else
+        self._collective_failed = False
+        self._heartbeats = 0
+        self._next_rank: tuple[str, int] = ("", 0)  # its last heartbeat, and for how many of ours it has not changed
 
     def start(self) -> None:
-        """Be known to the others at once, however soon this rank dies."""
-        self._look()
+        """Write the first heartbeat at once, so that the other ranks notice even an early death, and start."""
+        self._check_heartbeats()
         super().start()
 
     def run(self) -> None:
-        """Look once a second until `stop`."""
+        """Check heartbeats each second until `stop`; after a failure, exit the process unless its main thread does."""
         grace = EXIT_GRACE_HEARTBEATS
         while not self._done.wait(1.0):
             if self.failure is None:
                 try:
-                    self._look()
-                except (RuntimeError, ValueError) as error:  # the store is where rank 0, or torchrun, was
-                    self.failure = RankFailure(0, "no longer there", f"the rendezvous does not answer ({_line(error)})")
+                    self._check_heartbeats()
+                except (RuntimeError, ValueError) as error:  # rank 0, or torchrun, holds the store
+                    text = f"the rendezvous store does not answer ({_first_line(error)})"
+                    self.failure = RankFailure(0, "unreachable", text)
             elif grace == 0:
                 print(f"error (rank {self.rank}): {self.failure}", file=sys.stderr, flush=True)
                 os._exit(1)
             else:
                 grace -= 1
 
-    def _look(self) -> None:
-        place = _place
-        place.looks += 1
-        self._looks += 1
-        told = [self._looks, place.where, place.order, place.limit, place.looks]
-        self.store.set(f"rank{self.rank}", json.dumps(told))
+    def _check_heartbeats(self) -> None:
+        """Write this rank's heartbeat, then check for a posted failure, for a dead next rank and for a hanging rank."""
+        current = _position
+        current.heartbeats += 1
+        self._heartbeats += 1
+        heartbeat = [self._heartbeats, current.where, current.order, current.limit, current.heartbeats]
+        self.store.set(f"rank{self.rank}", json.dumps(heartbeat))
         if self.store.check(["failure"]):
             self.failure = RankFailure(**json.loads(self.store.get("failure")))
             return
-        self._look_at_next()
-        if place.limit is not None and place.looks > place.limit:
-            self._find_hanging()
+        self._check_next_rank()
+        if current.limit is not None and current.heartbeats > current.limit:
+            self._find_hanging_rank()
 
-    def _find_hanging(self) -> None:
-        """Post the rank that is furthest behind, unless it came there lately or what it does may take its time."""
+    def _find_hanging_rank(self) -> None:
+        """Post a failure of the rank that is furthest behind, if it has exceeded the limit of its position."""
         keys = [f"rank{r}" for r in range(self.size)]
         if not self.store.check(keys):
             return
-        places = [json.loads(told) for told in self.store.multi_get(keys)]
-        least = min(order for _, _, order, *_ in places)
-        last = [r for r, (_, _, order, *_) in enumerate(places) if order == least]
-        if any(limit is None or looks <= limit for *_, limit, looks in (places[r] for r in last)):
+        heartbeats = [json.loads(text) for text in self.store.multi_get(keys)]
+        least = min(order for _, _, order, *_ in heartbeats)
+        behind = [r for r, (_, _, order, *_) in enumerate(heartbeats) if order == least]
+        if any(limit is None or count <= limit for *_, limit, count in (heartbeats[r] for r in behind)):
             return
-        others = f", or rank {', '.join(map(str, last[1:]))}," if len(last) > 1 else ""
-        _, where, _, limit, _ = places[last[0]]
-        self.post(RankFailure(last[0], where, f"it{others} hangs: nothing has happened for {limit:g} s (hang_timeout)"))
+        others = f", or rank {', '.join(map(str, behind[1:]))}," if len(behind) > 1 else ""
+        _, where, _, limit, _ = heartbeats[behind[0]]
+        text = f"it{others} hangs: nothing has happened for {limit:g} s (hang_timeout)"
+        self.post(RankFailure(behind[0], where, text))
 
-    def _look_at_next(self) -> None:
+    def _check_next_rank(self) -> None:
+        """Post a failure of the next rank if its heartbeat has not changed for too long."""
         key = f"rank{(self.rank + 1) % self.size}"
-        told = self.store.get(key).decode() if self.store.check([key]) else ""
-        if told != self._next[0] or not told or json.loads(told)[0] < 0:
-            self._next = (told, 0)
+        heartbeat = self.store.get(key).decode() if self.store.check([key]) else ""
+        ended = bool(heartbeat) and json.loads(heartbeat)[0] < 0
+        if heartbeat != self._next_rank[0] or not heartbeat or ended:
+            self._next_rank = (heartbeat, 0)
             return
-        self._next = (told, self._next[1] + 1)
-        if self._next[1] >= (MAX_SILENT_HEARTBEATS_AFTER_FAILURE if self._suspicious else MAX_SILENT_HEARTBEATS):
-            text = "it is gone without a word: killed, out of memory, or its node is lost?"
-            self.post(RankFailure((self.rank + 1) % self.size, json.loads(told)[1], text))
+        self._next_rank = (heartbeat, self._next_rank[1] + 1)
+        limit = MAX_SILENT_HEARTBEATS_AFTER_FAILURE if self._collective_failed else MAX_SILENT_HEARTBEATS
+        if self._next_rank[1] >= limit:
+            text = "it stopped sending heartbeats: was it killed, out of memory, or on a lost node?"
+            self.post(RankFailure((self.rank + 1) % self.size, json.loads(heartbeat)[1], text))
 
     def post(self, failure: RankFailure) -> RankFailure:
-        """Make a failure known; the one that was first comes back."""
+        """Publish a failure to all ranks; returns the failure that was published first."""
         first = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
         self.failure = RankFailure(**json.loads(first))
         return self.failure
 
     def leaves(self, rank: int) -> bool:
-        """Whether a rank has told that it is on its way out."""
+        """Whether the position of a rank is `LEAVING`."""
         key = f"rank{rank}"
         return self.store.check([key]) and json.loads(self.store.get(key))[1] == LEAVING
 
     def explain(self, error: BaseException) -> BaseException:
-        """What to raise for what the main thread raised: itself, or what another rank failed of before."""
+        """Return the exception to raise in place of the main thread's: itself, or another rank's earlier failure."""
         if isinstance(error, Stopped):
             return error
-        if _of_others(error):
-            self._suspicious = True
-            enough, deadline = self._looks + 3 * MAX_SILENT_HEARTBEATS_AFTER_FAILURE, time.monotonic() + STUCK_TIMEOUT_S
-            while self.failure is None and self._looks < enough and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if self.failure is None and received():
-                return Stopped(received())  # the others were asked to stop as well, and were faster
+        if _caused_by_other_rank(error):
+            self._collective_failed = True
+            self._wait_for_failure()
+            if self.failure is None and received_signal():
+                return Stopped(received_signal())  # the others received a signal too, and left earlier
         first = self.failure
         if first is None:
             with suppress(RuntimeError):
-                first = self.post(RankFailure(self.rank, _place.where, f"{_kind(error)}{_line(error)}"))
+                first = self.post(RankFailure(self.rank, _position.where, f"{_kind(error)}{_first_line(error)}"))
         if first is None or first.rank == self.rank:
             return error
         return RankError(str(first))
 
+    def _wait_for_failure(self) -> None:
+        """Wait until `failure` is known, for a limited number of heartbeats and a limited time."""
+        last = self._heartbeats + 3 * MAX_SILENT_HEARTBEATS_AFTER_FAILURE
+        deadline = time.monotonic() + STUCK_TIMEOUT_S
+        while self.failure is None and self._heartbeats < last and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def stop(self, failed: bool) -> None:
-        """End the thread; after a failure late enough for the other ranks to read of it."""
+        """End the thread. After a failure, first give the other ranks time to read it."""
         if failed:
             time.sleep(3)
         self._done.set()
@@ -183,8 +202,8 @@ class Watchdog(threading.Thread):
             self.store.set(f"rank{self.rank}", json.dumps([-1, "after the end", (sys.maxsize,), None, 0]))
 
 
-def _of_others(error: BaseException) -> bool:
-    """Whether an error only says that another rank does not answer."""
+def _caused_by_other_rank(error: BaseException) -> bool:
+    """Whether an error only shows that another rank does not respond."""
     words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "NCCL", "ProcessGroup")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -192,8 +211,9 @@ def _of_others(error: BaseException) -> bool:
 
 
 def _kind(error: BaseException) -> str:
+    """Return the prefix that names an error's type; a UserError needs none."""
     return "" if isinstance(error, UserError) else f"{type(error).__name__}: "
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mgvideo.distributed.ranks import all_reduce, bn_process_group, gather_objects, rank, world_size
-from mgvideo.distributed.signals import stop_if_asked
+from mgvideo.distributed.collectives import all_reduce, bn_process_group, gather_objects, rank, world_size
+from mgvideo.distributed.signals import raise_if_stopped
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_of
 from mgvideo.loading.loader import Batch, Loader
@@ -74,7 +74,7 @@ class Evaluator:
         beat(0, len(steps), True)
         with torch.no_grad():
             for step, batch in enumerate(self.loader.open(requests, steps)):
-                stop_if_asked()
+                raise_if_stopped()
                 beat(step, len(steps), False)
                 indices = batch.indices.to(device, non_blocking=True)
                 if self.task.reduce == "sum":
@@ -136,7 +136,7 @@ def precise_bn(
     with torch.no_grad(), deferred_running_stats(model, momentum=1.0):
         beat(0, batches, True)
         for done, batch in enumerate(loader.open(requests, range(batches))):
-            stop_if_asked()
+            raise_if_stopped()
             shard = batch.shard
             assert shard is not None, "the sampler's batches carry their shard"
             group, seed = bn_process_group(len(shard.ranks)), random_seed(sampler.seed, Stream.DROPOUT, done)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgvideo.distributed.ranks import gather_objects, rank
+from mgvideo.distributed.collectives import gather_objects, rank
 from mgvideo.loading.requests import DecodeFailure
 
 

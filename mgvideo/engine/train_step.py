@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mgvideo.distributed.ranks import bn_process_group, world_size
+from mgvideo.distributed.collectives import bn_process_group, world_size
 from mgvideo.layers.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_of
 from mgvideo.loading.loader import Batch

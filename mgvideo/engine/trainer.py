@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mgvideo.distributed.ranks import RequestSync, barrier, gather_objects, rank, world_size
-from mgvideo.distributed.signals import Stopped, received
+from mgvideo.distributed.collectives import RequestSync, barrier, gather_objects, rank, world_size
+from mgvideo.distributed.signals import Stopped, received_signal
 from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Batch, Loader
@@ -91,7 +91,9 @@ class Trainer:
         )  # fmt: skip
         self.votes = RequestSync(self._requested_action)
         self.saved = time.monotonic()
-        self.not_validated: set[DecodeFailure] = set(monitor.listed)  # named once, however often validation meets them
+        self.not_validated: set[DecodeFailure] = set(
+            monitor.listed_failures
+        )  # named once, however often validation meets them
         self.window = RunningMetrics()
         self._window_state: dict[str, Any] | None = None
         self.profiler = Profiler(monitor.folder / "profile", options.profile)
@@ -159,7 +161,7 @@ class Trainer:
             if phase is not self.plan.phase(step):
                 phase = self.plan.phase(step)
                 if step == phase.steps[0]:
-                    self.monitor.clips(step, self.plan.phases.index(phase), batch.clips)
+                    self.monitor.log_clips(step, self.plan.phases.index(phase), batch.clips)
             self.step(step, batch)
             done = self.progress.step = step + 1
             wish = self.votes.wait()
@@ -178,7 +180,7 @@ class Trainer:
 
     def _requested_action(self) -> int:
         """What this rank asks for after the step: nothing, a checkpoint, or to stop."""
-        if received():
+        if received_signal():
             return _STOP
         minutes = self.options.checkpoint_minutes
         return _SAVE if minutes and rank() == 0 and time.monotonic() - self.saved > 60 * minutes else _NOTHING
@@ -187,7 +189,7 @@ class Trainer:
         self.monitor.stop_progress()
         self.checkpoints.wait()
         barrier()  # launchers end the others when one has left, rank 0 as it writes too
-        raise Stopped(received() or signal.SIGTERM)
+        raise Stopped(received_signal() or signal.SIGTERM)
 
     def _at(self, step: int, doing: str, part: int, watched: bool) -> None:
         """Tell the other ranks where this one is."""
@@ -246,7 +248,7 @@ class Trainer:
         index = self.plan.phases.index(phase)
         self.monitor.eta.add(index, elapsed, window.steps)
         cuda = self.device.type == "cuda"
-        self.monitor.train(
+        self.monitor.log_train_step(
             {
                 "step": step,
                 "epoch": round(self.plan.epoch(step), 4),
@@ -264,7 +266,7 @@ class Trainer:
             }
         )
         if failures:
-            self.monitor.failures(step, failures)
+            self.monitor.log_failures(step, failures)
         clips, bad = self.progress.clips, self.progress.bad
         if clips >= 100 and bad > self.options.max_bad_fraction * clips:
             raise UserError(
@@ -282,10 +284,10 @@ class Trainer:
         result = evaluator(self.model, views, self.report_progress("validating", -2))
         report_position(f"after step {step}, recording its evaluation", (step, -1))
         metrics = self.task.metrics(result.scores, result.labels)
-        self.monitor.validation(step, self.progress.seconds, metrics)
+        self.monitor.log_validation(step, self.progress.seconds, metrics)
         new = [failure for failure in result.failures if failure not in self.not_validated]
         if new:
-            self.monitor.failures(step, new)
+            self.monitor.log_failures(step, new)
             self.not_validated.update(new)
         best = metrics[self.task.best] > self.progress.best
         if best:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mgvideo.cpu.resources import available_cpus
-from mgvideo.distributed.signals import Stopped, received
+from mgvideo.distributed.signals import Stopped, received_signal
 from mgvideo.errors import UserError
 from mgvideo.plan.shards import BatchShard
 
@@ -170,8 +170,8 @@ def explain_dead_worker(error: Exception) -> BaseException:
     raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
     fetching = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_in_worker
     if reported or fetching:
-        if received():
-            return Stopped(received())
+        if received_signal():
+            return Stopped(received_signal())
         if "Bus error" in text or workers.killed_by(signal.SIGBUS):
             return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
         when = text or "as it sent a batch"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgvideo.cpu.resources import machine_id
-from mgvideo.distributed.ranks import gather_objects
+from mgvideo.distributed.collectives import gather_objects
 from mgvideo.errors import UserError
 
 FOLDER = Path("/dev/shm")

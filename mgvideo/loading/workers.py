@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
 from mgvideo.cpu.resources import run_on
-from mgvideo.distributed.signals import blocked
+from mgvideo.distributed.signals import block_signals
 from mgvideo.errors import UserError
 
 # torch is imported where a worker needs it: the server starts while a program still imports its own
@@ -65,7 +65,7 @@ def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
     before = dict(os.environ)
     os.environ.update(paths)
     try:
-        with blocked():
+        with block_signals():
             forkserver.ensure_running()
     finally:
         for name in paths:
@@ -85,7 +85,7 @@ def starting() -> Iterator[list[BaseProcess]]:
         started: list[BaseProcess] = []
         gc.freeze()
         try:
-            with blocked():
+            with block_signals():
                 yield started
         finally:
             gc.unfreeze()
@@ -112,7 +112,7 @@ def begin(idle: bool, cpus: frozenset[int], _: int) -> None:
 
     from mgvideo.cpu.memory import keep_freed_memory
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `blocked`, should a library unblock it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `block_signals`, should a library unblock it
     run_on(cpus)
     if idle:
         with suppress(OSError):  # some sandboxes refuse it

@@ -1,1 +1,1 @@
-"""Tables of experiments: cells, results and figures."""
+"""Tables of experiments: their cells, results and figures."""

@@ -1,4 +1,4 @@
-"""A table of results as one page that needs nothing beside it: style and figures are inside, for light and for dark."""
+"""Results as a self-contained HTML page with inline style and figures, in a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -37,43 +37,44 @@ figure { margin: 2rem 0; } figure svg { width: 100%; max-width: 52rem; height: a
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif !important; }
 ul { color: var(--soft); font-size: .9rem; padding-left: 1.2rem; }
 """
-WORDS = ("row", "cell", "on", "published")
+TEXT_COLUMNS = ("row", "cell", "on", "published")
 
 
-def page(results: Results, figures: Sequence[Path]) -> str:
-    """report.html, with these SVG files inside."""
+def render_page(results: Results, figures: Sequence[Path]) -> str:
+    """Return report.html with the given SVG files inline."""
     table = results.table
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in results.facts())
     notes = "".join(f"<li>{escape(note)}</li>" for note in results.notes())
-    drawn = "".join(f"<figure>{_inline(path)}</figure>" for path in figures)
+    figure_html = "".join(f"<figure>{_inline(path)}</figure>" for path in figures)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(table.title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
         f'<h1>{escape(table.title)}</h1>\n<p class="about">{escape(table.about)}</p>\n<dl>{facts}</dl>\n'
-        f"<pre>{escape(results.command)}</pre>\n{_table(results)}\n<ul>{notes}</ul>\n{drawn}\n</main></body></html>\n"
+        f"<pre>{escape(results.command)}</pre>\n{_table(results)}\n<ul>{notes}</ul>\n{figure_html}\n</main></body></html>\n"
     )
 
 
 def _table(results: Results) -> str:
+    """Return the table as HTML; rows of baselines have the class `baseline`."""
     headings, rows = results.grid()
-    kinds = ["words" if heading in WORDS else "" for heading in headings]
+    kinds = ["words" if heading in TEXT_COLUMNS else "" for heading in headings]
     head = "".join(f'<th class="{kind}">{escape(text)}</th>' for kind, text in zip(kinds, headings, strict=True))
     body = []
     for row, cells in zip(results.rows, rows, strict=True):
-        base = results.table.baseline_of(row.cell) is row.cell
+        is_baseline = results.table.baseline_of(row.cell) is row.cell
         classes = [
             f"{kind} {'name' if heading == 'cell' else heading}" for kind, heading in zip(kinds, headings, strict=True)
         ]
         line = "".join(
             f'<td class="{kind.strip()}">{escape(text)}</td>' for kind, text in zip(classes, cells, strict=True)
         )
-        body.append(f'<tr class="{"baseline" if base else ""}">{line}</tr>')
+        body.append(f'<tr class="{"baseline" if is_baseline else ""}">{line}</tr>')
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
 
 
 def _inline(path: Path) -> str:
-    """An SVG file as part of a page: its ink is the page's, its names are its own."""
+    """Return an SVG file as an element of the page: with the page's text colour, and with ids unique to the file."""
     svg = path.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     names = sorted(set(re.findall(r'\bid="([^"]+)"', svg)), key=len, reverse=True)

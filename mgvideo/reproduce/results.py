@@ -1,4 +1,4 @@
-"""What the runs of a table came to: read from their folders, brought together over seeds, as Markdown and CSV."""
+"""Results of a table: read from the folders of its runs, averaged over seeds, written as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = {"top1": "top-1", "top5": "top-5", "map": "mAP"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run: its report.json, its plan, and its validation over training seconds."""
+    """One finished run: its report.json, its plan, and a curve of (training seconds, validation metric)."""
 
     seed: int
     report: dict[str, Any]
@@ -30,12 +30,12 @@ class Outcome:
 
     @property
     def trained(self) -> bool:
-        """False of a run that was a test alone."""
+        """Whether the run trained; False if it only tested."""
         return self.report["train_seconds"] > 0
 
 
 def read_outcome(folder: Path, seed: int) -> Outcome:
-    """The outcome in a run's folder."""
+    """Read the outcome from a run's folder."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
     metric = f"val_{next(iter(report['metrics']), '')}"
@@ -46,21 +46,21 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """A cell with all its outcomes. `status` says why there are fewer than there should be."""
+    """A cell with the outcomes of its seeds. `status` is the reason for missing outcomes, empty if all are there."""
 
     cell: Cell
     outcomes: tuple[Outcome, ...] = ()
-    flops: float = 0.0  # multiply-adds of the forward passes of its training
+    flops: float = 0.0  # multiply-adds of all forward passes of its training
     status: str = ""
 
     @property
     def trained(self) -> bool:
-        """Whether there is a training to speak of."""
+        """Whether there are outcomes and all of them trained."""
         return bool(self.outcomes) and all(outcome.trained for outcome in self.outcomes)
 
     @property
     def plan(self) -> Plan:
-        """The plan of its runs."""
+        """The plan, which all seeds share."""
         return self.outcomes[0].plan
 
     @property
@@ -70,73 +70,78 @@ class ReportRow:
 
     @property
     def metric(self) -> str | None:
-        """The metric that counts."""
+        """The first metric of the reports, which ranks results; None without outcomes."""
         return next(iter(self.outcomes[0].report["metrics"]), None) if self.outcomes else None
 
     def score(self, metric: str) -> tuple[float, float] | None:
-        """Mean and standard deviation over seeds (0 of a single one), None where it was not measured."""
+        """Return mean and standard deviation over seeds (0 for one seed), None if the metric was not measured."""
         values = [o.report["metrics"][metric] for o in self.outcomes if metric in o.report["metrics"]]
         return (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
 
     def shared(self, key: str) -> str:
-        """What the reports of all seeds say under a key."""
+        """Return the distinct values of a key in the reports of all seeds, joined by `; `."""
         return "; ".join(dict.fromkeys(str(outcome.report[key]) for outcome in self.outcomes))
 
 
 @dataclass(frozen=True)
 class Results:
-    """A table's rows, in its order, and the command that made them."""
+    """A table's rows, in the table's order, and the command that produced them."""
 
     table: ResultTable
     rows: tuple[ReportRow, ...]
     command: str
 
     def savings(self, row: ReportRow) -> dict[str, float]:
-        """How many times fewer steps and FLOPs, and how many times faster, than the baseline of the row."""
-        cell = self.table.baseline_of(row.cell)
-        base = next((other for other in self.rows if cell and other.cell.name == cell.name), None)
-        if base is None or not base.trained or not row.trained:
+        """Return how many times fewer steps and FLOPs, and how many times faster, than the baseline of the row.
+
+        Keys are steps, FLOPs and clock. clock is only there if both ran on the same hardware; without a trained
+        baseline there are no keys.
+        """
+        baseline_cell = self.table.baseline_of(row.cell)
+        baseline = next((other for other in self.rows if baseline_cell and other.cell.name == baseline_cell.name), None)
+        if baseline is None or not baseline.trained or not row.trained:
             return {}
-        found = {"steps": base.plan.steps / row.plan.steps, "FLOPs": base.flops / row.flops}
-        if base.shared("hardware") == row.shared("hardware"):
-            found["clock"] = base.seconds / row.seconds
-        return found
+        savings = {"steps": baseline.plan.steps / row.plan.steps, "FLOPs": baseline.flops / row.flops}
+        if baseline.shared("hardware") == row.shared("hardware"):
+            savings["clock"] = baseline.seconds / row.seconds
+        return savings
 
     def metrics(self) -> list[str]:
-        """Every metric that a row measures."""
-        seen = {m for row in self.rows for outcome in row.outcomes for m in outcome.report["metrics"]}
-        return [metric for metric in METRICS if metric in seen]
+        """Return all metrics that some row measures."""
+        measured = {m for row in self.rows for outcome in row.outcomes for m in outcome.report["metrics"]}
+        return [metric for metric in METRICS if metric in measured]
 
     def grid(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and cells, as people read them."""
-        metrics, several = self.metrics(), any(row.cell.row for row in self.rows)
-        published, hardware = any(row.cell.published for row in self.rows), len(self.hardware()) > 1
-        headings = [*(["row"] if several else []), "cell", *(f"{METRICS[m]}, %" for m in metrics), "seeds"]
-        headings += ["epochs", "steps", "training", *(["on"] if hardware else [])]
-        headings += ["fewer steps", "fewer FLOPs", "faster", *(["published"] if published else [])]
+        """Return the headings and the rows of cells, formatted as text."""
+        metrics, has_rows = self.metrics(), any(row.cell.row for row in self.rows)
+        has_published = any(row.cell.published for row in self.rows)
+        several_machines = len(self.hardware()) > 1
+        headings = [*(["row"] if has_rows else []), "cell", *(f"{METRICS[m]}, %" for m in metrics), "seeds"]
+        headings += ["epochs", "steps", "training", *(["on"] if several_machines else [])]
+        headings += ["fewer steps", "fewer FLOPs", "faster", *(["published"] if has_published else [])]
         rows = []
         for row in self.rows:
             scores = [_score(row, metric) for metric in metrics]
-            cells = [*([row.cell.row] if several else []), row.cell.column or row.cell.name, *scores]
-            cells += [str(len(row.outcomes)), *_training(row), *([row.shared("hardware")] if hardware else [])]
-            saved = self.savings(row)
-            cells += [f"{saved[key]:.2f}×" if key in saved else "–" for key in ("steps", "FLOPs", "clock")]
-            rows.append([*cells, *([_published(row.cell.published)] if published else [])])
+            cells = [*([row.cell.row] if has_rows else []), row.cell.column or row.cell.name, *scores]
+            cells += [str(len(row.outcomes)), *_training(row), *([row.shared("hardware")] if several_machines else [])]
+            savings = self.savings(row)
+            cells += [f"{savings[key]:.2f}×" if key in savings else "–" for key in ("steps", "FLOPs", "clock")]
+            rows.append([*cells, *([_published(row.cell.published)] if has_published else [])])
         return headings, rows
 
     def hardware(self) -> list[str]:
-        """What the runs ran on."""
+        """Return the distinct hardware of all runs."""
         return list(dict.fromkeys(str(o.report["hardware"]) for row in self.rows for o in row.outcomes))
 
     def facts(self) -> Iterator[tuple[str, str]]:
-        """What to know before reading the table: names and values."""
+        """Yield (name, value) pairs that describe the table: data, hardware, software, dates."""
         yield "mirrors", self.table.mirrors
         yield "data", self.table.preset.about
         outcomes = [outcome for row in self.rows for outcome in row.outcomes]
         for name in ("hardware", "precision", "torch"):
-            told = "; ".join(dict.fromkeys(str(outcome.report[name]) for outcome in outcomes))
-            if told:
-                yield name, told
+            values = "; ".join(dict.fromkeys(str(outcome.report[name]) for outcome in outcomes))
+            if values:
+                yield name, values
         if outcomes:
             days = sorted(outcome.report["date"][:10] for outcome in outcomes)
             yield "measured", days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
@@ -145,7 +150,7 @@ class Results:
             yield "training in all", format_duration(sum(outcome.report["train_seconds"] for outcome in outcomes))
 
     def notes(self) -> Iterator[str]:
-        """What the table cannot say: what is missing, and how to read it."""
+        """Yield notes on missing results, on how to read the table, and on unreadable videos."""
         for row in self.rows:
             if row.status:
                 yield f"{row.cell.title}: {row.status}"
@@ -154,18 +159,18 @@ class Results:
                 "± is the standard deviation over seeds; training is the mean time without evaluations; fewer and "
                 f"faster are against {self.table.baseline}; FLOPs are those of all training clips"
             )
-        bad = sum(outcome.report["bad_videos"] for row in self.rows for outcome in row.outcomes)
-        if bad:
-            yield f"{bad} tested videos could not be read and count as wrong"
+        bad_videos = sum(outcome.report["bad_videos"] for row in self.rows for outcome in row.outcomes)
+        if bad_videos:
+            yield f"{bad_videos} tested videos could not be read and count as wrong"
 
     def markdown(self, figures: list[str]) -> str:
-        """report.md, with links to figures beside it."""
+        """Return report.md, with links to figures in the same folder."""
         headings, rows = self.grid()
         lines = [f"# {self.table.title}", "", *([self.table.about, ""] if self.table.about else [])]
         lines += [f"- {name}: {value}" for name, value in self.facts()]
         lines += ["", f"    {self.command}", "", f"| {' | '.join(headings)} |"]
-        words = {"row", "cell", "on", "published"}
-        lines += ["| " + " | ".join("---" if heading in words else "---:" for heading in headings) + " |"]
+        text_columns = {"row", "cell", "on", "published"}
+        lines += ["| " + " | ".join("---" if heading in text_columns else "---:" for heading in headings) + " |"]
         lines += [f"| {' | '.join(cells)} |" for cells in rows]
         lines += ["", *(f"- {note}" for note in self.notes())]
         for figure in figures:
@@ -173,7 +178,7 @@ class Results:
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """report.csv: a line a cell, plain numbers."""
+        """Return report.csv: one line a cell, with unformatted numbers."""
         text = StringIO(newline="")
         metrics = self.metrics()
         names = ["table", "preset", "cell", "row", "column", "seeds"]
@@ -183,11 +188,12 @@ class Results:
         writer = csv.DictWriter(text, names)
         writer.writeheader()
         for row in self.rows:
-            writer.writerow(self._plain(row, metrics))
+            writer.writerow(self._csv_row(row, metrics))
         return text.getvalue()
 
-    def _plain(self, row: ReportRow, metrics: list[str]) -> dict[str, Any]:
-        cell, saved = row.cell, self.savings(row)
+    def _csv_row(self, row: ReportRow, metrics: list[str]) -> dict[str, Any]:
+        """Return a row's values by the columns of report.csv."""
+        cell, savings = row.cell, self.savings(row)
         line: dict[str, Any] = {"table": self.table.name, "preset": self.table.preset.name, "cell": cell.name}
         line |= {"row": cell.row, "column": cell.column or cell.name, "status": row.status}
         line["seeds"] = " ".join(str(outcome.seed) for outcome in row.outcomes)
@@ -199,7 +205,7 @@ class Results:
             line |= {"epochs": row.plan.epochs, "steps": row.plan.steps, "train_seconds": round(row.seconds, 2)}
             line["forward_pflops"] = row.flops / 1e15
         for key, name in (("steps", "fewer_steps"), ("FLOPs", "fewer_flops"), ("clock", "faster")):
-            line[name] = round(saved[key], 4) if key in saved else None
+            line[name] = round(savings[key], 4) if key in savings else None
         line |= {key: row.shared(key) for key in ("hardware", "precision", "torch")}
         if cell.published:
             line["published"] = " ".join(f"{key}={value}" for key, value in cell.published.metrics.items())
@@ -208,6 +214,7 @@ class Results:
 
 
 def _score(row: ReportRow, metric: str) -> str:
+    """Return a metric as text, with its deviation if there are several seeds."""
     score = row.score(metric)
     if score is None:
         return "–"
@@ -215,15 +222,16 @@ def _score(row: ReportRow, metric: str) -> str:
 
 
 def _training(row: ReportRow) -> list[str]:
-    """Epochs, steps and time."""
+    """Return epochs, steps and training time as text."""
     if not row.trained:
         return ["–", "–", "–"]
     return [f"{row.plan.epochs:g}", f"{row.plan.steps:,}", format_duration(row.seconds)]
 
 
 def _published(published: Published | None) -> str:
+    """Return published results as text, with their setting and source."""
     if published is None:
         return "–"
     figures = " / ".join(f"{value:g}" for value in published.metrics.values())
-    told = ", ".join(part for part in (figures, published.setting) if part)
-    return f"{told} ({published.source})"
+    text = ", ".join(part for part in (figures, published.setting) if part)
+    return f"{text} ({published.source})"

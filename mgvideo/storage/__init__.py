@@ -1,1 +1,1 @@
-"""Checkpoints, paths and URLs, and output folders on a remote file system."""
+"""Checkpoints, paths and URLs, and output folders on remote file systems."""

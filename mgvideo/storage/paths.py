@@ -1,7 +1,8 @@
-"""Paths that may be URLs, through iopath: what is read at once, what is kept as a local copy, and who serves a scheme.
+"""Paths that may be URLs: read them, or fetch a local copy, through iopath.
 
-`http://`, `https://` and `ftp://` are read; `s3://` is read and written where boto3 is installed; `file://` is a local
-path. Other schemes come with a handler given to `register`.
+`http://`, `https://` and `ftp://` can be read; `s3://` can be read and written if boto3 is installed; `file://` is a
+local path. `register_handler` adds other schemes. The handlers are process-wide state: one PathManager, `_manager`, and
+the prefixes that it handles, `_prefixes`.
 """
 
 from __future__ import annotations
@@ -26,53 +27,56 @@ from iopath.common.file_io import PathHandler, PathManager, get_cache_dir
 
 from mgvideo.errors import UserError
 
-SERVER_TIMEOUT_S = 20.0  # seconds in which a server has to say something
+SERVER_TIMEOUT_S = 20.0  # for a server to accept a connection or to send its next bytes
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _prefixes: list[str] = []
 _manager = PathManager()
-logging.getLogger("iopath").addHandler(logging.NullHandler())  # what it logs as an error is raised as well
+logging.getLogger("iopath").addHandler(logging.NullHandler())  # it also raises each error that it logs
 
 
-def register(handler: PathHandler) -> None:
-    """Serve the schemes of an iopath handler; only a handler that writes can hold an output_dir."""
+def register_handler(handler: PathHandler) -> None:
+    """Add an iopath handler for its schemes. An output_dir requires a handler that can write."""
     _manager.register_handler(handler)
     _prefixes.extend(handler._get_supported_prefixes())
 
 
-def plain(path: str) -> str:
-    """A path with `file://` taken off."""
+def strip_file_scheme(path: str) -> str:
+    """Return a path without a leading `file://`, its percent-encoding decoded; other paths are unchanged."""
     return unquote(re.sub(r"^file://(localhost)?", "", path)) if path.startswith("file://") else path
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a URL of another place than this machine's file system."""
-    return _SCHEME.match(plain(os.fspath(path))) is not None
+    """Whether a path is a URL other than `file://`."""
+    return _SCHEME.match(strip_file_scheme(os.fspath(path))) is not None
 
 
 def join(root: str, path: str) -> str:
-    """A path under a root; one that is absolute, or a URL, as it is."""
-    path = plain(path)
-    return path if is_remote(path) else os.path.join(plain(root), path)
+    """Join a root and a path; an absolute path or a URL is returned unchanged."""
+    path = strip_file_scheme(path)
+    return path if is_remote(path) else os.path.join(strip_file_scheme(root), path)
 
 
 def relative(path: str, root: str) -> str:
-    """What `join(root, …)` makes this path of; a URL that is not under the root stays as it is."""
+    """Return the path for which `join(root, …)` gives `path`; a URL that is not under the root is unchanged."""
     if not is_remote(path):
-        return path if is_remote(root) else os.path.relpath(path, plain(root))
+        return path if is_remote(root) else os.path.relpath(path, strip_file_scheme(root))
     return path.removeprefix(f"{root.rstrip('/')}/")
 
 
-def to_write(key: str, path: str) -> str:
-    """The local path that a key names to write to; raises UserError for a URL."""
+def require_local_path(key: str, path: str) -> str:
+    """Return the local path to which a config key writes. Raises UserError for a URL."""
     if is_remote(path):
-        raise UserError(f"{key}={path}: only output_dir may be a URL; write to a local path and copy it")
-    return plain(path)
+        raise UserError(f"{key}={path}: only output_dir may be a URL; write to a local path and copy the file")
+    return strip_file_scheme(path)
 
 
 @contextmanager
-def writing(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError inside into a UserError that names the file at fault: the path that `key` names, or another."""
+def explain_write_errors(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError inside into a UserError that names `key=path`, or the error's own file if it is another one.
+
+    An OSError without a file name is raised unchanged unless it is an error of the disk, as `_DISK_ERRORS` lists.
+    """
     try:
         yield
     except OSError as error:
@@ -84,7 +88,7 @@ def writing(key: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def belongs_to(file: str | bytes, output: str | os.PathLike[str]) -> bool:
-    """Whether a file is an output, lies in it, is a folder above it, or is named after it (`out.csv.part`)."""
+    """Whether a file is the output, is inside it, is a folder above it, or is named after it (`out.csv.part`)."""
     file, path = os.path.abspath(os.fsdecode(file)), os.path.abspath(output)
     beside = os.path.dirname(file) == os.path.dirname(path)
     named = os.path.basename(file).lstrip(".").startswith(os.path.splitext(os.path.basename(path))[0].lstrip("."))
@@ -92,68 +96,75 @@ def belongs_to(file: str | bytes, output: str | os.PathLike[str]) -> bool:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A file's content as it is now: nothing is cached. Raises OSError; UserError where nobody serves its scheme."""
-    path = plain(os.fspath(path))
+    """Return a file's current content, without a cache. Raises OSError; UserError if no handler has its scheme."""
+    path = strip_file_scheme(os.fspath(path))
     if not is_remote(path):
         return Path(path).read_bytes()
-    with reaching(path) as manager, closing(manager.open(path, "rb")) as file:
+    with path_manager(path) as manager, closing(manager.open(path, "rb")) as file:
         return file.read()
 
 
 def exists(path: str) -> bool:
-    """Whether there is a file; raises as `read_bytes` does where that cannot be told."""
-    path = plain(path)
+    """Whether a file exists. Raises as `read_bytes` does if this cannot be determined."""
+    path = strip_file_scheme(path)
     if not is_remote(path):
         return os.path.isfile(path)
-    with reaching(path) as manager:
+    with path_manager(path) as manager:
         return bool(manager.exists(path))
 
 
-def local(path: str | os.PathLike[str]) -> str:
-    """A file on this machine with a path's content: of a URL a copy, fetched once and kept; raises as `read_bytes`.
+def local_copy(path: str | os.PathLike[str]) -> str:
+    """Return a local file with a path's content: the path itself, or a cached copy of a URL. Raises as `read_bytes`.
 
-    Copies are kept in `mgvideo` under iopath's cache, `$FVCORE_CACHE` or else `~/.torch/iopath_cache`.
+    A URL is fetched once. Copies are in the folder `mgvideo` of iopath's cache, which is `$FVCORE_CACHE`, by default
+    `~/.torch/iopath_cache`.
     """
-    path = plain(os.fspath(path))
+    path = strip_file_scheme(os.fspath(path))
     if not is_remote(path):
         return path
-    with reaching(path) as manager:
+    with path_manager(path) as manager:
         return str(manager.get_local_path(path))
 
 
 @contextmanager
-def reaching(path: str) -> Iterator[Any]:
-    """The PathManager that serves a URL; what goes wrong inside becomes an OSError, whatever its library raises."""
+def path_manager(path: str) -> Iterator[Any]:
+    """Yield the PathManager for a URL. Any exception inside becomes an OSError with an errno and a one-line message.
+
+    Raises:
+        UserError: no handler has the URL's scheme.
+    """
     scheme = f"{_scheme(path)}://"
     if scheme == "s3://" and scheme not in _prefixes and importlib.util.find_spec("boto3"):
         _register_s3()
     if scheme not in _prefixes:
-        more = "; s3:// needs boto3 (pip install 'mgvideo[s3]')" if scheme == "s3://" else ""
-        raise UserError(f"{path}: {scheme} is not served; there are {', '.join(_prefixes)} and file://{more}")
+        hint = "; s3:// needs boto3 (pip install 'mgvideo[s3]')" if scheme == "s3://" else ""
+        raise UserError(f"{path}: {scheme} has no handler; use one of {', '.join(_prefixes)} and file://{hint}")
     try:
         yield _manager
     except OSError as error:
         if error.errno is not None:
             raise
-        raise OSError(errno.EREMOTEIO, _line(error)) from error
+        raise OSError(errno.EREMOTEIO, _error_text(error)) from error
     except Exception as error:
-        raise OSError(errno.EREMOTEIO, _line(error)) from error
+        raise OSError(errno.EREMOTEIO, _error_text(error)) from error
 
 
 def _scheme(path: str) -> str:
+    """Return the scheme of a URL, without `://`."""
     match = _SCHEME.match(path)
     assert match is not None
     return match[1]
 
 
-def _line(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
+    """Return the cause of an error in one line."""
     if isinstance(error, NotImplementedError):
         return "the handler of this scheme cannot do that"
-    if isinstance(error, AssertionError) and not str(error):  # iopath's S3 asserts that there is a file
+    if isinstance(error, AssertionError) and not str(error):  # iopath's S3 handler asserts that the file exists
         return "no such file"
     if isinstance(error, URLError) and isinstance(error.reason, OSError):
         error = error.reason
-    if isinstance(error.__cause__, Exception):  # iopath's S3 says of every failure that it was in making a client
+    if isinstance(error.__cause__, Exception):  # iopath's S3 handler blames every failure on creating a client
         error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -161,7 +172,7 @@ def _line(error: Exception) -> str:
 
 
 def _cached(path: str) -> Path:
-    """Where the copy of a URL is kept: no URL can name a place outside, nor that of another URL."""
+    """Return the path of a URL's copy: it is always inside the cache, and different for each URL."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return Path(get_cache_dir()) / "mgvideo" / digest[:2] / f"{digest}-{path.rsplit('/', 1)[-1][-100:]}"
 
@@ -169,8 +180,8 @@ def _cached(path: str) -> Path:
 class _Web(PathHandler):
     """Reads from web and FTP servers.
 
-    iopath's own handler keeps copies by path alone, whichever server they came from and for lists as well, and draws a
-    bar for each file.
+    It replaces iopath's own handler, which caches by path without the server's name, caches even files that may change
+    (lists), and prints a progress bar for each file.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -191,31 +202,32 @@ class _Web(PathHandler):
         return True
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        kept = _cached(path)
-        if force or not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=kept.parent, suffix=".part")
+        copy = _cached(path)
+        if force or not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            handle, part = tempfile.mkstemp(dir=copy.parent, suffix=".part")
             try:
                 with os.fdopen(handle, "wb") as target, self._open(path, "rb") as source:
                     shutil.copyfileobj(source, target)
                     if getattr(source, "length", None):
                         raise OSError(errno.EREMOTEIO, "the server closed the connection before the end")
-                os.replace(part, kept)  # of several workers that fetch it at a time, each brings it whole
+                os.replace(part, copy)  # atomic: several workers may fetch the same file at once
             finally:
                 Path(part).unlink(missing_ok=True)
-        return str(kept)
+        return str(copy)
 
 
 def _register_s3() -> None:
     from iopath.common.s3 import S3PathHandler
 
     class S3(S3PathHandler):
-        def _local_cache_path(self, path: str) -> str:  # iopath's leaves out the bucket
+        def _local_cache_path(self, path: str) -> str:  # iopath's path leaves out the bucket
             return str(_cached(path))
 
     handler = S3(profile=None)
-    os.register_at_fork(after_in_child=lambda: handler.__dict__.pop("client", None))  # a connection is not to be shared
-    register(handler)
+    # processes must not share a connection
+    os.register_at_fork(after_in_child=lambda: handler.__dict__.pop("client", None))
+    register_handler(handler)
 
 
-register(_Web())
+register_handler(_Web())

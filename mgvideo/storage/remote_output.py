@@ -1,4 +1,4 @@
-"""An output_dir on a remote: the run writes into a local folder, which is copied there after each checkpoint."""
+"""An output_dir at a URL: the run writes to a local folder, which is copied to the remote after each checkpoint."""
 
 from __future__ import annotations
 
@@ -12,49 +12,54 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
-from mgvideo.distributed.ranks import rank
+from mgvideo.distributed.collectives import rank
 from mgvideo.errors import UserError
 
-from .checkpoints import step_of
-from .paths import is_remote, plain, reaching
+from .checkpoints import checkpoint_step
+from .paths import is_remote, path_manager, strip_file_scheme
 
 INDEX = "mgvideo_files.json"
 
 
 @dataclass
 class Index:
-    """What a remote holds: each file's size and time, and links, of which remotes know nothing. Written last."""
+    """The files and symlinks of a remote or of a local folder.
 
-    files: dict[str, list[int]] = field(default_factory=dict)
-    links: dict[str, str] = field(default_factory=dict)
+    Remotes have no symlinks, so they exist only in this index. It is written after the files.
+    """
+
+    files: dict[str, list[int]] = field(default_factory=dict)  # name → [size in bytes, modification time in ns]
+    links: dict[str, str] = field(default_factory=dict)  # name → target
 
 
 class RemoteOutput:
-    """The local `folder` of an output_dir: itself, or `runs/remote/SCHEME/…` for a URL.
+    """An output_dir and its local `folder`: the output_dir itself, or `runs/remote/SCHEME/…` for a URL.
 
-    A remote offers neither a rename nor a sync to disk. So checkpoints are made whole here, and a copy that was cut
-    short there fails its checksum; the one before is used then.
+    Remotes have neither an atomic rename nor a sync to disk. So checkpoints are completed in the local folder first. An
+    incomplete copy on the remote fails its checksum, and the checkpoint before it is used.
     """
 
     def __init__(self, output_dir: str) -> None:
         self.address = output_dir.rstrip("/") if is_remote(output_dir) else None
         parts = [part for part in output_dir.replace("://", "/").split("/") if part not in ("", ".", "..")]
-        self.folder = Path("runs/remote", *parts) if self.address else Path(plain(output_dir))
+        self.folder = Path("runs/remote", *parts) if self.address else Path(strip_file_scheme(output_dir))
         self._lock = threading.Lock()
-        self._there = Index()
+        self._remote_index = Index()
 
     @contextmanager
     def synced(self) -> Iterator[None]:
-        """Inside, the remote follows the folder; first the folder follows the remote where that is ahead of it.
+        """Fetch the remote's files if its checkpoint is newer; then copy the folder there, and again at the end.
+
+        Only rank 0 does this, and only for a URL.
 
         Raises:
-            UserError: nothing can be written there.
+            UserError: the remote cannot be written.
         """
         if self.address is None or rank() != 0:
             yield
             return
         try:
-            self._begin()
+            self._start()
         except OSError as error:
             raise UserError(f"output_dir={self.address}: cannot be used: {error.strerror}") from error
         try:
@@ -63,44 +68,46 @@ class RemoteOutput:
             self.push()
 
     def source(self, path: Path) -> str:
-        """Where every rank, on this node or another, can read a file of the folder."""
+        """Return the path or URL at which every rank, on this node or another, can read a file of the folder."""
         return f"{self.address}/{path.relative_to(self.folder.resolve()).as_posix()}" if self.address else str(path)
 
     def push(self) -> None:
-        """Copy what is new; where that fails, say so and leave it to the next time: the folder has everything."""
+        """Copy new files to the remote. If that fails, print a warning; the next call copies them again."""
         if self.address is None:
             return
         try:
             self._push()
         except OSError as error:
-            where = f"cannot write to {self.address}: {error.strerror}"
-            print(f"warning: {where}; everything is in {self.folder}", file=sys.stderr, flush=True)
+            message = f"cannot write to {self.address}: {error.strerror}"
+            print(f"warning: {message}; all files are in {self.folder}", file=sys.stderr, flush=True)
 
-    def _begin(self) -> None:
-        with reaching(f"{self.address}/") as manager:
+    def _start(self) -> None:
+        """Fetch from the remote if it is ahead, and copy the folder to it."""
+        with path_manager(f"{self.address}/") as manager:
             manager.mkdirs(f"{self.address}/")
-            there = manager.exists(f"{self.address}/{INDEX}")
-        self._there = self._read_index() if there else Index()
-        if _newest(self._there.files) > _newest(self._index().files):
+            has_index = manager.exists(f"{self.address}/{INDEX}")
+        self._remote_index = self._read_index() if has_index else Index()
+        if _newest(self._remote_index.files) > _newest(self._index().files):
             self._fetch()
         self._push()
 
     def _push(self) -> None:
-        with self._lock, reaching(f"{self.address}/") as manager:
-            now = self._index()
-            for name in sorted(now.files, key=lambda name: (name.endswith(".pt"), name)):  # checksums first
-                if self._there.files.get(name) != now.files[name]:
+        """Copy new files, then write the index, then remove files that the folder no longer has."""
+        with self._lock, path_manager(f"{self.address}/") as manager:
+            index = self._index()
+            for name in sorted(index.files, key=lambda name: (name.endswith(".pt"), name)):  # checksums first
+                if self._remote_index.files.get(name) != index.files[name]:
                     manager.mkdirs(f"{self.address}/{PurePosixPath(name).parent}/")
                     if manager.copy_from_local(str(self.folder / name), f"{self.address}/{name}", True) is False:
-                        raise OSError(f"{name} was not taken")
+                        raise OSError(f"{name} was not written")
             with closing(manager.open(f"{self.address}/{INDEX}", "w")) as file:
-                file.write(json.dumps(asdict(now), indent=1))
-            for name in self._there.files.keys() - now.files.keys():
+                file.write(json.dumps(asdict(index), indent=1))
+            for name in self._remote_index.files.keys() - index.files.keys():
                 manager.rm(f"{self.address}/{name}")
-            self._there = now
+            self._remote_index = index
 
     def _index(self) -> Index:
-        """What the folder holds, half-written files aside."""
+        """Return the index of the local folder, without files that are being written."""
         index = Index()
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
@@ -111,33 +118,36 @@ class RemoteOutput:
         return index
 
     def _read_index(self) -> Index:
-        with reaching(f"{self.address}/") as manager, closing(manager.open(f"{self.address}/{INDEX}", "r")) as file:
+        """Return the remote's index. Raises UserError if it names a path outside of the run's folder."""
+        with path_manager(f"{self.address}/") as manager, closing(manager.open(f"{self.address}/{INDEX}", "r")) as file:
             index = Index(**json.loads(file.read()))
         for name in (*index.files, *index.links, *index.links.values()):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise UserError(f"{self.address}/{INDEX}: names {name}, which is outside of the run")
+                raise UserError(f"{self.address}/{INDEX} names {name}, which is outside of the run: remove it there")
         return index
 
     def _fetch(self) -> None:
-        """Make the folder what the remote is; times included, so that nothing is sent back."""
-        old = self._index()
-        for name in (*old.files, *old.links):
+        """Replace the folder's files by the remote's, with their modification times, so that none is copied back."""
+        local = self._index()
+        for name in (*local.files, *local.links):
             (self.folder / name).unlink()
-        with reaching(f"{self.address}/") as manager:
-            for name, (_, time) in list(self._there.files.items()):
-                if not manager.exists(f"{self.address}/{name}"):  # somebody took it away
-                    del self._there.files[name]
+        with path_manager(f"{self.address}/") as manager:
+            for name, (_, modified_ns) in list(self._remote_index.files.items()):
+                if not manager.exists(f"{self.address}/{name}"):  # somebody deleted it on the remote
+                    del self._remote_index.files[name]
                     continue
                 path = self.folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(manager.open(f"{self.address}/{name}", "rb")) as source, open(path, "wb") as copy:
                     shutil.copyfileobj(source, copy)
-                os.utime(path, ns=(time, time))
-        for name, target in self._there.links.items():
+                os.utime(path, ns=(modified_ns, modified_ns))
+        for name, target in self._remote_index.links.items():
             (self.folder / name).symlink_to(target)
 
 
 def _newest(names: Iterable[str]) -> int:
-    """The newest checkpoint's step among file names, -1 for none; those that were moved aside do not count."""
-    steps = [step_of(PurePosixPath(name).name) for name in names if PurePosixPath(name).parent.name == "checkpoints"]
+    """Return the largest step of the checkpoints among file names, -1 for none; without archived checkpoints."""
+    steps = [
+        checkpoint_step(PurePosixPath(name).name) for name in names if PurePosixPath(name).parent.name == "checkpoints"
+    ]
     return max((step for step in steps if step is not None), default=-1)

@@ -1,4 +1,4 @@
-"""The report that a run ends with: for people on the terminal and as report.md, for programs as report.json."""
+"""The report at the end of a run: as Markdown on the terminal and in report.md, as data in report.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mgvideo.distributed.ranks import gather_objects, rank_cpus, world_size
+from mgvideo.distributed.collectives import gather_objects, rank_cpus, world_size
 from mgvideo.loading.requests import DecodeFailure
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
@@ -19,34 +19,34 @@ from mgvideo.storage.checkpoints import write_atomic
 
 @dataclass(frozen=True)
 class Report:
-    """What a person wants to know when a run is over."""
+    """The plan, cost, scores and machine of a finished run."""
 
     name: str
     plan: Plan
-    baseline_steps: int
+    baseline_steps: int  # steps of the baseline plan
     hardware: str
     precision: str
-    date: str  # of the training, in ISO 8601
-    train_seconds: float
+    date: str  # of the training, as ISO 8601
+    train_seconds: float  # without evaluations
     test_seconds: float
-    metrics: dict[str, float]
-    views: str
-    videos: int
-    failures: tuple[DecodeFailure, ...]
+    metrics: dict[str, float]  # of the test, in percent
+    views: str  # of each video, as "clips × crops"
+    videos: int  # tested
+    failures: tuple[DecodeFailure, ...]  # tested videos that could not be decoded
     folder: Path
-    advice: tuple[str, ...] = ()  # commands to try next, with what they do
+    advice: tuple[str, ...] = ()  # commands to try next, and what each does
 
     def markdown(self) -> str:
-        """The whole report."""
+        """Return the report as Markdown."""
         plan = self.plan
         grids = " → ".join(dict.fromkeys(phase.grid.name.replace("x", "×") + "²" for phase in plan.phases))
         scores = ", ".join(f"{name} **{value:.2f} %**" for name, value in self.metrics.items())
-        more = f"; the baseline takes {self.baseline_steps}, {self.baseline_steps / plan.steps:.2f}× as many"
+        comparison = f"; the baseline takes {self.baseline_steps}, {self.baseline_steps / plan.steps:.2f}× as many"
         lines = [
             f"# {self.name}",
             "",
             f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
-            f"in {plan.steps} steps{more if plan.steps != self.baseline_steps else ''}",
+            f"in {plan.steps} steps{comparison if plan.steps != self.baseline_steps else ''}",
             f"- training: {format_duration(self.train_seconds)} on {self.hardware}, {self.precision}",
         ]
         if self.metrics:
@@ -66,14 +66,14 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain data, the date, and the torch that it was tested with: what `mgvideo reproduce` reads."""
+        """Return the report as plain data, with the date and torch's version. `mgvideo reproduce` reads it."""
         return {
             "name": self.name,
             "schedule": self.plan.schedule,
             "epochs": self.plan.epochs,
             "steps": self.plan.steps,
             "baseline_steps": self.baseline_steps,
-            "train_seconds": self.train_seconds,  # without evaluations
+            "train_seconds": self.train_seconds,
             "test_seconds": self.test_seconds,
             "metrics": self.metrics,
             "views": self.views,
@@ -86,13 +86,13 @@ class Report:
         }
 
     def write(self) -> None:
-        """Leave both in the run's folder."""
+        """Write report.md and report.json to the run's folder."""
         write_atomic(self.folder / "report.md", self.markdown().encode(errors="replace"))
         write_atomic(self.folder / "report.json", json.dumps(self.as_json(), indent=1).encode())
 
 
-def hardware(device: torch.device) -> str:
-    """Describe in words what the run ran on. All ranks call it together."""
+def describe_hardware(device: torch.device) -> str:
+    """Describe the GPUs or CPU cores of the run in words. All ranks call this together."""
     if device.type == "cuda":
         return f"{world_size()} × {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()

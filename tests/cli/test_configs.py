@@ -17,7 +17,7 @@ from mgvideo.cli.plan import train_videos
 from mgvideo.cli.resume import resume_fingerprint
 from mgvideo.engine.precision import choose_precision
 from mgvideo.errors import UserError
-from mgvideo.storage.checkpoints import differences
+from mgvideo.storage.checkpoints import describe_differences
 
 OPTIONS = group_options()
 
@@ -103,8 +103,8 @@ def test_scaled_recipe_has_the_fingerprint_of_an_explicit_one(motion_root: str) 
 
     scaled = fingerprint("base.epochs=10", "base.batch_size=32")
     explicit = ["base.lr_milestones=[6,9]", "base.warmup_epochs=1.5", "base.lr=0.1"]
-    assert differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *explicit)) == []
-    changed = " ".join(differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
+    assert describe_differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *explicit)) == []
+    changed = " ".join(describe_differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
     assert all(key in changed for key in ("base.epochs", "base.lr_milestones", "base.warmup_epochs"))
 
 

@@ -25,10 +25,10 @@ CASES = {
 MESSAGES = {
     "raise": "waiting for a batch: ValueError: a fault made by the tests",
     "exit": "waiting for a batch: SystemExit: 0",
-    "kill": "it is gone without a word",
+    "kill": "it stopped sending heartbeats",
     "hang": "waiting for a batch: it hangs: nothing has happened for 5 s",
     "test": "after step 0, testing, batch 0 of 1: it hangs: nothing has happened for 5 s",
-    "freeze": "it is gone without a word",
+    "freeze": "it stopped sending heartbeats",
     "worker": "a loader worker died (DataLoader worker",
 }
 

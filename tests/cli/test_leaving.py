@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from training import ROOT, TINY, free_port, tiny_plan, tiny_trainer
 
-from mgvideo.distributed import ranks as distributed
+from mgvideo.distributed import process_group as distributed
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, report_position
 

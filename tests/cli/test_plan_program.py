@@ -199,10 +199,10 @@ def test_out_is_blamed_for_its_own_errors_alone(
     monkeypatch.setattr(plan_program, "write", fail)
     error: OSError = BrokenPipeError(errno.EPIPE, "Broken pipe")  # of `plan | head`: no message
     with pytest.raises(BrokenPipeError):
-        shown(["videos=1024"], [], capsys)
+        run_show(["videos=1024"], [], capsys)
     error = FileNotFoundError(errno.ENOENT, "No such file or directory", "/fonts/a.ttf")
     with pytest.raises(UserError, match=r"^/fonts/a\.ttf: No such file"):
-        shown(["videos=1024", f"out={tmp_path / 'plan.txt'}"], [], capsys)
+        run_show(["videos=1024", f"out={tmp_path / 'plan.txt'}"], [], capsys)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from refusals import error_line
 from training import KNOBS, ROOT, TINY, run_program
-from web import served
+from web import serve_folder
 
 from mgvideo.cli import predict
 from mgvideo.cli.overlay import HeatMaps
@@ -300,7 +300,7 @@ def test_videos_weights_and_class_names_may_be_urls(
     shutil.copy(videos / "00000.mp4", foreign.parent / "a=b.mp4")
     (foreign.parent / "names.txt").write_text("walk\nrun\njump\nfly\nswim\n")
     network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "base.frame_stride=2", *ONE_VIEW]
-    with served(foreign.parent) as (address, _):
+    with serve_folder(foreign.parent) as (address, _):
         command = [f"{address}/a=b.mp4", f"ckpt={address}/weights.pth", f"classes={address}/names.txt", *network]
         (remote,) = run_predict([*command, f"out={tmp_path / 'drawn'}", "cam=true"], capsys)
         message = error_line(main, [str(videos / "00000.mp4"), f"ckpt={address}/gone.pth", *network], capsys)

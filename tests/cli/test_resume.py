@@ -150,7 +150,7 @@ def test_full_or_read_only_disk_stops_the_run_with_one_line(tmp_path: Path, moti
         assert ("No space left" if fault == "full" else "Read-only file system") in errors[0]
         if fault == "full":
             assert "intact" in errors[0]
-            newest, warnings = Checkpoints(disk / "out/checkpoints").newest()
+            newest, warnings = Checkpoints(disk / "out/checkpoints").find_newest()
             assert newest is not None
             assert not warnings
     finally:

@@ -97,7 +97,7 @@ def test_run_killed_while_writing_a_checkpoint_resumes_from_the_previous_one(
         process.join()
         assert process.exitcode == -signal.SIGKILL
         assert list(checkpoints.folder.glob("*.tmp")), "it was killed while writing"
-        assert checkpoints.newest() == (checkpoints.path(steps[steps.index(step) - 1]), [])
+        assert checkpoints.find_newest() == (checkpoints.path(steps[steps.index(step) - 1]), [])
     main(run)
     assert f"resumed at step {steps[4]} of" in capsys.readouterr().out
     assert end_state(tmp_path / "out") == end_state(whole)
@@ -121,7 +121,7 @@ def test_second_ctrl_c_exits_at_once(motion_root: str, tmp_path: Path) -> None:
         assert process.wait() == 130, "it does not wait for the clip, which takes an hour"
     finally:
         process.kill()
-    newest, warnings = Checkpoints(tmp_path / "out/checkpoints").newest()
+    newest, warnings = Checkpoints(tmp_path / "out/checkpoints").find_newest()
     assert newest is not None
     assert not warnings
 
@@ -229,7 +229,7 @@ def test_keys_that_change_the_result_are_refused_and_micro_batches_are_kept(
     line = error_line(main, [*run, "model.width=8", "checkpoint.strict=false"], capsys)
     assert "does not fit this network" in line
     main([*run, "train.micro_batch_clips=null"])
-    newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
+    newest, _ = Checkpoints(tmp_path / "out/checkpoints").find_newest()
     assert newest is not None
     assert read_checkpoint(newest)["micro_batch_clips"] == {"ranks": 1, "clips": 16}, (
         "the saved number, not what memory holds now"
@@ -298,7 +298,7 @@ def test_resumed_run_keeps_its_micro_batch_clips_unless_memory_holds_fewer(
     monkeypatch.setattr("mgvideo.cli.build.clips_that_fit", lambda *_: measured)
     main([*RUN[:-1], f"dataset.root={motion_root}", "output_dir=out", f"resume={path}"])
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    newest, _ = Checkpoints(tmp_path / "out/checkpoints").newest()
+    newest, _ = Checkpoints(tmp_path / "out/checkpoints").find_newest()
     assert newest is not None
     assert read_checkpoint(newest)["micro_batch_clips"] == {"ranks": 1, "clips": 16 if is_kept else measured}
     assert len(warnings) == (0 if is_kept else 1)

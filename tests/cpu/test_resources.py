@@ -12,7 +12,7 @@ import torch
 
 from mgvideo.cpu import resources
 from mgvideo.cpu.resources import Resources, available_cpus, cpu_count, cpu_share, find_resources, memory_share
-from mgvideo.distributed.ranks import limit_threads
+from mgvideo.distributed.process_group import limit_threads
 
 
 def rank(cpus: range, machine: str = "a", memory: int = 1000, **limits: dict[str, int]) -> Resources:

@@ -1,4 +1,4 @@
-"""What launchers say to a process, and what becomes of it where it makes no sense."""
+"""Environment variables of launchers, the errors over invalid ones, and the choice of GPUs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from training import free_port
 
-from mgvideo.distributed import ranks as distributed
+from mgvideo.distributed import process_group as distributed
 from mgvideo.distributed.launch import choose_gpu, first_host, ranks_from_slurm
-from mgvideo.distributed.ranks import process_group
+from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
 
@@ -29,7 +29,7 @@ SRUN = {
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of a launcher, before the test and after it."""
+    """Remove all variables of launchers during the test."""
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")})
     for name in TORCHRUN:
         os.environ.pop(name, None)
@@ -47,11 +47,11 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         ("c[1-2]-ib.example.org", "c1-ib.example.org"),
     ],
 )
-def test_the_first_host_of_a_list_of_slurms(hosts: str, first: str) -> None:
+def test_first_host_of_a_slurm_host_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
 
 
-def test_srun_needs_no_scontrol_as_in_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_ranks_are_read_without_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ.update(SRUN, PATH="/nowhere")
     ranks_from_slurm()
     assert {name: os.environ[name] for name in TORCHRUN[:5]} == {
@@ -62,10 +62,10 @@ def test_srun_needs_no_scontrol_as_in_a_container(monkeypatch: pytest.MonkeyPatc
     del os.environ["WORLD_SIZE"]
     os.environ["SLURM_STEP_ID"] = "3"
     ranks_from_slurm()
-    assert int(os.environ["MASTER_PORT"]) != port, "another step of the job that may run beside it"
+    assert int(os.environ["MASTER_PORT"]) != port, "two steps of a job may run side by side"
 
 
-def test_what_a_batch_script_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_a_batch_script_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ.update(SRUN, MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")
     del os.environ["SLURM_STEP_NODELIST"]
     ranks_from_slurm()
@@ -73,7 +73,7 @@ def test_what_a_batch_script_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("missing", ["SLURM_PROCID", "SLURM_GTIDS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"])
-def test_variables_that_do_not_reach_a_container_are_named(missing: str) -> None:
+def test_missing_srun_variables_are_named(missing: str) -> None:
     os.environ.update(SRUN)
     del os.environ[missing]
     with pytest.raises(UserError, match=rf"srun started 4 processes, but {missing} is not set here: pass"):
@@ -87,10 +87,10 @@ def test_variables_that_do_not_reach_a_container_are_named(missing: str) -> None
         {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},  # srun -n1 in a larger job
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"},  # a shell of salloc
         {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "n1"},  # a batch script
-        {"SLURM_STEP_NUM_TASKS": "1"},  # of which a container kept one alone
+        {"SLURM_STEP_NUM_TASKS": "1"},  # a container that passes on only this one
     ],
 )
-def test_one_process_is_no_group_whatever_the_job_is(variables: dict[str, str]) -> None:
+def test_one_process_joins_no_process_group(variables: dict[str, str]) -> None:
     os.environ.update(variables)
     with process_group() as device:
         assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,38 +113,38 @@ RANK = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT
         ({**RANK, "MASTER_ADDR": "no.such.host.invalid"}, "cannot meet the others at MASTER_ADDR=no.such.host.invalid"),
     ],
 )
-def test_variables_that_make_no_sense_are_named(variables: dict[str, str], message: str) -> None:
+def test_invalid_variables_are_named(variables: dict[str, str], message: str) -> None:
     os.environ.update(variables)
     with pytest.raises(UserError, match=message), process_group(timeout_s=1):
         pass
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_port_in_use_is_named() -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         os.environ.update(RANK, RANK="0", MASTER_PORT=str(other.getsockname()[1]))
-        message = r"rank 0 of 2 cannot meet the others at .*\(.*\): .* the port free"
+        message = r"rank 0 of 2 cannot meet the others at .*\(.*\): .* a port that is free"
         with pytest.raises(UserError, match=message), process_group(timeout_s=1):
             pass
 
 
-def test_ranks_that_do_not_come_are_missed() -> None:
+def test_missing_ranks_are_an_error() -> None:
     os.environ.update(RANK, RANK="0", MASTER_PORT=str(free_port()))
-    message = "rank 0 of 2 cannot meet the others at .* all ranks be started"
+    message = "rank 0 of 2 cannot meet the others at .* start all ranks"
     with pytest.raises(UserError, match=message), process_group(timeout_s=1):
         pass
 
 
-def test_ranks_take_a_gpu_each() -> None:
+def test_each_rank_chooses_its_own_gpu() -> None:
     node = ["a", "b", "c", "d"]
     cases = {
-        "all see all of a node": ([node] * 4, [0, 1, 2, 3]),
+        "all GPUs of a node visible to all": ([node] * 4, [0, 1, 2, 3]),
         "two nodes": ([["a", "b"]] * 2 + [["c", "d"]] * 2, [0, 1, 0, 1]),
         "--gpus-per-task=1": ([["a"], ["b"], ["c"], ["d"]], [0, 0, 0, 0]),
-        "two a task": ([["a", "b"], ["c", "d"]], [0, 0]),
-        "each its own first": ([["a", "b"], ["b", "a"]], [0, 0]),
-        "one of them bound": ([["a"], ["a", "b"]], [0, 1]),
+        "two for each task": ([["a", "b"], ["c", "d"]], [0, 0]),
+        "each in its own order": ([["a", "b"], ["b", "a"]], [0, 0]),
+        "one rank bound to a GPU": ([["a"], ["a", "b"]], [0, 1]),
         "no GPUs": ([[], []], [None, None]),
     }
     for name, (visible, expected) in cases.items():
@@ -154,32 +154,32 @@ def test_ranks_take_a_gpu_each() -> None:
 @pytest.mark.parametrize(
     ("visible", "message"),
     [
-        ([["a"], ["a"]], "rank 1 has no GPU of its own: the 1 that it sees are taken by ranks before it"),
-        ([["a", "b"]] * 3, "rank 2 has no GPU of its own: the 2 that it sees are taken"),
-        ([["a"], []], "rank 1 has no GPU of its own: it sees none"),
-        ([[], ["a"]], "rank 0 has no GPU of its own: it sees none"),
+        ([["a"], ["a"]], "rank 1 has no GPU of its own: earlier ranks took the 1 that are visible to it"),
+        ([["a", "b"]] * 3, "rank 2 has no GPU of its own: earlier ranks took the 2 that are visible"),
+        ([["a"], []], "rank 1 has no GPU of its own: none is visible to it"),
+        ([[], ["a"]], "rank 0 has no GPU of its own: none is visible to it"),
     ],
 )
-def test_ranks_do_not_share_a_gpu(visible: list[list[str]], message: str) -> None:
+def test_two_ranks_on_one_gpu_are_an_error(visible: list[list[str]], message: str) -> None:
     for rank in range(len(visible)):
         with pytest.raises(UserError, match=message):
             choose_gpu(rank, visible)
 
 
-def rank_with_a_gpu(rank: int, port: int, gpus: list[str], out: Path) -> None:
-    """Join as a rank that sees one GPU, made up, up to the start of NCCL."""
+def join_with_one_gpu(rank: int, port: int, gpus: list[str], out: Path) -> None:
+    """Join as a rank with one imitated GPU, and exit where NCCL would start."""
     os.environ.update(RANK, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=str(port))
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=gpus[rank])
 
-    def nccl(backend: str, device_id: torch.device, **_: object) -> None:
+    def record_and_exit(backend: str, device_id: torch.device, **_: object) -> None:
         (out / str(rank)).write_text(f"{backend} on {device_id}")
-        while len(list(out.iterdir())) < len(gpus):  # rank 0 has the store, which the others still read
+        while len(list(out.iterdir())) < len(gpus):  # rank 0 holds the store, which the other still reads
             time.sleep(0.01)
         os._exit(0)
 
-    distributed.dist.init_process_group = nccl
+    distributed.dist.init_process_group = record_and_exit
     try:
         with process_group(timeout_s=60):
             pass
@@ -189,9 +189,9 @@ def rank_with_a_gpu(rank: int, port: int, gpus: list[str], out: Path) -> None:
 
 
 @pytest.mark.parametrize("gpus", [["a", "b"], ["a", "a"]])
-def test_a_rank_that_sees_one_gpu_takes_it_unless_another_has(tmp_path: Path, gpus: list[str]) -> None:
+def test_a_rank_takes_its_only_gpu_unless_another_rank_has_it(tmp_path: Path, gpus: list[str]) -> None:
     arguments = (free_port(), gpus, tmp_path)
-    mp.start_processes(rank_with_a_gpu, arguments, nprocs=2, start_method="fork")
+    mp.start_processes(join_with_one_gpu, arguments, nprocs=2, start_method="fork")
     messages = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     if gpus[0] == gpus[1]:
         assert all("rank 1 has no GPU of its own" in message for message in messages)

@@ -1,4 +1,4 @@
-"""Ranks that watch each other through a store, without processes."""
+"""Watchdogs of several ranks, on an in-process store without processes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ def store() -> Iterator[dist.Store]:
     report_position("before the first step")
 
 
-@pytest.mark.parametrize("there_for", [1, 9])
-def test_a_rank_that_is_behind_has_its_own_limit(store: dist.Store, there_for: int) -> None:
-    told = [1, "waiting for a batch", (3, 0), 5.0, there_for]  # looks, place, order, its limit, looks at that place
-    store.set("watch/rank1", json.dumps(told))
+@pytest.mark.parametrize("heartbeats", [1, 9])
+def test_a_rank_that_is_behind_is_judged_by_its_own_limit(store: dist.Store, heartbeats: int) -> None:
+    # number of the heartbeat, position, order, limit, heartbeats at this position
+    heartbeat = [1, "waiting for a batch", (3, 0), 5.0, heartbeats]
+    store.set("watchdog/rank1", json.dumps(heartbeat))
     report_position("backward", (3, 2), 1.0)
-    watch = Watchdog(store, 0, 2)
-    watch.start()
-    while watch.failure is None and json.loads(store.get("watch/rank0"))[0] < 4:  # its own looks
+    watchdog = Watchdog(store, 0, 2)
+    watchdog.start()
+    while watchdog.failure is None and json.loads(store.get("watchdog/rank0"))[0] < 4:  # rank 0's fourth heartbeat
         time.sleep(0.05)
-    failure = watch.failure
-    watch.stop(failed=False)
-    if there_for <= 5:
-        assert failure is None, "it has only just come there"
+    failure = watchdog.failure
+    watchdog.stop(failed=False)
+    if heartbeats <= 5:
+        assert failure is None, "rank 1 is within its limit"
     else:
         assert failure is not None
         assert str(failure) == (
@@ -40,7 +41,7 @@ def test_a_rank_that_is_behind_has_its_own_limit(store: dist.Store, there_for: i
 
 
 class SlowStore(dist.Store):
-    """A store whose answers take their time, as on a machine with too much to do."""
+    """A store that takes 3 s for each write, as on an overloaded machine."""
 
     def __init__(self, store: dist.Store) -> None:
         super().__init__()
@@ -60,13 +61,15 @@ class SlowStore(dist.Store):
         return self.store.compare_set(key, expected, desired)
 
 
-def test_a_killed_rank_is_found_however_slow_the_looks(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SUSPECT", 1)
-    store.set("watch/rank1", json.dumps([1, "backward", (3, 2), 60.0, 1]))
-    slow = SlowStore(store)  # torch keeps no reference to it
-    watch = Watchdog(slow, 0, 2)
-    watch.start()
-    explained = watch.explain(RuntimeError("gloo: Connection reset by peer"))
-    watch.stop(failed=False)
+def test_a_killed_rank_is_detected_even_with_slow_heartbeats(
+    store: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SILENT_HEARTBEATS_AFTER_FAILURE", 1)
+    store.set("watchdog/rank1", json.dumps([1, "backward", (3, 2), 60.0, 1]))
+    slow = SlowStore(store)  # keep a reference: torch keeps none
+    watchdog = Watchdog(slow, 0, 2)
+    watchdog.start()
+    explained = watchdog.explain(RuntimeError("gloo: Connection reset by peer"))
+    watchdog.stop(failed=False)
     assert isinstance(explained, RankError)
-    assert "rank 1 failed first, backward: it is gone without a word" in str(explained)
+    assert "rank 1 failed first, backward: it stopped sending heartbeats" in str(explained)

@@ -85,7 +85,7 @@ def test_a_signal_in_the_middle_leaves_the_statistics(
         if len(dataset.requests) > 8:
             raise Stopped(15)
 
-    monkeypatch.setattr(evaluate, "stop_if_asked", stop_in_the_second_batch)
+    monkeypatch.setattr(evaluate, "raise_if_stopped", stop_in_the_second_batch)
     with pytest.raises(Stopped):
         trainer.precise_bn()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())

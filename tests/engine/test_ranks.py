@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from training import SERVED, free_port, metrics, tiny_plan, tiny_trainer
 
-from mgvideo.distributed.ranks import process_group
+from mgvideo.distributed.process_group import process_group
 from mgvideo.errors import NonFiniteError
 from mgvideo.loading.workers import start_server
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint

@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion
             cut.train()
         cut.checkpoints.wait()
         cut.monitor.close()
-        newest, _ = cut.checkpoints.newest()
+        newest, _ = cut.checkpoints.find_newest()
         assert newest is not None
         state = read_checkpoint(newest)
         assert state["progress"]["step"] in (stop, stop + 1)  # where a phase ends one step later, there
@@ -186,7 +186,7 @@ def test_a_run_that_is_stopped_leaves_what_it_traced(
 ) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=1000)
     monkeypatch.setattr(
-        "mgvideo.engine.trainer.received", lambda: signal.SIGTERM if trainer.progress.step == 6 else None
+        "mgvideo.engine.trainer.received_signal", lambda: signal.SIGTERM if trainer.progress.step == 6 else None
     )
     with pytest.raises(Stopped):
         trainer.train()

@@ -39,6 +39,6 @@ def test_two_ranks_over_nccl_train_like_one(tmp_path: Path, motion_root: str, cu
 
 def weights(folder: Path) -> torch.Tensor:
     """Return all tensors of the newest checkpoint's model as one flat float64 tensor."""
-    newest, _ = Checkpoints(folder / "checkpoints").newest()
+    newest, _ = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None
     return torch.cat([tensor.double().flatten() for tensor in read_checkpoint(newest)["model"].values()])

@@ -1,13 +1,13 @@
 from collections.abc import Iterator
 
 import pytest
-from cluster import Cluster, why_not
+from cluster import Cluster, unavailable_reason
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """A two-node SLURM."""
-    reason = why_not()
+    """A SLURM with two nodes; the test is skipped if it cannot run here."""
+    reason = unavailable_reason()
     if reason:
         pytest.skip(reason)
     cluster = Cluster()

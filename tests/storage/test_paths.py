@@ -1,4 +1,4 @@
-"""Files behind URLs, from a real server: fetched once, never in part, and said in one line where they are not there."""
+"""Files at URLs, from a real server: fetched once, never in part, and a one-line error if they do not exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from training import KNOBS
-from web import served
+from web import serve_folder
 
 from mgvideo.datasets.decoders import Decord, PyAV
 from mgvideo.datasets.folder import video_folder
@@ -22,10 +22,10 @@ from mgvideo.datasets.pyramid import Layout, Pyramid, build
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
-from mgvideo.storage.paths import exists, join, local, read_bytes, relative, writing
+from mgvideo.storage.paths import exists, explain_write_errors, join, local_copy, read_bytes, relative
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
-NOBODY = "http://127.0.0.1:9"
+CLOSED_PORT = "http://127.0.0.1:9"
 
 
 @pytest.fixture
@@ -37,61 +37,61 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "served/a b").mkdir(parents=True)
-    (tmp_path / "served/a b/視頻.txt").write_text("there")
+    (tmp_path / "served/a b/視頻.txt").write_text("original")
     return tmp_path / "served"
 
 
 @pytest.fixture
 def server(folder: Path, cache: Path) -> Iterator[tuple[str, list[str]]]:
-    with served(folder) as found:
-        yield found
+    with serve_folder(folder) as address_and_requests:
+        yield address_and_requests
 
 
-def test_a_copy_is_fetched_once_and_a_list_is_read_as_it_is_now(server: tuple[str, list[str]], folder: Path) -> None:
-    address, asked = server
+def test_local_copy_fetches_once_and_read_bytes_is_not_cached(server: tuple[str, list[str]], folder: Path) -> None:
+    address, requested = server
     url = f"{address}/a b/視頻.txt"
-    copies = {local(url) for _ in range(3)}
-    assert len(copies) == len(asked) == 1
-    assert Path(copies.pop()).read_text() == "there"
+    copies = {local_copy(url) for _ in range(3)}
+    assert len(copies) == len(requested) == 1
+    assert Path(copies.pop()).read_text() == "original"
     (folder / "a b/視頻.txt").write_text("changed")
     assert read_bytes(url) == b"changed"
     assert exists(url)
     assert not exists(f"{address}/gone")
 
 
-def test_copies_of_two_servers_and_of_hostile_names_are_kept_apart(tmp_path: Path, cache: Path) -> None:
+def test_copies_of_two_servers_differ_and_stay_inside_the_cache(tmp_path: Path, cache: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text(name)
-    with served(tmp_path / "one") as (one, _), served(tmp_path / "two") as (two, _):
-        assert [Path(local(f"{address}/x")).read_text() for address in (one, two)] == ["one", "two"]
-        copy = Path(local(f"{one}/../../../../x")).resolve()
+    with serve_folder(tmp_path / "one") as (first, _), serve_folder(tmp_path / "two") as (second, _):
+        assert [Path(local_copy(f"{address}/x")).read_text() for address in (first, second)] == ["one", "two"]
+        copy = Path(local_copy(f"{first}/../../../../x")).resolve()
     assert copy.is_relative_to(cache.resolve())
 
 
-def test_what_cannot_be_fetched_leaves_a_reason_and_no_copy(server: tuple[str, list[str]], cache: Path) -> None:
+def test_a_failed_fetch_raises_its_reason_and_leaves_no_copy(server: tuple[str, list[str]], cache: Path) -> None:
     address, _ = server
     for url, reason in (
         (f"{address}/gone.mp4", "404"),
         (f"{address}/cut.mp4", "before the end"),
-        (f"{NOBODY}/x", "refused"),
+        (f"{CLOSED_PORT}/x", "refused"),
     ):
         with pytest.raises(OSError, match=reason) as caught:
-            local(url)
+            local_copy(url)
         assert caught.value.strerror
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
-def test_a_scheme_that_nobody_serves_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"gopher://x/y: gopher:// is not served; there are http://") as caught:
-        local("gopher://x/y")
+def test_an_unknown_scheme_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"gopher://x/y: gopher:// has no handler; use one of http://") as caught:
+        local_copy("gopher://x/y")
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "boto3", None)
     with pytest.raises(UserError, match=r"s3:// needs boto3 \(pip install 'mgvideo\[s3\]'\)"):
         read_bytes("s3://bucket/x")
 
 
-def test_paths_in_a_list_are_relative_absolute_or_urls() -> None:
+def test_join_and_relative_of_relative_absolute_and_url_paths() -> None:
     assert join("/root", "a/b.mp4") == "/root/a/b.mp4"
     assert join("/root", "../b.mp4") == "/root/../b.mp4"
     assert join("/root", "/else/b.mp4") == join("file:///root", "file:///else/b.mp4") == "/else/b.mp4"
@@ -104,7 +104,7 @@ def test_paths_in_a_list_are_relative_absolute_or_urls() -> None:
     assert relative("/else/b.mp4", "http://host/d") == "/else/b.mp4"
 
 
-def test_a_list_reads_what_its_lines_name(server: tuple[str, list[str]], folder: Path, motion_root: str) -> None:
+def test_a_list_may_name_paths_and_urls(server: tuple[str, list[str]], folder: Path, motion_root: str) -> None:
     address, _ = server
     videos = sorted(Path(make_motion(motion_root, KNOBS)).glob("train/*.mp4"))[:5]
     for video in videos:
@@ -113,50 +113,50 @@ def test_a_list_reads_what_its_lines_name(server: tuple[str, list[str]], folder:
     lines = [f"../{videos[0].name}", str(videos[1]), f"file://{videos[2]}", f"{address}/{videos[3].name}"]
     (root / "list.csv").write_text("".join(f"{line} {label}\n" for label, line in enumerate(lines)))
     (folder / "plain.csv").write_text("".join(f"{video} {label}\n" for label, video in enumerate(videos[:4])))
-    there = video_list(str(root), "list.csv", decoder=PyAV())
+    remote = video_list(str(root), "list.csv", decoder=PyAV())
     expected = video_list(str(folder), "plain.csv", decoder=PyAV())
     for index in range(4):
         request = ClipRequest(index, GRID, index)
-        sample = there[request]
+        sample = remote[request]
         assert not sample.failures
         assert torch.equal(sample.clip, expected[request].clip)
 
 
-def test_clips_behind_a_url_are_not_looked_for(server: tuple[str, list[str]], folder: Path) -> None:
+def test_official_kinetics_list_is_refused_at_a_url(server: tuple[str, list[str]], folder: Path) -> None:
     (folder / "official.csv").write_text("label,youtube_id,time_start,time_end\nrun,abc,1,2\n")
     with pytest.raises(UserError, match="name them in a list file"):
         kinetics(server[0], "official.csv", 1)
 
 
 @pytest.mark.parametrize("decoder", [PyAV(), Decord()])
-def test_a_dataset_on_a_server_is_the_same_as_at_hand(
+def test_a_dataset_at_a_url_equals_the_local_one(
     server: tuple[str, list[str]], folder: Path, tmp_path: Path, motion_root: str, decoder: PyAV | Decord
 ) -> None:
-    address, asked = server
+    address, requested = server
     shutil.copytree(make_motion(motion_root, KNOBS), folder / "motion")
     (folder / "motion/train/00001.mp4").unlink()
     names = ["train/00000.mp4", "train/00002.mp4"]
     build(str(folder / "pyramid"), str(folder / "motion"), names, Layout((20, 40), 40), 1)
-    here, there = (
+    local, remote = (
         video_list(root, "train.csv", decoder=Pyramid(pyramid, root, decoder))
         for root, pyramid in (
             (str(folder / "motion"), str(folder / "pyramid")),
             (f"{address}/motion", f"{address}/pyramid"),
         )
     )
-    assert there.fingerprint() == here.fingerprint()
-    assert there.class_names == here.class_names
+    assert remote.fingerprint() == local.fingerprint()
+    assert remote.class_names == local.class_names
     for index in (0, 1, 2, 5):
         request = ClipRequest(index, GRID, index)
-        assert torch.equal(there[request].clip, here[request].clip)
-    (failure,) = there[ClipRequest(1, GRID, 0, View(0, 1, 1))].failures
+        assert torch.equal(remote[request].clip, local[request].clip)
+    (failure,) = remote[ClipRequest(1, GRID, 0, View(0, 1, 1))].failures
     assert failure.path == f"{address}/motion/train/00001.mp4"
     assert "404" in failure.reason
-    assert any("/pyramid/short" in path for path in asked)
-    assert "/motion/train/00000.mp4" not in asked, "a level of it is enough"
+    assert any("/pyramid/short" in path for path in requested)
+    assert "/motion/train/00000.mp4" not in requested, "only a pyramid level is read"
 
 
-def test_a_table_on_a_server_is_found(server: tuple[str, list[str]], folder: Path, motion_root: str) -> None:
+def test_split_tables_are_found_at_a_url(server: tuple[str, list[str]], folder: Path, motion_root: str) -> None:
     address, _ = server
     shutil.copy(next(Path(motion_root).rglob("00000.mp4")), folder / "clip.mp4")
     for split in ("train", "val"):
@@ -180,15 +180,18 @@ def test_a_table_on_a_server_is_found(server: tuple[str, list[str]], folder: Pat
         ("train.csv", r"^train\.csv: No such file"),
     ],
 )
-def test_an_error_over_a_file_names_the_output_or_the_other_file(file: str, message: str) -> None:
-    with pytest.raises(UserError, match=message), writing("out", "out.csv"):
+def test_an_os_error_names_the_output_or_the_other_file(file: str, message: str) -> None:
+    with pytest.raises(UserError, match=message), explain_write_errors("out", "out.csv"):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", file)
 
 
-def test_an_error_without_a_file_names_the_output_where_a_disk_is_full_and_is_raised_otherwise() -> None:
-    with pytest.raises(UserError, match=r"^cannot write out=runs/a: No space left"), writing("out", "runs/a"):
+def test_an_os_error_without_a_file_names_the_output_only_for_disk_errors() -> None:
+    with (
+        pytest.raises(UserError, match=r"^cannot write out=runs/a: No space left"),
+        explain_write_errors("out", "runs/a"),
+    ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(UserError, match=r"^cannot write out=runs/a: "), writing("out", "runs/a"):
+    with pytest.raises(UserError, match=r"^cannot write out=runs/a: "), explain_write_errors("out", "runs/a"):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "runs")
-    with pytest.raises(BlockingIOError), writing("out", "runs/a"):
+    with pytest.raises(BlockingIOError), explain_write_errors("out", "runs/a"):
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")

@@ -1,4 +1,4 @@
-"""A run whose data, weights and folder are all somewhere else, in this process; and what its mirror does alone."""
+"""Runs with data, weights and output_dir at URLs, and RemoteOutput by itself."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from training import KNOBS, TINY, end_state, metrics, start_program
-from web import Bucket, s3, served
+from web import Bucket, serve_folder, serve_s3
 
 from mgvideo.cli.run import main
 from mgvideo.datasets.motion import make_motion
 from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.storage.paths import register
+from mgvideo.storage.paths import register_handler
 from mgvideo.storage.remote_output import INDEX, RemoteOutput
 
 RUN = [
@@ -30,59 +30,59 @@ RUN = [
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Bucket:
     bucket = Bucket(tmp_path_factory.mktemp("bucket"))
-    register(bucket)
+    register_handler(bucket)
     return bucket
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
+def _empty_folder_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     bucket.broken = False
 
 
-def test_a_run_lives_on_remotes_and_goes_on_from_there(tmp_path: Path, motion_root: str, bucket: Bucket) -> None:
+def test_a_run_on_remotes_resumes_from_its_remote(tmp_path: Path, motion_root: str, bucket: Bucket) -> None:
     shutil.copytree(make_motion(motion_root, KNOBS), tmp_path / "served")
     torch.save({"model": r2plus1d_small(8, width=4).state_dict()}, tmp_path / "served/weights.pt")
-    with served(tmp_path / "served") as (address, asked):
+    with serve_folder(tmp_path / "served") as (address, requested):
         run = [*RUN, f"dataset.root={address}", f"init_from={address}/weights.pt"]
         main([*run, "output_dir=bucket://runs/a"])
-        assert asked.count("/weights.pt") == 1
-        assert asked.count("/train/00000.mp4") == 1, "read many times, fetched once"
+        assert requested.count("/weights.pt") == 1
+        assert requested.count("/train/00000.mp4") == 1, "it is read many times and fetched once"
         whole = Path("runs/remote/bucket/runs/a")
         steps = Checkpoints(whole / "checkpoints").steps()
         for name in ("report.md", "metrics.jsonl", "plan.json", f"checkpoints/step_{steps[-1]:08d}.pt"):
             expected = (whole / name).read_bytes() if (whole / name).exists() else None
-            there = bucket.folder / "runs/a" / name
-            assert (there.read_bytes() if there.exists() else None) == expected, name
-        # another machine, which has nothing, and a remote whose newest checkpoint somebody deleted
+            copy = bucket.folder / "runs/a" / name
+            assert (copy.read_bytes() if copy.exists() else None) == expected, name
+        # resume on a machine without local files, from a remote whose newest checkpoint was deleted
         shutil.copytree(bucket.folder / "runs/a", bucket.folder / "runs/b")
         (bucket.folder / f"runs/b/checkpoints/step_{steps[-1]:08d}.pt").unlink()
         main([*run, "output_dir=bucket://runs/b"])
-        again = Path("runs/remote/bucket/runs/b")
-        assert end_state(again)["tensors"] == end_state(whole)["tensors"]
-        assert metrics(again) == metrics(whole)
+        resumed = Path("runs/remote/bucket/runs/b")
+        assert end_state(resumed)["tensors"] == end_state(whole)["tensors"]
+        assert metrics(resumed) == metrics(whole)
         shutil.copytree(whole / "checkpoints", tmp_path / "served/checkpoints")
         main([*run, f"resume={address}/checkpoints/step_{steps[-2]:08d}.pt", "output_dir=c"])
         assert end_state(Path("c"))["tensors"] == end_state(whole)["tensors"]
 
 
-def test_a_run_lives_on_s3(tmp_path: Path, motion_root: str) -> None:
+def test_a_run_on_s3_resumes(tmp_path: Path, motion_root: str) -> None:
     videos = Path(make_motion(motion_root, KNOBS))
-    with s3("videos") as (client, environment):
+    with serve_s3("videos") as (client, environment):
         for file in (path for path in videos.rglob("*") if path.is_file()):
             client.upload_file(str(file), "videos", f"my data/{file.relative_to(videos)}")
         run = [*RUN, "dataset.root=s3://videos/my data", "loader.num_workers=2", "output_dir=s3://videos/runs/a"]
-        whole, again = (Path(f"runs/remote/s3/{name}") for name in ("first", "videos/runs/a"))
+        whole, resumed = (Path(f"runs/remote/s3/{name}") for name in ("first", "videos/runs/a"))
         run_net(run, environment, tmp_path)
-        again.rename(whole)
+        resumed.rename(whole)
         newest = f"checkpoints/step_{Checkpoints(whole / 'checkpoints').steps()[-1]:08d}.pt"
         client.delete_object(Bucket="videos", Key=f"runs/a/{newest}")
         run_net(run, environment, tmp_path)
         client.download_file("videos", f"runs/a/{newest}", "newest.pt")
-    assert end_state(again)["tensors"] == end_state(whole)["tensors"]
-    assert metrics(again) == metrics(whole)
-    assert Path("newest.pt").read_bytes() == (again / newest).read_bytes()
+    assert end_state(resumed)["tensors"] == end_state(whole)["tensors"]
+    assert metrics(resumed) == metrics(whole)
+    assert Path("newest.pt").read_bytes() == (resumed / newest).read_bytes()
 
 
 def run_net(overrides: list[str], environment: dict[str, str], folder: Path) -> None:
@@ -91,39 +91,37 @@ def run_net(overrides: list[str], environment: dict[str, str], folder: Path) -> 
     assert process.exitcode == 0, (folder / "log").read_text()
 
 
-def saved(mirror: RemoteOutput, *steps: int) -> None:
-    checkpoints = Checkpoints(mirror.folder / "checkpoints", keep=2, written=mirror.push)
+def save_checkpoints(mirror: RemoteOutput, *steps: int) -> None:
+    checkpoints = Checkpoints(mirror.folder / "checkpoints", keep=2, on_write=mirror.push)
     for step in steps:
         checkpoints.save(step, {"weights": torch.ones(3), "progress": {"step": step}}, best=step == 1)
     checkpoints.wait()
 
 
-def test_the_remote_has_what_the_folder_has_and_gives_it_back(bucket: Bucket) -> None:
-    mirror = RemoteOutput("bucket://kept")
+def test_the_remote_mirrors_the_folder_and_restores_it(bucket: Bucket) -> None:
+    mirror = RemoteOutput("bucket://mirrored")
     with mirror.synced():
-        saved(mirror, 1, 2, 3, 4)
-    names = {path.name for path in (bucket.folder / "kept/checkpoints").iterdir()}
+        save_checkpoints(mirror, 1, 2, 3, 4)
+    names = {path.name for path in (bucket.folder / "mirrored/checkpoints").iterdir()}
     assert names == {f"step_0000000{step}.{suffix}" for step in (1, 3, 4) for suffix in ("pt", "sha256")}
-    before = {path: path.stat().st_mtime_ns for path in (bucket.folder / "kept/checkpoints").iterdir()}
+    modified_ns = {path: path.stat().st_mtime_ns for path in (bucket.folder / "mirrored/checkpoints").iterdir()}
     shutil.rmtree(mirror.folder)
-    with (again := RemoteOutput("bucket://kept/")).synced():
-        checkpoints = Checkpoints(again.folder / "checkpoints")
-        newest, warnings = checkpoints.newest()
+    with (restored := RemoteOutput("bucket://mirrored/")).synced():
+        checkpoints = Checkpoints(restored.folder / "checkpoints")
+        newest, warnings = checkpoints.find_newest()
         assert newest == checkpoints.path(4)
         assert not warnings
         assert os.readlink(checkpoints.best) == "step_00000001.pt"
-        assert again.source(newest) == "bucket://kept/checkpoints/step_00000004.pt"
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "what it had is not sent again"
+        assert restored.source(newest) == "bucket://mirrored/checkpoints/step_00000004.pt"
+    assert {path: path.stat().st_mtime_ns for path in modified_ns} == modified_ns, "an unchanged file is not copied"
 
 
-def test_a_remote_out_of_reach_is_a_warning_that_the_next_copy_makes_good(
-    bucket: Bucket, capsys: pytest.CaptureFixture
-) -> None:
+def test_an_unreachable_remote_is_a_warning_and_is_updated_later(bucket: Bucket, capsys: pytest.CaptureFixture) -> None:
     mirror = RemoteOutput("bucket://shaky")
     with mirror.synced():
-        saved(mirror, 1)
+        save_checkpoints(mirror, 1)
         bucket.broken = True
-        saved(mirror, 2)
+        save_checkpoints(mirror, 2)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("warning: cannot write to bucket://shaky: ")
         assert str(mirror.folder) in line
@@ -131,21 +129,21 @@ def test_a_remote_out_of_reach_is_a_warning_that_the_next_copy_makes_good(
     assert (bucket.folder / "shaky/checkpoints/step_00000002.pt").exists()
 
 
-def test_a_copy_cut_short_is_told_and_the_one_before_used(bucket: Bucket) -> None:
+def test_a_truncated_copy_is_named_and_the_checkpoint_before_it_is_used(bucket: Bucket) -> None:
     mirror = RemoteOutput("bucket://cut")
     with mirror.synced():
-        saved(mirror, 1, 2)
+        save_checkpoints(mirror, 1, 2)
     os.truncate(bucket.folder / "cut/checkpoints/step_00000002.pt", 100)
     shutil.rmtree(mirror.folder)
-    with (again := RemoteOutput("bucket://cut")).synced():
-        checkpoints = Checkpoints(again.folder / "checkpoints")
-        newest, warnings = checkpoints.newest()
+    with (restored := RemoteOutput("bucket://cut")).synced():
+        checkpoints = Checkpoints(restored.folder / "checkpoints")
+        newest, warnings = checkpoints.find_newest()
         assert newest == checkpoints.path(1)
         assert "step_00000002.pt is damaged" in warnings[0]
 
 
-def test_a_remote_that_takes_nothing_or_leads_outside_is_one_line(tmp_path: Path, bucket: Bucket) -> None:
-    with served(tmp_path) as (address, _), pytest.raises(UserError, match=r"output_dir=http.*: cannot be used"):
+def test_an_unwritable_or_hostile_remote_is_a_user_error(tmp_path: Path, bucket: Bucket) -> None:
+    with serve_folder(tmp_path) as (address, _), pytest.raises(UserError, match=r"output_dir=http.*: cannot be used"):
         RemoteOutput(f"{address}/run").synced().__enter__()
     (bucket.folder / "evil").mkdir()
     (bucket.folder / "evil" / INDEX).write_text(json.dumps({"files": {"../../../stolen": [1, 1]}, "links": {}}))
@@ -153,7 +151,7 @@ def test_a_remote_that_takes_nothing_or_leads_outside_is_one_line(tmp_path: Path
         RemoteOutput("bucket://evil").synced().__enter__()
 
 
-def test_a_local_folder_is_its_own(tmp_path: Path) -> None:
+def test_a_local_output_dir_is_used_directly(tmp_path: Path) -> None:
     for address in ("runs/x", f"file://{tmp_path}/runs/x"):
         mirror = RemoteOutput(address)
         assert mirror.folder.resolve() == tmp_path / "runs/x"

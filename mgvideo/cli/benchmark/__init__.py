@@ -18,7 +18,7 @@ from rich.table import Table
 from mgvideo.cli import app, keys
 from mgvideo.cpu.resources import cpu_count
 from mgvideo.plan.plan import Grid, Plan, require
-from mgvideo.storage.paths import writing
+from mgvideo.storage.paths import explain_write_errors
 
 BENCHMARKS = {
     "loader": "clips per second of the loader at each grid of a plan, compared with decoding alone",
@@ -76,7 +76,7 @@ def open_report(path: str | None) -> Iterator[TextIO]:
     if path is None:
         yield sys.stdout
         return
-    with writing("out", path), open(path, "w", encoding="utf-8") as file:
+    with explain_write_errors("out", path), open(path, "w", encoding="utf-8") as file:
         yield file
 
 

@@ -32,7 +32,7 @@ from mgvideo.cli import keys
 from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_model, build_normalize, build_plan
 from mgvideo.cli.schema import key
-from mgvideo.distributed.ranks import bn_process_group
+from mgvideo.distributed.collectives import bn_process_group
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.micro_batches import split_into_micro_batches
 from mgvideo.engine.precision import choose_precision

@@ -20,7 +20,7 @@ from mgvideo.cli.schema import key
 from mgvideo.loading.loader import Loader
 from mgvideo.loading.requests import BatchRequest
 from mgvideo.plan.plan import Grid, require
-from mgvideo.storage.paths import writing
+from mgvideo.storage.paths import explain_write_errors
 
 from .loader import random_requests
 
@@ -80,7 +80,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
         if len(usages) % print_every == 0:
             print(usage, flush=True)
     if options.out is not None:
-        with writing("out", options.out), open(options.out, "w", encoding="utf-8") as file:
+        with explain_write_errors("out", options.out), open(options.out, "w", encoding="utf-8") as file:
             json.dump([asdict(usage) for usage in usages], file, indent=1)
     memory, files = usage_growth(usages)
     flat = memory <= options.growth and files <= MAX_EXTRA_FILES

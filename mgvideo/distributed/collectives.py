@@ -1,0 +1,96 @@
+"""Collective operations. Each also works in a single process that has joined no process group.
+
+`bn_process_group` caches the process groups that it creates for the whole process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mgvideo.cpu.resources import cpu_share, find_resources, memory_share
+
+
+def rank() -> int:
+    """Return this process's rank, 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return the number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class RequestSync:
+    """Agrees on the largest number that any rank requests, while a training step runs.
+
+    It uses gloo on the CPU, so it does not synchronise the device. `request` returns this rank's number.
+    """
+
+    def __init__(self, request: Callable[[], int]) -> None:
+        self.request = request
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._reduction: tuple[Any, Tensor] | None = None  # the all-reduce in progress, and its tensor
+
+    def start(self) -> None:
+        """Start to reduce this rank's number with those of the others."""
+        if self.group is not None:
+            number = torch.tensor(self.request())
+            self._reduction = (dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True), number)
+
+    def wait(self) -> int:
+        """Return the largest number of all ranks, the same on each."""
+        if self._reduction is None:
+            return self.request()
+        (work, number), self._reduction = self._reduction, None
+        work.wait()
+        return int(number)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce a tensor in place over all ranks; returns it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+    return tensor
+
+
+def gather_objects(item: object) -> list:
+    """Return the `item` of every rank, in the order of ranks."""
+    if not dist.is_initialized():
+        return [item]
+    items: list = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def rank_cpus() -> Fraction:
+    """Return the CPU cores of this rank: its share of the cores of its machine. All ranks call this together."""
+    resources = find_resources()
+    return cpu_share(resources, gather_objects(resources))
+
+
+def rank_memory() -> int:
+    """Return this rank's memory in bytes: its share of its machine's free memory. All ranks call this together."""
+    resources = find_resources()
+    return memory_share(resources, gather_objects(resources))
+
+
+@cache
+def bn_process_group(size: int) -> Any:
+    """Return this rank's ProcessGroup of `size` consecutive ranks, None for size 1. All ranks call this together."""
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
+    return groups[rank() // size]
