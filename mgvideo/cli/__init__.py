@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from mgvideo.distributed.signals import record_early_signals
 from mgvideo.errors import UserError
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 
 from .terminal import restart_in_utf8_mode, terminal
 
@@ -58,7 +58,7 @@ def _run(words: Sequence[str]) -> None:
             record_early_signals()  # imports take a while, in which a job may be asked to stop
             if not any(word.startswith(("-", "loader.num_workers=0", "loader.start_method=")) for word in arguments):
                 with suppress(UserError):  # raised again where the run can report it
-                    start_server()  # and workers take as long to import theirs
+                    start_fork_server()  # and workers take as long to import theirs
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
     usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())

@@ -36,7 +36,7 @@ from mgvideo.errors import UserError
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.loading.loader import Loader
 from mgvideo.loading.sampler import ClipSampler
-from mgvideo.loading.shared_memory import find_room
+from mgvideo.loading.shared_memory import get_shared_memory_space
 from mgvideo.plan.plan import Plan
 
 from . import app, keys
@@ -266,7 +266,7 @@ def cores(machine: Machine) -> Iterator[CheckResult]:
 def shared_memory(machine: Machine) -> Iterator[CheckResult]:
     """Room in /dev/shm, through which loader workers pass their batches."""
     del machine
-    room = find_room()
+    room = get_shared_memory_space()
     if room is None:
         yield CheckResult("/dev/shm", "ok", "no limit on this system")
         return
@@ -376,7 +376,7 @@ def _loader_rate(machine: Machine) -> float:
     sampler = ClipSampler(plan, len(machine.videos), seed=0)
     loader = Loader(machine.videos, loader_options(machine.cfg))
     with ExitStack() as stack:
-        batches = loader.open(partial(sampler.shard, rank=0, world=1), range(plan.steps))
+        batches = loader.load_steps(partial(sampler.shard, rank=0, world_size=1), range(plan.steps))
         stack.callback(getattr(batches, "close", lambda: None))
         next(batches)  # workers are up
         clips, started = 0, time.perf_counter()

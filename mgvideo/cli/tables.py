@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
-from mgvideo.plan.forecast import cost
+from mgvideo.plan.forecast import total_cost
 from mgvideo.plan.plan import Plan
 from mgvideo.reproduce.tables import Cell, Preset, ResultTable, presets_of, read_preset, read_table
 
@@ -94,7 +94,7 @@ class Entry:
 
     def flops(self, plan: Plan) -> float:
         """Multiply-adds of the forward passes of all training clips of a plan; 0 where nothing is trained."""
-        return cost(plan.phases, self._clip_flops) if self.config.train.enable else 0.0
+        return total_cost(plan.phases, self._clip_flops) if self.config.train.enable else 0.0
 
     @cached_property
     def _clip_flops(self) -> Any:

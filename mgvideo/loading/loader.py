@@ -25,7 +25,7 @@ from mgvideo.plan.shards import BatchShard
 
 from . import workers
 from .requests import BatchRequest, ClipRequest, DecodeFailure, Sample
-from .shared_memory import explain_full, is_full, room_for_queues
+from .shared_memory import explain_queue_errors, full_shared_memory_message, is_shared_memory_error
 
 
 class ClipDataset(Protocol):
@@ -163,8 +163,8 @@ def explain_dead_worker(error: Exception) -> BaseException:
     process is; a batch that is being fetched from it raises an OSError or an EOFError.
     """
     text = str(error).splitlines()[0] if str(error) else ""
-    if is_full(error):
-        return UserError(explain_full())
+    if is_shared_memory_error(error):
+        return UserError(full_shared_memory_message())
     of_a_process = text.startswith(("DataLoader worker", "Pin memory thread"))  # the latter ends with its workers
     reported = of_a_process and ("killed" in text or "exited" in text)
     raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
@@ -172,8 +172,8 @@ def explain_dead_worker(error: Exception) -> BaseException:
     if reported or fetching:
         if received():
             return Stopped(received())
-        if "Bus error" in text or workers.killed_by(signal.SIGBUS):
-            return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
+        if "Bus error" in text or workers.any_worker_killed_by(signal.SIGBUS):
+            return UserError(f"a loader worker was killed by SIGBUS: {full_shared_memory_message()}")
         when = text or "as it sent a batch"
         return UserError(
             f"a loader worker died ({when}): out of memory? Lower loader.num_workers or loader.prefetch_factor"
@@ -192,18 +192,18 @@ class Loader:
         self,
         dataset: ClipDataset,
         options: LoaderOptions,
-        pin: bool = False,
+        pin_memory: bool = False,
         collate: Callable[[Sequence[Sample]], Batch] = collate,
     ) -> None:
-        self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
+        self.dataset, self.options, self.pin_memory, self.collate = dataset, options, pin_memory, collate
         served = options.num_workers > 0 and options.start_method == "forkserver"
         self.low_priority = options.low_priority and served and workers.SUPPORTS_LOW_PRIORITY
         if options.num_workers:
             workers.use_short_socket_paths()
         if served:
-            workers.start_server([type(dataset).__module__])
+            workers.start_fork_server([type(dataset).__module__])
 
-    def open(self, requests: Callable[[int], BatchRequest], steps: range) -> Iterator[Batch]:
+    def load_steps(self, requests: Callable[[int], BatchRequest], steps: range) -> Iterator[Batch]:
         """Start the workers on `steps` at once; the iterator yields one batch a step."""
         if not steps:
             return iter(())
@@ -233,7 +233,7 @@ class Loader:
             for worker in started:
                 worker.kill()
             del batches  # and with it what waits for the killed ones
-            yield from self.open(requests, range(step, steps.stop))
+            yield from self.load_steps(requests, range(step, steps.stop))
 
     def _open(self, requests: Callable[[int], BatchRequest], steps: range) -> tuple[Iterator[Batch], list[BaseProcess]]:
         count = min(self.options.num_workers, len(steps))
@@ -244,21 +244,21 @@ class Loader:
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=count,
-            pin_memory=self.pin,
-            worker_init_fn=partial(workers.begin, self.low_priority, available_cpus()),
+            pin_memory=self.pin_memory,
+            worker_init_fn=partial(workers.init_worker, self.low_priority, available_cpus()),
             prefetch_factor=self.options.prefetch_factor if count else None,
             multiprocessing_context=self.options.start_method if count else None,
             # drawing the workers' base seed must not touch the generator that dropout draws from
             generator=torch.Generator(),
         )
-        with workers.starting() as started, room_for_queues():
+        with workers.track_new_workers() as started, explain_queue_errors():
             batches = iter(loader)
         if not count:
             return batches, started
         timeout = STARVATION_TIMEOUT_S + largest / 50 if self.low_priority else self.options.timeout + largest
         return _with_timeout(batches, started, timeout, self.low_priority), started
 
-    def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
+    def load_phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
         """Yield one batch a step through consecutive stretches of steps, with a new DataLoader for each.
 
         The next stretch's workers start as soon as a worker has the last batch of this one to load, so that a boundary
@@ -271,12 +271,16 @@ class Loader:
             options.num_workers and options.start_method != "fork",
         )
         # A new thread's current CUDA device is 0, and the pin-memory thread inherits that of the thread that starts it.
-        set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin else None
+        set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin_memory else None
         with ThreadPoolExecutor(1, initializer=set_device) as thread:
-            following: Iterator[Batch] | Future[Iterator[Batch]] = self.open(requests, stretches[0])
+            following: Iterator[Batch] | Future[Iterator[Batch]] = self.load_steps(requests, stretches[0])
             for steps, after in pairwise([*stretches, range(0)]):
                 current = following.result() if isinstance(following, Future) else following
                 for step in steps:
                     if step == max(steps.start, steps.stop - ahead):
-                        following = thread.submit(self.open, requests, after) if beside else self.open(requests, after)
+                        following = (
+                            thread.submit(self.load_steps, requests, after)
+                            if beside
+                            else self.load_steps(requests, after)
+                        )
                     yield next(current)

@@ -29,16 +29,16 @@ class ClipSampler:
     size: int  # videos in the dataset
     seed: int
 
-    def shard(self, step: int, rank: int = 0, world: int = 1) -> BatchRequest:
-        """Return the clips of one of `world` ranks, in the order of the global batch.
+    def shard(self, step: int, rank: int = 0, world_size: int = 1) -> BatchRequest:
+        """Return the clips of one of `world_size` ranks, in the order of the global batch.
 
         The cost grows with this rank's clips, not with the global batch or the dataset.
 
         Raises:
-            UserError: the batch cannot be cut among `world` ranks.
+            UserError: the batch cannot be cut among `world_size` ranks.
         """
         phase, slot = self.plan.phase(step), self.plan.slot(step)
-        shard = shard_batch(slot.batch, phase.bn_groups, rank, world)
+        shard = shard_batch(slot.batch, phase.bn_groups, rank, world_size)
         first = self.plan.clips_before(step)
         positions = np.arange(first + shard.start, first + shard.stop, dtype=np.uint64)
         videos = shuffled_videos(positions, self.size, self.seed).tolist()
@@ -47,7 +47,7 @@ class ClipSampler:
         return BatchRequest(clips, shard)
 
 
-def view_requests(grid: Grid, clips: int, crops: int, numbers: range, batch: int, step: int) -> BatchRequest:
+def request_views(grid: Grid, clips: int, crops: int, numbers: range, batch: int, step: int) -> BatchRequest:
     """Return the views that a step of a test looks at, `batch` of `numbers`, which counts clips video by video."""
     return BatchRequest(
         [

@@ -33,7 +33,7 @@ class BatchSizes(NamedTuple):
     test: int
 
 
-def bytes_in_flight(sizes: Sequence[BatchSizes], workers: int, prefetch: int) -> int:
+def max_bytes_in_flight(sizes: Sequence[BatchSizes], workers: int, prefetch: int) -> int:
     """The most bytes that the batches of some ranks take at once, each rank with so many workers.
 
     A loader keeps `prefetch` batches a worker ready while one is used. In training two loaders may do so: those of
@@ -43,13 +43,13 @@ def bytes_in_flight(sizes: Sequence[BatchSizes], workers: int, prefetch: int) ->
     return sum(max((2 * ready + 1) * rank.training, (ready + 1) * rank.test) for rank in sizes)
 
 
-def fewest_bytes(sizes: Sequence[BatchSizes]) -> int:
+def min_bytes(sizes: Sequence[BatchSizes]) -> int:
     """Bytes without which loading cannot go on: of a batch that is used, and the next one that arrives."""
     return sum(2 * max(rank) for rank in sizes)
 
 
 @dataclass(frozen=True)
-class Room:
+class SharedMemorySpace:
     """A file system for shared memory: an identifier, a host that mounts it, its bytes and how many are free."""
 
     identifier: str
@@ -58,21 +58,21 @@ class Room:
     free: int
 
 
-def find_room(folder: Path = FOLDER) -> Room | None:
+def get_shared_memory_space(folder: Path = FOLDER) -> SharedMemorySpace | None:
     """The room in `folder`; nothing is free where it is missing or read-only. None: this system sets no limit."""
     if sys.platform != "linux":
         return None
     try:
         about, device = os.statvfs(folder), folder.stat().st_dev
     except OSError:
-        return Room(machine_id(), platform.node(), 0, 0)
+        return SharedMemorySpace(machine_id(), platform.node(), 0, 0)
     if about.f_blocks == 0:  # a tmpfs of size=0
         return None
     free = about.f_bavail * about.f_frsize if os.access(folder, os.W_OK) else 0
-    return Room(f"{machine_id()} {device}", platform.node(), about.f_blocks * about.f_frsize, free)
+    return SharedMemorySpace(f"{machine_id()} {device}", platform.node(), about.f_blocks * about.f_frsize, free)
 
 
-def check_room(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FOLDER) -> list[str]:
+def check_shared_memory_space(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FOLDER) -> list[str]:
     """Compare what the ranks' batches take with the room for them. All ranks call it together.
 
     Returns:
@@ -81,18 +81,18 @@ def check_room(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FO
     Raises:
         UserError: a folder is too small for the batches that no loader can do without; on all ranks.
     """
-    ranks: list[tuple[Any, BatchSizes]] = gather_objects((find_room(folder), sizes))
+    ranks: list[tuple[Any, BatchSizes]] = gather_objects((get_shared_memory_space(folder), sizes))
     limited = sorted((pair for pair in ranks if pair[0] is not None), key=lambda pair: pair[0].identifier)
     warnings = []
     for _, group in groupby(limited, key=lambda pair: pair[0].identifier):
         rooms, sharing = zip(*group, strict=True)
         room = min(rooms, key=lambda room: room.free)
-        needed, fewest = bytes_in_flight(sharing, workers, prefetch), fewest_bytes(sharing)
+        needed, fewest = max_bytes_in_flight(sharing, workers, prefetch), min_bytes(sharing)
         if room.free >= needed:
             continue
         state = f"has {_size(room.free)} free" if room.free else "is full, missing or read-only"
         found = f"{folder} on {room.host} {state}"
-        fits = [n for n in range(1, workers + 1) if bytes_in_flight(sharing, n, 1) <= room.free]
+        fits = [n for n in range(1, workers + 1) if max_bytes_in_flight(sharing, n, 1) <= room.free]
         instead = (
             f"loader.num_workers={fits[-1]} loader.prefetch_factor=1" if fits else "loader.num_workers=0, which is slow"
         )
@@ -105,14 +105,14 @@ def check_room(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FO
     return warnings
 
 
-def is_full(error: Exception) -> bool:
+def is_shared_memory_error(error: Exception) -> bool:
     """Whether this is an error of a loader worker, passed on by torch, for which there was no room."""
     return isinstance(error, RuntimeError) and "shared memory" in str(error) and "in DataLoader worker" in str(error)
 
 
-def explain_full(folder: Path = FOLDER) -> str:
+def full_shared_memory_message(folder: Path = FOLDER) -> str:
     """Say that there was no room, and what to do."""
-    room = find_room(folder)
+    room = get_shared_memory_space(folder)
     size = f" ({_size(room.total)})" if room and room.free else ""
     return (
         f"{folder}{size}, where the batches of loader workers wait, is full, missing or read-only: enlarge it "
@@ -121,7 +121,7 @@ def explain_full(folder: Path = FOLDER) -> str:
 
 
 @contextmanager
-def room_for_queues() -> Iterator[None]:
+def explain_queue_errors() -> Iterator[None]:
     """Turn the errors of queues made inside, whose semaphores are files in /dev/shm, into one line.
 
     Raises:
@@ -131,7 +131,7 @@ def room_for_queues() -> Iterator[None]:
         yield
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT):
-            raise UserError(explain_full()) from error
+            raise UserError(full_shared_memory_message()) from error
         raise
 
 

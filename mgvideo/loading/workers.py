@@ -52,7 +52,7 @@ def use_short_socket_paths() -> None:
         raise UserError(f"no folder for temporary files ({error.strerror}): set TMPDIR to one that has room") from error
 
 
-def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
+def start_fork_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
     """Start the small process that workers are forked from, once; it imports what they need while this one goes on.
 
     Forked from this process they would be as quick to start, but every page that it writes then is copied first.
@@ -74,7 +74,7 @@ def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
 
 
 @contextmanager
-def starting() -> Iterator[list[BaseProcess]]:
+def track_new_workers() -> Iterator[list[BaseProcess]]:
     """Workers started inside, which the list then holds, outlive signals, and leave alone what they inherit.
 
     A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
@@ -101,12 +101,12 @@ def _end_workers() -> None:
         worker.kill()
 
 
-def killed_by(number: int) -> bool:
+def any_worker_killed_by(number: int) -> bool:
     """Whether a signal has killed a worker. torch knows which one only of those that it forked itself."""
     return any(worker.exitcode == -number for worker in _workers)
 
 
-def begin(idle: bool, cpus: frozenset[int], _: int) -> None:
+def init_worker(idle: bool, cpus: frozenset[int], _: int) -> None:
     """Prepare a worker that runs on `cpus`; an `idle` one only runs when a core has nothing else to do."""
     import torch
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from .forecast import ClipCost, PhaseTime, bn_layout, cost, gpu_shares, pixels
+from .forecast import ClipCost, PhaseTime, bn_layout, clip_pixels, clips_per_gpu, total_cost
 from .plan import Phase, Plan
 from .schedules import baseline_of
 
 
-def plan_json(
+def plan_to_json(
     plan: Plan,
     gpus: int = 1,
     at: Sequence[float] = (),
-    clip_cost: ClipCost = pixels,
+    clip_cost: ClipCost = clip_pixels,
     times: Sequence[PhaseTime] | None = None,
 ) -> dict[str, Any]:
     """Epochs, LRs (also at the epochs `at`), phases and totals.
@@ -24,17 +24,17 @@ def plan_json(
     relative LRs tell them apart.
     """
     baseline = baseline_of(plan)
-    whole = cost(plan.phases, clip_cost)
+    whole = total_cost(plan.phases, clip_cost)
     entries = []
     seconds = dict(zip(plan.phases, times, strict=True)) if times else {}
     for _, same in groupby(plan.phases, key=lambda phase: (phase.stage, phase.slots)):
         phases = list(same)
-        entry = _entry(phases, gpus) | {"cost_share": cost(phases, clip_cost) / whole}
+        entry = _entry(phases, gpus) | {"cost_share": total_cost(phases, clip_cost) / whole}
         if times:
             entry["seconds"] = sum(seconds[phase].seconds for phase in phases)
-            compute = sum(seconds[phase].compute for phase in phases)
+            compute = sum(seconds[phase].compute_s for phase in phases)
             entry["clips_per_second"] = sum(phase.clips() for phase in phases) / compute
-            entry["pixels_per_second"] = cost(phases) / compute
+            entry["pixels_per_second"] = total_cost(phases) / compute
             entry["waiting"] = 1 - compute / entry["seconds"]
         entries.append(entry)
     return {
@@ -51,7 +51,7 @@ def plan_json(
         "baseline": {"max_epoch": baseline.epochs, "steps": baseline.steps},
         "saving": {
             "steps": baseline.steps / plan.steps,
-            "pixels" if clip_cost is pixels else "flops": cost(baseline.phases, clip_cost) / whole,
+            "pixels" if clip_cost is clip_pixels else "flops": total_cost(baseline.phases, clip_cost) / whole,
         },
         "notes": list(plan.notes),
     } | ({"seconds": sum(time.seconds for time in times)} if times else {})
@@ -74,7 +74,7 @@ def _entry(phases: list[Phase], gpus: int) -> dict[str, Any]:
             {
                 "crop": slot.grid.size,
                 "batch": slot.batch,
-                "per_gpu_batch": gpu_shares(first, slot, gpus)[1],
+                "per_gpu_batch": clips_per_gpu(first, slot, gpus)[1],
                 "short_side_range": list(slot.grid.scales),
             }
             for slot in first.slots

@@ -43,9 +43,9 @@ class Base:
                 whole and getattr(self, key) >= 1, f"base.{key}={getattr(self, key)}: give a whole number from 1 up"
             )
         for key in ("epochs", "lr", "gamma"):
-            require(number(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
+            require(finite_or_nan(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
         for key in ("warmup_epochs", "warmup_lr"):
-            require(number(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
+            require(finite_or_nan(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
         self._check_short_side()
         self._check_lr_milestones()
         warmup = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
@@ -66,7 +66,7 @@ class Base:
     def _check_lr_milestones(self) -> None:
         steps = self.lr_milestones
         given = f"base.lr_milestones={list(steps)}"
-        require(all(number(step) > 0 for step in steps), f"{given}: give epochs, numbers above 0")
+        require(all(finite_or_nan(step) > 0 for step in steps), f"{given}: give epochs, numbers above 0")
         rising = all(a < b for a, b in pairwise(steps))
         require(rising, f"{given}: epochs must increase from one LR stage to the next")
         ended = f"{given}: the last stage starts after base.epochs={self.epochs} has ended"
@@ -120,7 +120,7 @@ class Phase:
     steps: tuple[int, int]  # first, one past the last
 
     @property
-    def length(self) -> int:
+    def num_steps(self) -> int:
         """Steps in this phase."""
         return self.steps[1] - self.steps[0]
 
@@ -133,14 +133,14 @@ class Phase:
         """The slot of a step of this phase (counted from the run's start)."""
         return self.slots[(step - self.steps[0]) % len(self.slots)]
 
-    def visits(self, steps: int | None = None) -> tuple[int, ...]:
+    def steps_per_slot(self, steps: int | None = None) -> tuple[int, ...]:
         """How many of the phase's first `steps` steps (all, by default) run each slot."""
-        done = self.length if steps is None else steps
+        done = self.num_steps if steps is None else steps
         return tuple(-((i - done) // len(self.slots)) for i in range(len(self.slots)))
 
     def clips(self, steps: int | None = None) -> int:
         """Clips that the phase's first `steps` steps (all, by default) consume."""
-        return sum(n * slot.batch for n, slot in zip(self.visits(steps), self.slots, strict=True))
+        return sum(n * slot.batch for n, slot in zip(self.steps_per_slot(steps), self.slots, strict=True))
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Plan:
             return self.epochs
         phase = self.phase(step)
         start, end = phase.epochs
-        return start + (end - start) * ((step - phase.steps[0]) / phase.length)
+        return start + (end - start) * ((step - phase.steps[0]) / phase.num_steps)
 
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
@@ -219,7 +219,7 @@ class Plan:
         steps = [other.steps for other in self.phases if other.stage == phase.stage]
         first, end = steps[0][0], steps[-1][1]
         start, stop = phase.epochs
-        step = phase.steps[0] + phase.length * (min(epoch, stop) - start) / (stop - start)
+        step = phase.steps[0] + phase.num_steps * (min(epoch, stop) - start) / (stop - start)
         bounds = self.base.lr_bounds
         return bounds[phase.stage] + (bounds[phase.stage + 1] - bounds[phase.stage]) * (step - first) / (end - first)
 
@@ -248,7 +248,7 @@ def require(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
-def number(value: object) -> float:
+def finite_or_nan(value: object) -> float:
     """The value itself if it is a finite number, else NaN, which passes no comparison."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .plan import Base, Grid, Phase, Plan, Slot, number, require
+from .plan import Base, Grid, Phase, Plan, Slot, finite_or_nan, require
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Schedule:
         object.__setattr__(self, "long_factors", tuple(tuple(pair) for pair in self.long_factors))
         object.__setattr__(self, "short_factors", tuple(self.short_factors))
         for pair in self.long_factors:
-            valid = len(pair) == 2 and all(0 < number(factor) <= 1 for factor in pair)
+            valid = len(pair) == 2 and all(0 < finite_or_nan(factor) <= 1 for factor in pair)
             require(
                 valid, f"schedule.long_factors: {list(pair)} is no pair of shares (frames, size) above 0 and up to 1"
             )
         for factor in self.short_factors:
-            valid = 0 < number(factor) <= 1
+            valid = 0 < finite_or_nan(factor) <= 1
             require(valid, f"schedule.short_factors: {factor} is no share of the crop above 0 and up to 1")
         require(
             bool(self.long_factors) or not self.long, "schedule.long_factors is empty: give pairs, or schedule=short"
@@ -51,7 +51,7 @@ class Schedule:
         for key in ("long", "short", "lr_scaling", "fine_tune", "random_stride", "round_epochs"):
             value = getattr(self, key)
             require(isinstance(value, bool), f"schedule.{key}={value}: choose true or false")
-        positive = number(self.epoch_factor) > 0
+        positive = finite_or_nan(self.epoch_factor) > 0
         require(positive, f"schedule.epoch_factor={self.epoch_factor}: give a number above 0")
         for key in ("bn_group", "min_size"):
             value = getattr(self, key)

@@ -9,13 +9,25 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from .forecast import Benchmark, ClipCost, PhaseTime, bn_layout, by_grid, cost, gpu_shares, pixels, predict
+from .forecast import (
+    Benchmark,
+    ClipCost,
+    PhaseTime,
+    bn_layout,
+    clip_pixels,
+    clips_per_gpu,
+    group_phases_by_slots,
+    predict_phase_times,
+    total_cost,
+)
 from .formatting import format_duration
 from .plan import Phase, Plan
 from .schedules import baseline_of
 
 
-def plan_table(plan: Plan, gpus: int = 1, clip_cost: ClipCost = pixels, times: list[PhaseTime] | None = None) -> Table:
+def make_plan_table(
+    plan: Plan, gpus: int = 1, clip_cost: ClipCost = clip_pixels, times: list[PhaseTime] | None = None
+) -> Table:
     """One row a phase: what is trained on, how it lies on `gpus` GPUs, when, at which LR, for what share of the cost.
 
     A short cycle's crops, clips and clips per GPU stand in the order in which steps take them. BN `sub k` is k groups
@@ -28,7 +40,7 @@ def plan_table(plan: Plan, gpus: int = 1, clip_cost: ClipCost = pixels, times: l
     columns["time"] = times is not None
     for heading in (heading for heading, shown in columns.items() if shown):
         table.add_column(heading, justify="left" if heading in ("LR", "BN") else "right", no_wrap=True)
-    whole = cost(plan.phases, clip_cost)
+    whole = total_cost(plan.phases, clip_cost)
     stages = {phase.stage: i for i, phase in enumerate(plan.phases)}  # the last phase of each
     for i, phase in enumerate(plan.phases):
         start, end = phase.epochs
@@ -42,9 +54,9 @@ def plan_table(plan: Plan, gpus: int = 1, clip_cost: ClipCost = pixels, times: l
             "a GPU": " ".join(_share(phase, i, gpus) for i in range(len(phase.slots))),
             "BN": _groups(phase, gpus),
             "epochs": f"{round(start, 2):g}–{round(end, 2):g}",
-            "steps": f"{phase.length:,}",
+            "steps": f"{phase.num_steps:,}",
             "LR": _rates(plan, phase),
-            "cost": f"{cost([phase], clip_cost) / whole:.1%}",
+            "cost": f"{total_cost([phase], clip_cost) / whole:.1%}",
             "time": format_duration(times[i].seconds) if times else "",
         }
         last = len(stages) < len(plan.phases) and stages[phase.stage] == i
@@ -67,7 +79,7 @@ def _as_wide_as_needed(table: Table) -> Table:
 
 
 def _share(phase: Phase, slot: int, gpus: int) -> str:
-    fewest, most = gpu_shares(phase, phase.slots[slot], gpus)
+    fewest, most = clips_per_gpu(phase, phase.slots[slot], gpus)
     return f"{most}" if fewest == most else f"{fewest}–{most}"
 
 
@@ -88,14 +100,14 @@ def _totals(plan: Plan, clip_cost: ClipCost, times: list[PhaseTime] | None) -> I
         clips = each.clips_before(each.steps)
         yield f"{each.schedule}: {each.epochs:g} epochs, {each.steps:,} steps, {clips:,} clips to decode"
     if plan.schedule != baseline.schedule:
-        compute = cost(baseline.phases, clip_cost) / cost(plan.phases, clip_cost)
-        unit = "pixels" if clip_cost is pixels else "FLOPs"
+        compute = total_cost(baseline.phases, clip_cost) / total_cost(plan.phases, clip_cost)
+        unit = "pixels" if clip_cost is clip_pixels else "FLOPs"
         yield f"saving: {baseline.steps / plan.steps:.2f}× fewer steps, {compute:.2f}× fewer {unit}"
     if times:
         yield f"predicted time of training: {format_duration(sum(time.seconds for time in times))}"
 
 
-def demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Table:
+def make_loader_demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Table:
     """One row a grid: what its phases ask of the loaders at the benchmark's step times, and whether they wait.
 
     Pixels are those of clips as the GPU gets them.
@@ -105,17 +117,17 @@ def demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Table:
     headings = ["grid", "phases", "a step", "clips/s", "clips/s a GPU", "Mpixels/s", "time"]
     for heading in headings + (["loader gives a GPU", "waits"] if measured else []):
         table.add_column(heading, justify="left" if heading == "phases" else "right", no_wrap=True)
-    times = predict(plan, gpus, benchmark)
-    for indices in by_grid(plan):
+    times = predict_phase_times(plan, gpus, benchmark)
+    for indices in group_phases_by_slots(plan):
         phases = [plan.phases[i] for i in indices]
-        compute = sum(times[i].compute for i in indices)
+        compute = sum(times[i].compute_s for i in indices)
         clips = sum(phase.clips() for phase in phases)
         cells = [f"{phases[0].grid.frames}×{phases[0].grid.size}²", ", ".join(str(i + 1) for i in indices)]
-        cells += [f"{compute / sum(phase.length for phase in phases):.3g} s", f"{clips / compute:,.0f}"]
-        cells += [f"{clips / compute / gpus:,.1f}", f"{cost(phases) / compute / 1e6:,.0f}"]
+        cells += [f"{compute / sum(phase.num_steps for phase in phases):.3g} s", f"{clips / compute:,.0f}"]
+        cells += [f"{clips / compute / gpus:,.1f}", f"{total_cost(phases) / compute / 1e6:,.0f}"]
         cells += [format_duration(sum(times[i].seconds for i in indices))]
         if measured:
-            loading = sum(times[i].loading for i in indices)
-            cells += [f"{clips / gpus / loading:,.1f}", f"{times[indices[0]].waiting:.0%}"]
+            loading = sum(times[i].loading_s for i in indices)
+            cells += [f"{clips / gpus / loading:,.1f}", f"{times[indices[0]].wait_fraction:.0%}"]
         table.add_row(*cells)
     return _as_wide_as_needed(table)

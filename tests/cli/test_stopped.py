@@ -24,7 +24,7 @@ from videos import needs_decord
 
 from mgvideo.cli.run import main
 from mgvideo.datasets.motion import make_motion
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
@@ -85,7 +85,7 @@ def test_killed_as_it_writes_a_checkpoint_it_goes_on_from_the_one_before(
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
     checkpoints = Checkpoints(tmp_path / "out/checkpoints")
     steps = Checkpoints(whole / "checkpoints").steps()
-    start_server(SERVED)
+    start_fork_server(SERVED)
     moments = [("fsync", steps[2], ".pt.tmp"), ("replace", steps[5], ".pt")]  # half written; all but in its place
     for call, step, suffix in moments:
         arguments = (call, f"step_{step:08d}{suffix}", run)

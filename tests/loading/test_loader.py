@@ -41,9 +41,11 @@ def telling(samples: Sequence[Sample]) -> Batch:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, method: str) -> None:
     dataset = motion(motion_root, KNOBS, "train", PyAV())
-    here = list(Loader(dataset, LoaderOptions(num_workers=0), collate=telling).open(requests, range(2)))
+    here = list(Loader(dataset, LoaderOptions(num_workers=0), collate=telling).load_steps(requests, range(2)))
     there = list(
-        Loader(dataset, LoaderOptions(num_workers=1, start_method=method), collate=telling).open(requests, range(2))
+        Loader(dataset, LoaderOptions(num_workers=1, start_method=method), collate=telling).load_steps(
+            requests, range(2)
+        )
     )
     assert [batch.clips.shape[0] for batch in here] == [3, 9], "a view's crops are clips of their own"
     for a, b in zip(here, there, strict=True):
@@ -54,9 +56,9 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_carries_its_shard(motion_root: str, method: str) -> None:
     sampler = ClipSampler(tiny_plan("baseline"), KNOBS.train, seed=0)
-    requests = partial(sampler.shard, rank=1, world=2)
+    requests = partial(sampler.shard, rank=1, world_size=2)
     loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=2, start_method=method))
-    batches = list(loader.open(requests, range(3)))
+    batches = list(loader.load_steps(requests, range(3)))
     for step, batch in enumerate(batches):
         clips, shard = requests(step)
         assert batch.shard == shard
@@ -79,8 +81,8 @@ def test_later_phases_start_their_workers_on_this_ranks_device(
     monkeypatch.setattr("torch.cuda.current_device", lambda: getattr(devices, "current", 0))
     monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(devices, "current", device))
     monkeypatch.setattr("mgvideo.loading.loader.DataLoader", Recording)
-    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1), pin=True)
-    assert len(list(loader.phases(requests, [range(2), range(2, 4), range(4, 5)]))) == 5
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1), pin_memory=True)
+    assert len(list(loader.load_phases(requests, [range(2), range(2, 4), range(4, 5)]))) == 5
     assert [device for _, device in starts] == [3, 3, 3]
     assert len({thread for thread, _ in starts}) == 2, "the first phase starts in this thread, the others beside it"
 
@@ -104,15 +106,15 @@ class Starving:
 def test_workers_that_are_starved_are_replaced(
     motion_root: str, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr("mgvideo.loading.loader.PATIENCE", 0.5 if seconds else 60.0)
+    monkeypatch.setattr("mgvideo.loading.loader.STARVATION_TIMEOUT_S", 0.5 if seconds else 60.0)
     plain = motion(motion_root, KNOBS, "train", PyAV())
     loader = Loader(Starving(plain, seconds), LoaderOptions(num_workers=1, low_priority=True))
     got = []
-    for batch in loader.open(requests, range(8)):
+    for batch in loader.load_steps(requests, range(8)):
         got.append(batch)
         time.sleep(0.05)  # a step
     assert loader.low_priority == (seconds == 0), "those that are quick enough stay"
-    for a, b in zip(got, Loader(plain, LoaderOptions(num_workers=0)).open(requests, range(8)), strict=True):
+    for a, b in zip(got, Loader(plain, LoaderOptions(num_workers=0)).load_steps(requests, range(8)), strict=True):
         assert a.clips.equal(b.clips)
 
 
@@ -161,7 +163,7 @@ def test_workers_find_modules_where_this_process_does(motion_root: str, tmp_path
 def batches_read(motion_root: str) -> int:
     """How many batches a server's worker gives."""
     loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1))
-    return len(list(loader.open(requests, range(3))))
+    return len(list(loader.load_steps(requests, range(3))))
 
 
 def in_a_process(folder: Path, function: Callable, *arguments: object) -> tuple[int | None, str]:
@@ -174,7 +176,7 @@ def in_a_process(folder: Path, function: Callable, *arguments: object) -> tuple[
 def die_reading(motion_root: str, method: str) -> None:
     """Names its workers, which have batches ready, and is killed."""
     options = LoaderOptions(num_workers=2, start_method=method)
-    batches = Loader(motion(motion_root, KNOBS, "train", PyAV()), options).open(requests, range(10))
+    batches = Loader(motion(motion_root, KNOBS, "train", PyAV()), options).load_steps(requests, range(10))
     next(batches)
     print(*(child.pid for child in active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -184,11 +186,11 @@ def last_words(motion_root: str, method: str, fault: str, timeout: float) -> Non
     """Prints what a reading says whose only worker dies or hangs."""
     plain = motion(motion_root, KNOBS, "train", PyAV())
     if method == "forkserver":  # has time to start its server
-        read(Loader(plain, LoaderOptions(1, start_method=method)).open(requests, range(1)))
+        read(Loader(plain, LoaderOptions(1, start_method=method)).load_steps(requests, range(1)))
     dataset = Faulty(plain, fault, rank=0, after=7, once=None, given=None)
     options = LoaderOptions(1, start_method=method, timeout=timeout)
     try:
-        read(Loader(dataset, options).open(requests, range(10)))
+        read(Loader(dataset, options).load_steps(requests, range(10)))
     except UserError as error:
         print(error)
 

@@ -18,24 +18,31 @@ from mgvideo.errors import UserError
 from mgvideo.loading import shared_memory
 from mgvideo.loading.loader import Loader, LoaderOptions, explain_dead_worker
 from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
-from mgvideo.loading.shared_memory import GIB, BatchSizes, bytes_in_flight, check_room, fewest_bytes, find_room
+from mgvideo.loading.shared_memory import (
+    GIB,
+    BatchSizes,
+    check_shared_memory_space,
+    get_shared_memory_space,
+    max_bytes_in_flight,
+    min_bytes,
+)
 from mgvideo.plan.plan import Grid
 
 MIB = 2**20
 
 
 def test_two_loaders_keep_batches_ready_in_training_and_one_in_the_test() -> None:
-    assert bytes_in_flight([BatchSizes(10, 0)], workers=4, prefetch=2) == 10 * (8 + 8 + 1)
-    assert bytes_in_flight([BatchSizes(10, 30)], workers=4, prefetch=2) == 30 * (8 + 1)
-    assert bytes_in_flight([BatchSizes(10, 0), BatchSizes(7, 0)], workers=1, prefetch=1) == (10 + 7) * 3
-    assert fewest_bytes([BatchSizes(10, 30), BatchSizes(7, 0)]) == 2 * (30 + 7)
+    assert max_bytes_in_flight([BatchSizes(10, 0)], workers=4, prefetch=2) == 10 * (8 + 8 + 1)
+    assert max_bytes_in_flight([BatchSizes(10, 30)], workers=4, prefetch=2) == 30 * (8 + 1)
+    assert max_bytes_in_flight([BatchSizes(10, 0), BatchSizes(7, 0)], workers=1, prefetch=1) == (10 + 7) * 3
+    assert min_bytes([BatchSizes(10, 30), BatchSizes(7, 0)]) == 2 * (30 + 7)
 
 
 def check(monkeypatch: pytest.MonkeyPatch, free: int | None, workers: int = 4, total: int = 0) -> list[str]:
     """One rank's batches of 40 MiB; None: the system sets no limit."""
-    room = None if free is None else shared_memory.Room("x", "node1", total or free, free)
-    monkeypatch.setattr(shared_memory, "find_room", lambda folder: room)
-    return check_room(BatchSizes(40 * MIB, 0), workers, prefetch=2)
+    room = None if free is None else shared_memory.SharedMemorySpace("x", "node1", total or free, free)
+    monkeypatch.setattr(shared_memory, "get_shared_memory_space", lambda folder: room)
+    return check_shared_memory_space(BatchSizes(40 * MIB, 0), workers, prefetch=2)
 
 
 def test_enough_room_is_not_worth_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,30 +72,30 @@ def test_room_for_less_than_two_batches_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_ranks_share_the_room_of_their_container_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks, two in one container."""
-    one, other = (shared_memory.Room(name, name, GIB, GIB) for name in ("one", "other"))
+    one, other = (shared_memory.SharedMemorySpace(name, name, GIB, GIB) for name in ("one", "other"))
     sizes = BatchSizes(GIB // 6, 0)
     monkeypatch.setattr(shared_memory, "gather_objects", lambda item: [(one, sizes), (other, sizes), (one, sizes)])
-    assert len(check_room(sizes, 1, 1)) == 0
-    (warning,) = check_room(sizes, 1, 2)
+    assert len(check_shared_memory_space(sizes, 1, 1)) == 0
+    (warning,) = check_shared_memory_space(sizes, 1, 2)
     assert warning.startswith("/dev/shm on one has 1.0 GiB free, but loader workers may fill 1.7 GiB")
     monkeypatch.setattr(shared_memory, "gather_objects", lambda item: [(one, sizes)] * 4)
     with pytest.raises(UserError, match=r"/dev/shm on one has 1.0 GiB free, but loader workers need 1.3 GiB"):
-        check_room(sizes, 1, 1)
+        check_shared_memory_space(sizes, 1, 1)
 
 
 def test_a_folder_is_looked_at_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = os.statvfs(tmp_path)
-    room = find_room(tmp_path)
+    room = get_shared_memory_space(tmp_path)
     assert room
     assert room.total == about.f_blocks * about.f_frsize
     assert 0 < room.free <= room.total
-    missing = find_room(tmp_path / "missing")
+    missing = get_shared_memory_space(tmp_path / "missing")
     assert missing
     assert missing.free == 0
     monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_blocks=0))
-    assert find_room(tmp_path) is None, "a tmpfs of size=0 has no limit"
+    assert get_shared_memory_space(tmp_path) is None, "a tmpfs of size=0 has no limit"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert find_room(tmp_path) is None
+    assert get_shared_memory_space(tmp_path) is None
 
 
 @pytest.fixture
@@ -142,7 +149,7 @@ def last_words(motion_root: str, method: str, killed: bool) -> None:
     """Print what a loader says whose worker finds no room."""
     dataset = Bus() if killed else motion(motion_root, KNOBS, "train", PyAV())
     try:
-        list(Loader(dataset, LoaderOptions(1, 1, method)).open(requests, range(3)))
+        list(Loader(dataset, LoaderOptions(1, 1, method)).load_steps(requests, range(3)))
     except UserError as error:
         print(error)
     except RuntimeError as error:  # torch raises it wherever this process is

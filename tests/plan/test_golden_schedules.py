@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mgvideo.plan.json_format import plan_json
+from mgvideo.plan.json_format import plan_to_json
 from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import Schedule, make_plan
 
@@ -45,7 +45,7 @@ def only(value: Any, like: Any) -> Any:
 
 @pytest.mark.parametrize("golden", GOLDEN, ids=[case["name"] for case in GOLDEN])
 def test_epochs_and_learning_rates(golden: dict[str, Any]) -> None:
-    ours = plan_json(planned(golden), at=[epoch for epoch, _ in golden["lr_at_epoch"]])
+    ours = plan_to_json(planned(golden), at=[epoch for epoch, _ in golden["lr_at_epoch"]])
     assert ours["max_epoch"] == golden["max_epoch"]
     assert ours["lr_milestones"] == golden["lr_milestones"]
     stated = golden["relative_lrs"][: len(ours["relative_lrs"])]  # the rest belongs to no milestone
@@ -59,5 +59,5 @@ WITH_PHASES = [case for case in GOLDEN if case["phases"]]  # none are stated of 
 
 @pytest.mark.parametrize("golden", WITH_PHASES, ids=[case["name"] for case in WITH_PHASES])
 def test_phases_slots_and_batch_norm(golden: dict[str, Any]) -> None:
-    ours = plan_json(planned(golden), gpus=golden["base"]["gpus"])
+    ours = plan_to_json(planned(golden), gpus=golden["base"]["gpus"])
     assert only(ours["phases"], golden["phases"]) == golden["phases"]

@@ -11,10 +11,10 @@ from recipes import ALL, CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SOMETHIN
 from rich.console import Console, RenderableType
 
 from mgvideo.plan.figure import draw_plans
-from mgvideo.plan.forecast import Benchmark, predict
+from mgvideo.plan.forecast import Benchmark, predict_phase_times
 from mgvideo.plan.plan import Base
 from mgvideo.plan.schedules import make_plan
-from mgvideo.plan.table import demand_table, plan_table
+from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 
 
 def shown(table: RenderableType) -> str:
@@ -27,13 +27,13 @@ def shown(table: RenderableType) -> str:
 def test_the_widest_table_fits_120_columns_uncut(base: Base) -> None:
     plan = make_plan(base, MULTIGRID, KINETICS_CLIPS)
     seconds = {slot.grid.name: 0.5 for phase in plan.phases for slot in phase.slots}
-    text = shown(plan_table(plan, 8, times=predict(plan, 8, Benchmark(seconds))))
+    text = shown(make_plan_table(plan, 8, times=predict_phase_times(plan, 8, Benchmark(seconds))))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
     assert "…" not in text
 
 
 def test_a_row_says_what_a_phase_is() -> None:
-    text = shown(plan_table(make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS), 8))
+    text = shown(make_plan_table(make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS), 8))
     row = next(line for line in text.splitlines() if "110–142" in line)
     cells = [
         "3",
@@ -60,7 +60,7 @@ def test_demand() -> None:
     plan = make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS)
     names = {slot.grid.name for phase in plan.phases for slot in phase.slots}
     benchmark = Benchmark(dict.fromkeys(names, 0.5), dict.fromkeys(names, 100.0))
-    rows = shown(demand_table(plan, 8, benchmark)).splitlines()
+    rows = shown(make_loader_demand_table(plan, 8, benchmark)).splitlines()
     coarse = next(row for row in rows if "8×158²" in row).split()
     assert coarse[1:7] == ["1,", "5,", "9", "0.5", "s", "1,365"]  # 2048 clips in three steps of half a second
     assert coarse[-1] == "41%"

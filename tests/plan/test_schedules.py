@@ -17,7 +17,7 @@ from mgvideo.plan.schedules import BASELINE, Schedule, baseline_of, make_plan, s
 def test_every_shape_of_a_stage_gets_the_same_steps() -> None:
     plan = make_plan(KINETICS, replace(MULTIGRID, round_epochs=False), KINETICS_CLIPS)
     for stage in range(3):
-        steps = [phase.length for phase in plan.phases if phase.stage == stage]
+        steps = [phase.num_steps for phase in plan.phases if phase.stage == stage]
         assert max(steps) - min(steps) <= 1
     assert plan.epochs == pytest.approx(1.5 * 239)
 
@@ -42,7 +42,7 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
         assert before.steps[1] == after.steps[0]
         assert before.epochs[1] == after.epochs[0]
     for phase in plan.phases:
-        assert phase.length >= 1
+        assert phase.num_steps >= 1
         assert phase.epochs[1] > phase.epochs[0]
         for slot in phase.slots:
             assert slot.batch % phase.bn_groups == 0
@@ -51,7 +51,7 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
             cost = slot.batch * slot.grid.volume / (base.batch_size * base.num_frames * base.crop_size**2)
             assert cost == pytest.approx(1, abs=0.1)
         mean = sum(slot.batch for slot in phase.slots) / len(phase.slots)
-        assert phase.length == pytest.approx((phase.epochs[1] - phase.epochs[0]) * 1024 / mean, abs=1)
+        assert phase.num_steps == pytest.approx((phase.epochs[1] - phase.epochs[0]) * 1024 / mean, abs=1)
 
 
 def test_baseline_keeps_fractions_of_epochs() -> None:

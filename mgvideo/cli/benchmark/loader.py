@@ -172,7 +172,7 @@ def measure(
     loader: Loader, requests: Callable[[int], BatchRequest], clock: Clock, seconds: float, into: Measured
 ) -> None:
     """Add what a loader delivers in some seconds, from when all its workers are at work."""
-    batches = loader.open(requests, ENDLESS)
+    batches = loader.load_steps(requests, ENDLESS)
     for _ in range(max(1, loader.options.num_workers)):
         next(batches)
     before, start = clock.total(), time.monotonic()
@@ -222,7 +222,7 @@ def plan_rate(plan: Plan, case: Case) -> float | None:
     """Clips a second over a whole plan, each grid weighted by its clips; None where one was not measured."""
     seconds = 0.0
     for phase in plan.phases:
-        for visits, slot in zip(phase.visits(), phase.slots, strict=True):
+        for visits, slot in zip(phase.steps_per_slot(), phase.slots, strict=True):
             if slot.grid.name not in case.loader:
                 return None
             seconds += visits * slot.batch / case.loader[slot.grid.name].rate

@@ -105,7 +105,7 @@ def soak(loader: Loader, requests: Callable[[int], BatchRequest], given: Keys) -
     """Load the clips with one set of workers; a look every so many clips."""
     clips = failures = 0
     start, before = time.monotonic(), {child.pid for child in active_children()}
-    batches = loader.open(requests, range(-(-given.clips // given.batch)))
+    batches = loader.load_steps(requests, range(-(-given.clips // given.batch)))
     pids = [child.pid for child in active_children() if child.pid not in before]
     processes = [psutil.Process(pid) for pid in pids] or [psutil.Process()]  # without workers, this one
     for batch in batches:

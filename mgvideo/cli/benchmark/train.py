@@ -78,7 +78,7 @@ class Run:
         return sum(
             visits * self.slots[p, s].figures()[kind]
             for p, phase in enumerate(self.plan.phases)
-            for s, visits in enumerate(phase.visits())
+            for s, visits in enumerate(phase.steps_per_slot())
         )
 
 
@@ -86,7 +86,7 @@ class HeldBatches(Loader):
     """Gives the first batch of each slot again and again, without loading anything."""
 
     def __init__(self, loader: Loader, held: dict[str, Batch]) -> None:
-        super().__init__(loader.dataset, loader.options, loader.pin)
+        super().__init__(loader.dataset, loader.options, loader.pin_memory)
         self.held = held
 
     def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
