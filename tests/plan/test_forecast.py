@@ -68,7 +68,7 @@ def test_time_is_the_slower_of_computing_and_loading() -> None:
     assert times[3].seconds == times[3].compute_s
     (line,) = suggest_loader_changes(PLAN, times, 8)
     assert line.startswith("phase 1, 5, 9 (8x158) waits 41%")
-    assert "1.7× as many workers a GPU (14 instead of 8)" in line
+    assert "1.7× as many workers per GPU (14 instead of 8)" in line
     assert "pyramid" in line
 
 
