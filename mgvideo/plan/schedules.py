@@ -209,8 +209,9 @@ def _make_phase(
 ) -> Phase:
     """Return the phase of a draft.
 
-    Its number of BN groups divides the batch of every slot, and is as large as possible with groups of at least
-    `schedule.bn_group` clips in the long-cycle grid's batch.
+    Its number of BN groups divides the batch of every slot. It is the largest such number whose groups have at least
+    `schedule.bn_group` clips in the long-cycle grid's batch, or 1 if that batch is smaller.
+
     """
     full_slot = draft.slots[-1]
     common_divisor = math.gcd(*(slot.batch for slot in draft.slots))

@@ -34,7 +34,7 @@ def test_program() -> None:
     assert result.returncode == 0, result.stderr
     assert "Plan: short, 1,024 clips on 2 GPUs" in result.stdout
     assert "fewer FLOPs" in result.stdout
-    assert "What the loaders must deliver" in result.stdout
+    assert "Required loader throughput" in result.stdout
 
 
 def test_wrong_values_give_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +56,7 @@ def test_prediction_from_a_benchmark(tmp_path: Path, capsys: pytest.CaptureFixtu
     benchmark = tmp_path / "benchmark.json"
     benchmark.write_text(json.dumps({"step_seconds": {"16x64": 1.0}, "clips_per_second": {"16x64": 4.0}, "workers": 2}))
     text = shown(["videos=160", "gpus=1", f"benchmark={benchmark}"], ["schedule=baseline"], capsys)
-    assert "predicted time of training: 13:20 min" in text  # 200 steps of 16 clips at 4 clips a second
+    assert "predicted training time: 13:20 min" in text  # 200 steps of 16 clips at 4 clips a second
     assert "waits 75% of its time for data: use 4.0× as many workers per GPU (8 instead of 2)" in text
 
 
