@@ -43,7 +43,6 @@ def random_seed(seed: int, stream: Stream, *counters: int) -> int:
 
 def _mix(words: np.ndarray) -> np.ndarray:
     """Apply the finaliser of SplitMix64."""
-
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
         words = (words ^ (words >> shift)) * multiplier
     return words ^ (words >> _SHIFTS[2])

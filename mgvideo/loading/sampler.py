@@ -98,5 +98,4 @@ def _permute(cells: np.ndarray, passes: np.ndarray, rows: np.uint64, columns: np
     for i in range(0, _ROUNDS, 2):
         row = (row + random_words(seed, Stream.VIDEO_ORDER, i, passes, column) % rows) % rows
         column = (column + random_words(seed, Stream.VIDEO_ORDER, i + 1, passes, row) % columns) % columns
-
     return row * columns + column

@@ -73,7 +73,6 @@ def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str])
         middle = plan.base.crop_size / 2
         axes.text(text_x, middle, saving, fontsize=15, weight="bold", color=RED, va="bottom")
         axes.text(text_x, middle * 0.9, totals, fontsize=9, color=INK, va="top")
-
     axes.set_ylim(0, plan.base.crop_size * 1.05)
     axes.set_yticks(sorted({slot.grid.size for phase in plan.phases for slot in phase.slots}))
     axes.set_ylabel("crop", color=INK)

@@ -110,7 +110,6 @@ def read_benchmark(path: str | Path) -> Benchmark:
         raise UserError(f"benchmark={path}: cannot be read as JSON ({error}): give a benchmark file") from error
     has_steps = isinstance(data, dict) and "step_seconds" in data
     require(has_steps, f"benchmark={path}: has no step_seconds: add seconds per step by grid")
-
     keys = ("step_seconds", "clips_per_second", "step_clips", "workers")
     return Benchmark(**{key: data[key] for key in keys if key in data}, source=f"benchmark={path}")
 

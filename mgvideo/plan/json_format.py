@@ -30,7 +30,6 @@ def plan_to_json(
         clip_cost: cost of a clip by grid, pixels or FLOPs.
         times: the predicted time of each phase. If given, the result includes `seconds`, and each phase also its rates
             and the fraction of time that it waits for data.
-
     """
     baseline = baseline_of(plan)
     plan_cost = total_cost(plan.phases, clip_cost)
@@ -68,7 +67,6 @@ def plan_to_json(
 
 def _phase_entry(phases: list[Phase], gpus: int) -> dict[str, Any]:
     """Return the JSON entry of consecutive phases that differ only in the LR."""
-
     first, last = phases[0], phases[-1]
     bn_kind, bn_count = bn_layout(first, gpus)
     return {

@@ -272,5 +272,4 @@ def _grid_from(data: dict[str, Any]) -> Grid:
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
     """Return `data` with its lists as tuples, because JSON stores tuples as lists."""
-
     return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -211,7 +211,6 @@ def _make_phase(
 
     Its number of BN groups divides the batch of every slot. It is the largest such number whose groups have at least
     `schedule.bn_group` clips in the long-cycle grid's batch, or 1 if that batch is smaller.
-
     """
     full_slot = draft.slots[-1]
     common_divisor = math.gcd(*(slot.batch for slot in draft.slots))

@@ -77,7 +77,6 @@ def _make_table(title: str) -> Table:
 
 def _set_full_width(table: Table) -> Table:
     """Set the width at which no cell is cut. In a log file rich assumes 80 columns and would cut cells."""
-
     wide = Console(width=1000)
     table.width = Measurement.get(wide, wide.options, table).maximum
     return table
@@ -121,7 +120,7 @@ def make_loader_demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Tab
     table = _make_table("Required loader throughput")
     loader_measured = bool(benchmark.clips_per_second)
     headings = ["grid", "phases", "step time", "clips/s", "clips/s per GPU", "Mpixels/s", "time"]
-    for heading in headings + (["loader clips/s per GPU", "waits"] if loader_measured else []):
+    for heading in headings + (["loaded per GPU", "waits"] if loader_measured else []):
         table.add_column(heading, justify="left" if heading == "phases" else "right", no_wrap=True)
     times = predict_phase_times(plan, gpus, benchmark)
     for indices in group_phases_by_slots(plan):
@@ -136,3 +135,4 @@ def make_loader_demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Tab
             loading_s = sum(times[i].loading_s for i in indices)
             cells += [f"{clips / gpus / loading_s:,.1f}", f"{times[indices[0]].wait_fraction:.0%}"]
         table.add_row(*cells)
+    return _set_full_width(table)
