@@ -76,12 +76,12 @@ class LoaderOptions:
     num_workers: int = 2  # worker processes; 0 loads in the training process
     prefetch_factor: int = 2  # batches that each worker keeps ready
     start_method: str = "forkserver"  # fork, forkserver or spawn
-    timeout: float = 45.0  # seconds without a batch, plus one per clip of a batch, after which workers count as hung
+    timeout: float = 45.0  # seconds to wait for a batch, plus 1 s per clip in it, before its workers are killed as hung
     # Run the workers of a fork server only on idle cores. If they are too slow, they restart at normal priority.
     low_priority: bool = False
 
 
-# Total time that the training loop waits for low-priority workers before they restart at normal priority.
+# The training loop waits at least this long in total for low-priority workers before they restart at normal priority.
 STARVATION_TIMEOUT_S = 10.0
 
 
@@ -106,15 +106,16 @@ def _identity(batch: Any) -> Any:
 
 
 def _with_timeout(
-    batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float, low_priority: bool
+    batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout_s: float, low_priority: bool
 ) -> Iterator[Batch]:
-    """Yield the same batches, but kill the workers if none arrives for `timeout` seconds.
+    """Yield the items of `batches`, but kill the workers if none arrives for `timeout_s` seconds.
 
     torch notices killed workers within five seconds. DataLoader's own `timeout` is not used, because with it torch does
     not check for dead workers before the timeout is over.
 
     Raises:
-        UserError: a worker hangs, dies, or raises a UserError, which is raised without torch's traceback in its text.
+        UserError: a worker hangs, dies, or raises a UserError. torch adds a traceback to its message, which is removed.
+        Stopped: a worker dies after this process has received a stop signal.
         TimeoutError: a worker hangs and `low_priority` is set.
     """
     hung = threading.Event()
@@ -125,7 +126,7 @@ def _with_timeout(
             worker.kill()
 
     while True:
-        timer = threading.Timer(timeout, kill_workers)
+        timer = threading.Timer(timeout_s, kill_workers)
         timer.daemon = True
         timer.start()
         try:
@@ -139,7 +140,7 @@ def _with_timeout(
             if hung.is_set() and low_priority:
                 raise TimeoutError from error
             if hung.is_set():
-                message = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
+                message = f"a loader worker hangs (no batch for {timeout_s:g} s): is the disk slow?"
                 raise UserError(f"{message} Raise loader.timeout or loader.num_workers") from error
             raise explain_dead_worker(_wait_for_worker_report(error)) from error
         finally:
@@ -243,7 +244,7 @@ class Loader:
             self.low_priority = False
             for process in processes:
                 process.kill()
-            del batches  # with the DataLoader iterator that waits for the killed workers
+            del batches  # frees the DataLoader iterator, which waits for the killed workers
             yield from self.load_steps(requests, range(step, steps.stop))
 
     def _start_workers(
@@ -269,6 +270,7 @@ class Loader:
             batches = iter(loader)
         if not count:
             return batches, processes
+        # Low-priority workers that exceed their shorter timeout (20 ms per clip) restart at normal priority.
         timeout_s = STARVATION_TIMEOUT_S + max_clips / 50 if self.low_priority else self.options.timeout + max_clips
         return _with_timeout(batches, processes, timeout_s, self.low_priority), processes
 

@@ -31,14 +31,14 @@ def draw_plans(plans: Sequence[Plan], path: str | Path) -> None:
     figure = Figure(figsize=(10, 0.9 + 1.6 * len(plans)), layout="constrained")
     axes = figure.subplots(2 * len(plans), 1, sharex=True, height_ratios=[2.6, 1] * len(plans))
     frames = sorted({slot.grid.frames for plan in plans for phase in plan.phases for slot in phase.slots})
-    colours = dict(zip(frames, _shades(len(frames)), strict=True))
-    rates = [plan.lr(step) for plan in plans for phase in plan.phases for step in (phase.steps[0], phase.steps[1] - 1)]
-    lowest = max(min(rates), max(rates) / 1e5)  # a cosine ends at 0, which a log axis cannot show
+    colours = dict(zip(frames, _make_shades(len(frames)), strict=True))
+    lrs = [plan.lr(step) for plan in plans for phase in plan.phases for step in (phase.steps[0], phase.steps[1] - 1)]
+    min_lr = max(min(lrs), max(lrs) / 1e5)  # a cosine ends at 0, which a log axis cannot show
     for i, plan in enumerate(plans):
         clip_axes, lr_axes = axes[2 * i], axes[2 * i + 1]
         _draw_clips(clip_axes, plan, plans[0], colours)
         _draw_lr(lr_axes, plan, plans[0])
-        lr_axes.set_ylim(lowest / 2, max(rates) * 2)
+        lr_axes.set_ylim(min_lr / 2, max(lrs) * 2)
     axes[-1].set_xlabel("steps, % of the baseline's (all steps cost about the same)", color=INK)
     axes[-1].set_xlim(0, 100)
     handles = [Patch(color=colours[count], label=f"{count} frames") for count in frames]
@@ -46,7 +46,7 @@ def draw_plans(plans: Sequence[Plan], path: str | Path) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def _shades(count: int) -> list[str]:
+def _make_shades(count: int) -> list[str]:
     """Return `count` hex colours from light to dark blue."""
     light, dark = np.array([0.68, 0.83, 0.92]), np.array([0.05, 0.22, 0.42])
     return [to_hex(light + (dark - light) * i / max(1, count - 1)) for i in range(count)]

@@ -48,17 +48,13 @@ def test_a_long_tmpdir_without_a_writable_short_folder_raises(monkeypatch: pytes
 def test_no_writable_folder_for_temporary_files_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
-    with pytest.raises(
-        UserError, match=r"cannot create a folder for temporary files .*: set TMPDIR"
-    ):
+    with pytest.raises(UserError, match=r"cannot create a folder for temporary files .*: set TMPDIR"):
         use_short_socket_paths()
 
 
 def test_a_full_folder_for_temporary_files_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/".ljust(89, "x"))
     monkeypatch.setattr(util, "get_temp_dir", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(
-        UserError, match=r"temporary files .No space left on device.: set TMPDIR"
-    ):
+    with pytest.raises(UserError, match=r"temporary files .No space left on device.: set TMPDIR"):
         use_short_socket_paths()
     assert tempfile.tempdir == "/".ljust(89, "x")
