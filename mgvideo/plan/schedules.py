@@ -126,9 +126,10 @@ def _base_grid_drafts(base: Base, schedule: Schedule) -> list[_PhaseDraft]:
 def _long_cycle_drafts(base: Base, schedule: Schedule) -> list[_PhaseDraft]:
     """Draft phases that run all long-cycle grids, for equally many steps, in every LR stage but the last.
 
-    The last LR stage is fine-tuning on the base's grid. Its number of steps is reduced by the same factor as that of
-    the stages before. With LR milestones, the first half of fine-tuning keeps the LR of the previous stage; with a
-    cosine it is one phase. If the recipe has a single LR stage, that stage runs the cycle and there is no fine-tuning.
+    With `schedule.fine_tune`, the last LR stage is fine-tuning on the base's grid; else it runs the cycle too. The
+    number of fine-tuning steps is reduced by the same factor as that of the stages before. With LR milestones, the
+    first half of fine-tuning keeps the LR of the previous stage; with a cosine it is one phase. If the recipe has a
+    single LR stage, that stage runs the cycle and there is no fine-tuning.
     """
     cycle_stages = list(pairwise(base.lr_bounds))
     fine_tune_stage = cycle_stages.pop() if schedule.fine_tune and len(cycle_stages) > 1 else None

@@ -177,7 +177,7 @@ def test_gpus_of_the_machine_that_no_run_could_use(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with pytest.raises(UserError, match=r"^3 ranks cannot share .*; or add gpus=N to plan for another number$"):
         shown(["videos=1024"], [], capsys)
-    with pytest.raises(UserError, match=r"^3 ranks cannot share .* change base\.batch$"):
+    with pytest.raises(UserError, match=r"^3 ranks cannot share .* change base\.batch_size$"):
         shown(["videos=1024", "gpus=3"], [], capsys)
 
 

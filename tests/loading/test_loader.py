@@ -19,7 +19,7 @@ import pytest
 import torch
 from faults import Faulty, requests
 from torch.utils.data import DataLoader
-from training import KNOBS, start_process, tiny_plan
+from training import KNOBS, ROOT, start_process, tiny_plan
 
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
@@ -153,7 +153,7 @@ def test_workers_have_the_module_path_of_this_process(motion_root: str, tmp_path
     program = tmp_path / "tools/program.py"
     program.parent.mkdir()
     program.write_text(f"from test_loader import *\nif __name__ == '__main__': print(count_batches({motion_root!r}))\n")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests/loading:{ROOT}/tests"}
     command = [sys.executable, str(program)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.stdout == "3\n", result.stderr

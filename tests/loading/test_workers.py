@@ -10,6 +10,7 @@ from multiprocessing import util
 from pathlib import Path
 
 import pytest
+from training import ROOT
 
 from mgvideo.errors import UserError
 from mgvideo.loading import workers
@@ -29,7 +30,7 @@ def test_a_long_tmpdir_holds_all_files_but_sockets(motion_root: str, length: int
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         folder = f"{parent}/x".ljust(length, "x")
         Path(folder).mkdir()
-        environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": f"{ROOT}/tests/loading:{ROOT}/tests"}
         command = [sys.executable, "-c", LOAD_PROGRAM.format(root=motion_root)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
