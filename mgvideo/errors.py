@@ -1,8 +1,8 @@
-"""Errors meant for people: the command line prints them as one line and exits with code 2."""
+"""Errors for the user. The command line prints them as one line and exits with code 2."""
 
 
 class UserError(Exception):
-    """Something that the user can put right: the message says what was wrong, where, and what to do."""
+    """An error that the user can fix. The message states what was wrong, where, and what to do."""
 
 
 class NonFiniteError(UserError):

@@ -33,7 +33,7 @@ from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import Loader, LoaderOptions
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.plan.plan import Base, Grid, Plan
 from mgvideo.plan.schedules import Schedule, make_plan
@@ -168,7 +168,7 @@ def start_process(
     It is forked from a server that has imported everything, which takes a fresh process seconds. Unlike that, it leaves
     without what `atexit` holds.
     """
-    start_server(SERVED)
+    start_fork_server(SERVED)
     variables = {**os.environ, **(environment or {})}
     inside = (log, cwd or Path.cwd(), variables, target, arguments)
     process = multiprocessing.get_context("forkserver").Process(target=_call, args=inside)

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from mgvideo.distributed.signals import record_early_signals
 from mgvideo.errors import UserError
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 
 from .terminal import restart_in_utf8_mode, terminal
 
@@ -59,7 +59,7 @@ def _run(program_and_arguments: Sequence[str]) -> None:
             record_early_signals()  # imports take seconds, and a scheduler may send a signal meanwhile
             if not any(word.startswith(("-", "loader.num_workers=0", "loader.start_method=")) for word in arguments):
                 with suppress(UserError):  # the run raises it again, and reports it
-                    start_server()  # it imports the modules of the workers while this process imports its own
+                    start_fork_server()  # it imports the modules of the workers while this process imports its own
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
     usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())

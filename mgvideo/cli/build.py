@@ -19,7 +19,7 @@ from mgvideo.errors import UserError
 from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import LoaderOptions
-from mgvideo.loading.shared_memory import BatchSizes, check_room
+from mgvideo.loading.shared_memory import BatchSizes, check_shared_memory_space
 from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule, make_plan
 from mgvideo.plan.shards import shard_batch
@@ -215,4 +215,6 @@ def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> 
     if cfg.train.enable and cfg.train.evals_per_phase:
         train_sizes.append(3 * base.num_frames * base.crop_size**2 * test.batch_size)
     test_size = 3 * base.num_frames * test.crop_size**2 * test.num_crops * test.batch_size if test.enable else 0
-    return check_room(BatchSizes(max(train_sizes, default=0), test_size), options.num_workers, options.prefetch_factor)
+    return check_shared_memory_space(
+        BatchSizes(max(train_sizes, default=0), test_size), options.num_workers, options.prefetch_factor
+    )

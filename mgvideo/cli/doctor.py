@@ -36,7 +36,7 @@ from mgvideo.errors import UserError
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.loading.loader import Loader
 from mgvideo.loading.sampler import ClipSampler
-from mgvideo.loading.shared_memory import find_room
+from mgvideo.loading.shared_memory import get_shared_memory_space
 from mgvideo.plan.plan import Plan
 
 from . import app, keys
@@ -267,7 +267,7 @@ def check_cpus(machine: Machine) -> Iterator[CheckResult]:
 def check_shared_memory(machine: Machine) -> Iterator[CheckResult]:
     """Check the free space in /dev/shm, through which loader workers send batches."""
     del machine
-    room = find_room()
+    room = get_shared_memory_space()
     if room is None:
         yield CheckResult("/dev/shm", "ok", "no limit on this system")
         return
@@ -378,7 +378,7 @@ def _loader_rate(machine: Machine) -> float:
     sampler = ClipSampler(plan, len(machine.videos), seed=0)
     loader = Loader(machine.videos, loader_options(machine.cfg))
     with ExitStack() as stack:
-        batches = loader.open(partial(sampler.shard, rank=0, world=1), range(plan.steps))
+        batches = loader.load_steps(partial(sampler.shard, rank=0, world_size=1), range(plan.steps))
         stack.callback(getattr(batches, "close", lambda: None))
         next(batches)  # starts the workers
         clips, started = 0, time.perf_counter()

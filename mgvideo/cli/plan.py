@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgvideo.errors import UserError
-from mgvideo.plan.forecast import Benchmark, predict, read_benchmark, remedies
-from mgvideo.plan.json_format import plan_json
+from mgvideo.plan.forecast import Benchmark, predict_phase_times, read_benchmark, suggest_loader_changes
+from mgvideo.plan.json_format import plan_to_json
 from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
 from mgvideo.plan.shards import check_shards
-from mgvideo.plan.table import demand_table, plan_table
+from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
@@ -118,16 +118,16 @@ def _gpus_of_this_machine(plan: Plan) -> tuple[int, tuple[str, ...]]:
 def write(options: PlanKeys, gpus: int, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
     """Write the plan as a table or as JSON, with predicted times if a benchmark or step time is given."""
     benchmark = _benchmark(options, plan)
-    times = predict(plan, gpus, benchmark) if benchmark else None
+    times = predict_phase_times(plan, gpus, benchmark) if benchmark else None
     if options.format == "json":
-        print(json.dumps(plan_json(plan, gpus, options.at, clip_flops(cfg), times), indent=1), file=file)
+        print(json.dumps(plan_to_json(plan, gpus, options.at, clip_flops(cfg), times), indent=1), file=file)
         return
     console = Console(file=file, soft_wrap=True, highlight=False, markup=False)
-    console.print(plan_table(plan, gpus, clip_flops(cfg), times))
+    console.print(make_plan_table(plan, gpus, clip_flops(cfg), times))
     _print_notes(plan, file)
     if benchmark and times:
-        console.print(demand_table(plan, gpus, benchmark))
-        for remedy in remedies(plan, times, benchmark.workers):
+        console.print(make_loader_demand_table(plan, gpus, benchmark))
+        for remedy in suggest_loader_changes(plan, times, benchmark.workers):
             console.print(remedy)
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from mgvideo.errors import UserError
-from mgvideo.plan.forecast import Benchmark, predict
+from mgvideo.plan.forecast import Benchmark, predict_phase_times
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.reproduce.tables import ResultTable
@@ -43,7 +43,9 @@ def print_costs(
             steps_saved = baseline_of(plan).steps / plan.steps
             figures = [f"{plan.epochs:g}", f"{plan.steps:,}", format_flops(cell_flops), f"{steps_saved:.2f}×", "–"]
             with suppress(UserError):  # the benchmark lacks a grid of this cell
-                cell_seconds = sum(phase.seconds for phase in predict(plan, gpus, benchmark)) if benchmark else 0.0
+                cell_seconds = (
+                    sum(phase.seconds for phase in predict_phase_times(plan, gpus, benchmark)) if benchmark else 0.0
+                )
                 seconds, figures[-1] = seconds + cell_seconds, format_duration(cell_seconds) if benchmark else "–"
         grid.add_row(entry.cell.name, entry.cell.title, *figures)
     console.print(grid)

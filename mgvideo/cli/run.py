@@ -33,7 +33,7 @@ from mgvideo.loading.loader import Loader, explain_dead_worker
 from mgvideo.plan.plan import Grid, Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
-from mgvideo.plan.table import plan_table
+from mgvideo.plan.table import make_plan_table
 from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder, write_atomic
 from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
@@ -216,7 +216,7 @@ def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Pre
     logger.print_line(
         f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}"
     )
-    logger.print_renderable(plan_table(plan, gpus=world_size()))
+    logger.print_renderable(make_plan_table(plan, gpus=world_size()))
     for note in dict.fromkeys((*plan.notes, *data.train.notes, *data.val.notes)):
         logger.print_line(f"note: {note}")
     logger.print_line(f"precision: {precision}")
@@ -292,7 +292,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
         cfg.test.num_clips,
         cfg.test.num_crops,
     )
-    loader = Loader(data.val, trainer.loader.options, trainer.loader.pin)
+    loader = Loader(data.val, trainer.loader.options, trainer.loader.pin_memory)
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch_size)
     started = time.perf_counter()
     logger.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
-from mgvideo.plan.forecast import cost
+from mgvideo.plan.forecast import total_cost
 from mgvideo.plan.plan import Plan
 from mgvideo.reproduce.tables import Cell, Preset, ResultTable, preset_names, read_preset, read_table
 
@@ -94,7 +94,7 @@ class TableEntry:
 
     def flops(self, plan: Plan) -> float:
         """Return the multiply-adds of the forward passes of all training clips; 0 if the cell does not train."""
-        return cost(plan.phases, self._clip_flops) if self.config.train.enable else 0.0
+        return total_cost(plan.phases, self._clip_flops) if self.config.train.enable else 0.0
 
     @cached_property
     def _clip_flops(self) -> Any:

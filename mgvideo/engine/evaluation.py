@@ -17,7 +17,7 @@ from mgvideo.layers.dropout import dropout_of
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.loading.requests import DecodeFailure
-from mgvideo.loading.sampler import ClipSampler, view_requests
+from mgvideo.loading.sampler import ClipSampler, request_views
 from mgvideo.plan.plan import Grid
 
 from .micro_batches import explain_out_of_memory, split_into_micro_batches
@@ -65,7 +65,7 @@ class Evaluator:
         """
         videos = len(self.loader.dataset)
         own = range(rank(), videos * views.clips, world_size())
-        requests = partial(view_requests, views.grid, views.clips, views.crops, own, self.batch)
+        requests = partial(request_views, views.grid, views.clips, views.crops, own, self.batch)
         device, steps = self.precision.device, range(-(-len(own) // self.batch))
         scores, seen = torch.zeros(videos, self.classes, device=device), torch.zeros(videos, device=device)
         labels = self.task.no_labels(videos, self.classes).to(device)
@@ -73,7 +73,7 @@ class Evaluator:
         model.eval()
         beat(0, len(steps), True)
         with torch.no_grad():
-            for step, batch in enumerate(self.loader.open(requests, steps)):
+            for step, batch in enumerate(self.loader.load_steps(requests, steps)):
                 raise_if_stopped()
                 beat(step, len(steps), False)
                 indices = batch.indices.to(device, non_blocking=True)
@@ -131,11 +131,11 @@ def precise_bn(
     """
     if not any(isinstance(module, GroupBatchNorm3d) for module in model.modules()):
         return
-    requests = partial(sampler.shard, rank=rank(), world=world_size())
+    requests = partial(sampler.shard, rank=rank(), world_size=world_size())
     model.train()
     with torch.no_grad(), deferred_running_stats(model, momentum=1.0):
         beat(0, batches, True)
-        for done, batch in enumerate(loader.open(requests, range(batches))):
+        for done, batch in enumerate(loader.load_steps(requests, range(batches))):
             raise_if_stopped()
             shard = batch.shard
             assert shard is not None, "the sampler's batches carry their shard"

@@ -227,9 +227,9 @@ class Trainer:
 
     def _stream(self, step: int) -> Iterator[Batch]:
         """Yield this rank's batches from `step` on; each phase has its own DataLoader."""
-        requests = partial(self.sampler.shard, rank=rank(), world=world_size())
+        requests = partial(self.sampler.shard, rank=rank(), world_size=world_size())
         stretches = [range(max(step, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > step]
-        return self.loader.phases(requests, stretches)
+        return self.loader.load_phases(requests, stretches)
 
     def _log(self, phase: Phase) -> None:
         """Bring the window's figures to the host, record them, and start a new one."""

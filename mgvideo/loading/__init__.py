@@ -1,1 +1,1 @@
-"""From a plan to batches on the host: clip requests, sampler, loader and worker processes."""
+"""Build batches on the host from a plan: clip requests, sampler, loader and worker processes."""

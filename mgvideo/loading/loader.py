@@ -1,4 +1,4 @@
-"""From batch requests to tensors on the host: one DataLoader a phase, the next one started before the last is done."""
+"""Load batches on the host, with one DataLoader per phase. The next phase's workers start before a phase ends."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mgvideo.plan.shards import BatchShard
 
 from . import workers
 from .requests import BatchRequest, ClipRequest, DecodeFailure, Sample
-from .shared_memory import explain_full, is_full, room_for_queues
+from .shared_memory import explain_queue_errors, full_shared_memory_message, is_shared_memory_error
 
 
 class ClipDataset(Protocol):
-    """What the core needs of a dataset."""
+    """The interface that the core requires of a dataset."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, request: ClipRequest) -> Sample: ...
@@ -38,8 +38,9 @@ class ClipDataset(Protocol):
 class Batch(NamedTuple):
     """Clips uint8 `[n, t, s, s, 3]`, labels int64 `[n]` or float32 `[n, classes]`, indices int64 `[n]`.
 
-    `failures` are the videos that could not be read, `bad_clips` the clips that were drawn for one of them: a clip's
-    substitute may fail as well. A training batch carries its shard: the part of the global batch that the n clips are.
+    `failures` lists the videos that could not be read. `bad_clips` counts the requested clips whose video could not be
+    read; a clip can have several failures, because its substitute can fail too. `shard` is set in training: the part
+    of the global batch that the n clips are.
     """
 
     clips: Tensor
@@ -50,17 +51,17 @@ class Batch(NamedTuple):
     shard: BatchShard | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Each tensor sent between processes costs a handshake, half a millisecond: only the clips are worth it.
-        return _received, (self.clips, self.labels.numpy(), self.indices.numpy(), *self[3:])
+        # Each tensor sent between processes costs a handshake of 0.5 ms. Only the clips are large enough to need it.
+        return _rebuild_batch, (self.clips, self.labels.numpy(), self.indices.numpy(), *self[3:])
 
 
-def _received(clips: Tensor, labels: np.ndarray, indices: np.ndarray, *others: Any) -> Batch:
-    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), *others)
+def _rebuild_batch(clips: Tensor, labels: np.ndarray, indices: np.ndarray, *other_fields: Any) -> Batch:
+    return Batch(clips, torch.from_numpy(labels), torch.from_numpy(indices), *other_fields)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples; the crops of a test view become clips of their own, next to each other."""
-    clips = default_collate([sample.clip for sample in samples])  # in a worker, straight into shared memory
+    """Stack samples into a batch. The crops of a test view become separate clips, next to each other."""
+    clips = default_collate([sample.clip for sample in samples])  # in a worker, directly into shared memory
     crops = 1 if clips.dim() == 5 else clips.shape[1]
     labels = torch.stack([sample.label for sample in samples]).repeat_interleave(crops, dim=0)
     indices = torch.tensor([sample.index for sample in samples]).repeat_interleave(crops)
@@ -70,24 +71,22 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How clips are loaded; none of it changes which clips a step sees."""
+    """How clips are loaded. No option changes the clips of a step."""
 
-    num_workers: int = 2  # processes; 0 loads in the training process
+    num_workers: int = 2  # worker processes; 0 loads in the training process
     prefetch_factor: int = 2  # batches that each worker keeps ready
     start_method: str = "forkserver"  # fork, forkserver or spawn
-    timeout: float = 45.0  # seconds, and one more a clip, after which silent workers count as hung
-    low_priority: bool = (
-        False  # workers, of a server, run when cores have nothing else to do, while that is often enough
-    )
+    timeout: float = 45.0  # seconds to wait for a batch, plus 1 s per clip in it, before its workers are killed as hung
+    # Run the workers of a fork server only on idle cores. If they are too slow, they restart at normal priority.
+    low_priority: bool = False
 
 
-STARVATION_TIMEOUT_S = (
-    10.0  # seconds to wait in all for workers that only idle cores run, before others take their place
-)
+# The training loop waits at least this long in total for low-priority workers before they restart at normal priority.
+STARVATION_TIMEOUT_S = 10.0
 
 
 class _StepDataset(Dataset):
-    """Item `step` is the batch of that step. Workers make the requests, which costs the training process no time."""
+    """Item `step` is the batch of that step. Workers compute the requests, so the training process does not."""
 
     def __init__(
         self,
@@ -102,27 +101,32 @@ class _StepDataset(Dataset):
         return self.collate([self.dataset[clip] for clip in clips])._replace(shard=shard)
 
 
-def _unchanged(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _with_timeout(
-    batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout: float, idle: bool
+    batches: Iterator[Batch], workers: Sequence[BaseProcess], timeout_s: float, low_priority: bool
 ) -> Iterator[Batch]:
-    """The same batches; a worker's error for people loses the traceback that torch wraps it in.
+    """Yield the items of `batches`, but kill the workers if none arrives for `timeout_s` seconds.
 
-    Workers that let nothing be heard for `timeout` seconds are killed, which torch notices within five more; with a
-    timeout of its own it would not look for dead workers before that is over. Of `idle` ones it raises TimeoutError.
+    torch notices killed workers within five seconds. DataLoader's own `timeout` is not used, because with it torch does
+    not check for dead workers before the timeout is over.
+
+    Raises:
+        UserError: a worker hangs, dies, or raises a UserError. torch adds a traceback to its message, which is removed.
+        Stopped: a worker dies after this process has received a stop signal.
+        TimeoutError: a worker hangs and `low_priority` is set.
     """
     hung = threading.Event()
 
-    def give_up() -> None:
+    def kill_workers() -> None:
         hung.set()
         for worker in workers:
             worker.kill()
 
     while True:
-        timer = threading.Timer(timeout, give_up)
+        timer = threading.Timer(timeout_s, kill_workers)
         timer.daemon = True
         timer.start()
         try:
@@ -130,23 +134,26 @@ def _with_timeout(
         except StopIteration:
             return
         except UserError as error:
-            raise UserError(
-                str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-            ) from None
+            last_line = str(error).strip().splitlines()[-1]
+            raise UserError(last_line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
         except (RuntimeError, OSError, EOFError) as error:
-            if hung.is_set() and idle:
+            if hung.is_set() and low_priority:
                 raise TimeoutError from error
             if hung.is_set():
-                told = f"a loader worker hangs (no batch for {timeout:g} s): is the disk slow?"
-                raise UserError(f"{told} Raise loader.timeout or loader.num_workers") from error
-            raise explain_dead_worker(_report_of_death(error)) from error
+                message = f"a loader worker hangs (no batch for {timeout_s:g} s): is the disk slow?"
+                raise UserError(f"{message} Raise loader.timeout or loader.num_workers") from error
+            raise explain_dead_worker(_wait_for_worker_report(error)) from error
         finally:
             timer.cancel()
         yield batch
 
 
-def _report_of_death(error: Exception) -> Exception:
-    """Return torch's report where it follows an error that came of a worker's death: it is raised once, anywhere."""
+def _wait_for_worker_report(error: Exception) -> Exception:
+    """Return torch's report that a worker died if it follows `error` within a second, else `error`.
+
+    torch raises the report once, from a signal handler, wherever the main thread is. It can follow another error that
+    the death of the worker caused.
+    """
     if isinstance(error, RuntimeError) and not str(error).startswith("Pin memory thread"):
         return error
     try:
@@ -157,26 +164,27 @@ def _report_of_death(error: Exception) -> Exception:
 
 
 def explain_dead_worker(error: Exception) -> BaseException:
-    """Return what to raise for an error that the death of a worker caused, and any other error as it is.
+    """Return the exception to raise for `error`: another one if a worker's death caused it, else `error` itself.
 
-    That is Stopped once a signal has arrived, else a UserError. torch reports a dead worker wherever the training
-    process is; a batch that is being fetched from it raises an OSError or an EOFError.
+    For a dead worker that is Stopped if this process has received a stop signal, else a UserError. torch reports a dead
+    worker with a RuntimeError wherever the training process is. Fetching a batch from a dead worker raises an OSError
+    or an EOFError.
     """
     text = str(error).splitlines()[0] if str(error) else ""
-    if is_full(error):
-        return UserError(explain_full())
-    of_a_process = text.startswith(("DataLoader worker", "Pin memory thread"))  # the latter ends with its workers
-    reported = of_a_process and ("killed" in text or "exited" in text)
-    raised_in_worker = text.startswith("Caught ")  # torch's words for an error of the dataset
-    fetching = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_in_worker
-    if reported or fetching:
+    if is_shared_memory_error(error):
+        return UserError(full_shared_memory_message())
+    names_process = text.startswith(("DataLoader worker", "Pin memory thread"))  # the thread exits with its workers
+    reported_death = names_process and ("killed" in text or "exited" in text)
+    raised_by_dataset = text.startswith("Caught ")  # torch's prefix of errors that a worker passes on
+    fetch_failed = isinstance(error, ConnectionError | FileNotFoundError | EOFError) and not raised_by_dataset
+    if reported_death or fetch_failed:
         if received_signal():
             return Stopped(received_signal())
-        if "Bus error" in text or workers.killed_by(signal.SIGBUS):
-            return UserError(f"a loader worker was killed by SIGBUS: {explain_full()}")
-        when = text or "as it sent a batch"
+        if "Bus error" in text or workers.any_worker_killed_by(signal.SIGBUS):
+            return UserError(f"a loader worker was killed by SIGBUS: {full_shared_memory_message()}")
+        details = text or "while it sent a batch"
         return UserError(
-            f"a loader worker died ({when}): out of memory? Lower loader.num_workers or loader.prefetch_factor"
+            f"a loader worker died ({details}): out of memory? Lower loader.num_workers or loader.prefetch_factor"
         )
     return error
 
@@ -184,99 +192,113 @@ def explain_dead_worker(error: Exception) -> BaseException:
 class Loader:
     """Loads the clips that `requests(step)` returns, for any range of steps.
 
-    Worker processes call `requests`, which pickle must therefore be able to send: a function of a module, a
-    `functools.partial`, a method of a dataclass.
+    Worker processes call `requests`, so it must be picklable: a module-level function, a `functools.partial`, or a
+    method of a dataclass.
     """
 
     def __init__(
         self,
         dataset: ClipDataset,
         options: LoaderOptions,
-        pin: bool = False,
+        pin_memory: bool = False,
         collate: Callable[[Sequence[Sample]], Batch] = collate,
     ) -> None:
-        self.dataset, self.options, self.pin, self.collate = dataset, options, pin, collate
-        served = options.num_workers > 0 and options.start_method == "forkserver"
-        self.low_priority = options.low_priority and served and workers.SUPPORTS_LOW_PRIORITY
+        self.dataset, self.options, self.pin_memory, self.collate = dataset, options, pin_memory, collate
+        uses_fork_server = options.num_workers > 0 and options.start_method == "forkserver"
+        self.low_priority = options.low_priority and uses_fork_server and workers.SUPPORTS_LOW_PRIORITY
         if options.num_workers:
             workers.use_short_socket_paths()
-        if served:
-            workers.start_server([type(dataset).__module__])
+        if uses_fork_server:
+            workers.start_fork_server([type(dataset).__module__])
 
-    def open(self, requests: Callable[[int], BatchRequest], steps: range) -> Iterator[Batch]:
-        """Start the workers on `steps` at once; the iterator yields one batch a step."""
+    def load_steps(self, requests: Callable[[int], BatchRequest], steps: range) -> Iterator[Batch]:
+        """Start the workers at once and return an iterator over the batches of `steps`, one per step."""
         if not steps:
             return iter(())
-        batches, started = self._open(requests, steps)
-        return self._fall_back_if_starved(batches, started, requests, steps) if self.low_priority else batches
+        batches, processes = self._start_workers(requests, steps)
+        return self._fall_back_if_starved(batches, processes, requests, steps) if self.low_priority else batches
 
     def _fall_back_if_starved(
         self,
         batches: Iterator[Batch],
-        started: Sequence[BaseProcess],
+        processes: Sequence[BaseProcess],
         requests: Callable[[int], BatchRequest],
         steps: range,
     ) -> Iterator[Batch]:
-        """Batches of workers that only idle cores run; where those are waited for most of the time, of others."""
-        step, begun, waited = steps.start, time.monotonic(), 0.0
-        while step < steps.stop and waited < max(STARVATION_TIMEOUT_S, (time.monotonic() - begun) / 2):
-            asked = time.monotonic()
+        """Yield the batches of low-priority workers, and restart them at normal priority if they are too slow.
+
+        They are too slow if the training loop has waited for them for STARVATION_TIMEOUT_S in all and for half of the
+        time, or if they hang.
+        """
+        step, start, waited_s = steps.start, time.monotonic(), 0.0
+        while step < steps.stop and waited_s < max(STARVATION_TIMEOUT_S, (time.monotonic() - start) / 2):
+            wait_start = time.monotonic()
             try:
                 batch = next(batches)
             except TimeoutError:
                 break
-            waited += time.monotonic() - asked
+            waited_s += time.monotonic() - wait_start
             step += 1
             yield batch
         if step < steps.stop:
             self.low_priority = False
-            for worker in started:
-                worker.kill()
-            del batches  # and with it what waits for the killed ones
-            yield from self.open(requests, range(step, steps.stop))
+            for process in processes:
+                process.kill()
+            del batches  # frees the DataLoader iterator, which waits for the killed workers
+            yield from self.load_steps(requests, range(step, steps.stop))
 
-    def _open(self, requests: Callable[[int], BatchRequest], steps: range) -> tuple[Iterator[Batch], list[BaseProcess]]:
+    def _start_workers(
+        self, requests: Callable[[int], BatchRequest], steps: range
+    ) -> tuple[Iterator[Batch], list[BaseProcess]]:
+        """Start a DataLoader over `steps`. Return its batches and its worker processes."""
         count = min(self.options.num_workers, len(steps))
-        largest = max(len(requests(step).clips) for step in steps[:3])  # a short cycle has up to three batch sizes
+        max_clips = max(len(requests(step).clips) for step in steps[:3])  # a short cycle has up to three batch sizes
         loader = DataLoader(
             _StepDataset(self.dataset, requests, self.collate),
             sampler=steps,
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=_identity,
             num_workers=count,
-            pin_memory=self.pin,
-            worker_init_fn=partial(workers.begin, self.low_priority, available_cpus()),
+            pin_memory=self.pin_memory,
+            worker_init_fn=partial(workers.init_worker, self.low_priority, available_cpus()),
             prefetch_factor=self.options.prefetch_factor if count else None,
             multiprocessing_context=self.options.start_method if count else None,
-            # drawing the workers' base seed must not touch the generator that dropout draws from
+            # DataLoader draws the workers' base seed. Without this it would change the state of dropout's generator.
             generator=torch.Generator(),
         )
-        with workers.starting() as started, room_for_queues():
+        with workers.track_new_workers() as processes, explain_queue_errors():
             batches = iter(loader)
         if not count:
-            return batches, started
-        timeout = STARVATION_TIMEOUT_S + largest / 50 if self.low_priority else self.options.timeout + largest
-        return _with_timeout(batches, started, timeout, self.low_priority), started
+            return batches, processes
+        # Low-priority workers that exceed their shorter timeout (20 ms per clip) restart at normal priority.
+        timeout_s = STARVATION_TIMEOUT_S + max_clips / 50 if self.low_priority else self.options.timeout + max_clips
+        return _with_timeout(batches, processes, timeout_s, self.low_priority), processes
 
-    def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
-        """Yield one batch a step through consecutive stretches of steps, with a new DataLoader for each.
+    def load_phases(self, requests: Callable[[int], BatchRequest], phases: Sequence[range]) -> Iterator[Batch]:
+        """Yield one batch per step of consecutive phases, with a new DataLoader for each phase.
 
-        The next stretch's workers start as soon as a worker has the last batch of this one to load, so that a boundary
-        costs no wait. They start in a thread, beside the step that runs then. Forked workers do not: a fork copies the
-        locks that other threads hold.
+        The next phase's workers start as soon as the last batch of this phase is assigned to a worker, so a phase
+        boundary causes no wait. They start in a thread, in parallel with the current step. With start method `fork`
+        they start in this thread, because a fork copies locks that other threads hold.
+
+        Args:
+            requests: returns the clips of a step.
+            phases: the steps of each phase.
         """
         options = self.options
-        ahead, beside = (
-            max(1, options.num_workers * options.prefetch_factor),
-            options.num_workers and options.start_method != "fork",
-        )
-        # A new thread's current CUDA device is 0, and the pin-memory thread inherits that of the thread that starts it.
-        set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin else None
+        batches_ahead = max(1, options.num_workers * options.prefetch_factor)
+        in_thread = options.num_workers and options.start_method != "fork"
+        # A new thread's CUDA device is 0, and the pin-memory thread inherits the device of the thread that starts it.
+        set_device = partial(torch.cuda.set_device, torch.cuda.current_device()) if self.pin_memory else None
         with ThreadPoolExecutor(1, initializer=set_device) as thread:
-            following: Iterator[Batch] | Future[Iterator[Batch]] = self.open(requests, stretches[0])
-            for steps, after in pairwise([*stretches, range(0)]):
-                current = following.result() if isinstance(following, Future) else following
+            upcoming: Iterator[Batch] | Future[Iterator[Batch]] = self.load_steps(requests, phases[0])
+            for steps, next_steps in pairwise([*phases, range(0)]):
+                batches = upcoming.result() if isinstance(upcoming, Future) else upcoming
                 for step in steps:
-                    if step == max(steps.start, steps.stop - ahead):
-                        following = thread.submit(self.open, requests, after) if beside else self.open(requests, after)
-                    yield next(current)
+                    if step == max(steps.start, steps.stop - batches_ahead):
+                        upcoming = (
+                            thread.submit(self.load_steps, requests, next_steps)
+                            if in_thread
+                            else self.load_steps(requests, next_steps)
+                        )
+                    yield next(batches)

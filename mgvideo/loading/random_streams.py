@@ -1,6 +1,6 @@
-"""The random numbers of a run: hashes of (seed, stream, counters), so there is no generator state to save or share.
+"""The random numbers of a run: hashes of (seed, stream, counters). There is no generator state to save or share.
 
-Each purpose has a stream of its own. A rank computes the numbers of its own clips alone, all of a step at once.
+Each purpose has its own stream. A rank computes only the numbers of its own clips, all of a step in one call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 class Stream(IntEnum):
-    """What random numbers are for. Numbers are part of every run's results: never change or reuse one."""
+    """The purpose of random numbers. The values determine the results of runs: never change or reuse one."""
 
     VIDEO_ORDER = 1
     CLIP_SEEDS = 2
@@ -24,10 +24,11 @@ class Stream(IntEnum):
 
 
 def random_words(seed: int, stream: Stream, *counters: int | np.ndarray) -> np.ndarray:
-    """Return a uint64 for each element of the counters, integers from 0 up that are broadcast together.
+    """Return a uint64 array with one random word for each element of the counters.
 
-    Each word of the key goes through the SplitMix64 generator's finaliser (Steele, Lea and Flood 2014), which is a
-    bijection: two values of the last counter never give the same number.
+    The counters are non-negative integers or integer arrays, broadcast together. Each word of the key (seed, stream,
+    counters) goes through the finaliser of the SplitMix64 generator (Steele, Lea and Flood 2014). It is a bijection,
+    so two values of the last counter never give the same word.
     """
     words = np.zeros(1, np.uint64)
     for word in (seed, stream, *counters):
@@ -36,11 +37,12 @@ def random_words(seed: int, stream: Stream, *counters: int | np.ndarray) -> np.n
 
 
 def random_seed(seed: int, stream: Stream, *counters: int) -> int:
-    """Return one 64-bit number, for a generator of another library."""
+    """Return one 64-bit number to seed a generator of another library."""
     return int(random_words(seed, stream, *counters)[0])
 
 
 def _mix(words: np.ndarray) -> np.ndarray:
+    """Apply the finaliser of SplitMix64."""
     for shift, multiplier in zip(_SHIFTS, _MULTIPLIERS, strict=False):
         words = (words ^ (words >> shift)) * multiplier
     return words ^ (words >> _SHIFTS[2])

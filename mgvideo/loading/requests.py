@@ -1,4 +1,4 @@
-"""What passes between the core and a dataset: a request for a clip, and the clip."""
+"""The types that the core and a dataset exchange: a request for a clip, and the clip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mgvideo.plan.shards import BatchShard
 
 @dataclass(frozen=True)
 class View:
-    """Which part of a video a test looks at: clip `clip` of `clips` uniformly spaced, all `crops` crops of it."""
+    """A test view of a video: clip `clip` of `clips` uniformly spaced clips, with `crops` crops."""
 
     clip: int
     clips: int
@@ -23,16 +23,19 @@ class View:
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """One clip to read. Every random choice in reading it comes from `seed`; with a `view` there is none."""
+    """One clip to read.
 
-    index: int
+    Every random choice in reading it is drawn from `seed`. With a `view` nothing is random.
+    """
+
+    index: int  # of the video in the dataset
     grid: Grid
     seed: int
     view: View | None = None
 
 
 class BatchRequest(NamedTuple):
-    """The clips of one batch, and in training which part of the global batch they are."""
+    """The clips of one batch, and in training the shard of the global batch that they are."""
 
     clips: Sequence[ClipRequest]
     shard: BatchShard | None = None
@@ -51,10 +54,12 @@ class DecodeFailure:
 class Sample:
     """A clip as a dataset returns it.
 
-    `clip` is uint8 `[t, s, s, 3]`, for a request with a view `[crops, t, s, s, 3]`. `label` is an int64 scalar, for
-    multi-label tasks a float32 multi-hot `[classes]`. `index` is the video that the clip really came from: in training
-    a substitute's where the requested one failed, `failures` naming those; in testing the requested one's, with a
-    black clip where it failed.
+    `clip` is uint8 `[t, s, s, 3]`, or `[crops, t, s, s, 3]` for a request with a view. `label` is an int64 scalar, or
+    float32 multi-hot `[classes]` for multi-label tasks.
+
+    `index` is the video that the clip was read from. If the requested video cannot be read, `failures` lists what
+    failed. In training `index` is then the substitute video; in testing it stays the requested video and the clip is
+    black.
     """
 
     clip: Tensor

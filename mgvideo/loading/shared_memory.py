@@ -1,7 +1,7 @@
-"""Room in /dev/shm, through which loader workers pass batches to the training process.
+"""Check the size of /dev/shm, through which loader workers pass batches to the training process.
 
-It is half of a machine's memory on most systems, but 64 MiB in a Docker container that does not ask for more. A worker
-that finds it full raises an error or, with other versions of torch, is killed by SIGBUS.
+On most systems its size is half of the machine's memory, but in a Docker container it is 64 MiB by default. If it is
+full, a worker raises an error or, with some versions of torch, is killed by SIGBUS.
 """
 
 from __future__ import annotations
@@ -29,111 +29,121 @@ GIB = 2**30
 class BatchSizes(NamedTuple):
     """Bytes of the largest batches that a rank loads."""
 
-    training: int  # and in validation
+    training: int  # in training and validation
     test: int
 
 
-def bytes_in_flight(sizes: Sequence[BatchSizes], workers: int, prefetch: int) -> int:
-    """The most bytes that the batches of some ranks take at once, each rank with so many workers.
+def max_bytes_in_flight(sizes: Sequence[BatchSizes], workers: int, prefetch: int) -> int:
+    """Return the maximum number of bytes that the batches of ranks occupy at once.
 
-    A loader keeps `prefetch` batches a worker ready while one is used. In training two loaders may do so: those of
-    this phase and the next, or of training and validation.
+    A loader keeps `prefetch` batches per worker ready while one batch is in use. In training two loaders can do so at
+    once: those of this phase and the next, or of training and validation.
+
+    Args:
+        sizes: the batch sizes of each rank.
+        workers: workers per rank.
+        prefetch: batches per worker.
     """
     ready = workers * prefetch
     return sum(max((2 * ready + 1) * rank.training, (ready + 1) * rank.test) for rank in sizes)
 
 
-def fewest_bytes(sizes: Sequence[BatchSizes]) -> int:
-    """Bytes without which loading cannot go on: of a batch that is used, and the next one that arrives."""
+def min_bytes(sizes: Sequence[BatchSizes]) -> int:
+    """Return the minimum number of bytes that loading requires: the batch in use and the next one, for each rank."""
     return sum(2 * max(rank) for rank in sizes)
 
 
 @dataclass(frozen=True)
-class Room:
-    """A file system for shared memory: an identifier, a host that mounts it, its bytes and how many are free."""
+class SharedMemorySpace:
+    """The size of a shared-memory file system."""
 
-    identifier: str
-    host: str
-    total: int
-    free: int
+    identifier: str  # equal for all ranks that share the file system
+    host: str  # name of the host that mounts it
+    total: int  # bytes
+    free: int  # bytes
 
 
-def find_room(folder: Path = FOLDER) -> Room | None:
-    """The room in `folder`; nothing is free where it is missing or read-only. None: this system sets no limit."""
+def get_shared_memory_space(folder: Path = FOLDER) -> SharedMemorySpace | None:
+    """Return the space in `folder`, or None if this system sets no limit.
+
+    A missing folder has a size of 0. A read-only folder has 0 bytes free.
+    """
     if sys.platform != "linux":
         return None
     try:
-        about, device = os.statvfs(folder), folder.stat().st_dev
+        stats, device = os.statvfs(folder), folder.stat().st_dev
     except OSError:
-        return Room(machine_id(), platform.node(), 0, 0)
-    if about.f_blocks == 0:  # a tmpfs of size=0
+        return SharedMemorySpace(machine_id(), platform.node(), 0, 0)
+    if stats.f_blocks == 0:  # a tmpfs mounted with size=0 has no limit
         return None
-    free = about.f_bavail * about.f_frsize if os.access(folder, os.W_OK) else 0
-    return Room(f"{machine_id()} {device}", platform.node(), about.f_blocks * about.f_frsize, free)
+    free = stats.f_bavail * stats.f_frsize if os.access(folder, os.W_OK) else 0
+    return SharedMemorySpace(f"{machine_id()} {device}", platform.node(), stats.f_blocks * stats.f_frsize, free)
 
 
-def check_room(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FOLDER) -> list[str]:
-    """Compare what the ranks' batches take with the room for them. All ranks call it together.
+def check_shared_memory_space(sizes: BatchSizes, workers: int, prefetch: int, folder: Path = FOLDER) -> list[str]:
+    """Compare the bytes that the ranks' batches need with the space for them. All ranks must call it together.
 
     Returns:
-        A warning for each `folder`, one a container, that may be too small.
+        A warning for each `folder` (one per container) that may be too small.
 
     Raises:
-        UserError: a folder is too small for the batches that no loader can do without; on all ranks.
+        UserError: a folder is too small for `min_bytes`. All ranks raise it.
     """
-    ranks: list[tuple[Any, BatchSizes]] = gather_objects((find_room(folder), sizes))
+    ranks: list[tuple[Any, BatchSizes]] = gather_objects((get_shared_memory_space(folder), sizes))
     limited = sorted((pair for pair in ranks if pair[0] is not None), key=lambda pair: pair[0].identifier)
     warnings = []
     for _, group in groupby(limited, key=lambda pair: pair[0].identifier):
-        rooms, sharing = zip(*group, strict=True)
-        room = min(rooms, key=lambda room: room.free)
-        needed, fewest = bytes_in_flight(sharing, workers, prefetch), fewest_bytes(sharing)
-        if room.free >= needed:
+        spaces, rank_sizes = zip(*group, strict=True)
+        space = min(spaces, key=lambda space: space.free)
+        max_needed, min_needed = max_bytes_in_flight(rank_sizes, workers, prefetch), min_bytes(rank_sizes)
+        if space.free >= max_needed:
             continue
-        state = f"has {_size(room.free)} free" if room.free else "is full, missing or read-only"
-        found = f"{folder} on {room.host} {state}"
-        fits = [n for n in range(1, workers + 1) if bytes_in_flight(sharing, n, 1) <= room.free]
-        instead = (
-            f"loader.num_workers={fits[-1]} loader.prefetch_factor=1" if fits else "loader.num_workers=0, which is slow"
-        )
-        space = math.ceil((room.total - room.free + needed) / GIB)
-        remedy = f"enlarge it (docker run --shm-size={space}g), or set {instead}"
-        if room.free < fewest:
-            need = f"loader workers need {_size(fewest)} there at least, and up to {_size(needed)}"
-            raise UserError(f"{found}, but {need}: {remedy}")
-        warnings.append(f"{found}, but loader workers may fill {_size(needed)}, which ends the run: {remedy}")
+        state = f"has {_format_size(space.free)} free" if space.free else "is full, missing or read-only"
+        problem = f"{folder} on {space.host} {state}"
+        fitting = [n for n in range(1, workers + 1) if max_bytes_in_flight(rank_sizes, n, 1) <= space.free]
+        if fitting:
+            options = f"loader.num_workers={fitting[-1]} loader.prefetch_factor=1"
+        else:
+            options = "loader.num_workers=0, which is slow"
+        total_gib = math.ceil((space.total - space.free + max_needed) / GIB)
+        remedy = f"enlarge it (docker run --shm-size={total_gib}g), or set {options}"
+        if space.free < min_needed:
+            need = f"loader workers need at least {_format_size(min_needed)} and up to {_format_size(max_needed)}"
+            raise UserError(f"{problem}, but {need}: {remedy}")
+        use = f"loader workers may use up to {_format_size(max_needed)}, and a full {folder} ends the run"
+        warnings.append(f"{problem}, but {use}: {remedy}")
     return warnings
 
 
-def is_full(error: Exception) -> bool:
-    """Whether this is an error of a loader worker, passed on by torch, for which there was no room."""
+def is_shared_memory_error(error: Exception) -> bool:
+    """Return whether torch passed on the error of a loader worker that had no space in shared memory."""
     return isinstance(error, RuntimeError) and "shared memory" in str(error) and "in DataLoader worker" in str(error)
 
 
-def explain_full(folder: Path = FOLDER) -> str:
-    """Say that there was no room, and what to do."""
-    room = find_room(folder)
-    size = f" ({_size(room.total)})" if room and room.free else ""
+def full_shared_memory_message(folder: Path = FOLDER) -> str:
+    """Return a message that `folder` has no space, with its size and what to do."""
+    space = get_shared_memory_space(folder)
+    size = f" ({_format_size(space.total)})" if space and space.free else ""
     return (
-        f"{folder}{size}, where the batches of loader workers wait, is full, missing or read-only: enlarge it "
+        f"{folder}{size}, which holds the batches of loader workers, is full, missing or read-only: enlarge it "
         "(docker run --shm-size=…), or lower loader.num_workers or loader.prefetch_factor"
     )
 
 
 @contextmanager
-def room_for_queues() -> Iterator[None]:
-    """Turn the errors of queues made inside, whose semaphores are files in /dev/shm, into one line.
+def explain_queue_errors() -> Iterator[None]:
+    """Explain errors in creating queues, whose semaphores are files in /dev/shm.
 
     Raises:
-        UserError: they cannot be made there.
+        UserError: /dev/shm is full, missing or read-only.
     """
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT):
-            raise UserError(explain_full()) from error
+            raise UserError(full_shared_memory_message()) from error
         raise
 
 
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{math.ceil(count / 2**20)} MiB"
+def _format_size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{math.ceil(num_bytes / 2**20)} MiB"

@@ -1,4 +1,4 @@
-"""The processes that load clips: how they start, what they inherit, how they end."""
+"""Start, prepare and end the worker processes that load clips."""
 
 from __future__ import annotations
 
@@ -19,111 +19,118 @@ from mgvideo.cpu.resources import run_on
 from mgvideo.distributed.signals import block_signals
 from mgvideo.errors import UserError
 
-# torch is imported where a worker needs it: the server starts while a program still imports its own
+# torch is imported only in the function that needs it, so that a program can start the fork server before torch.
 
 SUPPORTS_LOW_PRIORITY = hasattr(os, "SCHED_IDLE")  # on Linux
 _workers: WeakSet[BaseProcess] = WeakSet()
-_one_at_a_time = threading.Lock()  # to tell whose workers started when
+_start_lock = threading.Lock()  # only one caller starts workers at a time, so that it can identify its new processes
 
 
-# bytes of a socket's path that systems accept (104 with its end on macOS), and what multiprocessing adds to a folder
-_LONGEST_SOCKET, _SOCKET_NAME = 103, len("/pymp-12345678/listener-12345678")
+_MAX_SOCKET_PATH_BYTES = 103  # macOS accepts 104 with the terminating null byte, Linux more
+_SOCKET_NAME_BYTES = len("/pymp-12345678/listener-12345678")  # multiprocessing adds this to the folder
 _SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 def use_short_socket_paths() -> None:
-    """Let multiprocessing keep its sockets in another folder where TMPDIR is too long for them; all else stays there.
+    """Put multiprocessing's sockets into a short folder if TMPDIR is too long for them. Other files stay in TMPDIR.
 
     Raises:
-        UserError: no folder can be written.
+        UserError: no folder is writable.
     """
     try:
-        folder, before = tempfile.gettempdir(), tempfile.tempdir
-        if len(os.fsencode(folder)) + _SOCKET_NAME > _LONGEST_SOCKET:
+        folder, old_tempdir = tempfile.gettempdir(), tempfile.tempdir
+        if len(os.fsencode(folder)) + _SOCKET_NAME_BYTES > _MAX_SOCKET_PATH_BYTES:
             tempfile.tempdir = next(short for short in _SHORT_FOLDERS if os.access(short, os.W_OK))
         try:
-            util.get_temp_dir()  # which multiprocessing keeps, and hands on to the processes that it starts
+            util.get_temp_dir()  # multiprocessing stores the result and passes it to the processes that it starts
         finally:
-            tempfile.tempdir = before
+            tempfile.tempdir = old_tempdir
     except StopIteration:
-        told = f"TMPDIR={folder} is too long for the sockets of loader workers"
-        raise UserError(f"{told}: give a folder of at most {_LONGEST_SOCKET - _SOCKET_NAME} characters") from None
+        message = f"TMPDIR={folder} is too long for the sockets of loader workers"
+        max_length = _MAX_SOCKET_PATH_BYTES - _SOCKET_NAME_BYTES
+        raise UserError(f"{message}: give a folder of at most {max_length} characters") from None
     except OSError as error:
-        raise UserError(f"no folder for temporary files ({error.strerror}): set TMPDIR to one that has room") from error
+        message = f"cannot create a folder for temporary files ({error.strerror})"
+        raise UserError(f"{message}: set TMPDIR to a folder with free space") from error
 
 
-def start_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
-    """Start the small process that workers are forked from, once; it imports what they need while this one goes on.
+def start_fork_server(modules: Sequence[str] = ("mgvideo.datasets.video",)) -> None:
+    """Start the fork server, the small process that workers are forked from, unless it runs already.
 
-    Forked from this process they would be as quick to start, but every page that it writes then is copied first.
+    It imports the modules that workers need, in parallel with this process. Workers forked from the training process
+    would start as quickly, but then each memory page that the training process writes would be copied first.
     """
     forkserver.set_forkserver_preload(["__main__", "mgvideo.loading.loader", "mgvideo.loading.sampler", *modules])
     use_short_socket_paths()
-    # multiprocessing tells it where this process finds modules, and it does not listen: it would look first in the
-    # folder that it starts in, which may be a checkout of something else than what is installed
-    paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
-    before = dict(os.environ)
-    os.environ.update(paths)
+    # The fork server ignores the parent's `sys.path`, so pass it in PYTHONPATH. Without PYTHONSAFEPATH it would import
+    # from the current folder first, which may be a checkout of another version than the installed one.
+    variables = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)), "PYTHONSAFEPATH": "1"}
+    old_environ = dict(os.environ)
+    os.environ.update(variables)
     try:
         with block_signals():
             forkserver.ensure_running()
     finally:
-        for name in paths:
+        for name in variables:
             os.environ.pop(name)
-        os.environ.update(before)
+        os.environ.update(old_environ)
 
 
 @contextmanager
-def starting() -> Iterator[list[BaseProcess]]:
-    """Workers started inside, which the list then holds, outlive signals, and leave alone what they inherit.
+def track_new_workers() -> Iterator[list[BaseProcess]]:
+    """Yield a list that holds, after the context, the workers started inside it.
 
-    A forked worker that collects the training process's garbage, such as a video that was open there, may wait for ever
-    for threads that were not forked with it.
+    The workers block stop signals, so that they outlive them. They also do not garbage-collect objects that they
+    inherit: if a forked worker collects such an object, for example a video that the training process had open, it can
+    hang on threads that a fork does not copy.
     """
-    with _one_at_a_time:
-        before = set(active_children())
-        started: list[BaseProcess] = []
+    with _start_lock:
+        old_processes = set(active_children())
+        new_processes: list[BaseProcess] = []
         gc.freeze()
         try:
             with block_signals():
-                yield started
+                yield new_processes
         finally:
             gc.unfreeze()
-            started += set(active_children()) - before
-            _workers.update(started)
+            new_processes += set(active_children()) - old_processes
+            _workers.update(new_processes)
 
 
 @atexit.register
-def _end_workers() -> None:
+def _kill_workers() -> None:
     if _workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a worker's failure
-    for worker in _workers:  # multiprocessing asks with the signal that they do not see
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report killed workers as failed
+    for worker in _workers:  # multiprocessing would send SIGTERM, which workers block
         worker.kill()
 
 
-def killed_by(number: int) -> bool:
-    """Whether a signal has killed a worker. torch knows which one only of those that it forked itself."""
+def any_worker_killed_by(number: int) -> bool:
+    """Return whether signal `number` has killed a worker. torch knows this only of workers forked by this process."""
     return any(worker.exitcode == -number for worker in _workers)
 
 
-def begin(idle: bool, cpus: frozenset[int], _: int) -> None:
-    """Prepare a worker that runs on `cpus`; an `idle` one only runs when a core has nothing else to do."""
+def init_worker(low_priority: bool, cpus: frozenset[int], _: int) -> None:
+    """Prepare a worker to run on `cpus`. A `low_priority` worker runs only when a core is otherwise idle."""
     import torch
 
     from mgvideo.cpu.memory import keep_freed_memory
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `block_signals`, should a library unblock it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # already blocked by `blocked`, but a library may unblock it
     run_on(cpus)
-    if idle:
-        with suppress(OSError):  # some sandboxes refuse it
+    if low_priority:
+        with suppress(OSError):  # some sandboxes forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    torch.set_num_threads(1)  # clips are decoded by processes, not by threads of each
+    torch.set_num_threads(1)  # several workers decode in parallel, each on one thread
     keep_freed_memory()
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _leave_with_parent() -> None:
-    """End this worker with the training process; torch looks for that in the server's stead, which lives on."""
+def _exit_with_parent() -> None:
+    """Exit when the training process dies.
+
+    torch's own check watches the parent PID, which here is the fork server and stays alive.
+    """
     parent = parent_process()
     if parent is not None:
         parent.join()

@@ -1,1 +1,1 @@
-"""Plans of training runs: schedules, shards and cost. Pure arithmetic without torch."""
+"""Plans of training runs: schedules, shards, cost and forecasts. Pure arithmetic without torch."""

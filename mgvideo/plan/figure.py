@@ -1,4 +1,4 @@
-"""Plans as a picture: clip shape over training, as in the paper's figure 2, the learning rate beneath."""
+"""Draw plans: the clip shape over training, as in figure 2 of the paper, and the learning rate below it."""
 
 from __future__ import annotations
 
@@ -14,35 +14,40 @@ from matplotlib.patches import Patch
 from .plan import Plan
 
 TITLES = {"short": "Short cycle", "long": "Long cycle", "multigrid": "Long + short cycle"}
-STRIPES = 420  # steps drawn over the baseline's whole run: few enough that the short cycle's can be told apart
+MAX_BARS = 420  # bars drawn over the baseline's whole run; few enough to see the short cycle's single steps
 INK, RED = "#333333", "#d1495b"
 
 
 def draw_plans(plans: Sequence[Plan], path: str | Path) -> None:
-    """Draws plans of one recipe beneath each other as a PNG, the first of them the baseline, on its scale of steps.
+    """Draw plans of one recipe below each other into the PNG file `path`. The x axis is % of the baseline's steps.
 
-    A bar's height is the crop, its colour the frames; a short cycle's crops alternate, not every step is drawn.
+    A bar's height is the crop size, its colour the number of frames. The bars of a short cycle alternate between its
+    crops, but not every step has a bar.
+
+    Args:
+        plans: the baseline first.
+        path: the PNG file to write.
     """
     figure = Figure(figsize=(10, 0.9 + 1.6 * len(plans)), layout="constrained")
     axes = figure.subplots(2 * len(plans), 1, sharex=True, height_ratios=[2.6, 1] * len(plans))
     frames = sorted({slot.grid.frames for plan in plans for phase in plan.phases for slot in phase.slots})
-    colours = dict(zip(frames, _shades(len(frames)), strict=True))
-    rates = [plan.lr(step) for plan in plans for phase in plan.phases for step in (phase.steps[0], phase.steps[1] - 1)]
-    lowest = max(min(rates), max(rates) / 1e5)  # a cosine ends at 0, which a logarithm has no place for
+    colours = dict(zip(frames, _make_shades(len(frames)), strict=True))
+    lrs = [plan.lr(step) for plan in plans for phase in plan.phases for step in (phase.steps[0], phase.steps[1] - 1)]
+    min_lr = max(min(lrs), max(lrs) / 1e5)  # a cosine ends at 0, which a log axis cannot show
     for i, plan in enumerate(plans):
-        clips, lr = axes[2 * i], axes[2 * i + 1]
-        _draw_clips(clips, plan, plans[0], colours)
-        _draw_lr(lr, plan, plans[0])
-        lr.set_ylim(lowest / 2, max(rates) * 2)
-    axes[-1].set_xlabel("steps, % of the baseline's: all cost about the same", color=INK)
+        clip_axes, lr_axes = axes[2 * i], axes[2 * i + 1]
+        _draw_clips(clip_axes, plan, plans[0], colours)
+        _draw_lr(lr_axes, plan, plans[0])
+        lr_axes.set_ylim(min_lr / 2, max(lrs) * 2)
+    axes[-1].set_xlabel("steps, % of the baseline's (all steps cost about the same)", color=INK)
     axes[-1].set_xlim(0, 100)
     handles = [Patch(color=colours[count], label=f"{count} frames") for count in frames]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=9)
     figure.savefig(path, dpi=110, format="png")
 
 
-def _shades(count: int) -> list[str]:
-    """Colours from light to dark."""
+def _make_shades(count: int) -> list[str]:
+    """Return `count` hex colours from light to dark blue."""
     light, dark = np.array([0.68, 0.83, 0.92]), np.array([0.05, 0.22, 0.42])
     return [to_hex(light + (dark - light) * i / max(1, count - 1)) for i in range(count)]
 
@@ -50,7 +55,7 @@ def _shades(count: int) -> list[str]:
 def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str]) -> None:
     for phase in plan.phases:
         start, end = (100 * step / baseline.steps for step in phase.steps)
-        cycles = max(1, round((end - start) * STRIPES / 100 / len(phase.slots)))
+        cycles = max(1, round((end - start) * MAX_BARS / 100 / len(phase.slots)))
         edges = np.linspace(start, end, cycles * len(phase.slots) + 1)
         heights = [slot.grid.size for slot in phase.slots] * cycles
         colour = colours[phase.grid.frames]
@@ -59,19 +64,19 @@ def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str])
     axes.set_title(
         TITLES.get(plan.schedule, plan.schedule.capitalize()), loc="left", fontsize=10, weight="bold", color=INK
     )
-    said = f"{plan.epochs:g} epochs, {plan.steps:,} steps"
+    totals = f"{plan.epochs:g} epochs, {plan.steps:,} steps"
     if plan is baseline:
-        axes.set_title(said, loc="right", fontsize=9, color=INK)
+        axes.set_title(totals, loc="right", fontsize=9, color=INK)
     else:
-        beside = 100 * plan.steps / baseline.steps + 1.5
+        text_x = 100 * plan.steps / baseline.steps + 1.5
         saving = f"{baseline.steps / plan.steps:.1f}× fewer steps"
         middle = plan.base.crop_size / 2
-        axes.text(beside, middle, saving, fontsize=15, weight="bold", color=RED, va="bottom")
-        axes.text(beside, middle * 0.9, said, fontsize=9, color=INK, va="top")
+        axes.text(text_x, middle, saving, fontsize=15, weight="bold", color=RED, va="bottom")
+        axes.text(text_x, middle * 0.9, totals, fontsize=9, color=INK, va="top")
     axes.set_ylim(0, plan.base.crop_size * 1.05)
     axes.set_yticks(sorted({slot.grid.size for phase in plan.phases for slot in phase.slots}))
     axes.set_ylabel("crop", color=INK)
-    _plain(axes)
+    _style_axes(axes)
 
 
 def _draw_lr(axes: Axes, plan: Plan, baseline: Plan) -> None:
@@ -80,10 +85,10 @@ def _draw_lr(axes: Axes, plan: Plan, baseline: Plan) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("LR", color=INK)
-    _plain(axes)
+    _style_axes(axes)
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.tick_params(colors=INK, labelsize=8, length=2)
     axes.minorticks_off()
     for side in ("top", "right"):

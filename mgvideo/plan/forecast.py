@@ -1,4 +1,4 @@
-"""What a plan asks of the hardware: each GPU's share, the cost, the data rate and, from measurements, the time."""
+"""What a plan requires of the hardware: clips per GPU, cost, data rate and, from a benchmark, the training time."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from pathlib import Path
 
 from mgvideo.errors import UserError
 
-from .plan import Grid, Phase, Plan, Slot, number, require
+from .plan import Grid, Phase, Plan, Slot, finite_or_nan, require
 from .shards import shard_batch
 
 ClipCost = Callable[[Grid], float]
 
 
-def pixels(grid: Grid) -> float:
-    """The cost of a clip where nothing is known of the model: its pixels."""
+def clip_pixels(grid: Grid) -> float:
+    """Return the pixels of a clip: its cost when no model is given."""
     return grid.volume
 
 
-def cost(phases: Iterable[Phase], clip_cost: ClipCost = pixels) -> float:
-    """What the training steps of phases cost, in units of `clip_cost`."""
+def total_cost(phases: Iterable[Phase], clip_cost: ClipCost = clip_pixels) -> float:
+    """Return the cost of all training steps of `phases`, in units of `clip_cost`."""
     return sum(
-        visits * slot.batch * clip_cost(slot.grid)
+        steps * slot.batch * clip_cost(slot.grid)
         for phase in phases
-        for visits, slot in zip(phase.visits(), phase.slots, strict=True)
+        for steps, slot in zip(phase.steps_per_slot(), phase.slots, strict=True)
     )
 
 
-def gpu_shares(phase: Phase, slot: Slot, gpus: int) -> tuple[int, int]:
-    """The fewest and the most clips of a slot's step that a GPU takes. Raises UserError as `shard_batch`."""
+def clips_per_gpu(phase: Phase, slot: Slot, gpus: int) -> tuple[int, int]:
+    """Return the smallest and the largest number of clips that a GPU has in a step of `slot`.
+
+    Raises:
+        UserError: the batch cannot be split evenly over the GPUs, see `shard_batch`.
+    """
     shards = [shard_batch(slot.batch, phase.bn_groups, rank, gpus) for rank in range(gpus)]
     sizes = [shard.stop - shard.start for shard in shards]
     return min(sizes), max(sizes)
 
 
 def bn_layout(phase: Phase, gpus: int) -> tuple[str, int]:
-    """How BN groups lie on GPUs: ("sub", groups on each GPU), ("sync", GPUs to a group) or ("plain", 1).
+    """Return how BN groups are distributed over GPUs: ("sub", groups per GPU), ("sync", GPUs per group), ("plain", 1).
 
-    Where groups do not divide among GPUs, the most on one.
+    If some GPUs have one group more than others, the larger number is returned.
     """
     shard = shard_batch(phase.batch, phase.bn_groups, gpus - 1, gpus)
     if len(shard.ranks) > 1:
@@ -51,11 +55,18 @@ def bn_layout(phase: Phase, gpus: int) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Measurements by which to predict a run: a JSON file of tables by grid, each like `{"8x112": 0.31}`.
+    """Measurements from which to predict the time of a run: the contents of a JSON file.
 
-    `step_seconds`: one training step on one GPU, of `step_clips` clips. Without `step_clips` it is a step of that GPU's
-    share of the plan's batch; with it, other clips are taken to take time in proportion. `clips_per_second`: what the
-    loader of one GPU delivers with `workers` worker processes; may be left out, then nothing is said of waiting.
+    `step_seconds`, `clips_per_second` and `step_clips` are tables by grid, such as `{"8x112": 0.31}`.
+
+    Args:
+        step_seconds: time of one training step on one GPU.
+        clips_per_second: rate of one GPU's loader with `workers` worker processes. Without it no wait for data is
+            predicted.
+        step_clips: clips in the measured step. The time of other numbers of clips is taken to be proportional. Without
+            it the measured step is a step with that GPU's part of the plan's batch.
+        workers: worker processes per GPU in the measurement.
+        source: name of the benchmark in error messages.
     """
 
     step_seconds: dict[str, float]
@@ -67,86 +78,103 @@ class Benchmark:
     def __post_init__(self) -> None:
         for key in ("step_seconds", "clips_per_second", "step_clips"):
             table = getattr(self, key)
-            valid = isinstance(table, dict) and all(number(value) > 0 for value in table.values())
-            require(valid, f'{self.source}: {key} is no table of numbers above 0 by grid, like {{"8x112": 0.31}}')
+            valid = isinstance(table, dict) and all(finite_or_nan(value) > 0 for value in table.values())
+            require(valid, f'{self.source}: {key} must map grids to numbers above 0, such as {{"8x112": 0.31}}')
         valid = self.workers is None or (isinstance(self.workers, int) and self.workers >= 1)
         require(valid, f"{self.source}: workers={self.workers}, give a whole number from 1 up")
 
-    def step(self, grid: Grid, clips: int) -> float:
-        """Seconds of a step in which a GPU runs `clips` clips."""
-        return self._of("step_seconds", grid) * clips / self.step_clips.get(grid.name, clips)
+    def step_time_s(self, grid: Grid, clips: int) -> float:
+        """Return the seconds of a step with `clips` clips on one GPU."""
+        return self._lookup("step_seconds", grid) * clips / self.step_clips.get(grid.name, clips)
 
-    def loading(self, grid: Grid, clips: int) -> float:
-        """Seconds in which a GPU's loader delivers `clips` clips; 0 where nothing was measured."""
-        return clips / self._of("clips_per_second", grid) if self.clips_per_second else 0.0
+    def loading_time_s(self, grid: Grid, clips: int) -> float:
+        """Return the seconds that one GPU's loader takes for `clips` clips, or 0 if its rate was not measured."""
+        return clips / self._lookup("clips_per_second", grid) if self.clips_per_second else 0.0
 
-    def _of(self, key: str, grid: Grid) -> float:
+    def _lookup(self, key: str, grid: Grid) -> float:
         table: dict[str, float] = getattr(self, key)
-        has = ", ".join(table) or "none"
-        require(grid.name in table, f"{self.source}: {key} has no grid {grid.name} (it has {has}): measure it too")
+        measured = ", ".join(table) or "none"
+        require(grid.name in table, f"{self.source}: {key} has no grid {grid.name} (it has {measured}): measure it too")
         return table[grid.name]
 
 
 def read_benchmark(path: str | Path) -> Benchmark:
-    """Reads a benchmark file, see Benchmark. Raises UserError where it cannot be read or holds something else."""
+    """Read a benchmark file, see Benchmark.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or is not a valid benchmark.
+    """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"benchmark={path}: not a JSON file that can be read ({error})") from error
-    require(isinstance(data, dict) and "step_seconds" in data, f"benchmark={path}: no table of step_seconds by grid")
+        raise UserError(f"benchmark={path}: cannot be read as JSON ({error}): give a benchmark file") from error
+    has_steps = isinstance(data, dict) and "step_seconds" in data
+    require(has_steps, f"benchmark={path}: has no step_seconds: add seconds per step by grid")
     keys = ("step_seconds", "clips_per_second", "step_clips", "workers")
     return Benchmark(**{key: data[key] for key in keys if key in data}, source=f"benchmark={path}")
 
 
 @dataclass(frozen=True)
 class PhaseTime:
-    """The predicted time of a phase. Loading runs beside computing, so the slower of the two sets the pace."""
+    """The predicted time of a phase. Loading and computing overlap, so the slower of the two sets the pace."""
 
-    compute: float  # seconds
-    loading: float  # seconds; 0 where the loader's rate is not known
+    compute_s: float
+    loading_s: float  # 0 if the loader's rate is unknown
 
     @property
     def seconds(self) -> float:
-        """Wall-clock."""
-        return max(self.compute, self.loading)
+        """Wall-clock time of the phase."""
+        return max(self.compute_s, self.loading_s)
 
     @property
-    def waiting(self) -> float:
-        """The share of the time that GPUs wait for data."""
-        return 1 - self.compute / self.seconds
+    def wait_fraction(self) -> float:
+        """Fraction of the time that GPUs wait for data."""
+        return 1 - self.compute_s / self.seconds
 
 
-def predict(plan: Plan, gpus: int, benchmark: Benchmark) -> list[PhaseTime]:
-    """The time of each phase, by its busiest GPU. Raises UserError where the benchmark lacks a grid of the plan."""
+def predict_phase_times(plan: Plan, gpus: int, benchmark: Benchmark) -> list[PhaseTime]:
+    """Predict the time of each phase on its busiest GPU.
+
+    Raises:
+        UserError: the benchmark lacks a grid of the plan.
+    """
     times = []
     for phase in plan.phases:
-        runs = [
-            (n, slot, gpu_shares(phase, slot, gpus)[1]) for n, slot in zip(phase.visits(), phase.slots, strict=True)
+        slots = [
+            (steps, slot.grid, clips_per_gpu(phase, slot, gpus)[1])
+            for steps, slot in zip(phase.steps_per_slot(), phase.slots, strict=True)
         ]
-        compute = sum(n * benchmark.step(slot.grid, clips) for n, slot, clips in runs)
-        times.append(PhaseTime(compute, sum(n * benchmark.loading(slot.grid, clips) for n, slot, clips in runs)))
+        compute_s = sum(steps * benchmark.step_time_s(grid, clips) for steps, grid, clips in slots)
+        loading_s = sum(steps * benchmark.loading_time_s(grid, clips) for steps, grid, clips in slots)
+        times.append(PhaseTime(compute_s, loading_s))
     return times
 
 
-def by_grid(plan: Plan) -> list[list[int]]:
-    """The indices of phases that share all their slots, in the order in which they first come."""
+def group_phases_by_slots(plan: Plan) -> list[list[int]]:
+    """Return lists of indices of phases with equal slots, in order of first occurrence."""
     groups: dict[tuple[Slot, ...], list[int]] = {}
     for i, phase in enumerate(plan.phases):
         groups.setdefault(phase.slots, []).append(i)
     return list(groups.values())
 
 
-def remedies(plan: Plan, times: list[PhaseTime], workers: int | None) -> Iterator[str]:
-    """One line for each grid whose phases wait for data over 2 % of their time: how long, and what would help."""
-    for indices in by_grid(plan):
+def suggest_loader_changes(plan: Plan, times: list[PhaseTime], workers: int | None) -> Iterator[str]:
+    """Yield a line for each grid whose phases wait for data more than 2 % of their time: how long, and what to change.
+
+    Args:
+        plan: the plan.
+        times: the predicted time of each phase.
+        workers: loader workers per GPU that the prediction assumes, if known.
+    """
+    for indices in group_phases_by_slots(plan):
         phase, time = plan.phases[indices[0]], times[indices[0]]
-        if time.waiting <= 0.02:
+        if time.wait_fraction <= 0.02:
             continue
-        factor = time.loading / time.compute
-        more = f"{factor:.1f}× as many workers a GPU"
+        slowdown = time.loading_s / time.compute_s
+        remedy = f"use {slowdown:.1f}× as many workers per GPU"
         if workers:
-            more += f" ({math.ceil(workers * factor)} instead of {workers})"
-        coarse = min(slot.grid.size for slot in phase.slots) < plan.base.crop_size
-        pyramid = ", or a pyramid: these clips are smaller than the recipe's" if coarse else ""
-        listed = ", ".join(str(i + 1) for i in indices)
-        yield f"phase {listed} ({phase.grid.name}) waits {time.waiting:.0%} of its time for data: {more}{pyramid}"
+            remedy += f" ({math.ceil(workers * slowdown)} instead of {workers})"
+        if min(slot.grid.size for slot in phase.slots) < plan.base.crop_size:
+            remedy += ", or a pyramid (some clips have smaller crops than base.crop_size)"
+        numbers = ", ".join(str(i + 1) for i in indices)
+        yield f"phase {numbers} ({phase.grid.name}) waits {time.wait_fraction:.0%} of its time for data: {remedy}"

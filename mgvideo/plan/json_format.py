@@ -1,4 +1,4 @@
-"""A plan as JSON for other programs, in the words of the reference's published schedules."""
+"""Convert a plan to JSON for other programs. Keys follow the published schedules of the reference implementation."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from .forecast import ClipCost, PhaseTime, bn_layout, cost, gpu_shares, pixels
+from .forecast import ClipCost, PhaseTime, bn_layout, clip_pixels, clips_per_gpu, total_cost
 from .plan import Phase, Plan
 from .schedules import baseline_of
 
 
-def plan_json(
+def plan_to_json(
     plan: Plan,
     gpus: int = 1,
     at: Sequence[float] = (),
-    clip_cost: ClipCost = pixels,
+    clip_cost: ClipCost = clip_pixels,
     times: Sequence[PhaseTime] | None = None,
 ) -> dict[str, Any]:
-    """Epochs, LRs (also at the epochs `at`), phases and totals.
+    """Return epochs, LRs, phases and totals of a plan as plain data.
 
-    Phases that differ in LR alone, such as the halves of fine-tuning, are one entry of `phases`: the milestones and
-    relative LRs tell them apart.
+    Phases that differ only in the LR, such as the halves of fine-tuning, are one entry of `phases`. `lr_milestones`
+    and `relative_lrs` list them separately.
+
+    Args:
+        plan: the plan.
+        gpus: number of GPUs; sets clips per GPU and the layout of BN groups.
+        at: epochs whose LRs are listed in `lr_at_epoch`.
+        clip_cost: cost of a clip by grid, pixels or FLOPs.
+        times: the predicted time of each phase. If given, the result includes `seconds`, and each phase also its rates
+            and the fraction of time that it waits for data.
     """
     baseline = baseline_of(plan)
-    whole = cost(plan.phases, clip_cost)
+    plan_cost = total_cost(plan.phases, clip_cost)
     entries = []
     seconds = dict(zip(plan.phases, times, strict=True)) if times else {}
-    for _, same in groupby(plan.phases, key=lambda phase: (phase.stage, phase.slots)):
-        phases = list(same)
-        entry = _entry(phases, gpus) | {"cost_share": cost(phases, clip_cost) / whole}
+    for _, group in groupby(plan.phases, key=lambda phase: (phase.stage, phase.slots)):
+        phases = list(group)
+        entry = _phase_entry(phases, gpus) | {"cost_share": total_cost(phases, clip_cost) / plan_cost}
         if times:
             entry["seconds"] = sum(seconds[phase].seconds for phase in phases)
-            compute = sum(seconds[phase].compute for phase in phases)
-            entry["clips_per_second"] = sum(phase.clips() for phase in phases) / compute
-            entry["pixels_per_second"] = cost(phases) / compute
-            entry["waiting"] = 1 - compute / entry["seconds"]
+            compute_s = sum(seconds[phase].compute_s for phase in phases)
+            entry["clips_per_second"] = sum(phase.clips() for phase in phases) / compute_s
+            entry["pixels_per_second"] = total_cost(phases) / compute_s
+            entry["waiting"] = 1 - compute_s / entry["seconds"]
         entries.append(entry)
     return {
         "schedule": plan.schedule,
@@ -51,15 +59,16 @@ def plan_json(
         "baseline": {"max_epoch": baseline.epochs, "steps": baseline.steps},
         "saving": {
             "steps": baseline.steps / plan.steps,
-            "pixels" if clip_cost is pixels else "flops": cost(baseline.phases, clip_cost) / whole,
+            "pixels" if clip_cost is clip_pixels else "flops": total_cost(baseline.phases, clip_cost) / plan_cost,
         },
         "notes": list(plan.notes),
     } | ({"seconds": sum(time.seconds for time in times)} if times else {})
 
 
-def _entry(phases: list[Phase], gpus: int) -> dict[str, Any]:
+def _phase_entry(phases: list[Phase], gpus: int) -> dict[str, Any]:
+    """Return the JSON entry of consecutive phases that differ only in the LR."""
     first, last = phases[0], phases[-1]
-    kind, groups = bn_layout(first, gpus)
+    bn_kind, bn_count = bn_layout(first, gpus)
     return {
         "lr_stage": first.stage,
         "frames": first.grid.frames,
@@ -74,11 +83,11 @@ def _entry(phases: list[Phase], gpus: int) -> dict[str, Any]:
             {
                 "crop": slot.grid.size,
                 "batch": slot.batch,
-                "per_gpu_batch": gpu_shares(first, slot, gpus)[1],
+                "per_gpu_batch": clips_per_gpu(first, slot, gpus)[1],
                 "short_side_range": list(slot.grid.scales),
             }
             for slot in first.slots
         ],
-        "bn": kind,
-        "bn_groups": groups,
+        "bn": bn_kind,
+        "bn_groups": bn_count,
     }

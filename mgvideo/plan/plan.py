@@ -1,6 +1,6 @@
-"""The plan of a run: what is trained on at every step, at which learning rate, known before training starts.
+"""The plan of a run: clip shape, batch size, BN groups and learning rate of every step, computed before training.
 
-Pure data and arithmetic, no torch. `mgvideo.plan.schedules` makes plans; everything else asks them.
+Pure data and arithmetic without torch. `mgvideo.plan.schedules` makes plans; the rest of the project reads them.
 """
 
 from __future__ import annotations
@@ -16,65 +16,63 @@ from mgvideo.errors import UserError
 
 @dataclass(frozen=True)
 class Base:
-    """The baseline recipe, which the multigrid factors multiply: `base.*` of a config.
+    """The baseline recipe, `base.*` of a config. The multigrid factors multiply its batch, frames, crop and LR.
 
-    Raises UserError, naming the key to change, where the values make no sense.
+    Raises:
+        UserError: a value is invalid. The message names the key to change.
     """
 
     batch_size: int  # clips per step, over all GPUs
-    num_frames: int
-    crop_size: int  # crop in pixels
-    frame_stride: int  # between frames
-    short_side: tuple[int, int]  # short side in pixels before cropping, both ends included
+    num_frames: int  # frames per clip
+    crop_size: int  # side of the square crop, pixels
+    frame_stride: int  # temporal stride between frames
+    short_side: tuple[int, int]  # range of the short side before cropping, pixels, both ends included
     epochs: float
     lr: float
     lr_milestones: tuple[float, ...]  # epochs at which the LR drops and a new LR stage starts
     gamma: float  # LR factor from one stage to the next
     warmup_epochs: float
-    warmup_lr: float  # where the warm-up starts
+    warmup_lr: float  # LR at the start of the warm-up
     lr_policy: str = "step"  # or "cosine", see Plan.lr_at
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "short_side", tuple(self.short_side))
         object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
         for key in ("batch_size", "num_frames", "crop_size", "frame_stride"):
-            whole = isinstance(getattr(self, key), int)
-            require(
-                whole and getattr(self, key) >= 1, f"base.{key}={getattr(self, key)}: give a whole number from 1 up"
-            )
+            value = getattr(self, key)
+            require(isinstance(value, int) and value >= 1, f"base.{key}={value}: give a whole number from 1 up")
         for key in ("epochs", "lr", "gamma"):
-            require(number(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
+            require(finite_or_nan(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
         for key in ("warmup_epochs", "warmup_lr"):
-            require(number(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
+            require(finite_or_nan(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
         self._check_short_side()
         self._check_lr_milestones()
-        warmup = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
-        require(self.warmup_epochs <= self.epochs, warmup)
+        message = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
+        require(self.warmup_epochs <= self.epochs, message)
         policies = ("step", "cosine")
         require(self.lr_policy in policies, f"base.lr_policy={self.lr_policy}: choose one of {', '.join(policies)}")
 
     def _check_short_side(self) -> None:
-        given = f"base.short_side={list(self.short_side)}"
-        whole = all(isinstance(side, int) for side in self.short_side)
-        require(whole and len(self.short_side) == 2, f"{given}: give two whole numbers, [shortest, longest] short side")
+        setting = f"base.short_side={list(self.short_side)}"
+        integers = all(isinstance(side, int) for side in self.short_side)
+        require(integers and len(self.short_side) == 2, f"{setting}: give two whole numbers, [shortest, longest]")
         low, high = self.short_side
-        require(low <= high, f"{given}: the shortest side comes first, did you mean [{high}, {low}]?")
-        require(
-            low >= self.crop_size, f"{given}: no {self.crop_size}-pixel crop fits; raise it, or lower base.crop_size"
-        )
+        require(low <= high, f"{setting}: the shortest side goes first, did you mean [{high}, {low}]?")
+        too_small = f"{setting}: smaller than the {self.crop_size}-pixel crop; raise it or lower base.crop_size"
+        require(low >= self.crop_size, too_small)
 
     def _check_lr_milestones(self) -> None:
-        steps = self.lr_milestones
-        given = f"base.lr_milestones={list(steps)}"
-        require(all(number(step) > 0 for step in steps), f"{given}: give epochs, numbers above 0")
-        rising = all(a < b for a, b in pairwise(steps))
-        require(rising, f"{given}: epochs must increase from one LR stage to the next")
-        ended = f"{given}: the last stage starts after base.epochs={self.epochs} has ended"
-        require(not steps or steps[-1] < self.epochs, ended)
+        milestones = self.lr_milestones
+        setting = f"base.lr_milestones={list(milestones)}"
+        require(all(finite_or_nan(epoch) > 0 for epoch in milestones), f"{setting}: give epochs, numbers above 0")
+        increasing = all(a < b for a, b in pairwise(milestones))
+        require(increasing, f"{setting}: the epochs must increase from one milestone to the next")
+        too_late = f"{setting}: the last milestone must be below base.epochs={self.epochs}; lower it or train longer"
+        require(not milestones or milestones[-1] < self.epochs, too_late)
 
     @property
     def lr_bounds(self) -> tuple[float, ...]:
-        """Epochs at which LR stages start, and the epoch at which the last one ends."""
+        """Epochs at which the LR stages start, then the epoch at which the last stage ends."""
         return (0, *self.lr_milestones, self.epochs)
 
 
@@ -84,17 +82,17 @@ class Grid:
 
     frames: int
     size: int
-    strides: tuple[int, int]  # temporal stride, drawn uniformly from these integers, both ends included
-    scales: tuple[int, int]  # short side in pixels before cropping, both ends included
+    strides: tuple[int, int]  # range of the temporal stride, drawn uniformly from its integers, both ends included
+    scales: tuple[int, int]  # range of the short side before cropping, pixels, both ends included
 
     @property
     def volume(self) -> int:
-        """Pixels of one clip."""
+        """Pixels of one clip, over all frames."""
         return self.frames * self.size**2
 
     @property
     def name(self) -> str:
-        """Frames and size as in `8x112`: the key of measured times and rates."""
+        """Frames and crop size, such as `8x112`. Benchmark files use it as the key of times and rates."""
         return f"{self.frames}x{self.size}"
 
 
@@ -103,7 +101,7 @@ class Slot:
     """One grid with its global batch size."""
 
     grid: Grid
-    batch: int
+    batch: int  # clips over all GPUs
 
 
 @dataclass(frozen=True)
@@ -111,92 +109,98 @@ class Phase:
     """A stretch of training with one long-cycle grid, one LR factor and one BN grouping."""
 
     stage: int  # LR stage, from 0
-    grid: Grid  # the long-cycle grid: of all slots the largest
-    multiplier: int  # batch multiplier of `grid` against the base
-    slots: tuple[Slot, ...]  # steps go round these
-    lr_factor: float  # times base LR
-    bn_groups: int  # groups that the global batch of every slot is cut into
-    epochs: tuple[float, float]  # from, to
-    steps: tuple[int, int]  # first, one past the last
+    grid: Grid  # the long-cycle grid, the largest grid of the slots
+    multiplier: int  # batch multiplier of `grid` relative to the base's grid
+    slots: tuple[Slot, ...]  # successive steps cycle through these; the last one has `grid`
+    lr_factor: float  # multiplies the base LR
+    bn_groups: int  # number of BN groups that the global batch of every slot is split into
+    epochs: tuple[float, float]  # start, end
+    steps: tuple[int, int]  # first step, one past the last
 
     @property
-    def length(self) -> int:
-        """Steps in this phase."""
+    def num_steps(self) -> int:
+        """Number of steps in this phase."""
         return self.steps[1] - self.steps[0]
 
     @property
     def batch(self) -> int:
-        """Global batch of the long-cycle grid."""
+        """Global batch size of the long-cycle grid."""
         return self.slots[-1].batch
 
     def slot(self, step: int) -> Slot:
-        """The slot of a step of this phase (counted from the run's start)."""
+        """Return the slot of a step of this phase. Steps are counted from the start of the run."""
         return self.slots[(step - self.steps[0]) % len(self.slots)]
 
-    def visits(self, steps: int | None = None) -> tuple[int, ...]:
-        """How many of the phase's first `steps` steps (all, by default) run each slot."""
-        done = self.length if steps is None else steps
-        return tuple(-((i - done) // len(self.slots)) for i in range(len(self.slots)))
+    def steps_per_slot(self, steps: int | None = None) -> tuple[int, ...]:
+        """Return how many of the phase's first `steps` steps (default: all) run each slot."""
+        count = self.num_steps if steps is None else steps
+        return tuple(-((i - count) // len(self.slots)) for i in range(len(self.slots)))
 
     def clips(self, steps: int | None = None) -> int:
-        """Clips that the phase's first `steps` steps (all, by default) consume."""
-        return sum(n * slot.batch for n, slot in zip(self.visits(steps), self.slots, strict=True))
+        """Return how many clips the phase's first `steps` steps (default: all) train on."""
+        return sum(n * slot.batch for n, slot in zip(self.steps_per_slot(steps), self.slots, strict=True))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run: phases that follow each other without a gap, each at least one step long.
+    """A whole run: consecutive phases without gaps, each at least one step long.
 
-    Epochs grow linearly with the steps of a phase, from the phase's first epoch to its last, so that phase boundaries
-    fall exactly on the epochs of the schedule whatever the size of the dataset.
+    Within a phase the epoch grows linearly with the step, from the phase's first epoch to its last. So phase
+    boundaries fall exactly on the epochs of the schedule for any dataset size.
     """
 
     base: Base
-    schedule: str  # its name: baseline, short, long or multigrid
-    dataset_size: int
+    schedule: str  # name of the schedule: baseline, short, long or multigrid
+    dataset_size: int  # training clips
     phases: tuple[Phase, ...]
-    notes: tuple[str, ...] = ()  # what a person should know before the run starts, one line each
+    notes: tuple[str, ...] = ()  # warnings to print before the run starts, one line each
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.phases[-1].steps[1]
 
     @property
     def epochs(self) -> float:
-        """Epochs of the whole run."""
+        """Number of epochs of the whole run."""
         return self.phases[-1].epochs[1]
 
     def phase(self, step: int) -> Phase:
-        """The phase of a step. Raises IndexError for a step outside the plan."""
+        """Return the phase of a step.
+
+        Raises:
+            IndexError: the step is outside the plan.
+        """
         if not 0 <= step < self.steps:
-            raise IndexError(f"step {step} of a plan of {self.steps} steps")
+            raise IndexError(f"step {step} is outside a plan of {self.steps} steps")
         return self.phases[bisect_right(self.phases, step, key=lambda phase: phase.steps[0]) - 1]
 
     def slot(self, step: int) -> Slot:
-        """Grid and global batch of a step."""
+        """Return the grid and the global batch size of a step."""
         return self.phase(step).slot(step)
 
     def epoch(self, step: int) -> float:
-        """Epochs done when a step starts; after the last step, all of them."""
+        """Return the epoch at the start of a step. For `step == self.steps` it is the end of the run."""
         if step == self.steps:
             return self.epochs
         phase = self.phase(step)
         start, end = phase.epochs
-        return start + (end - start) * ((step - phase.steps[0]) / phase.length)
+        return start + (end - start) * ((step - phase.steps[0]) / phase.num_steps)
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         return self.lr_at(self.epoch(step))
 
     def lr_at(self, epoch: float) -> float:
-        """Learning rate at an epoch.
+        """Return the learning rate at an epoch.
 
-        After a warm-up, which climbs in a line from `warmup_lr` to the LR that holds at its end, it is the base LR
-        times the phase's factor. Under the cosine policy the factor holds no decay; half a cosine wave over the
-        baseline's epochs takes its place, read at the baseline epoch that the run has come to: who has taken a share of
-        an LR stage's steps stands at that share of the baseline's stage. So the LR steps bound the long cycles under
-        both policies, a baseline's cosine is the usual one, and every schedule's reaches 0 as the run ends.
+        During warm-up it rises linearly from `warmup_lr` to the scheduled LR at the end of the warm-up. After that it
+        is the base LR times the phase's `lr_factor`, which includes the decay at milestones (policy "step").
+
+        With the policy "cosine", `lr_factor` includes no decay. The LR is also multiplied by a half cosine over the
+        baseline's epochs, evaluated at the equivalent baseline epoch: a run that is 30 % through the steps of LR stage
+        k uses the cosine at 30 % of the baseline's stage k. So `lr_milestones` bound the long cycles under both
+        policies, the baseline follows the usual cosine, and every schedule reaches 0 at the end of the run.
         """
         warmup = self.base.warmup_epochs
         if epoch < warmup:
@@ -215,41 +219,45 @@ class Plan:
         return self.phases[max(0, bisect_right(self.phases, epoch, key=lambda phase: phase.epochs[0]) - 1)]
 
     def _baseline_epoch(self, phase: Phase, epoch: float) -> float:
-        """The epoch of the baseline that has taken the same share of its LR stage as this run at `epoch`."""
-        steps = [other.steps for other in self.phases if other.stage == phase.stage]
-        first, end = steps[0][0], steps[-1][1]
-        start, stop = phase.epochs
-        step = phase.steps[0] + phase.length * (min(epoch, stop) - start) / (stop - start)
-        bounds = self.base.lr_bounds
-        return bounds[phase.stage] + (bounds[phase.stage + 1] - bounds[phase.stage]) * (step - first) / (end - first)
+        """Return the equivalent baseline epoch: as far through its LR stage as this run is at `epoch`."""
+        stage_phases = [p for p in self.phases if p.stage == phase.stage]
+        stage_start, stage_end = stage_phases[0].steps[0], stage_phases[-1].steps[1]
+        start, end = phase.epochs
+        step = phase.steps[0] + phase.num_steps * (min(epoch, end) - start) / (end - start)
+        baseline_start, baseline_end = self.base.lr_bounds[phase.stage : phase.stage + 2]
+        return baseline_start + (baseline_end - baseline_start) * (step - stage_start) / (stage_end - stage_start)
 
     def clips_before(self, step: int) -> int:
-        """Clips consumed by all steps before `step`."""
-        done = [(phase, min(step, phase.steps[1]) - phase.steps[0]) for phase in self.phases]
-        return sum(phase.clips(steps) for phase, steps in done if steps > 0)
+        """Return how many clips all steps before `step` train on."""
+        steps_done = [(phase, min(step, phase.steps[1]) - phase.steps[0]) for phase in self.phases]
+        return sum(phase.clips(steps) for phase, steps in steps_done if steps > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for `json.dump`; `Plan.from_json` gives an equal plan back."""
+        """Return plain data for `json.dump`. `Plan.from_json` converts it back to an equal plan."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote. Raises UserError where keys are missing or unknown."""
+        """Return the plan that `to_json` converted.
+
+        Raises:
+            UserError: keys are missing or unknown.
+        """
         try:
             phases = tuple(_phase_from(phase) for phase in data["phases"])
             return cls(**{**_tuples(data), "base": Base(**data["base"]), "phases": phases})
         except (KeyError, TypeError) as error:
-            raise UserError(f"this is not a plan that this version of mgvideo wrote: {error}") from error
+            raise UserError(f"not a plan of this version of mgvideo ({error}): make the plan again") from error
 
 
 def require(ok: bool, message: str) -> None:
-    """Raises UserError with `message` unless `ok`."""
+    """Raise UserError with `message` unless `ok`."""
     if not ok:
         raise UserError(message)
 
 
-def number(value: object) -> float:
-    """The value itself if it is a finite number, else NaN, which passes no comparison."""
+def finite_or_nan(value: object) -> float:
+    """Return `value` if it is a finite number, else NaN, which makes every comparison false."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 
 
@@ -263,5 +271,5 @@ def _grid_from(data: dict[str, Any]) -> Grid:
 
 
 def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples: those of a dataclass come back as lists."""
+    """Return `data` with its lists as tuples, because JSON stores tuples as lists."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -1,4 +1,4 @@
-"""Which part of a global batch a rank has, in whole BN groups where there are enough. Pure arithmetic."""
+"""Split global batches over ranks, into whole BN groups where there are enough of them. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,46 +13,51 @@ from .plan import Plan
 class BatchShard:
     """A rank's part of a global batch of `batch` clips: the clips `[start, stop)`.
 
-    It holds either `groups` whole BN groups, or a part of one group that it shares with `ranks`.
+    It holds either `groups` whole BN groups, or a part of one BN group that several ranks share.
     """
 
-    batch: int
+    batch: int  # clips in the global batch
     start: int
     stop: int
-    groups: int
-    group_size: int  # clips in a BN group
-    ranks: tuple[int, ...]  # those that share this rank's one group; itself alone where groups are whole
+    groups: int  # BN groups in the shard; 1 for a part of a group
+    group_size: int  # clips in a whole BN group
+    ranks: tuple[int, ...]  # the ranks that share this rank's BN group; only this rank if its groups are whole
 
 
-def shard_batch(batch: int, groups: int, rank: int, world: int) -> BatchShard:
-    """Cut a global batch of `batch` clips in `groups` BN groups among `world` ranks.
+def shard_batch(batch: int, groups: int, rank: int, world_size: int) -> BatchShard:
+    """Return the shard of `rank` of a global batch of `batch` clips in `groups` BN groups.
 
-    Ranks take whole groups while there is one for each, one more or less where they do not divide; with fewer groups
-    than ranks, a group is spread over as many ranks as there are to each.
+    With at least one BN group per rank, ranks get whole groups; their numbers differ by at most one. With fewer groups
+    than ranks, equally many ranks share each group.
 
     Raises:
-        UserError: the ranks cannot be divided evenly among the groups, or some rank would get no clip.
+        UserError: the ranks cannot be divided evenly among the groups, or a rank would get no clip.
     """
-    size = batch // groups
-    if groups >= world:
-        first, last = rank * groups // world, (rank + 1) * groups // world
-        return BatchShard(batch, first * size, last * size, last - first, size, (rank,))
-    if world % groups or size < world // groups:
-        usable = [n for n in range(1, world + 1) if n <= groups or (n % groups == 0 and n // groups <= size)]
+    group_size = batch // groups
+    if groups >= world_size:
+        first, last = rank * groups // world_size, (rank + 1) * groups // world_size
+        return BatchShard(batch, first * group_size, last * group_size, last - first, group_size, (rank,))
+    if world_size % groups or group_size < world_size // groups:
+        usable = [n for n in range(1, world_size + 1) if n <= groups or (n % groups == 0 and n // groups <= group_size)]
         raise UserError(
-            f"{world} ranks cannot share a batch of {batch} clips in {groups} BN groups: "
+            f"{world_size} ranks cannot share a batch of {batch} clips in {groups} BN groups: "
             f"use {usable[-1]} ranks or change base.batch_size"
         )
-    ranks = world // groups
-    group, part = divmod(rank, ranks)
-    start = group * size
-    members = tuple(range(group * ranks, (group + 1) * ranks))
-    first, stop = start + part * size // ranks, start + (part + 1) * size // ranks
-    return BatchShard(batch, first, stop, 1, size, members)
+    ranks_per_group = world_size // groups
+    group, part = divmod(rank, ranks_per_group)
+    group_start = group * group_size
+    ranks = tuple(range(group * ranks_per_group, (group + 1) * ranks_per_group))
+    start = group_start + part * group_size // ranks_per_group
+    stop = group_start + (part + 1) * group_size // ranks_per_group
+    return BatchShard(batch, start, stop, 1, group_size, ranks)
 
 
-def check_shards(plan: Plan, world: int) -> None:
-    """Raise UserError where some step's batch cannot be cut among `world` ranks."""
+def check_shards(plan: Plan, world_size: int) -> None:
+    """Check that `world_size` ranks can share the batch of every step.
+
+    Raises:
+        UserError: they cannot, see `shard_batch`.
+    """
     for phase in plan.phases:
         for slot in phase.slots:
-            shard_batch(slot.batch, phase.bn_groups, 0, world)
+            shard_batch(slot.batch, phase.bn_groups, 0, world_size)

@@ -23,7 +23,7 @@ from mgvideo.datasets.pyramid import Layout, build
 from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest
-from mgvideo.plan.forecast import predict, read_benchmark
+from mgvideo.plan.forecast import predict_phase_times, read_benchmark
 from mgvideo.plan.plan import Grid
 
 GRID = Grid(4, 24, (1, 3), (28, 40))
@@ -55,7 +55,7 @@ def test_loader_json_has_a_row_for_each_grid_and_predicts_a_run(tmp_path: Path, 
     assert set(benchmark.clips_per_second) == grids
     fast = {row["grid"]: row["clips_per_second"] for row in report["rows"] if row["pyramid"]}
     assert benchmark.clips_per_second == fast
-    assert all(time.loading > 0 for time in predict(build_plan(cfg, KNOBS.train), 1, benchmark))
+    assert all(time.loading_s > 0 for time in predict_phase_times(build_plan(cfg, KNOBS.train), 1, benchmark))
 
 
 @needs_decord
@@ -118,7 +118,7 @@ def test_step_measures_each_grid_under_each_variant(tmp_path: Path) -> None:
     assert "slowfast" not in table
     assert "fp32/contiguous/off" in table
     assert "steps saved" in table
-    assert all(time.compute > 0 for time in predict(plan, 1, read_benchmark(tmp_path / "json")))
+    assert all(time.compute_s > 0 for time in predict_phase_times(plan, 1, read_benchmark(tmp_path / "json")))
 
 
 def test_step_leaves_out_emulated_variants(

@@ -14,7 +14,7 @@ from mgvideo.cli import doctor
 from mgvideo.cli.app import compose_config
 from mgvideo.datasets.decoders import Decord
 from mgvideo.errors import UserError
-from mgvideo.loading.shared_memory import Room
+from mgvideo.loading.shared_memory import SharedMemorySpace
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_low_limits_are_warnings(machine: doctor.Machine, monkeypatch: pytest.Mo
     (files,) = doctor.check_open_files(machine)
     assert (files.status, files.found) == ("warning", "at most 1024")
     assert "ulimit -n" in files.remedy
-    monkeypatch.setattr(doctor, "find_room", lambda: Room("here", "host", 2**26, 2**26))
+    monkeypatch.setattr(doctor, "get_shared_memory_space", lambda: SharedMemorySpace("here", "host", 2**26, 2**26))
     (room,) = doctor.check_shared_memory(machine)
     assert (room.status, room.found) == ("warning", "64 MiB free")
     assert "--shm-size" in room.remedy

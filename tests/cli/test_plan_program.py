@@ -36,7 +36,7 @@ def test_program() -> None:
     assert result.returncode == 0, result.stderr
     assert "Plan: short, 1,024 clips on 2 GPUs" in result.stdout
     assert "fewer FLOPs" in result.stdout
-    assert "What the loaders must deliver" in result.stdout
+    assert "Required loader throughput" in result.stdout
 
 
 def test_an_invalid_value_gives_one_error_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from videos import needs_decord
 
 from mgvideo.cli.run import main
 from mgvideo.datasets.motion import make_motion
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
@@ -88,7 +88,7 @@ def test_run_killed_while_writing_a_checkpoint_resumes_from_the_previous_one(
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
     checkpoints = Checkpoints(tmp_path / "out/checkpoints")
     steps = Checkpoints(whole / "checkpoints").steps()
-    start_server(SERVED)
+    start_fork_server(SERVED)
     moments = [("fsync", steps[2], ".pt.tmp"), ("replace", steps[5], ".pt")]  # half written; written but not renamed
     for call, step, suffix in moments:
         arguments = (call, f"step_{step:08d}{suffix}", run)

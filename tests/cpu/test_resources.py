@@ -115,7 +115,7 @@ import torch
 from mgvideo.loading import workers
 
 print(len(find_resources().cpus))
-workers.begin(False, available_cpus(), 0)
+workers.init_worker(False, available_cpus(), 0)
 print(sorted(os.sched_getaffinity(0)))
 """
 

@@ -12,7 +12,7 @@ from training import SERVED, free_port, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.distributed.process_group import process_group
 from mgvideo.errors import NonFiniteError
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.numeric
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
     """The folder of all runs, on one rank, on two, and on one again."""
     port, folder = free_port(), tmp_path_factory.mktemp("runs")
     train(0, 1, port, folder, motion_root, [("one", batch, None) for batch in BATCHES])
-    start_server(SERVED)
+    start_fork_server(SERVED)
     mp.start_processes(train, (2, port, folder, motion_root, TWO), nprocs=2, start_method="forkserver")
     train(0, 1, port, folder, motion_root, ONE_AGAIN)
     return folder
@@ -112,7 +112,7 @@ def lose_on_one(rank: int, world: int, port: int, folder: Path, motion_root: str
 
 
 def test_a_loss_that_is_infinite_on_one_rank_ends_all_before_a_checkpoint(tmp_path: Path, motion_root: str) -> None:
-    start_server(SERVED)
+    start_fork_server(SERVED)
     ranks = (2, free_port(), tmp_path, motion_root)
     mp.start_processes(lose_on_one, ranks, nprocs=2, start_method="forkserver")
     lines = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]

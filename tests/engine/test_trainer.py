@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion
     whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=model, **options)
     whole.train()
     expected = weights(whole)
-    assert len({phase.steps for phase in plan.phases if phase.length > 1}) > 3
+    assert len({phase.steps for phase in plan.phases if phase.num_steps > 1}) > 3
     for stop in (3, plan.steps - 3 - plan.steps % 3):
         model.load_state_dict(start)
         folder = tmp_path / f"cut{stop}"

@@ -38,7 +38,7 @@ def steps_by_slot(plan: Plan) -> dict[str, int]:
     """Return one step for each combination of grid and BN groups, by name."""
     steps: dict[str, int] = {}
     for phase in plan.phases:
-        for offset, slot in enumerate(phase.slots[: phase.length]):
+        for offset, slot in enumerate(phase.slots[: phase.num_steps]):
             steps.setdefault(f"{slot.grid.name} in {phase.bn_groups} groups", phase.steps[0] + offset)
     return steps
 

@@ -18,7 +18,7 @@ from training import SERVED
 from mgvideo.errors import UserError
 from mgvideo.layers import batchnorm
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, convert_group_batchnorm, deferred_running_stats, set_bn_groups
-from mgvideo.loading.workers import start_server
+from mgvideo.loading.workers import start_fork_server
 
 pytestmark = pytest.mark.numeric
 
@@ -467,7 +467,7 @@ def rank_steps(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    start_server(SERVED)
+    start_fork_server(SERVED)
     context = mp.start_processes(rank_steps, (folder,), nprocs=2, join=False, start_method="forkserver")
     try:
         while not context.join():

@@ -1,4 +1,4 @@
-"""Batches made in worker processes."""
+"""Batches that worker processes load, and workers that starve, hang or die."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 from faults import Faulty, requests
 from torch.utils.data import DataLoader
-from training import KNOBS, start_process, tiny_plan
+from training import KNOBS, ROOT, start_process, tiny_plan
 
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
@@ -29,11 +29,11 @@ from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample
 from mgvideo.loading.sampler import ClipSampler
 
 METHODS = ["fork", "forkserver", "spawn"]
-SLOW_SPAWN = [*METHODS[:2], pytest.param("spawn", marks=pytest.mark.slow)]
+METHODS_SLOW_SPAWN = [*METHODS[:2], pytest.param("spawn", marks=pytest.mark.slow)]
 
 
-def telling(samples: Sequence[Sample]) -> Batch:
-    """A batch whose failures say whether its clips were in shared memory before they were sent."""
+def collate_and_record_sharing(samples: Sequence[Sample]) -> Batch:
+    """Collate into a batch whose failure's reason is whether its clips were in shared memory before they were sent."""
     batch = collate(samples)
     return batch._replace(failures=(DecodeFailure(0, "", str(batch.clips.is_shared())),))
 
@@ -41,52 +41,52 @@ def telling(samples: Sequence[Sample]) -> Batch:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, method: str) -> None:
     dataset = motion(motion_root, KNOBS, "train", PyAV())
-    here = list(Loader(dataset, LoaderOptions(num_workers=0), collate=telling).open(requests, range(2)))
-    there = list(
-        Loader(dataset, LoaderOptions(num_workers=1, start_method=method), collate=telling).open(requests, range(2))
+    options = LoaderOptions(num_workers=0), LoaderOptions(num_workers=1, start_method=method)
+    in_process, in_worker = (
+        list(Loader(dataset, o, collate=collate_and_record_sharing).load_steps(requests, range(2))) for o in options
     )
-    assert [batch.clips.shape[0] for batch in here] == [3, 9], "a view's crops are clips of their own"
-    for a, b in zip(here, there, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
-        assert (a.failures[0].reason, b.failures[0].reason) == ("False", "True")
+    assert [batch.clips.shape[0] for batch in in_process] == [3, 9], "a view's crops are separate clips"
+    for expected, actual in zip(in_process, in_worker, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(expected[:3], actual[:3], strict=True))
+        assert (expected.failures[0].reason, actual.failures[0].reason) == ("False", "True")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_carries_its_shard(motion_root: str, method: str) -> None:
     sampler = ClipSampler(tiny_plan("baseline"), KNOBS.train, seed=0)
-    requests = partial(sampler.shard, rank=1, world=2)
+    requests = partial(sampler.shard, rank=1, world_size=2)
     loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=2, start_method=method))
-    batches = list(loader.open(requests, range(3)))
+    batches = list(loader.load_steps(requests, range(3)))
     for step, batch in enumerate(batches):
         clips, shard = requests(step)
         assert batch.shard == shard
         assert batch.indices.tolist() == [clip.index for clip in clips]
 
 
-@pytest.mark.filterwarnings("ignore")  # there may be no GPU to pin memory for
+@pytest.mark.filterwarnings("ignore")  # torch warns if there is no GPU to pin memory for
 def test_later_phases_start_their_workers_on_this_ranks_device(
     motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices = threading.local()  # as CUDA keeps it: a new thread's current device is 0
+    devices = threading.local()  # as in CUDA, the current device of a new thread is 0
     devices.current = 3
     starts = []
 
-    class Recording(DataLoader):
+    class RecordingDataLoader(DataLoader):
         def __iter__(self) -> Any:
             starts.append((threading.get_ident(), torch.cuda.current_device()))
             return super().__iter__()
 
     monkeypatch.setattr("torch.cuda.current_device", lambda: getattr(devices, "current", 0))
     monkeypatch.setattr("torch.cuda.set_device", lambda device: setattr(devices, "current", device))
-    monkeypatch.setattr("mgvideo.loading.loader.DataLoader", Recording)
-    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1), pin=True)
-    assert len(list(loader.phases(requests, [range(2), range(2, 4), range(4, 5)]))) == 5
+    monkeypatch.setattr("mgvideo.loading.loader.DataLoader", RecordingDataLoader)
+    loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1), pin_memory=True)
+    assert len(list(loader.load_phases(requests, [range(2), range(2, 4), range(4, 5)]))) == 5
     assert [device for _, device in starts] == [3, 3, 3]
-    assert len({thread for thread, _ in starts}) == 2, "the first phase starts in this thread, the others beside it"
+    assert len({thread for thread, _ in starts}) == 2, "the first phase starts in this thread, the others in another"
 
 
-class Starving:
-    """Clips that take `seconds` in a process that only idle cores run."""
+class SlowAtLowPriority:
+    """A dataset whose clips take `seconds` in a low-priority process."""
 
     def __init__(self, dataset: ClipDataset, seconds: float) -> None:
         self.dataset, self.seconds = dataset, seconds
@@ -101,23 +101,24 @@ class Starving:
 
 
 @pytest.mark.parametrize("seconds", [0, 0.1, 60])
-def test_workers_that_are_starved_are_replaced(
+def test_starved_workers_restart_at_normal_priority(
     motion_root: str, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr("mgvideo.loading.loader.PATIENCE", 0.5 if seconds else 60.0)
-    plain = motion(motion_root, KNOBS, "train", PyAV())
-    loader = Loader(Starving(plain, seconds), LoaderOptions(num_workers=1, low_priority=True))
-    got = []
-    for batch in loader.open(requests, range(8)):
-        got.append(batch)
-        time.sleep(0.05)  # a step
-    assert loader.low_priority == (seconds == 0), "those that are quick enough stay"
-    for a, b in zip(got, Loader(plain, LoaderOptions(num_workers=0)).open(requests, range(8)), strict=True):
-        assert a.clips.equal(b.clips)
+    monkeypatch.setattr("mgvideo.loading.loader.STARVATION_TIMEOUT_S", 0.5 if seconds else 60.0)
+    dataset = motion(motion_root, KNOBS, "train", PyAV())
+    loader = Loader(SlowAtLowPriority(dataset, seconds), LoaderOptions(num_workers=1, low_priority=True))
+    batches = []
+    for batch in loader.load_steps(requests, range(8)):
+        batches.append(batch)
+        time.sleep(0.05)  # a training step
+    assert loader.low_priority == (seconds == 0), "fast workers keep their low priority"
+    expected = Loader(dataset, LoaderOptions(num_workers=0)).load_steps(requests, range(8))
+    for batch, expected_batch in zip(batches, expected, strict=True):
+        assert batch.clips.equal(expected_batch.clips)
 
 
 @pytest.mark.parametrize(
-    ("method", "fault", "timeout", "said"),
+    ("method", "fault", "timeout", "message"),
     [
         ("fork", "kill", 60, "a loader worker died"),
         ("forkserver", "kill", 60, "a loader worker died"),
@@ -126,19 +127,19 @@ def test_workers_that_are_starved_are_replaced(
         ("forkserver", "hang", 1, "a loader worker hangs"),
     ],
 )
-def test_a_worker_that_dies_or_hangs_ends_the_reading_with_one_line(
-    motion_root: str, tmp_path: Path, method: str, fault: str, timeout: float, said: str
+def test_a_worker_that_dies_or_hangs_ends_loading_with_one_line(
+    motion_root: str, tmp_path: Path, method: str, fault: str, timeout: float, message: str
 ) -> None:
-    # in a process of its own: torch's handler raises again, wherever that process is, for every worker that dies
-    _, text = in_a_process(tmp_path, last_words, motion_root, method, fault, timeout)
+    # In a separate process, because torch's signal handler raises in it for every worker that dies.
+    _, text = run_in_process(tmp_path, print_worker_error, motion_root, method, fault, timeout)
     lines = text.splitlines()
     assert len(lines) == 1, text
-    assert said in lines[0]
+    assert message in lines[0]
 
 
-@pytest.mark.parametrize("method", SLOW_SPAWN)
-def test_workers_end_with_a_training_process_that_is_killed(motion_root: str, tmp_path: Path, method: str) -> None:
-    code, text = in_a_process(tmp_path, die_reading, motion_root, method)
+@pytest.mark.parametrize("method", METHODS_SLOW_SPAWN)
+def test_workers_exit_when_the_training_process_is_killed(motion_root: str, tmp_path: Path, method: str) -> None:
+    code, text = run_in_process(tmp_path, print_workers_and_die, motion_root, method)
     assert code == -signal.SIGKILL, text
     workers = [int(pid) for pid in text.split()]
     assert len(workers) == 2
@@ -146,56 +147,57 @@ def test_workers_end_with_a_training_process_that_is_killed(motion_root: str, tm
         time.sleep(0.1)
 
 
-def test_workers_find_modules_where_this_process_does(motion_root: str, tmp_path: Path) -> None:
-    (tmp_path / "mgvideo").mkdir()  # in the folder that it starts in, but not on its path
+def test_workers_have_the_module_path_of_this_process(motion_root: str, tmp_path: Path) -> None:
+    (tmp_path / "mgvideo").mkdir()  # in the folder that the program starts in, but not on its path
     (tmp_path / "mgvideo/__init__.py").touch()
     program = tmp_path / "tools/program.py"
     program.parent.mkdir()
-    program.write_text(f"from test_loader import *\nif __name__ == '__main__': print(batches_read({motion_root!r}))\n")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    program.write_text(f"from test_loader import *\nif __name__ == '__main__': print(count_batches({motion_root!r}))\n")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests/loading:{ROOT}/tests"}
     command = [sys.executable, str(program)]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.stdout == "3\n", result.stderr
 
 
-def batches_read(motion_root: str) -> int:
-    """How many batches a server's worker gives."""
+def count_batches(motion_root: str) -> int:
+    """Return how many batches a worker of the fork server loads."""
     loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=1))
-    return len(list(loader.open(requests, range(3))))
+    return len(list(loader.load_steps(requests, range(3))))
 
 
-def in_a_process(folder: Path, function: Callable, *arguments: object) -> tuple[int | None, str]:
-    """The exit code, and what it says, of a process that calls a function of this file."""
+def run_in_process(folder: Path, function: Callable, *arguments: object) -> tuple[int | None, str]:
+    """Call a function of this file in a new process. Return the exit code and the output."""
     process = start_process(function, *arguments, log=folder / "log")
     process.join()
     return process.exitcode, (folder / "log").read_text()
 
 
-def die_reading(motion_root: str, method: str) -> None:
-    """Names its workers, which have batches ready, and is killed."""
+def print_workers_and_die(motion_root: str, method: str) -> None:
+    """Print the PIDs of workers that have batches ready, then kill this process."""
     options = LoaderOptions(num_workers=2, start_method=method)
-    batches = Loader(motion(motion_root, KNOBS, "train", PyAV()), options).open(requests, range(10))
+    batches = Loader(motion(motion_root, KNOBS, "train", PyAV()), options).load_steps(requests, range(10))
     next(batches)
     print(*(child.pid for child in active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def last_words(motion_root: str, method: str, fault: str, timeout: float) -> None:
-    """Prints what a reading says whose only worker dies or hangs."""
-    plain = motion(motion_root, KNOBS, "train", PyAV())
-    if method == "forkserver":  # has time to start its server
-        read(Loader(plain, LoaderOptions(1, start_method=method)).open(requests, range(1)))
-    dataset = Faulty(plain, fault, rank=0, after=7, once=None, given=None)
+def print_worker_error(motion_root: str, method: str, fault: str, timeout: float) -> None:
+    """Print the error of a loader whose only worker dies or hangs."""
+    dataset = motion(motion_root, KNOBS, "train", PyAV())
+    if method == "forkserver":  # start the server first, which may take longer than the timeout
+        load_all(Loader(dataset, LoaderOptions(1, start_method=method)).load_steps(requests, range(1)))
+    faulty_dataset = Faulty(dataset, fault, rank=0, after=7, once=None, given=None)
     options = LoaderOptions(1, start_method=method, timeout=timeout)
     try:
-        read(Loader(dataset, options).open(requests, range(10)))
+        load_all(Loader(faulty_dataset, options).load_steps(requests, range(10)))
     except UserError as error:
         print(error)
 
 
-def read(batches: Iterator[Batch]) -> None:
+def load_all(batches: Iterator[Batch]) -> None:
+    """Load all batches. Explain a dead worker as the run program does."""
     try:
         for _ in batches:
             pass
-    except RuntimeError as error:  # torch tells of a death wherever this process is, as the run program does
+    except RuntimeError as error:  # torch raises it from a signal handler, wherever this process is
         raise explain_dead_worker(error) from None

@@ -1,16 +1,18 @@
+"""Random streams: published values, independence and broadcasting."""
+
 import numpy as np
 
 from mgvideo.loading.random_streams import Stream, random_seed, random_words
 
 
 def splitmix64(state: int) -> int:
-    """The published generator's output after its state has been advanced, in Python's integers."""
+    """Return the output of the published generator for a state that is already advanced, with Python's integers."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
     return state ^ (state >> 31)
 
 
-def test_numbers_are_those_of_splitmix64() -> None:
+def test_random_words_equal_splitmix64() -> None:
     gamma = 0x9E3779B97F4A7C15
     assert splitmix64(gamma) == 0xE220A8397B1DCDAF  # the reference implementation's first output for seed 0
     for seed in (0, 1, 2**64 - 1):
@@ -19,11 +21,11 @@ def test_numbers_are_those_of_splitmix64() -> None:
         assert words.tolist() == [splitmix64((key + counter + gamma) % 2**64) for counter in range(10**9, 10**9 + 5)]
 
 
-def test_streams_seeds_and_counters_are_apart() -> None:
+def test_streams_seeds_and_counters_give_different_words() -> None:
     counters = np.arange(1000)
     words = [random_words(seed, stream, counters) for seed in (0, 1) for stream in Stream]
     words += [random_words(0, Stream.VIDEO_ORDER, 1, counters), random_words(0, Stream.VIDEO_ORDER, counters, 1)]
-    # the one pair of counters that is the same in the last two
+    # the last two arrays share the pair of counters (1, 1), all other words are distinct
     assert len(np.unique(np.concatenate(words))) == 1000 * len(words) - 1
 
 

@@ -1,3 +1,5 @@
+"""The clips of each step: passes over the dataset, ranks, and the permutation of videos."""
+
 import pickle
 from collections import Counter
 
@@ -11,36 +13,36 @@ from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import Schedule, make_plan
 
 BASE = Base(
-    batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1, lr_milestones=(6, 9), gamma=0.1,
-    warmup_epochs=0.5, warmup_lr=0.01,
+    batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1,
+    lr_milestones=(6, 9), gamma=0.1, warmup_epochs=0.5, warmup_lr=0.01,
 )  # fmt: skip
-SIZE = 100  # divides by no batch, so that passes over the data end inside batches
+SIZE = 100  # no batch size divides it, so passes over the dataset end inside batches
 SCHEDULES = {"baseline": (False, False), "short": (False, True), "long": (True, False), "multigrid": (True, True)}
 
 
-def plan(name: str = "multigrid") -> Plan:
+def make_test_plan(name: str = "multigrid") -> Plan:
     long, short = SCHEDULES[name]
     return make_plan(BASE, Schedule(name, long, short, round_epochs=False), SIZE)
 
 
-def clips(step: int, seed: int = 3, rank: int = 0, world: int = 1) -> list[ClipRequest]:
-    return list(ClipSampler(plan(), SIZE, seed).shard(step, rank, world).clips)
+def clips(step: int, seed: int = 3, rank: int = 0, world_size: int = 1) -> list[ClipRequest]:
+    return list(ClipSampler(make_test_plan(), SIZE, seed).shard(step, rank, world_size).clips)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_each_video_once_a_pass(name: str) -> None:
-    p = plan(name)
-    sampler = ClipSampler(p, SIZE, seed=3)
-    indices = [clip.index for step in range(p.steps) for clip in sampler.shard(step).clips]
-    assert len(indices) == sum(p.slot(step).batch for step in range(p.steps))
+def test_each_pass_has_every_video_once(name: str) -> None:
+    plan = make_test_plan(name)
+    sampler = ClipSampler(plan, SIZE, seed=3)
+    indices = [clip.index for step in range(plan.steps) for clip in sampler.shard(step).clips]
+    assert len(indices) == sum(plan.slot(step).batch for step in range(plan.steps))
     passes = [indices[i : i + SIZE] for i in range(0, len(indices) - SIZE + 1, SIZE)]
     assert len(passes) > 3
-    assert all(Counter(one).most_common(1)[0][1] == 1 for one in passes)
+    assert all(sorted(videos) == list(range(SIZE)) for videos in passes)
     assert passes[0] != passes[1]
 
 
-def test_a_batch_depends_on_its_step_alone() -> None:
-    steps = plan().steps
+def test_a_batch_depends_only_on_its_step() -> None:
+    steps = make_test_plan().steps
     forward = [clips(step) for step in range(steps)]
     assert [clips(step) for step in reversed(range(steps))] == forward[::-1]
     assert clips(0, seed=4) != forward[0]
@@ -48,50 +50,50 @@ def test_a_batch_depends_on_its_step_alone() -> None:
     assert len(set(seeds)) == len(seeds)
 
 
-def test_requests_bear_the_grid_of_their_slot() -> None:
-    p = plan()
-    for step in range(p.steps):
-        assert {clip.grid for clip in clips(step)} == {p.slot(step).grid}
+def test_requests_have_the_grid_of_their_slot() -> None:
+    plan = make_test_plan()
+    for step in range(plan.steps):
+        assert {clip.grid for clip in clips(step)} == {plan.slot(step).grid}
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_load_the_batch_of_one_rank(world: int) -> None:
-    for step in range(plan().steps):
-        assert [clip for rank in range(world) for clip in clips(step, rank=rank, world=world)] == clips(step)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shards_of_all_ranks_are_the_batch_of_a_single_rank(world_size: int) -> None:
+    for step in range(make_test_plan().steps):
+        shards = [clips(step, rank=rank, world_size=world_size) for rank in range(world_size)]
+        assert [clip for shard in shards for clip in shard] == clips(step)
 
 
-def test_a_shard_costs_the_same_whatever_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = 0
+def test_cost_of_a_shard_does_not_depend_on_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_words = 0
 
-    def counting(*arguments: object) -> np.ndarray:
-        nonlocal drawn
-        words = real(*arguments)  # type: ignore[arg-type]
-        drawn += words.size
+    def count_words(*arguments: object) -> np.ndarray:
+        nonlocal num_words
+        words = random_words(*arguments)  # type: ignore[arg-type]
+        num_words += words.size
         return words
 
-    real = sampler.random_words
-    monkeypatch.setattr(sampler, "random_words", counting)
+    random_words = sampler.random_words
+    monkeypatch.setattr(sampler, "random_words", count_words)
     costs = []
-    for world in (8, 128, 1024):
-        base = Base(**{**vars(BASE), "batch_size": 8 * world, "short_side": (64, 72)})
-        p = make_plan(base, Schedule("long", True, False, round_epochs=False), 240_000)
-        drawn = 0
-        assert (
-            len(ClipSampler(p, 240_000, 0).shard(1, world - 1, world).clips) == 8 * p.slot(1).batch // base.batch_size
-        )
-        costs.append(drawn)
-    assert max(costs) < 1.1 * min(costs), "some cells of the rectangle are drawn twice"
+    for world_size in (8, 128, 1024):
+        base = Base(**{**vars(BASE), "batch_size": 8 * world_size, "short_side": (64, 72)})
+        plan = make_plan(base, Schedule("long", True, False, round_epochs=False), 240_000)
+        num_words = 0
+        shard = ClipSampler(plan, 240_000, 0).shard(1, world_size - 1, world_size)
+        assert len(shard.clips) == 8 * plan.slot(1).batch // base.batch_size
+        costs.append(num_words)
+    assert max(costs) < 1.1 * min(costs), "a small difference is allowed: some cells are permuted more than once"
 
 
-def test_the_clips_of_a_seed_stay_the_same_from_version_to_version() -> None:
+def test_the_clips_of_a_seed_are_the_same_in_every_version() -> None:
     assert [(clip.index, clip.seed) for clip in clips(1)[:3]] == GOLDEN
 
 
 GOLDEN = [(70, 10759715331983151025), (97, 17839690608787395266), (67, 4905637666422160292)]
 
 
-def test_worker_processes_can_be_sent_a_sampler() -> None:
-    sampler = ClipSampler(plan(), SIZE, 3)
+def test_a_sampler_can_be_pickled() -> None:
+    sampler = ClipSampler(make_test_plan(), SIZE, 3)
     assert pickle.loads(pickle.dumps(sampler.shard))(5) == sampler.shard(5)
 
 
@@ -102,18 +104,18 @@ def test_every_pass_is_a_permutation(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [4, 5])
-def test_all_orders_of_a_few_videos_are_as_frequent(size: int) -> None:
+def test_all_orders_of_a_few_videos_are_equally_frequent(size: int) -> None:
     orders = {4: 24, 5: 120}[size]
     videos = shuffled_videos(np.arange(200 * orders * size, dtype=np.uint64), size, seed=0).reshape(-1, size)
     counts = np.array([*Counter(map(bytes, videos)).values()])
     assert len(counts) == orders
-    # chi-square: its mean is orders - 1, its standard deviation √(2 (orders - 1))
+    # chi-square statistic: its mean is orders - 1, its standard deviation √(2 (orders - 1))
     assert abs(((counts - 200) ** 2 / 200).sum() - (orders - 1)) < 4 * (2 * (orders - 1)) ** 0.5
 
 
-def test_orders_of_many_videos_are_unrelated() -> None:
+def test_orders_of_many_videos_are_uncorrelated() -> None:
     size = 20_000
     first, second = shuffled_videos(np.arange(2 * size, dtype=np.uint64), size, seed=1).reshape(2, size)
-    (other,) = shuffled_videos(np.arange(size, dtype=np.uint64), size, seed=2).reshape(1, size)
-    for a, b in ((first, np.arange(size)), (first, second), (first, other), (first[1:], first[:-1])):
+    (seed_2,) = shuffled_videos(np.arange(size, dtype=np.uint64), size, seed=2).reshape(1, size)
+    for a, b in ((first, np.arange(size)), (first, second), (first, seed_2), (first[1:], first[:-1])):
         assert abs(np.corrcoef(a.astype(float), b.astype(float))[0, 1]) < 4 / size**0.5

@@ -1,4 +1,4 @@
-"""The tables and the picture that people see."""
+"""Tables and figure of plans."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from recipes import ALL, CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SOMETHIN
 from rich.console import Console, RenderableType
 
 from mgvideo.plan.figure import draw_plans
-from mgvideo.plan.forecast import Benchmark, predict
+from mgvideo.plan.forecast import Benchmark, predict_phase_times
 from mgvideo.plan.plan import Base
 from mgvideo.plan.schedules import make_plan
-from mgvideo.plan.table import demand_table, plan_table
+from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 
 
-def shown(table: RenderableType) -> str:
+def render(table: RenderableType) -> str:
     console = Console(file=StringIO(), width=80, soft_wrap=True)
     console.print(table)
     return console.file.getvalue()
 
 
 @pytest.mark.parametrize("base", [KINETICS, CHARADES, SOMETHING], ids=["kinetics", "charades", "something"])
-def test_the_widest_table_fits_120_columns_uncut(base: Base) -> None:
+def test_the_widest_table_fits_120_columns_without_cut_cells(base: Base) -> None:
     plan = make_plan(base, MULTIGRID, KINETICS_CLIPS)
     seconds = {slot.grid.name: 0.5 for phase in plan.phases for slot in phase.slots}
-    text = shown(plan_table(plan, 8, times=predict(plan, 8, Benchmark(seconds))))
+    text = render(make_plan_table(plan, 8, times=predict_phase_times(plan, 8, Benchmark(seconds))))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
     assert "…" not in text
 
 
-def test_a_row_says_what_a_phase_is() -> None:
-    text = shown(plan_table(make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS), 8))
+def test_a_row_of_the_plan_table() -> None:
+    text = render(make_plan_table(make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS), 8))
     row = next(line for line in text.splitlines() if "110–142" in line)
     cells = [
         "3",
@@ -56,17 +56,18 @@ def test_a_row_says_what_a_phase_is() -> None:
     assert "saving: 3.42× fewer steps, 3.43× fewer pixels" in text
 
 
-def test_demand() -> None:
+def test_a_row_of_the_loader_demand_table() -> None:
     plan = make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS)
     names = {slot.grid.name for phase in plan.phases for slot in phase.slots}
     benchmark = Benchmark(dict.fromkeys(names, 0.5), dict.fromkeys(names, 100.0))
-    rows = shown(demand_table(plan, 8, benchmark)).splitlines()
-    coarse = next(row for row in rows if "8×158²" in row).split()
-    assert coarse[1:7] == ["1,", "5,", "9", "0.5", "s", "1,365"]  # 2048 clips in three steps of half a second
-    assert coarse[-1] == "41%"
+    rows = render(make_loader_demand_table(plan, 8, benchmark)).splitlines()
+    cells = next(row for row in rows if "8×158²" in row).split()
+    assert cells[1:7] == ["1,", "5,", "9", "0.5", "s", "1,365"]  # 2048 clips in three steps of 0.5 s
+    assert cells[-1] == "41%"
 
 
-def test_the_picture_is_a_picture(tmp_path: Path) -> None:
+def test_the_figure_is_a_small_png_with_many_colours(tmp_path: Path) -> None:
+
     path = tmp_path / "plan.png"
     draw_plans([make_plan(KINETICS, schedule, KINETICS_CLIPS) for schedule in ALL], path)
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Any recipe makes a well-formed plan, and one that makes no sense is refused with what to change."""
+"""Every valid recipe makes a well-formed plan; an invalid one raises an error that names the key to change."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mgvideo.plan.plan import Base
 from mgvideo.plan.schedules import BASELINE, Schedule, baseline_of, make_plan, scale_lr
 
 
-def test_every_shape_of_a_stage_gets_the_same_steps() -> None:
+def test_every_grid_of_a_stage_gets_the_same_steps() -> None:
     plan = make_plan(KINETICS, replace(MULTIGRID, round_epochs=False), KINETICS_CLIPS)
     for stage in range(3):
-        steps = [phase.length for phase in plan.phases if phase.stage == stage]
+        steps = [phase.num_steps for phase in plan.phases if phase.stage == stage]
         assert max(steps) - min(steps) <= 1
     assert plan.epochs == pytest.approx(1.5 * 239)
 
 
-def test_long_alone_matches_the_rule_by_hand() -> None:
-    """Multipliers 8, 4, 2, 1 share 60 epochs as 32, 16, 8, 4; fine-tuning saves 15/4 of its 30."""
+def test_long_cycle_alone_matches_hand_computed_epochs() -> None:
+    """Multipliers 8, 4, 2, 1 split 60 epochs into 32, 16, 8, 4. Fine-tuning takes 30 / (15/4) = 8 epochs."""
     base = replace(KINETICS, epochs=90, lr_milestones=(60,), warmup_epochs=0)
     plan = make_plan(base, replace(LONG, epoch_factor=68 / 90, round_epochs=False), KINETICS_CLIPS)
     assert [phase.epochs[1] for phase in plan.phases] == pytest.approx([32, 48, 56, 60, 64, 68])
@@ -42,7 +42,7 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
         assert before.steps[1] == after.steps[0]
         assert before.epochs[1] == after.epochs[0]
     for phase in plan.phases:
-        assert phase.length >= 1
+        assert phase.num_steps >= 1
         assert phase.epochs[1] > phase.epochs[0]
         for slot in phase.slots:
             assert slot.batch % phase.bn_groups == 0
@@ -51,26 +51,26 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
             cost = slot.batch * slot.grid.volume / (base.batch_size * base.num_frames * base.crop_size**2)
             assert cost == pytest.approx(1, abs=0.1)
         mean = sum(slot.batch for slot in phase.slots) / len(phase.slots)
-        assert phase.length == pytest.approx((phase.epochs[1] - phase.epochs[0]) * 1024 / mean, abs=1)
+        assert phase.num_steps == pytest.approx((phase.epochs[1] - phase.epochs[0]) * 1024 / mean, abs=1)
 
 
-def test_baseline_keeps_fractions_of_epochs() -> None:
+def test_baseline_keeps_fractional_epochs() -> None:
     base = replace(SMALL, epochs=2.5, lr_milestones=(1.25,))
     plan = make_plan(base, BASELINE, 1600)
     assert [phase.epochs for phase in plan.phases] == [(0, 1.25), (1.25, 2.5)]
     assert plan.steps == 250
 
 
-def test_phases_that_round_to_nothing_are_dropped_with_a_note() -> None:
+def test_phases_that_round_to_zero_epochs_are_dropped_with_a_note() -> None:
     plan = make_plan(replace(SMALL, warmup_epochs=0), replace(MULTIGRID, epoch_factor=0.6), 1024)
     assert len(plan.phases) < 10
     assert "schedule.round_epochs=false" in plan.notes[0]
-    kept = make_plan(SMALL, replace(MULTIGRID, round_epochs=False), 1024)
-    assert len(kept.phases) == 10
-    assert kept.notes == ()
+    unrounded = make_plan(SMALL, replace(MULTIGRID, round_epochs=False), 1024)
+    assert len(unrounded.phases) == 10
+    assert unrounded.notes == ()
 
 
-def test_cosine_of_the_baseline_is_the_usual_one() -> None:
+def test_baseline_has_the_usual_cosine() -> None:
     base = replace(KINETICS, lr_policy="cosine")
     plan = make_plan(base, BASELINE, KINETICS_CLIPS)
     assert plan.lr_at(239 / 2) == pytest.approx(0.05)
@@ -79,28 +79,28 @@ def test_cosine_of_the_baseline_is_the_usual_one() -> None:
 
 
 def test_cosine_with_long_cycles() -> None:
-    """At a stage's start the wave stands where the baseline's does; within it, it falls with the steps taken."""
+    """At the start of a stage the cosine equals the baseline's. Within a stage it falls with the fraction of steps."""
     base = replace(KINETICS, lr_policy="cosine", warmup_epochs=0)
-    wave = make_plan(base, BASELINE, KINETICS_CLIPS)
+    baseline = make_plan(base, BASELINE, KINETICS_CLIPS)
     plan = make_plan(base, MULTIGRID, KINETICS_CLIPS)
     starts = {phase.stage: phase for phase in reversed(plan.phases)}
     for stage, epoch in enumerate(base.lr_bounds[:-1]):
         phase = starts[stage]
-        assert plan.lr(phase.steps[0]) == pytest.approx(phase.lr_factor * wave.lr_at(epoch))
+        assert plan.lr(phase.steps[0]) == pytest.approx(phase.lr_factor * baseline.lr_at(epoch))
     decay = [plan.lr(step) / plan.phase(step).lr_factor for step in range(plan.steps)]
     assert all(a > b for a, b in pairwise(decay))
     assert decay[-1] < 1e-6
-    third = plan.phases[2]  # of four of equal steps: half the stage's steps are done
-    assert plan.lr(third.steps[0]) / third.lr_factor == pytest.approx(wave.lr_at(47), rel=0.01)
+    third = plan.phases[2]  # the stage has four phases of equal length, so half of its steps are done
+    assert plan.lr(third.steps[0]) / third.lr_factor == pytest.approx(baseline.lr_at(47), rel=0.01)
     assert [phase.lr_factor for phase in plan.phases] == [8, 4, 2, 1] * 3 + [1]
 
 
-def test_spatial_and_temporal_ranges() -> None:
+def test_ranges_of_short_sides_and_strides() -> None:
     coarse = make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS).phases[0]
     assert [slot.grid.scales for slot in coarse.slots] == [(128, 320), (181, 320), (181, 320)]
     assert coarse.grid.strides == (2, 8)
-    other = replace(MULTIGRID, jitter="scaled", random_stride=False)
-    coarse = make_plan(KINETICS, other, KINETICS_CLIPS).phases[0]
+    schedule = replace(MULTIGRID, jitter="scaled", random_stride=False)
+    coarse = make_plan(KINETICS, schedule, KINETICS_CLIPS).phases[0]
     assert [slot.grid.scales for slot in coarse.slots] == [(128, 160), (181, 226), (181, 226)]
     assert coarse.grid.strides == (8, 8)
 
@@ -120,25 +120,25 @@ def test_baseline_of_any_plan() -> None:
 
 
 def test_ablations() -> None:
-    flat = make_plan(KINETICS, replace(MULTIGRID, lr_scaling=False), KINETICS_CLIPS)
-    assert {phase.lr_factor for phase in flat.phases[:4]} == {1}
-    untuned = make_plan(KINETICS, replace(MULTIGRID, fine_tune=False), KINETICS_CLIPS)
-    assert [phase.stage for phase in untuned.phases] == [stage for stage in range(4) for _ in range(4)]
-    assert untuned.phases[-4].lr_factor == pytest.approx(8e-3)
+    unscaled = make_plan(KINETICS, replace(MULTIGRID, lr_scaling=False), KINETICS_CLIPS)
+    assert {phase.lr_factor for phase in unscaled.phases[:4]} == {1}
+    without_fine_tuning = make_plan(KINETICS, replace(MULTIGRID, fine_tune=False), KINETICS_CLIPS)
+    assert [phase.stage for phase in without_fine_tuning.phases] == [stage for stage in range(4) for _ in range(4)]
+    assert without_fine_tuning.phases[-4].lr_factor == pytest.approx(8e-3)
 
 
-def test_one_stage_runs_the_cycle_and_says_so() -> None:
+def test_a_single_lr_stage_runs_the_cycle_and_has_a_note() -> None:
     plan = make_plan(replace(KINETICS, lr_milestones=(), lr_policy="cosine"), MULTIGRID, KINETICS_CLIPS)
     assert [phase.multiplier for phase in plan.phases] == [8, 4, 2, 1]
     assert "base.lr_milestones" in plan.notes[0]
 
 
-def test_short_cycle_never_exceeds_the_long_cycles_crop() -> None:
+def test_short_cycle_crops_are_capped_at_the_long_cycle_crop() -> None:
     plan = make_plan(KINETICS, replace(MULTIGRID, long_factors=[[0.5, 0.5], [1, 1]]), KINETICS_CLIPS)
     assert [slot.grid.size for slot in plan.phases[0].slots] == [112, 112, 112]
 
 
-def test_more_clips_in_a_batch_than_in_the_dataset_is_noted() -> None:
+def test_a_batch_larger_than_the_dataset_has_a_note() -> None:
     assert "clips repeat" in make_plan(SMALL, MULTIGRID, 100).notes[-1]
 
 
@@ -169,7 +169,7 @@ def test_more_clips_in_a_batch_than_in_the_dataset_is_noted() -> None:
         ({"epochs": 0.2, "lr_milestones": (), "warmup_epochs": 0}, "schedule.round_epochs"),
     ],
 )
-def test_senseless_recipes_are_refused(changes: dict[str, Any], key: str) -> None:
+def test_invalid_recipes_raise(changes: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=key):
         make_plan(replace(SMALL, **changes), MULTIGRID, 1024)
 
@@ -190,7 +190,7 @@ def test_senseless_recipes_are_refused(changes: dict[str, Any], key: str) -> Non
         ("min_size", 1.5),
     ],
 )
-def test_senseless_schedules_are_refused(key: str, value: object) -> None:
+def test_invalid_schedules_raise(key: str, value: object) -> None:
     with pytest.raises(UserError, match=f"schedule.{key}"):
         replace(MULTIGRID, **{key: value})
 

@@ -1,3 +1,5 @@
+"""How ranks split global batches."""
+
 import pytest
 
 from mgvideo.errors import UserError
@@ -6,39 +8,42 @@ from mgvideo.plan.schedules import Schedule, make_plan
 from mgvideo.plan.shards import check_shards, shard_batch
 
 BASE = Base(
-    batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1, lr_milestones=(6, 9), gamma=0.1,
-    warmup_epochs=0.5, warmup_lr=0.01,
+    batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1,
+    lr_milestones=(6, 9), gamma=0.1, warmup_epochs=0.5, warmup_lr=0.01,
 )  # fmt: skip
 SCHEDULES = {"baseline": (False, False), "short": (False, True), "long": (True, False), "multigrid": (True, True)}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_ranks_together_hold_the_global_batch_in_order(name: str, world: int) -> None:
+def test_shards_of_all_ranks_are_the_global_batch_in_order(name: str, world_size: int) -> None:
     for phase in make_plan(BASE, Schedule(name, *SCHEDULES[name], round_epochs=False), 100).phases:
         for slot in phase.slots:
-            shards = [shard_batch(slot.batch, phase.bn_groups, rank, world) for rank in range(world)]
+            shards = [shard_batch(slot.batch, phase.bn_groups, rank, world_size) for rank in range(world_size)]
             clips = [clip for shard in shards for clip in range(shard.start, shard.stop)]
             assert clips == list(range(slot.batch))
             assert {shard.batch for shard in shards} == {slot.batch}
 
 
-@pytest.mark.parametrize(("batch", "groups", "world"), [(64, 8, 3), (64, 8, 8), (24, 3, 2), (32, 2, 8), (16, 2, 16)])
-def test_bn_groups_lie_where_the_global_order_cuts_them(batch: int, groups: int, world: int) -> None:
-    size = batch // groups
-    for rank in range(world):
-        shard = shard_batch(batch, groups, rank, world)
+@pytest.mark.parametrize(
+    ("batch", "groups", "world_size"), [(64, 8, 3), (64, 8, 8), (24, 3, 2), (32, 2, 8), (16, 2, 16)]
+)
+def test_shards_are_whole_bn_groups_or_lie_inside_one(batch: int, groups: int, world_size: int) -> None:
+    group_size = batch // groups
+    for rank in range(world_size):
+        shard = shard_batch(batch, groups, rank, world_size)
         assert rank in shard.ranks
         if len(shard.ranks) == 1:
-            assert shard.start % size == 0
-            assert shard.stop - shard.start == shard.groups * size
+            assert shard.start % group_size == 0
+            assert shard.stop - shard.start == shard.groups * group_size
         else:
-            assert shard.start // size == (shard.stop - 1) // size, "a shared group's part lies inside it"
-            members = [shard_batch(batch, groups, r, world) for r in shard.ranks]
-            assert sum(m.stop - m.start for m in members) == size
+            assert shard.start // group_size == (shard.stop - 1) // group_size, "the part lies inside its group"
+            members = [shard_batch(batch, groups, r, world_size) for r in shard.ranks]
+            assert sum(m.stop - m.start for m in members) == group_size
 
 
-def test_ranks_that_cannot_share_a_group_are_refused() -> None:
+def test_ranks_that_cannot_share_a_group_raise() -> None:
+
     with pytest.raises(UserError, match="use 2 ranks"):
         shard_batch(16, 2, 0, 3)
     with pytest.raises(UserError, match="use 8 ranks"):

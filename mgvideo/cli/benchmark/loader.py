@@ -176,7 +176,7 @@ def measure_loader(
     loader: Loader, requests: Callable[[int], BatchRequest], clock: Clock, seconds: float, times: LoaderTimes
 ) -> None:
     """Load batches for some seconds and add the result to `times`. Measuring starts when all workers run."""
-    batches = loader.open(requests, ENDLESS_STEPS)
+    batches = loader.load_steps(requests, ENDLESS_STEPS)
     for _ in range(max(1, loader.options.num_workers)):
         next(batches)
     before, start = clock.total(), time.monotonic()
@@ -231,7 +231,7 @@ def plan_rate(plan: Plan, case: BenchmarkCase) -> float | None:
     """Return clips per second over a whole plan, weighted by clips; None if a grid was not measured."""
     seconds = 0.0
     for phase in plan.phases:
-        for visits, slot in zip(phase.visits(), phase.slots, strict=True):
+        for visits, slot in zip(phase.steps_per_slot(), phase.slots, strict=True):
             if slot.grid.name not in case.loader:
                 return None
             seconds += visits * slot.batch / case.loader[slot.grid.name].rate

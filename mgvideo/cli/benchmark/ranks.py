@@ -237,7 +237,7 @@ def simulate(cfg: DictConfig, plan: Plan, rank: int, world: int) -> SimulatedRan
     slots = []
     for p, phase in enumerate(plan.phases):
         for s, slot in enumerate(phase.slots):
-            start, stop = bounds[phase.steps[1] - 1 - (phase.length - 1 - s) % len(phase.slots)]
+            start, stop = bounds[phase.steps[1] - 1 - (phase.num_steps - 1 - s) % len(phase.slots)]
             shard = shard_batch(slot.batch, phase.bn_groups, rank, world)
             clips = max(1, limit * plan.base.num_frames * plan.base.crop_size**2 // slot.grid.volume)
             sent = sum(c.values * _bytes(c.dtype) for c in log.collectives[start:stop])

@@ -84,7 +84,7 @@ def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
     sampler, phase = ClipSampler(plan, plan.dataset_size, seed=0), plan.phases[0]
     times, clips = [], 0
     for i in range(steps + 1):
-        step = i * len(phase.slots) % phase.length  # always the first slot
+        step = i * len(phase.slots) % phase.num_steps  # always the first slot
         start = time.thread_time()
         clips = len(sampler.shard(step, ranks - 1, ranks).clips)
         times.append(time.thread_time() - start)

@@ -102,7 +102,7 @@ def soak(loader: Loader, requests: Callable[[int], BatchRequest], options: Keys)
     """Load the clips with one set of workers, and yield their usage every `options.every` clips."""
     clips = failures = 0
     start, other_pids = time.monotonic(), {child.pid for child in active_children()}
-    batches = loader.open(requests, range(-(-options.clips // options.batch)))
+    batches = loader.load_steps(requests, range(-(-options.clips // options.batch)))
     pids = [child.pid for child in active_children() if child.pid not in other_pids]
     processes = [psutil.Process(pid) for pid in pids] or [psutil.Process()]  # without workers, this process loads
     for batch in batches:

@@ -29,7 +29,7 @@ from mgvideo.cli.schema import COMPILE, key
 from mgvideo.engine.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.engine.train_step import compiled
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
-from mgvideo.plan.forecast import cost
+from mgvideo.plan.forecast import total_cost
 from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.plan.schedules import baseline_of
 
@@ -309,7 +309,9 @@ def time_saved(plan: Plan, rows: dict[str, StepTimes]) -> float | None:
     if not {slot.grid.name for phase in plan.phases for slot in phase.slots} <= rows.keys():
         return None
     times = {name: cell.seconds / cell.clips for name, cell in rows.items()}
-    return cost(baseline_of(plan).phases, lambda g: times[g.name]) / cost(plan.phases, lambda g: times[g.name])
+    return total_cost(baseline_of(plan).phases, lambda g: times[g.name]) / total_cost(
+        plan.phases, lambda g: times[g.name]
+    )
 
 
 def saving_tables(plan: Plan, cells: dict[str, dict[str, dict[str, StepTimes]]]) -> list[Table]:

@@ -78,7 +78,7 @@ class MeasuredRun:
         return sum(
             visits * self.slots[p, s].figures()[kind]
             for p, phase in enumerate(self.plan.phases)
-            for s, visits in enumerate(phase.visits())
+            for s, visits in enumerate(phase.steps_per_slot())
         )
 
 
@@ -86,7 +86,7 @@ class RepeatedBatches(Loader):
     """Return the first batch of each slot for all its steps, without loading."""
 
     def __init__(self, loader: Loader, first_batches: dict[str, Batch]) -> None:
-        super().__init__(loader.dataset, loader.options, loader.pin)
+        super().__init__(loader.dataset, loader.options, loader.pin_memory)
         self.first_batches = first_batches
 
     def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
