@@ -29,7 +29,7 @@ def class_maps(model: nn.Module, clips: Tensor, label: int) -> list[Tensor]:
     return [(f.float() * w.view(-1, 1, 1, 1)).sum(1) for f, w in zip(features, weights, strict=True)]
 
 
-def joined(maps: Sequence[Tensor]) -> Tensor:
+def sum_pathway_maps(maps: Sequence[Tensor]) -> Tensor:
     """The sum of the pathways' maps, `[n, t', h', w']` of the longest, to whose time the others are stretched."""
     size = (max(pathway.shape[1] for pathway in maps), *maps[0].shape[2:])
     stretched = [interpolate(pathway[None], size, mode="trilinear", align_corners=False)[0] for pathway in maps]

@@ -101,7 +101,7 @@ SOURCES: dict[str, Callable[[nn.Module], Rules]] = {
 }
 
 
-def names(model: nn.Module, source: str) -> dict[str, str]:
+def source_names(model: nn.Module, source: str) -> dict[str, str]:
     """What a source calls the network's tensors: its name → ours, for all that it would have.
 
     Raises `UserError` for a source that is not known.

@@ -15,10 +15,10 @@ from torch import nn
 
 from mgvideo.errors import UserError
 
-from .naming import names
+from .naming import source_names
 from .r2plus1d import R2Plus1D, R2Plus1DBottleneck
 from .state_dicts import find_copy
-from .weights_file import read
+from .weights_file import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_pretrained(
         UserError: the file cannot be read, or any other tensor is missing, unexpected or of another shape.
     """
     where = "the given state dict" if isinstance(weights, Mapping) else str(weights)
-    copy = find_copy(model, weights if isinstance(weights, Mapping) else read(weights), where, source, key)
+    copy = find_copy(model, weights if isinstance(weights, Mapping) else read_weights(weights), where, source, key)
     if copy.starts_anew:
         log.warning(copy.head)
     model.load_state_dict(copy.tensors, strict=False)
@@ -64,5 +64,7 @@ def export_pyslowfast(model: nn.Module) -> dict[str, Any]:
         raise UserError("PySlowFast has no R(2+1)D of basic blocks: these weights have torchvision's names as they are")
     state = model.state_dict()
     if isinstance(model, R2Plus1DBottleneck):  # which PySlowFast takes from PyTorchVideo
-        return {"model_state": {f"model.{name}": state[ours] for name, ours in names(model, "pytorchvideo").items()}}
-    return {"model_state": {name: state[ours] for name, ours in names(model, "pyslowfast").items()}}
+        return {
+            "model_state": {f"model.{name}": state[ours] for name, ours in source_names(model, "pytorchvideo").items()}
+        }
+    return {"model_state": {name: state[ours] for name, ours in source_names(model, "pyslowfast").items()}}

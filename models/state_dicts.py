@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mgvideo.errors import UserError
 
-from .naming import SOURCES, names
+from .naming import SOURCES, source_names
 from .weights_file import StandIn
 
 # what DDP, torch.compile, FSDP and activation checkpointing put into names, at any place
@@ -27,7 +27,7 @@ GROUPS_LISTED = 4  # the same of what is left over
 
 
 @dataclass
-class Copy:
+class WeightsCopy:
     """The tensors of a checkpoint that have a network's names under one prefix."""
 
     where: str
@@ -54,15 +54,17 @@ class Copy:
         return "; ".join([text, *([self.head] if self.head else []), *self.notes])
 
 
-def find_copy(model: nn.Module, checkpoint: Any, where: str, source: str = "auto", key: str | None = None) -> Copy:
+def find_copy(
+    model: nn.Module, checkpoint: Any, where: str, source: str = "auto", key: str | None = None
+) -> WeightsCopy:
     """The copy of a network's weights in a checkpoint that is to be loaded, by the rules of `load_pretrained`.
 
     Raises:
         UserError: there is none, or none that fits; the message lists why.
     """
-    given = dict(tensors(checkpoint))
+    given = dict(named_tensors(checkpoint))
     if not given:
-        raise UserError(f"{where} holds no weights: {contents(checkpoint)}")
+        raise UserError(f"{where} holds no weights: {describe_contents(checkpoint)}")
     sources = list(SOURCES) if source == "auto" else [source]
     copies = [copy for name in sources for copy in _copies(model, given, name, where)]
     largest = max((len(copy.found) for copy in copies), default=0)
@@ -89,7 +91,7 @@ def find_copy(model: nn.Module, checkpoint: Any, where: str, source: str = "auto
     return chosen
 
 
-def tensors(node: Any, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(node: Any, prefix: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a checkpoint, at any depth, with the names of the containers before their own."""
     if isinstance(node, Tensor):
         yield prefix[:-1], node.detach()
@@ -98,7 +100,7 @@ def tensors(node: Any, prefix: str = "", above: tuple[int, ...] = ()) -> Iterato
             yield prefix[:-1], torch.as_tensor(node.astype(node.dtype.newbyteorder("=")))
     elif id(node) not in above:
         for name, inner in _items(node):
-            yield from tensors(inner, f"{prefix}{name}.", (*above, id(node)))
+            yield from named_tensors(inner, f"{prefix}{name}.", (*above, id(node)))
 
 
 def _items(node: Any) -> Iterable[tuple[Any, Any]]:
@@ -109,7 +111,7 @@ def _items(node: Any) -> Iterable[tuple[Any, Any]]:
     return enumerate(node) if isinstance(node, list | tuple) else ()
 
 
-def contents(checkpoint: Any) -> str:
+def describe_contents(checkpoint: Any) -> str:
     """What a checkpoint without tensors holds."""
     items = [f"{name} ({_kind(value)})" for name, value in _items(checkpoint)]
     more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
@@ -121,9 +123,9 @@ def _kind(value: Any) -> str:
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
-def _copies(model: nn.Module, given: Mapping[str, Tensor], source: str, where: str) -> list[Copy]:
+def _copies(model: nn.Module, given: Mapping[str, Tensor], source: str, where: str) -> list[WeightsCopy]:
     """What could be copies of the network's weights with the names of a source: all prefixes before such names."""
-    expected = names(model, source)
+    expected = source_names(model, source)
     parts_of_names = {part for name in expected for part in name.split(".")}
     wrappers = set(WRAPPERS) - parts_of_names
     found: dict[str, dict[str, str]] = {}
@@ -138,7 +140,7 @@ def _copies(model: nn.Module, given: Mapping[str, Tensor], source: str, where: s
                 found.setdefault(prefix, {})[expected[own]] = name
     order = {name: place for place, name in enumerate(given)}
     return [
-        Copy(where, prefix, source, mine, order[next(iter(mine.values()))], _is_averaged(prefix, given))
+        WeightsCopy(where, prefix, source, mine, order[next(iter(mine.values()))], _is_averaged(prefix, given))
         for prefix, mine in found.items()
     ]
 
@@ -154,12 +156,12 @@ def _is_averaged(prefix: str, given: Mapping[str, Tensor]) -> bool:
     return f"{beside}n_averaged" in given or any(AVERAGED.search(part.lower()) for part in prefix.split("."))
 
 
-def _fill(copy: Copy, model: nn.Module, given: Mapping[str, Tensor]) -> None:
+def _fill(copy: WeightsCopy, model: nn.Module, given: Mapping[str, Tensor]) -> None:
     """Fit a copy's tensors to the network, and note what does not."""
     state = model.state_dict()
-    copy.tensors = {ours: fit(given[name], state[ours].shape) for ours, name in copy.found.items()}
+    copy.tensors = {ours: fit_to_shape(given[name], state[ours].shape) for ours, name in copy.found.items()}
     head = {name for name in _fill_head(copy, model, given) if name in state}
-    there = {ours: name for name, ours in names(model, copy.source).items()}
+    there = {ours: name for name, ours in source_names(model, copy.source).items()}
     copy.problems = [f"{name} is unexpected" for name in _unexpected(copy, given, there.values())]
     for ours, tensor in state.items():
         name, mine = f"{copy.prefix}{there[ours]}", copy.tensors.get(ours)
@@ -176,7 +178,7 @@ def _fill(copy: Copy, model: nn.Module, given: Mapping[str, Tensor]) -> None:
             copy.problems.append(f"{name} holds values that are not finite")
 
 
-def _fill_head(copy: Copy, model: nn.Module, given: Mapping[str, Tensor]) -> set[str]:
+def _fill_head(copy: WeightsCopy, model: nn.Module, given: Mapping[str, Tensor]) -> set[str]:
     """Find a copy's head, also beside its body; the names of our head's tensors where ours is to stay."""
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
@@ -189,7 +191,7 @@ def _fill_head(copy: Copy, model: nn.Module, given: Mapping[str, Tensor]) -> set
             copy.head, copy.starts_anew = f"there is no head in {copy.where}: ours starts anew", True
             return ours
         copy.tensors |= {f"{name}.{kind}": given[f"{other}.{kind}"] for kind in ("weight", "bias")}
-        copy.tensors[f"{name}.weight"] = fit(copy.tensors[f"{name}.weight"], head.weight.shape)
+        copy.tensors[f"{name}.weight"] = fit_to_shape(copy.tensors[f"{name}.weight"], head.weight.shape)
         copy.found |= {f"{name}.{kind}": f"{other}.{kind}" for kind in ("weight", "bias")}
         copy.head = f"its head is {other}"
     weight = copy.tensors.get(f"{name}.weight")
@@ -203,7 +205,7 @@ def _fill_head(copy: Copy, model: nn.Module, given: Mapping[str, Tensor]) -> set
     return ours
 
 
-def _head_beside(copy: Copy, head: nn.Linear, given: Mapping[str, Tensor]) -> str | None:
+def _head_beside(copy: WeightsCopy, head: nn.Linear, given: Mapping[str, Tensor]) -> str | None:
     """The one linear layer outside of a copy whose name and whose shape are those of a head for its features."""
     container = copy.prefix[: copy.prefix.rstrip(".").rfind(".") + 1]
     found = []
@@ -219,7 +221,7 @@ def _head_beside(copy: Copy, head: nn.Linear, given: Mapping[str, Tensor]) -> st
     return found[0] if len(found) == 1 else None
 
 
-def _unexpected(copy: Copy, given: Mapping[str, Tensor], expected: Iterable[str]) -> list[str]:
+def _unexpected(copy: WeightsCopy, given: Mapping[str, Tensor], expected: Iterable[str]) -> list[str]:
     """Names in a copy that the network lacks: under its prefix, beginning like a part of the network."""
 
     def first(name: str) -> str:
@@ -241,7 +243,7 @@ def _is_of_solver(name: str) -> bool:
     return name.endswith("_momentum") or name in ("lr", "model_iter")
 
 
-def fit(tensor: Tensor, shape: torch.Size) -> Tensor:
+def fit_to_shape(tensor: Tensor, shape: torch.Size) -> Tensor:
     """A tensor in this shape where it is a kernel to inflate or differs by ones at the end, else as it is."""
     if tensor.ndim == 4 and len(shape) == 5:
         return tensor.unsqueeze(2).expand(-1, -1, shape[2], -1, -1) / shape[2]
@@ -256,19 +258,23 @@ def may_be_missing(name: str, source: str) -> bool:
     return name.endswith("num_batches_tracked") or (source == "torchvision" and ".nonlocal" in name)
 
 
-def _is_named(copy: Copy, key: str) -> bool:
+def _is_named(copy: WeightsCopy, key: str) -> bool:
     parts, wanted = copy.prefix.split("."), key.strip(".").split(".")
     return any(parts[start : start + len(wanted)] == wanted for start in range(len(parts)))
 
 
-def _misfit(copy: Copy) -> str:
+def _misfit(copy: WeightsCopy) -> str:
     more = f" and {len(copy.problems) - LISTED} more" if len(copy.problems) > LISTED else ""
     listed = "; ".join(copy.problems[:LISTED])
     return f"{copy.where} does not fit this network, as {copy.source}: {listed}{more}"
 
 
 def _notes(
-    chosen: Copy, fitting: list[Copy], copies: list[Copy], given: Mapping[str, Tensor], checkpoint: Any
+    chosen: WeightsCopy,
+    fitting: list[WeightsCopy],
+    copies: list[WeightsCopy],
+    given: Mapping[str, Tensor],
+    checkpoint: Any,
 ) -> list[str]:
     """What to say of the rest of a checkpoint: other copies, tensors that are not used, objects that are not read."""
     notes = []

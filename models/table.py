@@ -86,7 +86,7 @@ def count_gflops(model: nn.Module, frames: int, size: int) -> float:
     return (counter.get_total_flops() / 2 + 2 * normalised) / 1e9
 
 
-def markdown() -> str:
+def format_table() -> str:
     """The table, in Markdown."""
     lines = [
         "| `model=` | input | parameters | published | GFLOPs | published |",
@@ -108,4 +108,4 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(markdown())
+    print(format_table())

@@ -174,7 +174,7 @@ class Unpickler(_PythonUnpickler):
 _PICKLE = SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=lambda file, **kw: Unpickler(file, **kw).load())
 
 
-def read(path: str | PathLike[str]) -> Any:
+def read_weights(path: str | PathLike[str]) -> Any:
     """What a file of weights holds, a URL, or torchvision's weights of this name.
 
     Tensors are on the CPU; objects of classes other than tensors, arrays and plain values are `StandIn`s.

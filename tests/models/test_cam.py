@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from zoo import build
 
-from mgvideo.models.cam import class_maps, joined
+from mgvideo.models.cam import class_maps, sum_pathway_maps
 
 pytestmark = pytest.mark.numeric
 
@@ -47,6 +47,6 @@ def test_autocast_does_not_round_maps() -> None:
 
 def test_pathways_are_joined_over_the_longer_time() -> None:
     slow, fast = torch.full((1, 2, 3, 4), 1.0), torch.arange(8.0).view(1, 8, 1, 1).expand(1, 8, 3, 4)
-    together = joined([slow, fast])
+    together = sum_pathway_maps([slow, fast])
     assert together.shape == fast.shape
     torch.testing.assert_close(together, fast + 1)

@@ -15,7 +15,7 @@ from zoo import NAMES, build
 import mgvideo.models
 from mgvideo.models.nonlocal_block import NonLocal
 from mgvideo.models.pretrained import load_pretrained
-from mgvideo.models.table import ROWS, ZooRow, count_gflops, count_parameters, markdown
+from mgvideo.models.table import ROWS, ZooRow, count_gflops, count_parameters, format_table
 
 pytestmark = pytest.mark.numeric
 
@@ -59,7 +59,7 @@ def test_gflops_are_what_fvcore_counts(name: str) -> None:
 
 
 def test_readme_shows_the_table_as_the_command_prints_it() -> None:
-    assert markdown() in (Path(mgvideo.models.__path__[0]) / "README.md").read_text(encoding="utf-8")
+    assert format_table() in (Path(mgvideo.models.__path__[0]) / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["slowfast_nln_8x8_r50", "i3d_nln_r50", "r2plus1d_r50"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zoo import build
 
 from mgvideo.errors import UserError
-from mgvideo.models.naming import names
+from mgvideo.models.naming import source_names
 from mgvideo.models.pretrained import export_pyslowfast, load_pretrained
 from mgvideo.models.small import slowfast_small
 
@@ -278,7 +278,7 @@ def states() -> dict[str, dict[str, Tensor]]:
     """The same network's weights with the names of each source."""
     state = slowfast_small(5, width=8).state_dict()
     return {
-        source: {theirs: state[ours] for theirs, ours in names(slowfast_small(5, width=8), source).items()}
+        source: {theirs: state[ours] for theirs, ours in source_names(slowfast_small(5, width=8), source).items()}
         for source in ("mgvideo", "pyslowfast", "pytorchvideo")
     }
 
@@ -376,7 +376,7 @@ def test_a_head_beside_the_body_is_taken_and_a_missing_one_told(
 def test_half_a_network_is_never_loaded(theirs: str, ours: str, source: str) -> None:
     other, model = build(theirs, width=8), build(ours, width=8)
     state = other.state_dict()
-    content = {"epoch": 1, "state_dict": {name: state[own] for name, own in names(other, source).items()}}
+    content = {"epoch": 1, "state_dict": {name: state[own] for name, own in source_names(other, source).items()}}
     with pytest.raises(UserError, match="does not fit this network"):
         load_pretrained(model, content)
 

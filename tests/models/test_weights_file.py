@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from mgvideo.errors import UserError
 from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.small import r2plus1d_small
-from mgvideo.models.weights_file import read
+from mgvideo.models.weights_file import read_weights
 
 
 def network() -> nn.Module:
@@ -132,7 +132,7 @@ def test_whole_networks_and_dicts_of_ones_own_are_read(writer: str, tmp_path: Pa
 
 def test_no_object_of_a_file_is_made(tmp_path: Path) -> None:
     torch.save({"args": OBJECTS["argparse.Namespace"], "made": Mode.TRAIN, "epoch": 3}, tmp_path / "model.pth")
-    content = read(tmp_path / "model.pth")
+    content = read_weights(tmp_path / "model.pth")
     assert not isinstance(content["args"], argparse.Namespace)
     assert not isinstance(content["made"], Mode)
     assert content["args"].contents()["lr"] == 0.1
@@ -193,7 +193,7 @@ def test_no_class_of_ours_is_changed(tmp_path: Path) -> None:
     data = b"\x80\x02ctorch.nn.parameter\nParameter\nN}X\x07\x00\x00\x00changedK\x01s\x86b."
     (tmp_path / "model.pkl").write_bytes(data)
     with pytest.raises(UserError, match="cannot read weights"):
-        read(tmp_path / "model.pkl")
+        read_weights(tmp_path / "model.pkl")
     assert not hasattr(nn.Parameter, "changed")
 
 
@@ -345,4 +345,4 @@ def test_folders_say_what_is_in_them(tmp_path: Path) -> None:
         ("none", "without weights"),
     ):
         with pytest.raises(UserError, match=f"{name}: it is a folder.*{told}"):
-            read(tmp_path / name)
+            read_weights(tmp_path / name)
