@@ -38,6 +38,7 @@ setup(
         "matplotlib",
         "psutil",
         "pillow",
+        "safetensors",
     ],
     extras_require={
         "export": ["onnx", "onnxruntime", "onnxscript"],

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import pickle
@@ -25,8 +24,10 @@ from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
 import numpy as np
+import safetensors.torch
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
@@ -41,11 +42,10 @@ OTHER_KINDS = {  # how files of other kinds begin
     b"Rar!": "is a rar archive: unpack it first",
     b"\x89HDF": "is an HDF5 file, as Keras writes: its tensors have other names and shapes",
 }
-DTYPES = {  # of safetensors
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
-}
+INCOMPLETE_SAFETENSORS = (  # what errors of the safetensors library contain if a file is cut short, by its version
+    *("header length", "header too small", "not fully covered"),
+    *("InvalidHeaderLength", "HeaderTooSmall", "MetadataIncompleteBuffer"),
+)
 LISTED = 8  # so many names are listed, the rest are counted
 
 
@@ -228,7 +228,7 @@ def _content(file: IO[bytes], depth: int = 0) -> Any:
         return _tar(file, depth)
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header < 100_000_000:
-        return _safetensors(file, header, size)
+        return _safetensors(file, size)
     if not start.startswith(b"\x80"):
         _refuse_text(start)
     return _pickled(file, size)
@@ -349,28 +349,21 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:LISTED])}{more}" if names else "nothing"
 
 
-def _safetensors(file: IO[bytes], header: int, size: int) -> dict[str, Tensor]:
-    """Tensors of a safetensors file: a JSON header with names, dtypes, shapes and places, then their bytes."""
-    file.seek(8)
-    text = file.read(header)
-    if len(text) < header:
-        raise NotWeightsError(_cut_short(size))
-    entries = json.loads(text)
-    entries.pop("__metadata__", None)
-    found = {}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        if 8 + header + end > size:
-            raise NotWeightsError(_cut_short(size))
-        if entry["dtype"] not in DTYPES:
-            raise NotWeightsError(f"holds {name} as {entry['dtype']}, which is not read: convert it to float32")
-        file.seek(8 + header + begin)
-        data = bytearray(file.read(end - begin))
-        dtype = DTYPES[entry["dtype"]]
-        found[name] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(
-            entry["shape"]
-        )
-    return found
+def _safetensors(file: IO[bytes], size: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name."""
+    file.seek(0)
+    try:
+        tensors = safetensors.torch.load(file.read())
+    except KeyError as error:  # the library knows dtypes that torch lacks
+        raise NotWeightsError(f"holds tensors of dtype {error.args[0]}: convert them to float32") from error
+    except SafetensorError as error:
+        if any(text in str(error) for text in INCOMPLETE_SAFETENSORS):
+            raise NotWeightsError(_cut_short(size)) from error
+        raise
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # the scale of a float8 tensor lies elsewhere
+            raise NotWeightsError(f"holds {name} as {tensor.dtype}: convert it to float32")
+    return tensors
 
 
 def _refuse_text(start: bytes) -> None:
