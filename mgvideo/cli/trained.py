@@ -186,7 +186,7 @@ def _classes_in(weights: str, cfg: DictConfig) -> int:
     cfg.model.num_classes = cfg.model.num_classes or 1
     with torch.device("meta"):
         model: nn.Module = instantiate(cfg.model)
-    classes = find_copy(model, read_weights(weights), weights, key=cfg.init_from_key).classes
+    classes = find_copy(model, read_weights(weights), weights, key=cfg.init_from_key).num_classes
     if classes is None:
         raise UserError(f"{weights} has no classifier: weights to start from, with nothing to predict yet")
     return classes
