@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from documents import SCRIPT, Shown, all_shown
+from documents import SCRIPT, ShownCommand, all_shown_commands
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,7 +34,7 @@ from mgvideo.cli.jobs import Job, placed
 from mgvideo.cli.schema import RunKeys, check_values
 from mgvideo.errors import UserError
 
-SHOWN = all_shown()
+SHOWN = all_shown_commands()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
     "export": "export", "benchmark": "benchmark", "doctor": "doctor",
@@ -245,7 +245,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=lambda shown: f"{shown.where}: {shown.text}")
-def test_a_shown_command_works(command: Shown, programs: Programs) -> None:
+def test_a_shown_command_works(command: ShownCommand, programs: Programs) -> None:
     perform(command.text, programs)
 
 
