@@ -365,7 +365,7 @@ def _read_safetensors(file: IO[bytes], size: int) -> dict[str, Tensor]:
     file.seek(0)
     try:
         tensors = safetensors.torch.load(file.read())
-    except KeyError as error:  # the library knows dtypes that torch lacks
+    except KeyError as error:  # a dtype of the format that torch lacks
         raise UnreadableWeightsError(f"contains tensors of dtype {error.args[0]}: convert them to float32") from error
     except SafetensorError as error:
         if any(text in str(error) for text in INCOMPLETE_SAFETENSORS):  # or longer than its header says, which is rare
