@@ -1,4 +1,4 @@
-# Each target does its own set-up. PYTHON picks the interpreter that the virtual environment is made with.
+# Each target creates the virtual environment if needed. PYTHON is the interpreter to create it with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,22 +9,22 @@ TABLES ?= schedules tradeoff generality ablations
 .PHONY: train test test-all test-gpu reproduce bench lint format clean
 .DEFAULT_GOAL := train
 
-train: $(READY)  ## the embedded run: Motion, small SlowFast, long + short multigrid
+train: $(READY)  ## train the default run: Motion, small SlowFast, long + short multigrid
 	$(BIN)/python tools/run_net.py
 
-test: $(READY)  ## what each part must do: minutes on 2 cores; ARGS goes to pytest
+test: $(READY)  ## run the tests except slow ones: minutes on 2 cores; ARGS is passed to pytest
 	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## the rest too: every network on every grid, SLURM, several nodes
+test-all: $(READY)  ## run all tests, also slow ones: every network on every grid, SLURM, several nodes
 	$(PYTEST) $(ARGS)
 
-test-gpu: $(READY)  ## tests/gpu, on a machine with a GPU
+test-gpu: $(READY)  ## run tests/gpu; requires a GPU
 	MGVIDEO_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/gpu $(ARGS)
 
-reproduce: $(READY)  ## the paper's tables on Motion, hours on 2 cores: TABLES picks some, ARGS goes to tools/reproduce.py
+reproduce: $(READY)  ## run the paper's tables on Motion: hours on 2 cores; TABLES selects some, ARGS is passed to tools/reproduce.py
 	failed=0; for table in $(TABLES); do $(BIN)/python tools/reproduce.py table=$$table $(ARGS) || failed=1; done; exit $$failed
 
-bench: $(READY)  ## a step at each grid of the embedded plan, then the trainer: minutes, on a machine that does nothing else
+bench: $(READY)  ## time a step at each grid of the default plan, then the trainer: minutes on an otherwise idle machine
 	$(BIN)/python tools/benchmark.py step
 	$(BIN)/python tools/benchmark.py train
 
@@ -42,7 +42,7 @@ clean:
 
 $(READY): setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "mgvideo needs Python 3.10 or newer: make PYTHON=python3.12 …"; exit 1; }
+		{ echo "mgvideo requires Python 3.10 or newer: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,export,torchcodec,slurm]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Packaging: the checkout shows models/, datasets/ and configs/; an install owns the name mgvideo alone."""
+"""Packaging. The checkout has models/, datasets/ and configs/ at the top; an install puts them inside mgvideo."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 FOLDERS = ("models", "datasets", "configs")
 
 
-def mapped(folder: str) -> list[str]:
-    """The packages of a top-level folder under the names that they install as."""
+def installed_packages(folder: str) -> list[str]:
+    """List the packages of a top-level folder by the names under which they are installed."""
     return [f"mgvideo.{folder}", *(f"mgvideo.{folder}.{name}" for name in find_packages(folder))]
 
 
@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*find_packages(include=["mgvideo", "mgvideo.*"]), *(p for f in FOLDERS for p in mapped(f))],
+    packages=[*find_packages(include=["mgvideo", "mgvideo.*"]), *(p for f in FOLDERS for p in installed_packages(f))],
     package_dir={f"mgvideo.{folder}": folder for folder in FOLDERS},
     package_data={"mgvideo.configs": ["**/*.yaml"]},
     entry_points={"console_scripts": ["mgvideo = mgvideo.cli:command"]},
@@ -29,7 +29,7 @@ setup(
         "torchvision>=0.26",
         "fvcore",
         "iopath",
-        "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",  # it has no other builds for Python 3.10
+        "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",  # no other builds for Python 3.10
         "hydra-core>=1.3",
         "tensorboard",
         "av>=17",
@@ -38,6 +38,7 @@ setup(
         "matplotlib",
         "psutil",
         "pillow",
+        "safetensors",
     ],
     extras_require={
         "export": ["onnx", "onnxruntime", "onnxscript"],
@@ -46,7 +47,7 @@ setup(
         "s3": ["boto3"],
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"),
-            *("boto3", "moto[s3]", "flask", "flask-cors"),  # an S3 for the tests
+            *("boto3", "moto[s3]", "flask", "flask-cors"),  # an S3 server for the tests
         ],
     },
 )

@@ -1,1 +1,1 @@
-"""Installs as mgvideo.configs."""
+"""The Hydra configs. Installed as mgvideo.configs."""

@@ -1,1 +1,1 @@
-"""The backbones, one family a file. Installs as mgvideo.models."""
+"""The backbones, one family in each file. Installed as mgvideo.models."""

@@ -1,7 +1,7 @@
-"""How others name our networks' tensors: PySlowFast, its Caffe2 model zoo, PyTorchVideo and torchvision.
+"""The tensor names of our networks in PySlowFast, its Caffe2 model zoo, PyTorchVideo and torchvision.
 
-A source is a list of rewriting rules from our names to its own. Reading a checkpoint of its goes the same way: the
-names that a network's tensors would have there say what the file has to hold.
+A source is a list of rules that rewrite our names to its names. To load a checkpoint, the rules are applied to the
+names of the network: the result is the names that the file must contain.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import nn
 
 from mgvideo.errors import UserError
 
-Rules = list[tuple[str, str]]  # regular expressions and what takes their place, applied in this order
+Rules = list[tuple[str, str]]  # (regular expression, replacement) pairs, applied in this order
 
-STAGES = range(4)  # a fusion follows the stem and each stage but the last
+STAGES = range(4)  # a fusion follows the stem and each stage except the last
 
 PYSLOWFAST: Rules = [
     (r"^(?:trunk|slow)\.", "pathway0."),
@@ -55,7 +55,7 @@ CAFFE2: Rules = [
     (r"\.running_var$", "_riv"),
 ]
 
-# ImageNet's ResNet. R(2+1)D has torchvision's names already, which no rule touches.
+# For ImageNet's ResNet. Our R(2+1)D already has torchvision's names, which these rules leave unchanged.
 TORCHVISION: Rules = [
     (r"^trunk\.stem\.conv\.", "conv1."),
     (r"^trunk\.stem\.bn\.", "bn1."),
@@ -67,8 +67,8 @@ TORCHVISION: Rules = [
 ]
 
 
-def pytorchvideo(model: nn.Module) -> Rules:
-    """PyTorchVideo counts all parts of a network in one list, poolings included."""
+def pytorchvideo_rules(model: nn.Module) -> Rules:
+    """Return the rules for PyTorchVideo, which numbers all parts of a network in one list, pooling layers included."""
     branches = {"trunk": "", "slow": ".multipathway_blocks.0", "fast": ".multipathway_blocks.1"}
     pathways = [name for name in branches if hasattr(model, name)]
     rules: Rules = []
@@ -78,7 +78,7 @@ def pytorchvideo(model: nn.Module) -> Rules:
             rules.append((rf"^{name}\.{part}\.block(\d+)\.", rf"blocks.{i}{branches[name]}.res_blocks.\1."))
             rules.append((rf"^{name}\.{part}\.", rf"blocks.{i}{branches[name]}."))
             parts = i + 1
-    head = parts if len(pathways) == 1 else parts + 1  # two pathways are pooled in a part of its own
+    head = parts if len(pathways) == 1 else parts + 1  # with two pathways, the pooling is a separate part
     return [
         *rules,
         (r"^fusions\.(\d)\.conv", r"blocks.\1.multipathway_fusion.conv_fast_to_slow"),
@@ -96,23 +96,23 @@ SOURCES: dict[str, Callable[[nn.Module], Rules]] = {
     "mgvideo": lambda model: [],
     "pyslowfast": lambda model: PYSLOWFAST,
     "caffe2": lambda model: CAFFE2,
-    "pytorchvideo": pytorchvideo,
+    "pytorchvideo": pytorchvideo_rules,
     "torchvision": lambda model: TORCHVISION,
 }
 
 
-def names(model: nn.Module, source: str) -> dict[str, str]:
-    """What a source calls the network's tensors: its name → ours, for all that it would have.
+def source_names(model: nn.Module, source: str) -> dict[str, str]:
+    """Return the names of a network's tensors in a source: its name → our name, for every tensor of the state dict.
 
-    Raises `UserError` for a source that is not known.
+    Raises `UserError` for an unknown source.
     """
     if source not in SOURCES:
-        raise UserError(f"source '{source}' of weights is not known: choose auto or one of {', '.join(SOURCES)}")
+        raise UserError(f"unknown source '{source}' of weights: choose auto or one of {', '.join(SOURCES)}")
     rules = SOURCES[source](model)
-    found = {}
+    ours_by_theirs = {}
     for ours in model.state_dict():
         theirs = ours
         for pattern, replacement in rules:
             theirs = re.sub(pattern, replacement, theirs)
-        found[theirs] = ours
-    return found
+        ours_by_theirs[theirs] = ours
+    return ours_by_theirs

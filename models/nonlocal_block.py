@@ -11,9 +11,10 @@ from .pooling import max_pool
 
 
 class NonLocal(nn.Module):
-    """Adds to `[n, c, t, h, w]` what each position gathers from all positions, keys and values pooled 2×2 in space.
+    """Attention over all positions of `[n, c, t, h, w]`, with a residual connection.
 
-    `mode` is how the affinity of positions is normalised: `softmax`, or `dot_product`, which divides by their number.
+    Keys and values are max-pooled 2×2 in space. `mode` is how the affinities are normalised: `softmax`, or
+    `dot_product`, which divides them by the number of keys.
     """
 
     def __init__(self, channels: int, mode: str) -> None:
@@ -30,18 +31,18 @@ class NonLocal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, c, t, h, w]` → `[n, c, t, h, w]`."""
-        # A grid can be so small that there is nothing left to pool.
+        # On a small grid, height or width can be 1.
         window = (1, min(2, x.shape[3]), min(2, x.shape[4]))
         pooled = max_pool(x, window)
         query, key, value = (
-            conv(source).flatten(2).transpose(1, 2)  # [n, positions, inner]
-            for conv, source in ((self.theta, x), (self.phi, pooled), (self.g, pooled))
+            conv(features).flatten(2).transpose(1, 2)  # [n, positions, inner]
+            for conv, features in ((self.theta, x), (self.phi, pooled), (self.g, pooled))
         )
         if self.mode == "softmax":
-            # one head: without a dimension of heads, CUDA's fused kernels are passed over
+            # CUDA's fused kernels require a dimension of heads, here of size 1
             gathered = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
         else:
-            # Without a softmax the product is associative, and inner × inner is far smaller than positions × positions.
+            # Without softmax the product is associative: inner × inner is far smaller than positions × positions.
             gathered = query @ (key.transpose(1, 2) @ value / key.shape[1])
         gathered = gathered.transpose(1, 2).unflatten(2, x.shape[2:])
         return x + self.bn(self.out(gathered))

@@ -10,10 +10,10 @@ Sizes = int | tuple[int, int, int]
 
 
 def max_pool(x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Sizes = (0, 0, 0)) -> Tensor:
-    """Max pooling of `[n, c, t, h, w]` over space, or over time alone, as `F.max_pool3d` gives it.
+    """Max-pool `[n, c, t, h, w]` over space alone or over time alone, with the result of `F.max_pool3d`.
 
-    It runs as 2-D pooling on a view, since on CUDA 3-D pooling is slow in channels_last_3d and its gradient is not
-    deterministic. Raises ValueError for a window over both time and space.
+    It runs as 2-D pooling on a view, because on CUDA 3-D pooling is slow in channels_last_3d and its gradient is not
+    deterministic. `stride` defaults to `kernel`. Raises ValueError for a window over both time and space.
     """
     (t, *window), (t_stride, *strides), (t_pad, *pads) = _triple(kernel), _triple(stride or kernel), _triple(padding)
     if (t, t_stride, t_pad) == (1, 1, 0):
@@ -25,12 +25,12 @@ def max_pool(x: Tensor, kernel: Sizes, stride: Sizes | None = None, padding: Siz
     if (window, strides, pads) == ([1, 1], [1, 1], [0, 0]):
         return _pool(x.flatten(3), [t, 1], [t_stride, 1], [t_pad, 0]).unflatten(3, x.shape[3:])
     raise ValueError(
-        f"max_pool: kernel {kernel} with stride {stride} pools over time and space; pool one after the other"
+        f"max_pool: kernel {kernel} with stride {stride} pools over time and space: pool over one after the other"
     )
 
 
 def _pool(x: Tensor, window: list[int], stride: list[int], padding: list[int]) -> Tensor:
-    # Without indices it would be float32 under a CPU's autocast, which takes longer and changes no maximum.
+    # Without `return_indices`, autocast on CPUs would cast to float32, which is slower and gives the same maxima.
     return F.max_pool2d(x, window, stride, padding, return_indices=True)[0]
 
 
@@ -39,7 +39,7 @@ def _triple(sizes: Sizes) -> tuple[int, int, int]:
 
 
 class MaxPool(nn.MaxPool3d):
-    """`max_pool` as a module."""
+    """Applies `max_pool`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """`[n, c, t, h, w]` → `[n, c, t', h', w']`."""
@@ -47,7 +47,7 @@ class MaxPool(nn.MaxPool3d):
 
 
 class TemporalPool(nn.Module):
-    """Max over pairs of frames; a single frame stays as it is."""
+    """Max-pools pairs of frames. A single frame is unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, c, t, h, w]` → `[n, c, t // 2, h, w]`."""

@@ -1,7 +1,8 @@
-"""Weights from elsewhere, and ours for elsewhere.
+"""Load pretrained weights from other projects, and export ours to PySlowFast.
 
-Takes checkpoints of PySlowFast (`.pyth`, and the Caffe2 `.pkl` of its model zoo), PyTorchVideo, torchvision and our
-own, and those of any trainer around one of these networks. The names of the tensors tell them apart.
+Loads checkpoints of PySlowFast (`.pyth`, and the Caffe2 `.pkl` of its model zoo), PyTorchVideo, torchvision and
+mgvideo, and checkpoints of other trainers that contain one of these networks. The source is recognised by the names of
+the tensors.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import nn
 
 from mgvideo.errors import UserError
 
-from .naming import names
+from .naming import source_names
 from .r2plus1d import R2Plus1D, R2Plus1DBottleneck
 from .state_dicts import find_copy
-from .weights_file import read
+from .weights_file import read_weights
 
 log = logging.getLogger(__name__)
 
@@ -29,40 +30,48 @@ def load_pretrained(
     source: str = "auto",
     key: str | None = None,
 ) -> str:
-    """Set a network's weights from a file or a URL, from a checkpoint in memory, or from torchvision's by their name.
+    """Load weights into a network, in place.
 
-    The tensors may lie in any containers and under any prefixes, beside others. `source` says whose names they bear:
-    `mgvideo`, `pyslowfast`, `caffe2`, `pytorchvideo`, `torchvision`, or `auto`. torchvision's own weights, as
-    `R2Plus1D_18_Weights.KINETICS400_V1`, are downloaded. An image network's kernels are inflated (arXiv 1705.07750):
-    repeated over time and divided by the number of repetitions. A head for another number of classes is left as it is,
-    with a warning, and so is one that the file lacks.
+    The tensors may lie in any containers and under any prefixes, beside other tensors. The kernels of an image network
+    are inflated (arXiv 1705.07750): repeated over time and divided by the number of repetitions. If the checkpoint has
+    no head, or one for another number of classes, the network keeps its own head, and a warning is logged.
 
-    Where several copies of the network fit, one of averages over steps (ema, swa, teacher, … in its name) is taken
-    before others, and then the first; `key` names another.
+    If several copies of the network fit, an average over steps (with ema, swa, teacher, … in its name) is preferred,
+    then the first copy in the file.
+
+    Args:
+        model: the network.
+        weights: a file, a URL, a checkpoint in memory, or the name of torchvision weights such as
+            `R2Plus1D_18_Weights.KINETICS400_V1`, which are downloaded.
+        source: whose tensor names the checkpoint uses: `mgvideo`, `pyslowfast`, `caffe2`, `pytorchvideo`,
+            `torchvision`, or `auto`.
+        key: the name of the copy to load if there are several.
 
     Returns:
-        A line for people: what was taken, from where in the file, and what was left over.
+        A line for people: how many tensors were loaded, from where in the file, and what was not used.
 
     Raises:
-        UserError: the file cannot be read, or any other tensor is missing, unexpected or of another shape.
+        UserError: the file cannot be read, or a tensor outside the head is missing, unexpected or of another shape.
     """
-    where = "the given state dict" if isinstance(weights, Mapping) else str(weights)
-    copy = find_copy(model, weights if isinstance(weights, Mapping) else read(weights), where, source, key)
-    if copy.starts_anew:
-        log.warning(copy.head)
+    origin = "the given state dict" if isinstance(weights, Mapping) else str(weights)
+    copy = find_copy(model, weights if isinstance(weights, Mapping) else read_weights(weights), origin, source, key)
+    if copy.keeps_own_head:
+        log.warning(copy.head_note)
     model.load_state_dict(copy.tensors, strict=False)
     return str(copy)
 
 
 def export_pyslowfast(model: nn.Module) -> dict[str, Any]:
-    """The network's weights as a PySlowFast checkpoint, for `torch.save`.
+    """Return a network's weights as a PySlowFast checkpoint, for `torch.save`.
 
     Raises:
-        UserError: PySlowFast does not have this network.
+        UserError: PySlowFast has no such network.
     """
     if isinstance(model, R2Plus1D):
-        raise UserError("PySlowFast has no R(2+1)D of basic blocks: these weights have torchvision's names as they are")
+        raise UserError("PySlowFast has no R(2+1)D of basic blocks: use the state dict, whose names are torchvision's")
     state = model.state_dict()
-    if isinstance(model, R2Plus1DBottleneck):  # which PySlowFast takes from PyTorchVideo
-        return {"model_state": {f"model.{name}": state[ours] for name, ours in names(model, "pytorchvideo").items()}}
-    return {"model_state": {name: state[ours] for name, ours in names(model, "pyslowfast").items()}}
+    if isinstance(model, R2Plus1DBottleneck):  # PySlowFast uses PyTorchVideo's network
+        return {
+            "model_state": {f"model.{name}": state[ours] for name, ours in source_names(model, "pytorchvideo").items()}
+        }
+    return {"model_state": {name: state[ours] for name, ours in source_names(model, "pyslowfast").items()}}

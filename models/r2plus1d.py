@@ -1,7 +1,7 @@
 """R(2+1)D: 3D convolutions factored into space and time (Tran et al., arXiv 1711.11248).
 
-`r2plus1d` is torchvision's network, of its blocks and under its parameter names, here of any width and number of
-stages. `r2plus1d_bottleneck` is PyTorchVideo's, of bottlenecks with time before space.
+`r2plus1d` is torchvision's network, with its blocks and parameter names, for any width and number of stages.
+`r2plus1d_bottleneck` is PyTorchVideo's network: bottlenecks whose temporal convolution precedes the spatial one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ BASIC_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth → blocks in layer
 class R2Plus1D(nn.Sequential):
     """torchvision's R(2+1)D: float `[n, 3, t, h, w]` → logits `[n, classes]`, for any t, h, w.
 
-    `blocks` is the number of blocks of each stage; a stage doubles the channels of the one before and halves the rest.
+    `blocks` is the number of blocks of each stage. Every stage after the first doubles the channels and halves frames,
+    height and width.
     """
 
     def __init__(self, num_classes: int, blocks: Sequence[int], *, width: int, dropout: float) -> None:
-        middle = width * 45 // 64  # 45 of 64: about as many parameters as a full 3×7×7 convolution
+        middle = width * 45 // 64  # 45/64 gives about as many parameters as a full 3×7×7 convolution
         layers: OrderedDict[str, nn.Module] = OrderedDict(
             stem=nn.Sequential(
                 conv(3, middle, (1, 7, 7), (1, 2, 2)),
@@ -53,7 +54,7 @@ class R2Plus1D(nn.Sequential):
 
 
 def basic_stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    """torchvision's basic (2+1)D blocks, the first of this stride in time and space."""
+    """Return a stage of torchvision's basic (2+1)D blocks; the first block has this stride in time and space."""
     shortcut = None
     if stride != 1 or in_channels != channels:
         shortcut = nn.Sequential(
@@ -64,9 +65,9 @@ def basic_stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn
 
 
 def r2plus1d(num_classes: int, *, width: int = 64, depth: int = 18, dropout: float = 0.0) -> R2Plus1D:
-    """R(2+1)D of basic blocks, 18 or 34 layers deep; `width` is the stem's channels."""
+    """R(2+1)D of basic blocks with 18 or 34 layers; `width` is the number of channels of the stem."""
     if depth not in BASIC_BLOCKS:
-        raise UserError(f"R(2+1)D of depth {depth} is not known: choose one of {sorted(BASIC_BLOCKS)}")
+        raise UserError(f"there is no R(2+1)D of depth {depth}: choose one of {sorted(BASIC_BLOCKS)}")
     return R2Plus1D(num_classes, BASIC_BLOCKS[depth], width=width, dropout=dropout)
 
 
@@ -76,7 +77,7 @@ class R2Plus1DBottleneck(nn.Module):
     def __init__(self, num_classes: int, *, width: int, depth: int, dropout: float) -> None:
         super().__init__()
         if depth not in BLOCKS:
-            raise UserError(f"R(2+1)D of depth {depth} is not known: choose one of {sorted(BLOCKS)}")
+            raise UserError(f"there is no R(2+1)D of depth {depth}: choose one of {sorted(BLOCKS)}")
         self.trunk = nn.Sequential(OrderedDict(stem=Stem(width, 1, pool=False)))
         channels, inner = width, width
         for stage, blocks in enumerate(BLOCKS[depth]):
@@ -92,7 +93,7 @@ class R2Plus1DBottleneck(nn.Module):
 
 
 def factored_stage(in_channels: int, inner: int, blocks: int, stride: Triple) -> nn.Sequential:
-    """Bottlenecks whose middle convolution is first 3×1×1, then 1×3×3; the first block has this stride."""
+    """Return a stage of bottlenecks whose middle convolution is 3×1×1 then 1×3×3; the first block has this stride."""
     stage = nn.Sequential()
     for i in range(blocks):
         t, h, w = stride if i == 0 else (1, 1, 1)
@@ -112,5 +113,5 @@ def factored_stage(in_channels: int, inner: int, blocks: int, stride: Triple) ->
 def r2plus1d_bottleneck(
     num_classes: int, *, width: int = 64, depth: int = 50, dropout: float = 0.5
 ) -> R2Plus1DBottleneck:
-    """R(2+1)D of bottlenecks, 50 or 101 layers deep; `width` is the stem's channels."""
+    """R(2+1)D of bottlenecks with 50 or 101 layers; `width` is the number of channels of the stem."""
     return R2Plus1DBottleneck(num_classes, width=width, depth=depth, dropout=dropout)

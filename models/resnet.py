@@ -1,7 +1,7 @@
-"""What the residual video networks share: stem, bottleneck stages, head and initialisation.
+"""Parts that the residual video networks share: stem, bottleneck stages, head and initialisation.
 
-After He et al. (arXiv 1512.03385) in the 3D form of Feichtenhofer et al. (arXiv 1812.03982): the stride is on the
-3×3 convolution, every convolution pads to keep its size, batch norm has eps 1e-5 and momentum 0.1.
+The design is that of He et al. (arXiv 1512.03385) in the 3D form of Feichtenhofer et al. (arXiv 1812.03982). The stride
+is on the 3×3 convolution, every convolution pads by half its kernel, and batch norm has eps 1e-5 and momentum 0.1.
 """
 
 from __future__ import annotations
@@ -19,24 +19,23 @@ from mgvideo.errors import UserError
 from .nonlocal_block import NonLocal
 from .pooling import MaxPool, TemporalPool
 
-EXPANSION = 4  # a bottleneck's output has so many times its inner channels
+EXPANSION = 4  # output channels of a bottleneck, as a multiple of its inner channels
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}  # depth → blocks in res2 … res5
 
 Triple = tuple[int, int, int]  # time, height, width
-Kernels = Sequence[
-    Sequence[int]
-]  # for each stage, for each of its blocks, the temporal kernel of its first convolution
+# temporal kernel of the first convolution of every block, by stage
+Kernels = Sequence[Sequence[int]]
 
 
 def temporal_kernels(depth: int, cycles: Kernels, temporal_depth: int | None = None) -> Kernels:
-    """The temporal kernels of a network of this depth: in each stage its blocks go round that stage's cycle.
+    """Return the temporal kernels of a network of this depth: the blocks of a stage repeat that stage's cycle.
 
-    With `temporal_depth`, only as many blocks of a stage as a network of that depth has are temporal, the rest have
-    kernel 1.
+    With `temporal_depth`, a stage has only as many temporal blocks as a network of that depth has blocks there. Its
+    other blocks have kernel 1. Raises `UserError` for an unknown depth.
     """
     for value in (depth, temporal_depth or depth):
         if value not in BLOCKS:
-            raise UserError(f"a network of depth {value} is not known: choose one of {sorted(BLOCKS)}")
+            raise UserError(f"there is no network of depth {value}: choose one of {sorted(BLOCKS)}")
     limits = BLOCKS[temporal_depth or depth]
     return [
         [kernel if block < limit else 1 for block, kernel in enumerate(islice(cycle(kernels), blocks))]
@@ -45,13 +44,13 @@ def temporal_kernels(depth: int, cycles: Kernels, temporal_depth: int | None = N
 
 
 def conv(in_channels: int, channels: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> nn.Conv3d:
-    """A convolution without bias that pads by half its kernel."""
+    """Return a convolution without bias, padded by half its kernel."""
     t, h, w = kernel
     return nn.Conv3d(in_channels, channels, kernel, stride, (t // 2, h // 2, w // 2), bias=False)
 
 
 class Stem(nn.Sequential):
-    """k×7×7 convolution of stride 2 and 3×3 max pooling of stride 2: a quarter of the size, all of the frames."""
+    """k×7×7 convolution and 3×3 max pooling, each of spatial stride 2: a quarter of height and width, all frames."""
 
     def __init__(self, channels: int, temporal_kernel: int, *, pool: bool = True) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict(
@@ -67,7 +66,7 @@ class Stem(nn.Sequential):
 class Bottleneck(nn.Module):
     """k×1×1, 1×3×3 and 1×1×1 convolutions with a shortcut; `[n, c, t, h, w]` → `[n, 4 · inner, t / st, h / s, w / s]`.
 
-    `conv_b`, where given, takes the place of the 1×3×3 convolution, and has to have the same stride.
+    `conv_b` replaces the 1×3×3 convolution and must have the same stride.
     """
 
     def __init__(
@@ -105,8 +104,9 @@ class Bottleneck(nn.Module):
 class Pathway(nn.Sequential):
     """A stem and the residual stages res2, res3, …: `[n, 3, t, h, w]` → features `[n, c, t', h', w']`.
 
-    `lateral` channels are expected beside each stage's own input. `nonlocal_blocks` names a stage's blocks that a
-    non-local block follows, as in `{"res3": [1, 3]}`.
+    `lateral` is the number of channels that lateral connections add to the input of each stage. `temporal_pool` halves
+    the number of frames after res2. `nonlocal_blocks` lists, for each stage, the blocks that a non-local block
+    follows: `{"res3": [1, 3]}`.
     """
 
     stem: Stem
@@ -136,14 +136,17 @@ class Pathway(nn.Sequential):
         self.channels = channels
 
     def stages(self) -> list[nn.Module]:
-        """What follows the stem."""
+        """Return all modules after the stem."""
         return list(self)[1:]
 
 
 def residual_stage(
     in_channels: int, inner: int, kernels: Sequence[int], stride: int, nonlocal_after: Sequence[int], nonlocal_mode: str
 ) -> nn.Sequential:
-    """Bottlenecks of these temporal kernels, the first of this spatial stride, with non-local blocks between."""
+    """Return a stage of bottlenecks with these temporal kernels.
+
+    `stride` is the spatial stride of the first block. A non-local block follows each block of `nonlocal_after`.
+    """
     stage = nn.Sequential()
     for i, kernel in enumerate(kernels):
         block = Bottleneck(in_channels, inner, kernel, (1, stride, stride) if i == 0 else (1, 1, 1))
@@ -155,7 +158,7 @@ def residual_stage(
 
 
 class Head(nn.Module):
-    """Averages each pathway over all of its positions, whatever their number, then dropout and one linear layer."""
+    """Averages each pathway over all of its positions, then applies dropout and one linear layer."""
 
     def __init__(self, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -163,13 +166,17 @@ class Head(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, *pathways: Tensor) -> Tensor:
-        """Features `[n, c, t, h, w]`, one a pathway → logits `[n, classes]`."""
+        """Features `[n, c, t, h, w]`, one for each pathway → logits `[n, classes]`."""
         pooled = torch.cat([features.mean((2, 3, 4)) for features in pathways], dim=1)
         return self.fc(self.dropout(pooled))
 
 
 def init_weights(model: nn.Module) -> None:
-    """Initialises in place as published: He's fan-out normal, zero for the last batch norm of every residual branch."""
+    """Initialise a network in place as published.
+
+    Convolutions: He's normal by fan-out. Linear layers: normal with std 0.01, zero bias. Batch norm at the end of every
+    residual branch: zero weight.
+    """
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             c2_msra_fill(module)

@@ -1,4 +1,4 @@
-"""SlowFast: a wide pathway on few frames and a narrow one on all of them (Feichtenhofer et al., arXiv 1812.03982)."""
+"""SlowFast: a wide pathway on few frames and a narrow one on all frames (Feichtenhofer et al., arXiv 1812.03982)."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mgvideo.errors import UserError
 
 from .resnet import EXPANSION, Head, Kernels, Pathway, conv, init_weights, temporal_kernels
 
-FUSION_RATIO = 2  # a lateral connection has so many times the fast pathway's channels
+FUSION_RATIO = 2  # output channels of a lateral connection, as a multiple of the fast pathway's
 
 
 @torch.compiler.assume_constant_result
 def slow_indices(frames: int, alpha: int) -> tuple[int, ...]:
-    """The frames that the slow pathway takes: `frames // alpha` (at least one), evenly spaced, truncated to integers.
+    """Return the indices of the slow pathway's frames: `frames // alpha` (at least 1), evenly spaced, truncated.
 
-    In float32 and on the CPU as published: for some lengths exact arithmetic gives a neighbouring frame.
+    As published, computed in float32 on the CPU. For some lengths, exact arithmetic would give a neighbouring frame.
     """
     return tuple(torch.linspace(0, frames - 1, max(1, frames // alpha)).long().tolist())
 
 
 class Fusion(nn.Sequential):
-    """The lateral connection from fast to slow: a temporal convolution of stride alpha."""
+    """Lateral connection from the fast to the slow pathway: a temporal convolution with stride `alpha`."""
 
     def __init__(self, channels: int, kernel: int, alpha: int) -> None:
         super().__init__(
@@ -38,10 +38,10 @@ class Fusion(nn.Sequential):
 
 
 class SlowFast(nn.Module):
-    """SlowFast: float `[n, 3, t, h, w]`, the fast pathway's frames → logits `[n, classes]`, for any t, h, w.
+    """SlowFast: float `[n, 3, t, h, w]` with the fast pathway's frames → logits `[n, classes]`, for any t, h, w.
 
-    `slow_kernels` and `fast_kernels` give every block's temporal kernel, stage by stage; the other arguments are as in
-    `slowfast`.
+    `slow_kernels` and `fast_kernels` are the temporal kernels of every block, by stage. The other arguments are
+    those of `slowfast`.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class SlowFast(nn.Module):
     ) -> None:
         super().__init__()
         if width % beta_inv:
-            raise UserError(f"width {width} cannot be divided by beta_inv {beta_inv}: choose a multiple of it")
+            raise UserError(f"width {width} is not divisible by beta_inv {beta_inv}: choose a multiple of {beta_inv}")
         self.alpha = alpha
         narrow = width // beta_inv
-        # What each stage but the last hands over: the stem, then stages that double their channels.
+        # Channels of the fast pathway at each lateral connection: after the stem, then after every stage but the last.
         fast_channels = [narrow, *(narrow * EXPANSION * 2**i for i in range(len(fast_kernels) - 1))]
         self.slow = Pathway(
             width,
@@ -80,12 +80,12 @@ class SlowFast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, 3, t, h, w]` → `[n, classes]`."""
-        # Slices and not an index tensor, which would have to be copied to the device while it waits.
+        # Slices, because an index tensor would have to be copied to the device, which would synchronise it.
         frames = x.split(1, dim=2)
         slow = torch.cat([frames[i] for i in slow_indices(len(frames), self.alpha)], dim=2)
         slow, fast = self.slow.stem(slow), self.fast.stem(x)
         for fusion, slow_stage, fast_stage in zip(self.fusions, self.slow.stages(), self.fast.stages(), strict=True):
-            # Where alpha does not divide the frames, the convolution gives one step more than the slow pathway has.
+            # If alpha does not divide the number of frames, `fusion` returns one time step too many.
             lateral = fusion(fast)[:, :, : slow.shape[2]]
             slow, fast = slow_stage(torch.cat([slow, lateral], dim=1)), fast_stage(fast)
         return self.head(slow, fast)
@@ -106,9 +106,18 @@ def slowfast(
 ) -> SlowFast:
     """SlowFast as published.
 
-    `width` is the slow stem's channels, the fast pathway has 1/`beta_inv` of them and `alpha` times the frames.
-    `temporal_depth` is the depth that the temporal kernels are laid out for, where it is not `depth`. Non-local blocks
-    sit in the slow pathway, named as in `{"res3": [1, 3]}`.
+    Args:
+        num_classes: the number of logits.
+        width: channels of the slow pathway's stem.
+        depth: 50 or 101.
+        temporal_depth: give a stage only as many temporal blocks as a network of this depth has; None: `depth`.
+        dropout: probability before the last linear layer.
+        alpha: the fast pathway has this many times the slow pathway's frames.
+        beta_inv: the fast pathway has 1/`beta_inv` of the slow pathway's channels.
+        fusion_kernel: temporal kernel of the lateral connections.
+        nonlocal_blocks: for each stage of the slow pathway, the indices of the blocks that a non-local block follows:
+            `{"res3": [1, 3]}`.
+        nonlocal_mode: `softmax` or `dot_product`.
     """
     return SlowFast(
         num_classes,

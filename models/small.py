@@ -1,4 +1,4 @@
-"""Small networks for small clips: the families' own parts with few layers and a total spatial stride of 8."""
+"""Small networks for small clips: the parts of the large networks with few layers and a total spatial stride of 8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def slowfast_small(num_classes: int, *, width: int = 32, dropout: float = 0.0) -> SlowFast:
-    """SlowFast of two stages; the fast pathway has a quarter of the channels and four times the frames."""
+    """SlowFast with two stages; the fast pathway has a quarter of the channels and four times the frames."""
     return SlowFast(
         num_classes,
         slow_kernels=((1,), (3,)),
@@ -26,12 +26,12 @@ def slowfast_small(num_classes: int, *, width: int = 32, dropout: float = 0.0) -
 
 
 def i3d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> ResNet3d:
-    """I3D of two stages."""
+    """I3D with two stages."""
     return ResNet3d(num_classes, 5, ((3,), (3,)), width=width, dropout=dropout, temporal_pool=True)
 
 
 def i3d_nln_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> ResNet3d:
-    """I3D of two stages, a non-local block after the second."""
+    """I3D with two stages and a non-local block after the second."""
     blocks = {"res3": [0]}
     return ResNet3d(
         num_classes, 5, ((3,), (3,)), width=width, dropout=dropout, temporal_pool=True, nonlocal_blocks=blocks
@@ -39,7 +39,7 @@ def i3d_nln_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) ->
 
 
 def r2plus1d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -> R2Plus1D:
-    """R(2+1)D of four blocks in three stages."""
-    from .r2plus1d import R2Plus1D  # imports torchvision, which takes a second
+    """R(2+1)D with four blocks in three stages."""
+    from .r2plus1d import R2Plus1D  # imports torchvision, which takes about a second
 
     return R2Plus1D(num_classes, (1, 1, 2), width=width, dropout=dropout)

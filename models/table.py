@@ -1,4 +1,4 @@
-"""Sizes of all networks beside the published ones, as in models/README.md: `python -m mgvideo.models.table`."""
+"""Print the table of models/README.md, our sizes beside the published ones: `python -m mgvideo.models.table`."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class ZooRow:
-    """A network at an input, and what is published of it there."""
+    """A network with one input size, and the published figures for it."""
 
     config: str
     frames: int
     size: int
-    parameters: int | None = None  # with 400 classes
-    millions: str | None = None  # of parameters, where they are not published to the last one
-    gflops: float | None = None  # of one clip, a multiply-add counted once
+    parameters: int | None = None  # published, with 400 classes
+    millions: str | None = None  # published number of parameters in millions, if the exact number is not published
+    gflops: float | None = None  # published, of one clip; a multiply-add counts once
     classes: int = 400
 
     def build(self) -> nn.Module:
-        """The network as its config says, without memory for its weights."""
+        """Build the network of the config on the meta device, without memory for its weights."""
         text = (files("mgvideo.configs") / "model" / f"{self.config}.yaml").read_text(encoding="utf-8")
         keys: dict[str, Any] = yaml.safe_load(text)
-        make = pkgutil.resolve_name(keys.pop("_target_"))
+        factory = pkgutil.resolve_name(keys.pop("_target_"))
         with torch.device("meta"):
-            return make(**{**keys, "num_classes": self.classes})
+            return factory(**{**keys, "num_classes": self.classes})
 
 
-# Published: the PyTorchVideo model zoo; for r2plus1d_18 the metadata of torchvision's weights.
+# Published figures: the PyTorchVideo model zoo; for r2plus1d_18 the metadata of torchvision's weights.
 ROWS = (
     ZooRow("c2d_r50", 8, 256, 24_327_632, gflops=25.89),
     ZooRow("slow_r50", 4, 256, 32_454_096, gflops=27.55),
@@ -62,32 +62,33 @@ ROWS = (
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers a network learns."""
+    """Count the learnable values of a network."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_gflops(model: nn.Module, frames: int, size: int) -> float:
-    """Cost of one clip in evaluation, as fvcore counts: multiply-adds once, and two operations a normalised value.
+    """Count the GFLOPs of one clip in evaluation as fvcore does.
 
-    The network may be on torch's meta device, which fvcore cannot trace: so nothing is computed to count it.
+    A multiply-add counts once, a batch-normalised value counts as two operations. The network may be on torch's meta
+    device, which fvcore does not support: there, nothing is computed.
     """
-    normalised = 0
+    normalised_values = 0
 
-    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal normalised
-        normalised += output.numel()
+    def count_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal normalised_values
+        normalised_values += output.numel()
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
+    hooks = [m.register_forward_hook(count_output) for m in model.modules() if isinstance(m, nn.BatchNorm3d)]
     clip = torch.empty(1, 3, frames, size, size, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(clip)
     for hook in hooks:
         hook.remove()
-    return (counter.get_total_flops() / 2 + 2 * normalised) / 1e9
+    return (counter.get_total_flops() / 2 + 2 * normalised_values) / 1e9
 
 
-def markdown() -> str:
-    """The table, in Markdown."""
+def format_table() -> str:
+    """Return the table in Markdown."""
     lines = [
         "| `model=` | input | parameters | published | GFLOPs | published |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
@@ -108,4 +109,4 @@ def markdown() -> str:
 
 
 if __name__ == "__main__":
-    print(markdown())
+    print(format_table())

@@ -1,13 +1,13 @@
-"""What a file of weights holds, whatever wrote it, read without running anything in it.
+"""Read weights files of many formats without running any code that they contain.
 
-Reads what `torch.save` writes and wrote, pickles, safetensors and `.npz`, also inside of gzip, bzip2, xz, tar or zip.
+Formats: `torch.save` (also from before torch 1.6), pickle, safetensors and `.npz`, each of them also inside gzip,
+bzip2, xz, tar or zip.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
-import json
 import lzma
 import os
 import pickle
@@ -25,8 +25,10 @@ from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
 import numpy as np
+import safetensors.torch
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
@@ -34,34 +36,34 @@ from mgvideo.errors import UserError
 from mgvideo.storage.paths import is_remote, local_copy
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".ckpt", ".bin", ".safetensors", ".pkl", ".npz", ".pth.tar")
-COMPRESSED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-OTHER_KINDS = {  # how files of other kinds begin
+DECOMPRESSORS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+UNSUPPORTED_FORMATS = {  # first bytes of a file → the error message
     b"\x28\xb5\x2f\xfd": "is compressed by zstd: unpack it first",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive: unpack it first",
     b"Rar!": "is a rar archive: unpack it first",
-    b"\x89HDF": "is an HDF5 file, as Keras writes: its tensors have other names and shapes",
+    b"\x89HDF": "is an HDF5 file, as Keras writes: its tensors have different names and shapes",
 }
-DTYPES = {  # of safetensors
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
-}
-LISTED = 8  # so many names are listed, the rest are counted
+INCOMPLETE_SAFETENSORS = (  # what errors of the safetensors library contain if a file is cut short, by its version
+    *("header length", "header too small", "not fully covered"),
+    *("InvalidHeaderLength", "HeaderTooSmall", "MetadataIncompleteBuffer"),
+)
+MAX_LISTED_NAMES = 8  # a message lists this many names and counts the rest
+ITEMS = "items of it"  # the key of a placeholder's items; no attribute of an object has a space in its name
 
 
-class NotWeightsError(Exception):
-    """A file that holds no weights, or none that can be read; the message says what it is and what to do."""
+class UnreadableWeightsError(Exception):
+    """The file has no readable weights. The message says what the file is and what to do; its subject is the file."""
 
 
-class StandIn:
-    """An object whose class is not loaded: its attributes and its items, without any of its code."""
+class Placeholder:
+    """Replaces an unpickled object whose class is not loaded. Keeps its attributes and items, but none of its code."""
 
-    def __new__(cls, *_: Any, **attributes: Any) -> StandIn:
-        """Keep keyword arguments; other arguments of a constructor have no names."""
-        made = object.__new__(cls)
-        made.__dict__.update(attributes)
-        made.__dict__["items of it"] = {}
-        return made
+    def __new__(cls, *_: Any, **attributes: Any) -> Placeholder:
+        """Keep the keyword arguments as attributes. Drop positional arguments, because they have no names."""
+        placeholder = object.__new__(cls)
+        placeholder.__dict__.update(attributes)
+        placeholder.__dict__[ITEMS] = {}
+        return placeholder
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -71,245 +73,251 @@ class StandIn:
                 self.__dict__.update({str(name): value for name, value in part.items()})
 
     def __setitem__(self, name: Any, value: Any) -> None:
-        self.__dict__["items of it"][name] = value
+        self.__dict__[ITEMS][name] = value
 
     def append(self, value: Any) -> None:
-        """As of a list or a set."""
-        items = self.__dict__["items of it"]
+        """Keep an item of a list or a set."""
+        items = self.__dict__[ITEMS]
         items[len(items)] = value
 
     add = append
 
-    def __call__(self, *_: Any, **__: Any) -> StandIn:
-        """Call nothing."""
-        return StandIn()
+    def __call__(self, *_: Any, **__: Any) -> Placeholder:
+        """Return an empty placeholder; no code runs."""
+        return Placeholder()
 
-    def contents(self) -> dict[Any, Any]:
-        """Attributes and items by name; of a network, its parameters and buffers as in its state dict."""
-        own = {name: value for name, value in self.__dict__.items() if name != "items of it"}
-        if {"_modules", "_parameters", "_buffers"} <= own.keys():
-            transient = set(own.get("_non_persistent_buffers_set") or ())
-            buffers = {name: value for name, value in dict(own["_buffers"]).items() if name not in transient}
-            return {**dict(own["_parameters"]), **buffers, **dict(own["_modules"])}
-        return {**own, **self.__dict__["items of it"]}
+    def as_dict(self) -> dict[Any, Any]:
+        """Attributes and items by name. For an `nn.Module`: parameters, persistent buffers and submodules by name."""
+        attributes = {name: value for name, value in self.__dict__.items() if name != ITEMS}
+        if {"_modules", "_parameters", "_buffers"} <= attributes.keys():
+            not_persistent = set(attributes.get("_non_persistent_buffers_set") or ())
+            buffers = {
+                name: value for name, value in dict(attributes["_buffers"]).items() if name not in not_persistent
+            }
+            return {**dict(attributes["_parameters"]), **buffers, **dict(attributes["_modules"])}
+        return {**attributes, **self.__dict__[ITEMS]}
 
 
-def _storage(data: bytes) -> Any:
-    """A tensor's memory in a plain pickle, which torch itself would read with code and all."""
+def _load_storage(data: bytes) -> Any:
+    """Load a tensor's storage from a plain pickle. torch's own function for this would run code in the pickle."""
     return torch.load(BytesIO(data), map_location="cpu", weights_only=True)
 
 
-_ARRAY = np.empty(0).__reduce__()[0]
-KNOWN: dict[str, Any] = {  # what a pickle may call besides what torch itself allows for weights
+_RECONSTRUCT_ARRAY = np.empty(0).__reduce__()[0]
+ALLOWED_GLOBALS: dict[str, Any] = {  # what a pickle may call, besides torch's own list for `weights_only=True`
     **{f"builtins.{kind.__name__}": kind for kind in (set, frozenset, complex, bytearray, bytes, slice, range)},
     **{f"builtins.{kind.__name__}": kind for kind in (object, list, dict, tuple, int, float, str, bool)},
     "collections.defaultdict": defaultdict,
-    "torch.storage._load_from_bytes": _storage,
+    "torch.storage._load_from_bytes": _load_storage,
     "numpy.dtype": np.dtype,
     "numpy.ndarray": np.ndarray,
-    **{f"numpy.{core}.multiarray._reconstruct": _ARRAY for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray._reconstruct": _RECONSTRUCT_ARRAY for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": np.float32(0).__reduce__()[0] for core in ("core", "_core")},
 }
-CODE = {  # what is only there to be called: modules, and functions of builtins
-    *(
-        "os",
-        "posix",
-        "nt",
-        "sys",
-        "subprocess",
-        "shutil",
-        "importlib",
-        "runpy",
-        "pty",
-        "socket",
-        "ctypes",
-        "webbrowser",
-    ),
+REFUSED_GLOBALS = {  # modules and builtins that a pickle names only in order to run code
+    *("os", "posix", "nt", "sys", "subprocess", "shutil"),
+    *("importlib", "runpy", "pty", "socket", "ctypes", "webbrowser"),
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.open", "builtins.__import__", "builtins.getattr"),
     *("builtins.setattr", "builtins.delattr", "builtins.globals", "builtins.execfile", "builtins.apply"),
 }
 
 
-_PythonUnpickler: Any = pickle._Unpickler  # the one in C lets nobody look at what an instruction changes
+_PythonUnpickler: Any = pickle._Unpickler  # the C unpickler has no hook for the BUILD instruction
 
 
 class Unpickler(_PythonUnpickler):
-    """Reads a pickle of tensors, arrays and plain values; every other object becomes a `StandIn`.
+    """Reads a pickle of tensors, arrays and plain values. Every other object becomes a `Placeholder`.
 
-    So nothing that a file names is called. A file with names that are only there to be called is refused.
+    So no function or class that the pickle names is called, except those of `ALLOWED_GLOBALS` and torch's own list.
+    Raises `UnreadableWeightsError` if the pickle names anything in `REFUSED_GLOBALS`.
     """
 
     dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._classes: dict[str, type[StandIn]] = {}
+        self._classes: dict[str, type[Placeholder]] = {}
 
     def load_build(self) -> None:
-        """Set an object's state, of what is made here alone: a class or a function would be changed for good."""
-        if not isinstance(self.stack[-2], StandIn | Tensor | np.ndarray | np.dtype | OrderedDict):
-            raise pickle.UnpicklingError(f"it changes a {type(self.stack[-2]).__name__}")
+        """Set an object's state.
+
+        Raises UnpicklingError for classes and functions: they are the process's own, and the change would last.
+        """
+        if not isinstance(self.stack[-2], Placeholder | Tensor | np.ndarray | np.dtype | OrderedDict):
+            raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
-        """One of the few that weights are made with, or a stand-in."""
-        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # since Python 2
-        full = f"{module}.{name}"
-        known = KNOWN.get(full, _get_allowed_globals().get(full))
-        if known is not None:
-            return known
+        """Return an allowed class or function, else a `Placeholder` class with its name."""
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # Python 2 names
+        full_name = f"{module}.{name}"
+        allowed = ALLOWED_GLOBALS.get(full_name, _get_allowed_globals().get(full_name))
+        if allowed is not None:
+            return allowed
+        # such as "Path.touch"; the last part of a nested class's name begins with a capital letter
         is_method = "." in name and not name.rpartition(".")[2][:1].isupper()
-        if {full, module.partition(".")[0]} & CODE or is_method:
-            raise NotWeightsError(
-                f"holds code, {full}, of which nothing was run: if you trust it, read it with "
-                "torch.load(…, weights_only=False) and torch.save its state dict alone"
+        if {full_name, module.partition(".")[0]} & REFUSED_GLOBALS or is_method:
+            raise UnreadableWeightsError(
+                f"contains code, {full_name}, which was not run: if you trust the file, load it with "
+                "torch.load(…, weights_only=False) and save only its state dict with torch.save"
             )
-        if full not in self._classes:
-            self._classes[full] = type(name, (StandIn,), {"__module__": module})
-        return self._classes[full]
+        if full_name not in self._classes:
+            self._classes[full_name] = type(name, (Placeholder,), {"__module__": module})
+        return self._classes[full_name]
 
 
-_PICKLE = SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=lambda file, **kw: Unpickler(file, **kw).load())
+_PICKLE_MODULE = SimpleNamespace(
+    __name__="pickle", Unpickler=Unpickler, load=lambda file, **kw: Unpickler(file, **kw).load()
+)
 
 
-def read(path: str | PathLike[str]) -> Any:
-    """What a file of weights holds, a URL, or torchvision's weights of this name.
+def read_weights(path: str | PathLike[str]) -> Any:
+    """Read a weights file.
 
-    Tensors are on the CPU; objects of classes other than tensors, arrays and plain values are `StandIn`s.
+    Args:
+        path: a local path, a URL, or the name of torchvision weights such as `ResNet50_Weights.IMAGENET1K_V2`.
+
+    Returns:
+        The file's content. Tensors are on the CPU. Objects other than tensors, arrays and plain values are
+        `Placeholder`s.
 
     Raises:
-        UserError: no such file, or one that holds no weights or code. The message says what it is and what to do.
+        UserError: the file does not exist, has no readable weights, or contains code. The message says what the file
+            is and what to do.
     """
-    copy = ""
+    copy_note = ""
     try:
         if re.fullmatch(r"\w+_Weights\.\w+", str(path)):
             return torchvision.models.get_weight(str(path)).get_state_dict(progress=False, check_hash=True)
         file = local_copy(path)
-        copy = f"; the copy kept of it is {file}" if is_remote(path) else ""
+        copy_note = f"; its local copy is {file}" if is_remote(path) else ""
         if os.path.isdir(file):
-            raise NotWeightsError(_folder(Path(file)))
+            raise UnreadableWeightsError(_describe_folder(Path(file)))
         with open(file, "rb") as opened, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about old formats
-            return _content(opened)
-    except NotWeightsError as error:
+            warnings.simplefilter("ignore")  # torch warns about old formats
+            return _read_content(opened)
+    except UnreadableWeightsError as error:
         reason = str(error).replace("FILE", str(path))
-        raise UserError(f"cannot read weights from {path}: it {reason}{copy}") from error
+        raise UserError(f"cannot read weights from {path}: it {reason}{copy_note}") from error
     except OSError as error:
         raise UserError(f"cannot read weights from {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make an unpickler raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot read weights from {path}: it is damaged or no file of weights{copy}: {reason}"
+            f"cannot read weights from {path}: it is damaged or not a weights file{copy_note}: {reason}"
         ) from error
 
 
-def _content(file: IO[bytes], depth: int = 0) -> Any:
-    """What an open file holds, by how it begins."""
+def _read_content(file: IO[bytes], depth: int = 0) -> Any:
+    """Read an open file; its first bytes decide the format. `depth` counts the archives and compressions around it."""
     start = file.read(512)
     file.seek(0)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not start.strip(b"\0"):
-        raise NotWeightsError("is empty" if not start else "holds zeros alone: was the download cut short?")
-    for magic, reason in OTHER_KINDS.items():
+        raise UnreadableWeightsError("is empty" if not start else "contains only zeros: download it again")
+    for magic, reason in UNSUPPORTED_FORMATS.items():
         if start.startswith(magic):
-            raise NotWeightsError(reason)
-    for magic, opener in COMPRESSED.items():
+            raise UnreadableWeightsError(reason)
+    for magic, opener in DECOMPRESSORS.items():
         if start.startswith(magic) and depth < 3:
             with opener(file) as inner:
-                return _whole(inner, depth)
+                return _read_unpacked(inner, depth)
     if start.startswith(b"PK"):
         if zipfile.is_zipfile(file):
-            return _zip(file, depth)
-        raise NotWeightsError(_cut_short(size))
+            return _read_zip(file, depth)
+        raise UnreadableWeightsError(_cut_short(size))
     if _is_tar(file):
-        return _tar(file, depth)
+        return _read_tar(file, depth)
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header < 100_000_000:
-        return _safetensors(file, header, size)
+        return _read_safetensors(file, size)
     if not start.startswith(b"\x80"):
-        _refuse_text(start)
-    return _pickled(file, size)
+        _raise_if_text(start)
+    return _read_pickle(file, size)
 
 
-def _whole(inner: IO[bytes], depth: int) -> Any:
+def _read_unpacked(inner: IO[bytes], depth: int) -> Any:
+    """Unpack a compressed file or an archive member into memory and read it."""
     try:
         data = inner.read()
     except EOFError as error:
-        raise NotWeightsError("is cut short inside of its compression: download it again") from error
-    return _content(BytesIO(data), depth + 1)
+        raise UnreadableWeightsError("is cut short inside its compressed data: download it again") from error
+    return _read_content(BytesIO(data), depth + 1)
 
 
 def _cut_short(size: int) -> str:
     return f"is cut short at {size:,} bytes: download or copy it again"
 
 
-def _pickled(file: IO[bytes], size: int) -> Any:
-    """A plain pickle, or the format of torch before 1.6, which begins with a pickle of a number."""
+def _read_pickle(file: IO[bytes], size: int) -> Any:
+    """Read a plain pickle, or the format of torch before 1.6, which begins with a pickled magic number."""
     file.seek(0)
     try:
         content = Unpickler(file, encoding="latin1").load()
         if content != torch.serialization.MAGIC_NUMBER:
             return content
         file.seek(0)
-        return _torch(file)
+        return _load_torch(file)
     except EOFError as error:
-        raise NotWeightsError(_cut_short(size)) from error
+        raise UnreadableWeightsError(_cut_short(size)) from error
     except (pickle.UnpicklingError, RuntimeError) as error:
         if any(words in str(error) for words in ("truncated", "unexpected EOF", "corrupted", "exhausted")):
-            raise NotWeightsError(_cut_short(size)) from error
+            raise UnreadableWeightsError(_cut_short(size)) from error
         raise
-    except (KeyError, IndexError, ValueError) as error:  # bytes that are no instructions of a pickle
-        raise NotWeightsError("is damaged, or of a kind that is not read") from error
+    except (KeyError, IndexError, ValueError) as error:  # the bytes are not pickle instructions
+        raise UnreadableWeightsError("is damaged, or has a format that is not supported") from error
 
 
-def _torch(file: IO[bytes]) -> Any:
-    """What torch.save wrote: as torch reads weights, or where they come with other objects, with these as stand-ins."""
+def _load_torch(file: IO[bytes]) -> Any:
+    """Read a file of torch.save. If torch refuses it because of other objects, read those as placeholders."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+        return torch.load(file, map_location="cpu", weights_only=False, pickle_module=_PICKLE_MODULE)
 
 
-def _zip(file: IO[bytes], depth: int) -> Any:
+def _read_zip(file: IO[bytes], depth: int) -> Any:
+    """Read a zip archive: a file of torch.save, an `.npz`, or an archive with one weights file in it."""
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
         inside = {name.partition("/")[2] or name for name in names}
         if "constants.pkl" in inside:
-            raise NotWeightsError(
-                "is a TorchScript program: if you trust it, convert it: "
+            raise UnreadableWeightsError(
+                "is a TorchScript program: if you trust it, convert it with "
                 "python -c \"import torch; torch.save(torch.jit.load('FILE').state_dict(), 'weights.pth')\""
             )
         if "data.pkl" in inside:
-            return _torch_zip(file, archive)
+            return _read_torch_zip(file, archive)
         if any(name in inside for name in ("archive_format", "serialized_exported_program.json")):
-            raise NotWeightsError(
-                "is a program of torch.export: convert it: "
+            raise UnreadableWeightsError(
+                "is a program of torch.export: convert it with "
                 "python -c \"import torch; torch.save(torch.export.load('FILE').state_dict, 'weights.pth')\""
             )
         if names and all(name.endswith(".npy") for name in names):
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        member = _only_weights(names, "zip")
+        member = _find_weights_member(names, "zip")
         with archive.open(member) as inner:
-            return _whole(inner, depth)
+            return _read_unpacked(inner, depth)
 
 
-def _torch_zip(file: IO[bytes], archive: zipfile.ZipFile) -> Any:
-    has_checksums = any(member.CRC for member in archive.infolist())  # torch itself compares none
+def _read_torch_zip(file: IO[bytes], archive: zipfile.ZipFile) -> Any:
+    """Check the checksums of a file of torch.save and read it."""
+    has_checksums = any(member.CRC for member in archive.infolist())  # torch does not compare them
     if has_checksums and archive.testzip() is not None:
-        raise NotWeightsError("is damaged: its content does not match its checksums; download or copy it again")
+        raise UnreadableWeightsError("is damaged: its content does not match its checksums: download or copy it again")
     file.seek(0)
     try:
-        return _torch(file)
+        return _load_torch(file)
     except RuntimeError as error:
         if "PytorchStreamReader" not in str(error):
             raise
-        raise NotWeightsError("is damaged: download or copy it again") from error
+        raise UnreadableWeightsError("is damaged: download or copy it again") from error
 
 
 def _is_tar(file: IO[bytes]) -> bool:
@@ -322,81 +330,81 @@ def _is_tar(file: IO[bytes]) -> bool:
         file.seek(0)
 
 
-def _tar(file: IO[bytes], depth: int) -> Any:
+def _read_tar(file: IO[bytes], depth: int) -> Any:
+    """Read the only weights file in an uncompressed tar archive."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         names = [member.name for member in archive if member.isfile()]
         if {"storages", "tensors", "pickle"} <= set(names):
-            raise NotWeightsError(
-                "was saved by torch before 0.2: torch.load and torch.save it with an older torch first"
+            raise UnreadableWeightsError(
+                "was saved by torch before 0.2: load it and save it again with an older torch first"
             )
-        inner = archive.extractfile(_only_weights(names, "tar"))
+        inner = archive.extractfile(_find_weights_member(names, "tar"))
         assert inner is not None
-        return _whole(inner, depth)
+        return _read_unpacked(inner, depth)
 
 
-def _only_weights(names: list[str], kind: str) -> str:
-    """The one file of weights in an archive."""
-    found = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise NotWeightsError(f"is a {kind} archive without weights: it holds {_listed(names)}")
-    raise NotWeightsError(f"is a {kind} archive of several: unpack it and give one of {_listed(found)}")
+def _find_weights_member(names: list[str], kind: str) -> str:
+    """Return the name of the only weights file in an archive."""
+    candidates = [name for name in names if name.lower().endswith(SUFFIXES)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        raise UnreadableWeightsError(f"is a {kind} archive without weights: it contains {_list_names(names)}")
+    raise UnreadableWeightsError(
+        f"is a {kind} archive with several weights files: unpack it and give one of {_list_names(candidates)}"
+    )
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"{', '.join(names[:LISTED])}{more}" if names else "nothing"
+def _list_names(names: list[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+    return f"{', '.join(names[:MAX_LISTED_NAMES])}{more}" if names else "nothing"
 
 
-def _safetensors(file: IO[bytes], header: int, size: int) -> dict[str, Tensor]:
-    """Tensors of a safetensors file: a JSON header with names, dtypes, shapes and places, then their bytes."""
-    file.seek(8)
-    text = file.read(header)
-    if len(text) < header:
-        raise NotWeightsError(_cut_short(size))
-    entries = json.loads(text)
-    entries.pop("__metadata__", None)
-    found = {}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        if 8 + header + end > size:
-            raise NotWeightsError(_cut_short(size))
-        if entry["dtype"] not in DTYPES:
-            raise NotWeightsError(f"holds {name} as {entry['dtype']}, which is not read: convert it to float32")
-        file.seek(8 + header + begin)
-        data = bytearray(file.read(end - begin))
-        dtype = DTYPES[entry["dtype"]]
-        found[name] = (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).view(
-            entry["shape"]
-        )
-    return found
+def _read_safetensors(file: IO[bytes], size: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name."""
+    file.seek(0)
+    try:
+        tensors = safetensors.torch.load(file.read())
+    except KeyError as error:  # a dtype of the format that torch lacks
+        raise UnreadableWeightsError(f"contains tensors of dtype {error.args[0]}: convert them to float32") from error
+    except SafetensorError as error:
+        if any(text in str(error) for text in INCOMPLETE_SAFETENSORS):  # or longer than its header says, which is rare
+            raise UnreadableWeightsError(_cut_short(size)) from error
+        raise
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # the scale of a float8 tensor lies elsewhere
+            raise UnreadableWeightsError(f"contains {name} as {tensor.dtype}: convert it to float32")
+    return tensors
 
 
-def _refuse_text(start: bytes) -> None:
-    """Raise where a file is text: a web page, a pointer to the file itself, or something else."""
+def _raise_if_text(start: bytes) -> None:
+    """Raise `UnreadableWeightsError` if the file is text: a web page, a git-LFS pointer or any other text."""
     text = start.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     lower = text.lower()
     if lower.startswith("version https://git-lfs"):
-        raise NotWeightsError("is a pointer of git-LFS and not the file itself: run git lfs pull where it comes from")
+        raise UnreadableWeightsError(
+            "is a git-LFS pointer and not the file itself: run git lfs pull in the repository it comes from"
+        )
     if lower.startswith(("<!doctype", "<html", "<?xml", "<head", "<!--")) or "<html" in lower:
         title = re.search(r"<(?:title|message)>\s*([^<]*)", text, re.IGNORECASE)
-        named = f" ({title[1].strip()[:60]})" if title else ""
-        raise NotWeightsError(f"is a web page{named} and not the file itself: download it from the link to the file")
+        title_note = f" ({title[1].strip()[:60]})" if title else ""
+        raise UnreadableWeightsError(
+            f"is a web page{title_note} and not the file itself: download it from the link to the file"
+        )
     readable = sum(char.isprintable() or char in "\r\n\t" for char in text)
     if readable == len(text) and "\ufffd" not in text[:-4] and not re.match(r"\(?[dl]p\d|\([a-z]|c[\w.]+\n", text):
-        raise NotWeightsError(f"is text that begins with {text.splitlines()[0][:40]!r}, and no file of weights")
+        raise UnreadableWeightsError(f"is text that begins with {text.splitlines()[0][:40]!r}, not a weights file")
 
 
-def _folder(folder: Path) -> str:
-    """What to do with a folder."""
+def _describe_folder(folder: Path) -> str:
+    """Say what to do with a folder: convert it, or give one of its files."""
     if any(folder.glob("*.distcp")):
         return (
-            "is a folder of torch.distributed.checkpoint: convert it: "
+            "is a folder of torch.distributed.checkpoint: convert it with "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
         )
     files = sorted(str(file.relative_to(folder)) for place in ("*", "*/*") for file in folder.glob(place))
-    found = [file for file in files if file.lower().endswith(SUFFIXES)]
-    if not found:
-        return "is a folder without weights in it: give a file"
-    return f"is a folder: give one of its files, {_listed(found)}"
+    candidates = [file for file in files if file.lower().endswith(SUFFIXES)]
+    if not candidates:
+        return "is a folder without weights files: give a file"
+    return f"is a folder: give one of its files, {_list_names(candidates)}"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 
-if os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda":  # tests/gpu; all other tests run the same code on every machine
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, and for the processes that tests start
+if (
+    os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda"
+):  # only tests/gpu use a GPU, so that all other tests run the same code everywhere
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # set before torch is imported, and inherited by the processes that tests start
+    )
 
 import pytest
 from training import KNOBS
@@ -15,7 +19,7 @@ from mgvideo.datasets.motion import make_motion
 
 @pytest.fixture(scope="session")
 def motion_root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with the small Motion dataset of `training.KNOBS` in it."""
+    """A folder that contains the small Motion dataset of `training.KNOBS`."""
     root = tmp_path_factory.mktemp("motion")
-    make_motion(str(root), KNOBS, processes=1)  # others would take longer to start than this takes
+    make_motion(str(root), KNOBS, processes=1)  # starting more processes takes longer than this
     return str(root)

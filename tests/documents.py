@@ -1,4 +1,4 @@
-"""The pages, comments and strings of the project that are for people, and the commands and names that they show."""
+"""Find the commands and names that the project's pages, comments and strings show to users."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "models/README.md"
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 SOURCES = [path for folder in ("mgvideo", "models", "datasets", "tools") for path in ROOT.glob(f"{folder}/**/*.py")]
 SCRIPT = ROOT / "tools/slurm/train.sbatch"
-# words that begin a command; a code block that begins with one holds nothing else
+# first words of commands; if a code block starts with one, all of its lines are commands
 SHELL = (
     r"python3?|mgvideo|torchrun|sbatch|srun|scancel|scontrol|make|tensorboard|pip3?|git|cd|docker|kubectl|conda|uv|ffmpeg"
     r"|apt-get|curl|wget|export|source|bash|sh|(?:\./|\.venv/|tools/)\S+"
 )
-BEGINS = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{SHELL})(?= |$)")
-# what a command begins with in running text and in strings, and the words that it goes on with
-OURS = re.compile(
+COMMAND_START = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{SHELL})(?= |$)")
+# the start of one of our commands in prose and in strings, and the words that continue it
+OUR_COMMAND = re.compile(
     rf"(?:python )?tools/\w+\.py(?= |$)|mgvideo (?:{'|'.join(PROGRAMS)})\b(?!:)|torchrun(?= --)|sbatch(?= --)"
 )
 ARGUMENT = re.compile(r"\d[\d.]*|--?\w[\w-]*(?:=\S*)?|[\w.@~+/-]+=\S*|…|\[\S+\]|[A-Z]+…?|tools/\S+\.(?:py|sbatch)")
-CHOICES = SimpleNamespace(model="slowfast_small", dataset="motion")  # of the run whose advice is read
+CHOICES = SimpleNamespace(model="slowfast_small", dataset="motion")  # the choices of the run whose advice is read
 
 
-class Shown(NamedTuple):
-    """A command and where it is shown."""
+class ShownCommand(NamedTuple):
+    """A command and the file that shows it."""
 
     where: str
     text: str
 
 
 def blocks(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Language and lines of each code block of a page, fenced or indented."""
+    """Yield the language and the lines of each code block of a page, fenced or indented."""
     language, lines, indented = None, [], []
     for line in [*text.splitlines(), ""]:
         fence = re.match(r"\s*```(\w*)", line)
@@ -63,21 +63,21 @@ def blocks(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def spans(text: str) -> list[str]:
-    """The inline code of a page, outside its blocks."""
+    """List the inline code of a page, outside its code blocks."""
     prose = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.M | re.S)
-    return [" ".join(found.split()) for found in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
+    return [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
 
 
-def joined(lines: Sequence[str]) -> list[str]:
-    """Lines without comments, those that end in a backslash joined to the next."""
+def join_continued_lines(lines: Sequence[str]) -> list[str]:
+    """Drop comment lines, and join each line that ends in a backslash with the next one."""
     text = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def in_text(text: str) -> Iterator[str]:
-    """Our commands in running text: each as far as its words are those of a command."""
+def commands_in_text(text: str) -> Iterator[str]:
+    """Yield our commands in prose; a command ends before the first word that cannot be an argument."""
     place = 0
-    while match := OURS.search(text, place):
+    while match := OUR_COMMAND.search(text, place):
         words, place = [match[0]], match.end()
         subcommand = re.compile(r" ([a-z]+)(?= |$)").match(text, place)
         if subcommand and re.search(r"(?:benchmark|prepare)\b|prepare_data", match[0]):
@@ -90,48 +90,49 @@ def in_text(text: str) -> Iterator[str]:
         yield " ".join(words)
 
 
-def on_page(path: Path) -> Iterator[str]:
-    """The commands of a page: lines of code blocks, and inline code of several words."""
+def commands_on_page(path: Path) -> Iterator[str]:
+    """Yield the commands of a page: lines of code blocks, and inline code with several words."""
     text = path.read_text(encoding="utf-8")
     for language, lines in blocks(text):
-        if language != "python" and lines and BEGINS.match(lines[0]):
-            yield from joined(lines)
-    yield from (span for span in spans(text) if " " in span and BEGINS.match(span))
+        if language != "python" and lines and COMMAND_START.match(lines[0]):
+            yield from join_continued_lines(lines)
+    yield from (span for span in spans(text) if " " in span and COMMAND_START.match(span))
 
 
-def in_comments(path: Path) -> Iterator[str]:
-    """The commands in the comments of a YAML file or a script."""
+def commands_in_comments(path: Path) -> Iterator[str]:
+    """Yield the commands in the comments of a YAML file or a script."""
     comments = (line.partition("#")[2].strip() for line in path.read_text(encoding="utf-8").splitlines() if "#" in line)
-    yield from in_text("\n\n".join(comments))
+    yield from commands_in_text("\n\n".join(comments))
 
 
-def in_strings(path: Path) -> Iterator[str]:
-    """The commands in the strings of a module; what it fills in is a placeholder."""
+def commands_in_strings(path: Path) -> Iterator[str]:
+    """Yield the commands in the strings of a module, with `…` for each value of an f-string."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    mixed = [node for node in nodes if isinstance(node, ast.JoinedStr)]
-    inside = {id(part) for node in mixed for part in ast.walk(node)}
+    f_strings = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    inside = {id(part) for node in f_strings for part in ast.walk(node)}
     texts = [
-        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values) for node in mixed
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+        for node in f_strings
     ]
     texts += [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in inside]
     for text in texts:
-        yield from in_text(text) if isinstance(text, str) else ()
+        yield from commands_in_text(text) if isinstance(text, str) else ()
 
 
-def advised() -> Iterator[str]:
-    """What a run advises at its end."""
+def advised_commands() -> Iterator[str]:
+    """Yield the commands that a run prints as advice at its end."""
     for schedule in ("multigrid", "baseline"):
         yield from (line.split("`")[1] for line in run.advice(CHOICES, schedule))
 
 
-def all_shown() -> list[Shown]:
-    """Each command once, with the first place that shows it."""
-    places = [(page, on_page(page)) for page in PAGES]
-    places += [(path, in_comments(path)) for path in (*CONFIGS, SCRIPT)]
-    places += [(path, in_strings(path)) for path in sorted(SOURCES)]
-    places += [(ROOT / "mgvideo/cli/run.py", advised())]
+def all_shown_commands() -> list[ShownCommand]:
+    """List each command once, with the first file that shows it."""
+    places = [(page, commands_on_page(page)) for page in PAGES]
+    places += [(path, commands_in_comments(path)) for path in (*CONFIGS, SCRIPT)]
+    places += [(path, commands_in_strings(path)) for path in sorted(SOURCES)]
+    places += [(ROOT / "mgvideo/cli/run.py", advised_commands())]
     first_places: dict[str, Path] = {}
     for path, commands in places:
         for command in commands:
             first_places.setdefault(command, path)
-    return [Shown(str(path.relative_to(ROOT)), command) for command, path in first_places.items()]
+    return [ShownCommand(str(path.relative_to(ROOT)), command) for command, path in first_places.items()]

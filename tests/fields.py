@@ -1,4 +1,4 @@
-"""The files in tests/data/field, and H.264 whose pictures are two fields in packets of their own."""
+"""The videos in tests/data/field, and a writer of H.264 with each of a frame's two fields in its own packet."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ NUMBERS = {name: [n for first, last in runs for n in range(first, last + 1)] for
 BITS = 12
 
 
-class _Unit:
-    """A unit of an H.264 stream, written bit by bit."""
+class _NalUnit:
+    """A NAL unit of an H.264 stream, written bit by bit."""
 
     def __init__(self, header: int) -> None:
         self.header, self.bits = header, ""
 
-    def fixed(self, *pairs: tuple[int, int]) -> _Unit:
-        """Numbers, each with the bits that it takes."""
+    def fixed(self, *pairs: tuple[int, int]) -> _NalUnit:
+        """Append numbers, as `(value, number of bits)`."""
         self.bits += "".join(format(value, f"0{size}b") for value, size in pairs)
         return self
 
-    def golomb(self, *values: int) -> _Unit:
+    def golomb(self, *values: int) -> _NalUnit:
+        """Append numbers as unsigned Exp-Golomb codes."""
         for value in values:
             code = format(value + 1, "b")
             self.bits += "0" * (len(code) - 1) + code
         return self
 
-    def align(self) -> _Unit:
+    def align(self) -> _NalUnit:
+        """Append zeros up to the next full byte."""
         self.bits += "0" * (-len(self.bits) % 8)
         return self
 
@@ -43,29 +45,35 @@ class _Unit:
 
 
 def field_packets(frames: int) -> list[bytes]:
-    """Numbered frames of 128 × 32 pixels as H.264: two packets a frame, the upper and the lower field, uncompressed."""
-    parameters = _Unit(0x67).fixed((77, 8), (0, 8), (30, 8)).golomb(0, 0, 2, 1).fixed((0, 1)).golomb(7, 0)
-    parameters.fixed((0b001000, 6))  # frames and fields, nothing cropped
-    pictures = _Unit(0x68).golomb(0, 0).fixed((0, 2)).golomb(0, 0, 0).fixed((0, 3)).golomb(0, 0, 0).fixed((0, 3))
+    """Encode numbered_frame frames of 128 × 32 pixels as uncompressed H.264.
+
+    Every frame has two packets: the upper field, then the lower one.
+    """
+    sequence_parameters = _NalUnit(0x67).fixed((77, 8), (0, 8), (30, 8)).golomb(0, 0, 2, 1).fixed((0, 1)).golomb(7, 0)
+    sequence_parameters.fixed((0b001000, 6))  # frames and fields, no cropping
+    picture_parameters = (
+        _NalUnit(0x68).golomb(0, 0).fixed((0, 2)).golomb(0, 0, 0).fixed((0, 3)).golomb(0, 0, 0).fixed((0, 3))
+    )
     packets = [_field(number, bottom) for number in range(frames) for bottom in (0, 1)]
-    packets[0] = bytes(parameters) + bytes(pictures) + packets[0]
+    packets[0] = bytes(sequence_parameters) + bytes(picture_parameters) + packets[0]
     return packets
 
 
 def _field(number: int, bottom: int) -> bytes:
-    key = not number and not bottom
-    unit = _Unit(0x65 if key else 0x61).golomb(0, 7, 0).fixed((number % 16, 4), (1, 1), (bottom, 1))
-    if key:
+    """Encode one field: its eight columns are bright or dark as the bits of `number`."""
+    is_key = not number and not bottom
+    unit = _NalUnit(0x65 if is_key else 0x61).golomb(0, 7, 0).fixed((number % 16, 4), (1, 1), (bottom, 1))
+    if is_key:
         unit.golomb(0)
-    unit.fixed((0, 2 if key else 1)).golomb(0)
+    unit.fixed((0, 2 if is_key else 1)).golomb(0)
     for column in range(8):
-        unit.golomb(25).align()  # a block of pixels as they are
+        unit.golomb(25).align()  # a macroblock of raw pixels
         unit.bits += format(200 if number >> column & 1 else 50, "08b") * 256 + format(128, "08b") * 128
     return bytes(unit)
 
 
 def write_fields(path: Path, frames: int) -> Path:
-    """Write `field_packets` with a time each, raw where the suffix is `.h264`."""
+    """Write `field_packets` with timestamps; with the suffix `.h264`, write the raw stream without them."""
     packets = field_packets(frames)
     raw = path.with_suffix(".h264")
     raw.write_bytes(b"".join(packets))

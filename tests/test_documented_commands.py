@@ -1,7 +1,7 @@
-"""Every command that README, docs, comments of configs and the programs show works.
+"""Every command that the README, the docs, comments of configs and the programs show works.
 
-Plans, `--help` and `--list` are run. What would take long or needs the user's data is composed by the real program,
-with a stand-in for each placeholder, and is planned where it trains.
+Plans, `--help` and `--list` are run. For commands that take long or require the user's data, the real program composes
+the config, with a value for each placeholder. For training commands it also makes the plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from documents import SCRIPT, Shown, all_shown
+from documents import SCRIPT, ShownCommand, all_shown_commands
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,49 +34,49 @@ from mgvideo.cli.jobs import Job, launcher_overrides
 from mgvideo.cli.schema import RunKeys, check_values
 from mgvideo.errors import UserError
 
-SHOWN = all_shown()
+SHOWN = all_shown_commands()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
     "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
-# programs that are not ours, and why they are not run
-ELSEWHERE = {
-    "git": "clones from wherever the user has it",
+# programs that are not part of mgvideo → why they are not run
+NOT_RUN = {
+    "git": "clones from the user's copy",
     "cd": "enters that clone",
-    "scancel": "needs a job of the user's",
-    "scontrol": "needs a job of the user's",
-    "ffmpeg": "needs a video of the user's",
-    "docker": "needs an image of the user's",
-    "export": "sets variables of the shell",
-    "srun": "needs a cluster; tests/slurm has a small one",
-    "tensorboard": "is a server that does not end",
+    "scancel": "requires a job of the user",
+    "scontrol": "requires a job of the user",
+    "ffmpeg": "requires a video of the user",
+    "docker": "requires an image of the user",
+    "export": "sets shell variables",
+    "srun": "requires a cluster; tests/slurm has a small one",
+    "tensorboard": "is a server, which does not exit",
 }
-PACKAGES = {"torch-tb-profiler": "a viewer that mgvideo itself does not need"}  # in no extra of ours
-STAND_INS = {
+PACKAGES = {"torch-tb-profiler": "a viewer that mgvideo itself does not require"}  # not in any of our extras
+PLACEHOLDER_VALUES = {
     "experiment": "kinetics/slowfast_8x8_r50", "model": "slowfast_small", "dataset": "kinetics400",
     "table": "schedules", "preset": "motion", "benchmark": "measured.json", "out": "out.onnx",
 }  # fmt: skip
-FIRST = {"COMMAND": "check", "PROGRAM": "run", "NAME": "step", "check|pyramid|list|motion": "check"}
+FIRST_CHOICES = {"COMMAND": "check", "PROGRAM": "run", "NAME": "step", "check|pyramid|list|motion": "check"}
 
 
-def filled_in(words: Sequence[str]) -> list[str]:
-    """Words of a command with a value for each placeholder: `…`, and words in capitals."""
+def fill_placeholders(words: Sequence[str]) -> list[str]:
+    """Replace the placeholders of a command by values. Placeholders are `…` and words in capitals."""
     filled = []
     for word in words:
         name, is_key, value = word.partition("=")
-        if word in FIRST:
-            filled.append(FIRST[word])
+        if word in FIRST_CHOICES:
+            filled.append(FIRST_CHOICES[word])
         elif word == "…" or re.fullmatch(r"\[\S+=\S+\]", word):
             continue
         elif is_key and (not value or "…" in value or re.fullmatch(r"[A-Z]+", value)):
-            filled.append(f"{name}={STAND_INS.get(name.lstrip('+-'), 'stand_in')}")
+            filled.append(f"{name}={PLACEHOLDER_VALUES.get(name.lstrip('+-'), 'placeholder')}")
         else:
             filled.append(word)
     return filled
 
 
-def measured() -> str:
-    """A benchmark of every grid that a documented plan may have."""
+def benchmark_json() -> str:
+    """Return a benchmark file with every grid of the documented plans."""
     grids = [f"{frames}x{size}" for frames in (4, 8, 16, 32, 64) for size in (32, 45, 64, 112, 158, 224)]
     return json.dumps({"step_seconds": dict.fromkeys(grids, 0.1)})
 
@@ -94,7 +94,7 @@ compose_once = cache(app.compose_config)
 
 @cache
 def composed(*overrides: str) -> DictConfig:
-    """A run's config, checked and planned as the run itself does it."""
+    """Compose the config of a run, check it and make its plan, as the run does."""
     cfg = app.compose_config("run", overrides)
     check_values(cfg)
     check_groups(cfg)
@@ -103,7 +103,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def compose_run(arguments: Sequence[str]) -> None:
-    """Compose what `mgvideo run` would train, each run of a sweep for itself."""
+    """Compose the configs that `mgvideo run` would train, one for each run of a sweep."""
     flags = get_args_parser().parse_args(list(arguments))
     jobs = [flags.overrides]
     if flags.multirun:
@@ -114,8 +114,8 @@ def compose_run(arguments: Sequence[str]) -> None:
 
 
 def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
-    """Compose the recipe of a checkpoint: that of a run's folder, or of the network that is named."""
-    if ckpt.startswith("runs/") or ckpt == "stand_in":
+    """Compose the recipe of a checkpoint: the recipe in its run folder, or the one of the named network."""
+    if ckpt.startswith("runs/") or ckpt == "placeholder":
         cfg = OmegaConf.masked_copy(composed("output_dir=unused"), [f.name for f in fields(RunKeys)])
         Path("config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         check_values(trained.run_config(Path("config.yaml"), overrides, own))
@@ -156,7 +156,7 @@ def compose_soak(arguments: Sequence[str], patch: pytest.MonkeyPatch) -> None:
 
 
 def pip_install(words: Sequence[str]) -> None:
-    """Extras exist, and packages are those of an extra."""
+    """Check that the extras exist, and that the packages belong to an extra."""
     declared = re.search(r"extras_require=(\{.*?\n    \})", (ROOT / "setup.py").read_text(), re.S)
     assert declared
     extras = eval(declared[1])
@@ -172,7 +172,7 @@ def pip_install(words: Sequence[str]) -> None:
 
 
 def make(words: Sequence[str]) -> None:
-    """The targets exist, and so do the variables that are set."""
+    """Check that the targets and the variables exist in the Makefile."""
     makefile = (ROOT / "Makefile").read_text()
     for word in words:
         name, is_variable, _ = word.partition("=")
@@ -180,7 +180,7 @@ def make(words: Sequence[str]) -> None:
 
 
 class Programs:
-    """Our programs, each with its real reading of arguments; only plans, help and lists then go on to the end."""
+    """Runs our programs with their real argument parsing. Only plans, `--help` and lists run to the end."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch = patch
@@ -191,7 +191,7 @@ class Programs:
 
     def __call__(self, program: str, arguments: Sequence[str]) -> None:
         """Run or compose `mgvideo PROGRAM …`."""
-        if not arguments and program != "run":  # only named
+        if not arguments and program != "run":  # the text only names the program
             arguments = ["--help"]
         with self.patch.context() as patch:
             if program == "plan":
@@ -203,7 +203,7 @@ class Programs:
 
 
 def perform(command: str, programs: Programs) -> None:
-    """Run or compose one command; fails where it can do neither."""
+    """Run or compose one command. Fails if it can do neither."""
     if "launcher=slurm" in command:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
     if ".onnx" in command:
@@ -212,7 +212,7 @@ def perform(command: str, programs: Programs) -> None:
         words = shlex.split(part, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words.pop(0)
-        _perform(filled_in(words), programs)
+        _perform(fill_placeholders(words), programs)
 
 
 def _perform(words: list[str], programs: Programs) -> None:
@@ -231,7 +231,7 @@ def _perform(words: list[str], programs: Programs) -> None:
         assert rest[0] in cli.PROGRAMS, rest[0]
         programs(rest[0], rest[1:])
     elif first == "torchrun":
-        scriptless = all(word.startswith("-") for word in rest)  # named by its flags alone
+        scriptless = all(word.startswith("-") for word in rest)  # the text shows only flags
         parsed = torchrun_parser().parse_args([*rest, *["tools/run_net.py"] * scriptless])
         _perform([parsed.training_script, *parsed.training_script_args], programs)
     elif first == "sbatch":
@@ -244,19 +244,19 @@ def _perform(words: list[str], programs: Programs) -> None:
         assert rest[0] == "install"
         pip_install(rest[1:])
     else:
-        assert first in ELSEWHERE, f"neither run nor composed: {first}"
+        assert first in NOT_RUN, f"can neither run nor compose {first}"
 
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.chdir(tmp_path)
-    Path("measured.json").write_text(measured())
+    Path("measured.json").write_text(benchmark_json())
     write_extensions()
     return Programs(monkeypatch)
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=lambda shown: f"{shown.where}: {shown.text}")
-def test_a_shown_command_works(command: Shown, programs: Programs) -> None:
+def test_shown_command_works(command: ShownCommand, programs: Programs) -> None:
     perform(command.text, programs)
 
 
@@ -281,12 +281,12 @@ def test_a_shown_command_works(command: Shown, programs: Programs) -> None:
         "kubectl apply -f train.yaml",
     ],
 )
-def test_a_wrong_command_would_be_seen(command: str, programs: Programs) -> None:
+def test_wrong_command_fails(command: str, programs: Programs) -> None:
     with pytest.raises((SystemExit, UserError, AssertionError)):
         perform(command, programs)
 
 
-def test_commands_are_found_wherever_they_are_shown() -> None:
+def test_commands_are_found_in_all_kinds_of_places() -> None:
     first_words = {(shown.where, shown.text.split()[0]) for shown in SHOWN}
     assert first_words >= {
         ("README.md", "torchrun"),

@@ -1,4 +1,4 @@
-"""Keys, options, links and files that pages name exist, and their Python examples import."""
+"""The keys, options, links and files that pages name exist, and the imports of their Python examples work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mgvideo.datasets.motion import Knobs
 from mgvideo.plan.schedules import Schedule
 
 SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
-OWN_KEYS = [
+PROGRAM_KEYS = [
     plan.PlanKeys, reproduce.ReproduceKeys, predict.PredictKeys, export.ExportKeys, benchmark_loader.Keys,
     benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
     *(command.keys for command in prepare.COMMANDS.values()),
@@ -35,7 +35,7 @@ OWN_KEYS = [
 
 @cache
 def known_keys() -> frozenset[str]:
-    """Every key of a run under any choice of groups, and those of the other programs."""
+    """Return every key of a run with any choice of groups, and the keys of the other programs."""
     keys = {*app.flat_keys(OmegaConf.structured(RunKeys)), *GROUPS, "preset", "table"}
     for path in CONFIGS:
         group = path.relative_to(ROOT / "configs").parts[0]
@@ -44,13 +44,13 @@ def known_keys() -> frozenset[str]:
     keys |= {f"dataset.{each.name}" for each in fields(DatasetKeys)} | {
         f"schedule.{each.name}" for each in fields(Schedule)
     }
-    for program in OWN_KEYS:
+    for program in PROGRAM_KEYS:
         keys |= {each.name for each in fields(program)}
     return frozenset(keys)
 
 
 def named_keys(path: Path) -> Iterator[tuple[str, str]]:
-    """Keys with their values, if any, that are inline code of a page by themselves."""
+    """Yield the keys that are inline code of a page on their own, each with its value or an empty string."""
     for span in spans(path.read_text(encoding="utf-8")):
         words = span.split()
         if all(re.match(r"[+~]?[a-z][\w./]*=", word) for word in words):
@@ -65,13 +65,13 @@ def named_keys(path: Path) -> Iterator[tuple[str, str]]:
 def test_named_keys_and_options_exist(page: Path) -> None:
     options = group_options()
     for key, value in named_keys(page):
-        assert key in known_keys() or key.startswith("hydra."), f"{key} is no key of any program"
+        assert key in known_keys() or key.startswith("hydra."), f"no program has the key {key}"
         if key in options and re.fullmatch(r"[a-z]\w*", value):
             assert value in options[key] or key == "launcher", f"{key}={value} does not exist"
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=str)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_link_targets_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: *(\S+)", text, re.M):
         target, _, heading = "".join(link).partition("#")
@@ -83,7 +83,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def headings(path: Path) -> set[str]:
-    """The anchors of a page, as GitHub makes them."""
+    """Return the anchors of a page as GitHub makes them."""
     lines = re.findall(r"^#+ +(.*)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 

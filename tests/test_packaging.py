@@ -1,4 +1,4 @@
-"""The wheel, installed where no checkout is in sight."""
+"""The wheel works when installed in an environment without the checkout."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def run(*command: object, cwd: Path) -> str:
     return result.stdout
 
 
-def test_the_wheel_owns_one_name_and_its_command_trains(tmp_path: Path, motion_root: str) -> None:
+def test_wheel_installs_one_package_and_its_command_trains(tmp_path: Path, motion_root: str) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -25,11 +25,11 @@ def test_the_wheel_owns_one_name_and_its_command_trains(tmp_path: Path, motion_r
     python = tmp_path / "env/bin/python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet", wheel, cwd=tmp_path)
-    # dependencies come from the tests' own environment: a path file there shows them, but not its editable mgvideo
+    # a .pth file adds the dependencies from the tests' environment, but not its editable mgvideo
     packages = [path for path in sys.path if Path(path).name == "site-packages"]
     (site / "dependencies.pth").write_text("\n".join(packages))
-    where = run(python, "-c", "import mgvideo.models; print(mgvideo.models.__file__)", cwd=tmp_path).strip()
-    assert Path(where).is_relative_to(tmp_path)
+    installed = run(python, "-c", "import mgvideo.models; print(mgvideo.models.__file__)", cwd=tmp_path).strip()
+    assert Path(installed).is_relative_to(tmp_path)
     overrides = [*TINY, f"dataset.root={motion_root}", "base.epochs=0.25", "base.lr_milestones=[]", "schedule=baseline"]
     printed = run(tmp_path / "env/bin/mgvideo", "run", *overrides, "output_dir=out", "test.enable=false", cwd=tmp_path)
     assert "step 2/2" in printed

@@ -1,4 +1,4 @@
-"""Real videos for the tests, each frame showing its own number."""
+"""Write real videos for the tests. Every frame shows its number."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ DECORD = pytest.param("decord", marks=needs_decord)
 BITS = 8
 
 
-def numbered(number: int, height: int, width: int) -> np.ndarray:
-    """A frame whose eight columns are dark or light as its number's bits, with a gradient from top to bottom."""
+def numbered_frame(number: int, height: int, width: int) -> np.ndarray:
+    """Draw a frame `[height, width, 3]`, uint8: eight columns, dark or light as the bits of `number`.
+
+    It gets lighter from top to bottom.
+    """
     bits = [(number >> bit) & 1 for bit in range(BITS)]
     columns = np.array(bits)[np.arange(width) * BITS // width]
     rows = np.linspace(0, 60, height)[:, None]
@@ -28,14 +31,14 @@ def numbered(number: int, height: int, width: int) -> np.ndarray:
     )
 
 
-def number_of(frame: Any, bits: int = BITS) -> int:
-    """The number that a frame `[h, w, 3]` shows, whatever it was resized to."""
+def read_number(frame: Any, bits: int = BITS) -> int:
+    """Read the number that a frame `[h, w, 3]` of any size shows."""
     picture = np.asarray(frame).astype(float).mean((0, 2))
     middles = (np.arange(bits) + 0.5) * len(picture) / bits
     return int(sum(1 << bit for bit, x in enumerate(middles.astype(int)) if picture[x] > 120))
 
 
-def write(
+def write_video(
     path: Path,
     frames: int = 40,
     height: int = 60,
@@ -46,11 +49,12 @@ def write(
     times: Callable[[int], int] = lambda number: number,
     fps: int = 25,
     colours: dict[str, int] | None = None,
-    picture: Callable[[int, int, int], np.ndarray] = numbered,
+    picture: Callable[[int, int, int], np.ndarray] = numbered_frame,
 ) -> Path:
-    """Write a video of frames `picture(number, height, width)`; `times` gives when each is displayed, in 1 / fps.
+    """Write a video of frames `picture(number, height, width)`.
 
-    `colours`: the `colorspace`, `color_range`, `color_primaries` and `color_trc` that its pictures are stored in.
+    `times` returns the display time of a frame in units of 1 / fps. `colours` are the `colorspace`, `color_range`,
+    `color_primaries` and `color_trc` of the stored frames.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -68,14 +72,17 @@ def write(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
-        # As root this encoder gives the thread that calls it real-time priority, which starves everything else.
+        # As root, this encoder gives the calling thread real-time priority, which starves all other processes.
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
-def write_turned(path: Path, **options: Any) -> Path:
-    """Write a video of numbered frames that is to be shown turned by a quarter, as its metadata say."""
-    with av.open(str(write(path.with_suffix(".upright.mp4"), **options))) as source, av.open(str(path), "w") as target:
+def write_rotated(path: Path, **options: Any) -> Path:
+    """Write a video of numbered frames whose metadata rotate it by 90 degrees."""
+    with (
+        av.open(str(write_video(path.with_suffix(".upright.mp4"), **options))) as source,
+        av.open(str(path), "w") as target,
+    ):
         stream = target.add_stream_from_template(source.streams.video[0])
         stream.set_display_rotation(90)
         for packet in source.demux(video=0):
@@ -85,7 +92,7 @@ def write_turned(path: Path, **options: Any) -> Path:
     return path
 
 
-# videos that are unusual and in order: arguments of `write`
+# unusual but valid videos: arguments of `write_video`
 FILES: dict[str, dict[str, Any]] = {
     "plain": {"options": {"g": "12"}},
     "b-frames": {"options": {"g": "250", "bf": "3", "b_strategy": "0"}},
@@ -120,15 +127,15 @@ FILES: dict[str, dict[str, Any]] = {
 }
 
 
-def odd_files(folder: Path) -> dict[str, Path]:
-    """Write FILES into a folder."""
+def write_odd_files(folder: Path) -> dict[str, Path]:
+    """Write the videos of `FILES` into a folder; return their paths by name."""
     names = {name: name if "." in name and name != "h.265" else f"{name}.mp4" for name in FILES}
-    return {name: write(folder / names[name], **options) for name, options in FILES.items()}
+    return {name: write_video(folder / names[name], **options) for name, options in FILES.items()}
 
 
-def bad_files(folder: Path) -> dict[str, Path]:
-    """Paths that hold no readable video."""
-    whole = write(folder / "whole.mp4", options={"g": "12"}).read_bytes()
+def create_bad_files(folder: Path) -> dict[str, Path]:
+    """Create paths without a readable video in a folder; return them by name."""
+    whole = write_video(folder / "whole.mp4", options={"g": "12"}).read_bytes()
     paths = {name: folder / f"{name}.mp4" for name in ("empty", "text", "truncated", "no moov", "audio only", "loop")}
     paths["empty"].write_bytes(b"")
     paths["text"].write_text("not a video\n" * 100)

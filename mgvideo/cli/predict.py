@@ -33,7 +33,7 @@ from mgvideo.engine.precision import Normalize, Precision, choose_precision
 from mgvideo.engine.tasks import TASKS
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Loader
-from mgvideo.models.cam import class_maps, joined
+from mgvideo.models.cam import class_maps, sum_pathway_maps
 from mgvideo.plan.plan import Grid, require
 from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
@@ -110,7 +110,7 @@ class Predictor:
                 positions = start + (np.arange(grid.frames) + 0.5 * self.samples_segments) * (span / grid.frames)
                 frames = video.read(np.minimum(positions.astype(int), video.frames - 1))
                 clip = self.normalize(resize_short_side(frames, grid.size)[None].to(self.precision.device))
-                maps.append(joined(class_maps(self.trained.model, clip, label)))
+                maps.append(sum_pathway_maps(class_maps(self.trained.model, clip, label)))
             heat = torch.cat(maps).clamp(min=0).cpu()
             return HeatMaps(heat / heat.max().clamp(min=1e-12), starts, span, video.frames)
 

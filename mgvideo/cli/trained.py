@@ -20,7 +20,7 @@ from mgvideo import configs
 from mgvideo.errors import UserError
 from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
-from mgvideo.models.weights_file import read
+from mgvideo.models.weights_file import read_weights
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 from mgvideo.storage.paths import is_remote, strip_file_scheme
 
@@ -204,7 +204,7 @@ def _classes_in(weights: str, cfg: DictConfig) -> int:
     cfg.model.num_classes = cfg.model.num_classes or 1
     with torch.device("meta"):
         model: nn.Module = instantiate(cfg.model)
-    classes = find_copy(model, read(weights), weights, key=cfg.init_from_key).classes
+    classes = find_copy(model, read_weights(weights), weights, key=cfg.init_from_key).num_classes
     if classes is None:
         raise UserError(f"{weights} has no classifier and cannot predict: train it first, with init_from={weights}")
     return classes

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from videos import write_turned
+from videos import write_rotated
 
 from mgvideo.cli.overlay import HeatMaps, annotate_video, blend_heat, choose_output_paths, render_label
 from mgvideo.datasets.decoders import DecodeError, PyAV
@@ -55,7 +55,7 @@ def test_size_and_timestamps_are_kept_and_only_the_label_is_drawn(tmp_path: Path
 
 
 def test_a_rotated_video_is_written_upright(tmp_path: Path) -> None:
-    source, target = write_turned(tmp_path / "turned.mp4", frames=5), tmp_path / "drawn.mp4"
+    source, target = write_rotated(tmp_path / "turned.mp4", frames=5), tmp_path / "drawn.mp4"
     annotate_video(str(source), target, ["x"])
     with PyAV().open(str(source)) as video, PyAV().open(str(target)) as drawn:
         assert not video.orientation.upright

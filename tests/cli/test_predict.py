@@ -27,7 +27,7 @@ from mgvideo.datasets.motion import CLASSES, make_motion
 from mgvideo.datasets.video import resize
 from mgvideo.datasets.videofile import Box
 from mgvideo.engine.precision import Normalize
-from mgvideo.models.naming import names
+from mgvideo.models.naming import source_names
 from mgvideo.models.small import r2plus1d_small, slowfast_small
 
 ONE_VIEW = ["clips=1", "crops=1", "size=32"]
@@ -279,7 +279,7 @@ def test_weights_of_a_model_zoo_give_the_same_predictions(
     model = slowfast_small(5, width=8)
     state = model.state_dict()
     torch.save(state, tmp_path / "ours.pth")
-    named = {theirs: state[ours] for theirs, ours in names(model, source).items()}
+    named = {theirs: state[ours] for theirs, ours in source_names(model, source).items()}
     if source == "caffe2":
         blobs = {name: tensor.numpy() for name, tensor in named.items() if not name.endswith("num_batches_tracked")}
         (tmp_path / "theirs.pkl").write_bytes(pickle.dumps({"blobs": {**blobs, "lr": np.float32(0.1)}}, protocol=2))

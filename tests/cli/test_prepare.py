@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from refusals import error_line
 from training import KNOBS, ROOT, TINY, metrics, run_program
-from videos import numbered, write, write_turned
+from videos import numbered_frame, write_rotated, write_video
 
 from mgvideo.cli import app
 from mgvideo.cli.build import build_decoder
@@ -99,7 +99,9 @@ def test_check_counts_missing_videos_of_official_annotations(
 
 
 def test_with_segment_sampling_one_frame_is_long_enough(tmp_path: Path) -> None:
-    write(tmp_path / "20bn-something-something-v2/1.webm", 3, codec="libvpx-vp9", options={"deadline": "realtime"})
+    write_video(
+        tmp_path / "20bn-something-something-v2/1.webm", 3, codec="libvpx-vp9", options={"deadline": "realtime"}
+    )
     (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "0"}')
     item = {"id": "1", "label": "holding a cup", "template": "Holding [something]"}
     (tmp_path / "something-something-v2-train.json").write_text(json.dumps([item]))
@@ -116,7 +118,7 @@ def images(tmp_path: Path) -> list[str]:
         for i in range(frames):
             path = tmp_path / f"frames/{name}/{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(numbered(i, 60, 80)).save(path)
+            Image.fromarray(numbered_frame(i, 60, 80)).save(path)
             lines.append(f'{name} 0 {i} {name}/{path.name} "3,5"')
     (tmp_path / "frames.csv").write_text("\n".join(lines))
     (tmp_path / "videos.csv").write_text("id,actions\nCCCCC,c001 0 1\n")
@@ -142,8 +144,8 @@ def test_image_folders_are_checked_and_each_label_is_counted(images: list[str], 
 
 
 def test_a_pyramid_includes_rotated_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(tmp_path / "upright.mp4")
-    write_turned(tmp_path / "turned.mp4")
+    write_video(tmp_path / "upright.mp4")
+    write_rotated(tmp_path / "turned.mp4")
     (tmp_path / "train.csv").write_text("upright.mp4 0\nturned.mp4 1\nturned.mp4 1\n")
     own_overrides = [f"out={tmp_path / 'pyramid'}", "split=train", "processes=1"]
     prepare("pyramid", own_overrides, [*KINETICS, f"dataset.root={tmp_path}"])

@@ -183,7 +183,7 @@ def test_weights_that_do_not_fit_are_reported(tmp_path: Path, motion_root: str) 
     loaded = len(r2plus1d_small(5, width=4).state_dict()) - 2
     assert f"init_from: {loaded} tensors from five.pt, under model, with names of mgvideo; the head in" in result.stdout
     assert result.stderr.strip().splitlines() == [
-        "the head in five.pt is for another number of classes: it is left out, ours starts anew"
+        "the head in five.pt is for another number of classes: the network keeps its own"
     ]
 
 

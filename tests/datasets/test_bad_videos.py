@@ -10,7 +10,7 @@ import pytest
 from fields import FIELD
 from refusals import error_line
 from training import TINY
-from videos import DECORD, bad_files, odd_files, write, write_turned
+from videos import DECORD, create_bad_files, write_odd_files, write_rotated, write_video
 
 from mgvideo.cli.run import main
 from mgvideo.datasets.decoders import TorchCodec
@@ -28,17 +28,17 @@ RUN = [
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
     """Files by what they are: `good` and `bad` ones to train on, `missing` ones to test on; lists of them all."""
     root = tmp_path_factory.mktemp("bad")
-    good = {f"plain {i}": write(root / f"train/plain {i}.mp4", options={"g": "12"}) for i in range(PLAIN)}
-    good |= odd_files(root / "train")
-    good["rotated"] = write_turned(root / "train/rotated.mp4", frames=40)
-    good["five frames"] = write(root / "train/five frames.mp4", frames=5)
+    good = {f"plain {i}": write_video(root / f"train/plain {i}.mp4", options={"g": "12"}) for i in range(PLAIN)}
+    good |= write_odd_files(root / "train")
+    good["rotated"] = write_rotated(root / "train/rotated.mp4", frames=40)
+    good["five frames"] = write_video(root / "train/five frames.mp4", frames=5)
     good["linked"] = root / "train/linked.mp4"
     good["linked"].symlink_to(good["plain 0"])
-    bad = bad_files(root / "train")
-    forbidden = write(root / "train/forbidden.mp4")
+    bad = create_bad_files(root / "train")
+    forbidden = write_video(root / "train/forbidden.mp4")
     forbidden.chmod(0)
     (good if os.access(forbidden, os.R_OK) else bad)["forbidden"] = forbidden  # root may read anything
-    missing = bad_files(root / "val")
+    missing = create_bad_files(root / "val")
     twice = [good["plain 0"], good["av1"], bad["text"]]
     for name, listed in (
         ("train", [*good.values(), *bad.values(), *twice]),

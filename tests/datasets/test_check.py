@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fields import FIELD, NUMBERS, write_fields
 from PIL import Image
-from videos import numbered, write
+from videos import numbered_frame, write_video
 
 from mgvideo.datasets import check as check_module
 from mgvideo.datasets.check import Line, broken_share, check, repeated, summary, write_findings
@@ -23,13 +23,13 @@ from mgvideo.errors import UserError
 @pytest.fixture
 def paths(tmp_path: Path) -> dict[str, str]:
     """One file of each kind."""
-    faststart = write(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})
+    faststart = write_video(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})
     data = faststart.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: int(len(data) * 0.6)])
     (tmp_path / "text.mp4").write_text("no video")
-    write(tmp_path / "short.mp4", frames=5)
-    write(tmp_path / "uneven.mp4", times=lambda i: i + 3 * (i // 10))
-    write(tmp_path / "even.mkv", fps=30)
+    write_video(tmp_path / "short.mp4", frames=5)
+    write_video(tmp_path / "uneven.mp4", times=lambda i: i + 3 * (i // 10))
+    write_video(tmp_path / "even.mkv", fps=30)
     names = ("whole.mp4", "cut.mp4", "text.mp4", "short.mp4", "uneven.mp4", "even.mkv", "gone.mp4")
     return {name: str(tmp_path / name) for name in names}
 
@@ -56,7 +56,7 @@ def test_what_is_not_read_as_people_may_expect_is_named(fully: bool) -> None:
 
 
 def test_pixels_that_are_no_squares_and_halves_of_frames_are_named(tmp_path: Path) -> None:
-    wide = write(tmp_path / "wide.mp4", options={"x264-params": "sar=16/11"})
+    wide = write_video(tmp_path / "wide.mp4", options={"x264-params": "sar=16/11"})
     halves = write_fields(tmp_path / "halves.ts", 10)
     found = check([str(wide), str(halves)], processes=1)
     assert [(Path(finding.path).name, finding.problem) for finding in found] == [
@@ -122,7 +122,7 @@ def test_folders_of_images_are_checked_as_such(tmp_path: Path) -> None:
     for name in ("whole", "cut", "short"):
         (tmp_path / name).mkdir()
         for i in range(2 if name == "short" else 4):
-            Image.fromarray(numbered(i, 60, 80)).save(tmp_path / name / f"{i}.png")
+            Image.fromarray(numbered_frame(i, 60, 80)).save(tmp_path / name / f"{i}.png")
     last = tmp_path / "cut/3.png"
     last.write_bytes(last.read_bytes()[:60])
     (tmp_path / "empty").mkdir()

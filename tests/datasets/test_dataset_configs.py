@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from videos import DECORD, write
+from videos import DECORD, write_video
 
 from mgvideo.datasets.decoders import Decord, PyAV
 from mgvideo.datasets.motion import Knobs
@@ -28,7 +28,7 @@ def composed(*overrides: str) -> Any:
 
 @pytest.mark.parametrize(("name", "classes"), [("kinetics400", 400), ("kinetics600", 600), ("kinetics700", 700)])
 def test_kinetics_reads_its_lists(tmp_path: Path, name: str, classes: int) -> None:
-    write(tmp_path / "a.mp4", frames=8)
+    write_video(tmp_path / "a.mp4", frames=8)
     for split in ("train", "val"):
         (tmp_path / f"{split}.csv").write_text(f"a.mp4 {classes - 1}\n")
     cfg = composed(f"+dataset={name}", f"dataset.root={tmp_path}", "+decoder=pyav").dataset
@@ -59,7 +59,7 @@ def test_official_splits_are_chosen_by_fold(tmp_path: Path, name: str, classes: 
 def test_folder_counts_its_classes(tmp_path: Path) -> None:
     for name in ("run", "walk"):
         for i in range(5):
-            write(tmp_path / name / f"{i}.mp4", frames=4)
+            write_video(tmp_path / name / f"{i}.mp4", frames=4)
     cfg = composed("+dataset=folder", f"dataset.root={tmp_path}")
     train, val = (instantiate(cfg.dataset[split], decoder=Decord()) for split in ("train", "val"))
     assert cfg.dataset.num_classes is None

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from videos import FILES, bad_files, number_of, odd_files, write, write_turned
+from videos import FILES, create_bad_files, read_number, write_odd_files, write_rotated, write_video
 
 from mgvideo.datasets.decoders import Box, DecodeError, Decoder, Decord, PyAV, TorchCodec
 from mgvideo.errors import UserError
@@ -33,7 +33,7 @@ each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("files")
-    return {name: str(path) for name, path in odd_files(folder).items()}
+    return {name: str(path) for name, path in write_odd_files(folder).items()}
 
 
 @each_decoder
@@ -49,7 +49,7 @@ def test_every_index_gives_its_own_frame(files: dict[str, str], name: str, decod
         assert torch.equal(again, frames[:3, 4:44, 6:56])
         assert frames.shape == (len(indices), video.height, video.width, 3)
         assert frames.dtype == torch.uint8
-        assert [number_of(frame) for frame in frames] == indices
+        assert [read_number(frame) for frame in frames] == indices
 
 
 @pytest.mark.parametrize("short_side", [None, 60])
@@ -69,8 +69,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @each_decoder
 def test_a_rotated_video_comes_upright(tmp_path: Path, decoder: Decoder) -> None:
-    upright = str(write(tmp_path / "upright.mp4", frames=5))
-    turned = str(write_turned(tmp_path / "turned.mp4", frames=5))
+    upright = str(write_video(tmp_path / "upright.mp4", frames=5))
+    turned = str(write_rotated(tmp_path / "turned.mp4", frames=5))
     with decoder.open(upright, 12) as video:
         expected = torch.rot90(video.read([3]), 1, (1, 2))
     with decoder.open(turned, 12) as video:
@@ -93,7 +93,7 @@ REASONS = {
 
 @each_decoder
 def test_what_is_no_video_says_why(tmp_path: Path, decoder: Decoder) -> None:
-    for name, path in bad_files(tmp_path).items():
+    for name, path in create_bad_files(tmp_path).items():
         with pytest.raises(DecodeError, match=REASONS[name]) as caught:
             decoder.open(str(path), 32)
         assert caught.value.path == str(path)
@@ -102,7 +102,7 @@ def test_what_is_no_video_says_why(tmp_path: Path, decoder: Decoder) -> None:
 
 @each_decoder
 def test_a_forbidden_file_says_so(tmp_path: Path, decoder: Decoder) -> None:
-    path = write(tmp_path / "secret.mp4", frames=2)
+    path = write_video(tmp_path / "secret.mp4", frames=2)
     path.chmod(0)
     user = os.geteuid()
     try:
@@ -115,7 +115,7 @@ def test_a_forbidden_file_says_so(tmp_path: Path, decoder: Decoder) -> None:
 
 
 def test_flipped_bytes_are_a_bad_video_and_nothing_worse(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole.mp4", frames=12, options={"g": "6"}).read_bytes()
+    whole = write_video(tmp_path / "whole.mp4", frames=12, options={"g": "6"}).read_bytes()
     rng, damaged, reasons = np.random.default_rng(0), tmp_path / "damaged.mp4", []
     for _ in range(200):
         content = np.frombuffer(whole, np.uint8).copy()
@@ -141,7 +141,7 @@ def test_a_name_that_is_not_utf8_can_be_written_down(tmp_path: Path) -> None:
 
 @each_decoder
 def test_a_video_cut_short_gives_what_it_has_and_an_error_beyond(tmp_path: Path, decoder: Decoder) -> None:
-    whole = write(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})
+    whole = write_video(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})
     data = whole.read_bytes()
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(data[: int(len(data) * 0.6)])
@@ -151,7 +151,7 @@ def test_a_video_cut_short_gives_what_it_has_and_an_error_beyond(tmp_path: Path,
 
 @each_decoder
 def test_descriptors_stay_few(tmp_path: Path, decoder: Decoder) -> None:
-    good, bad = write(tmp_path / "a.mp4", frames=10), bad_files(tmp_path)
+    good, bad = write_video(tmp_path / "a.mp4", frames=10), create_bad_files(tmp_path)
     gc.collect()
     gc.disable()  # nothing may wait for a collection
     try:
@@ -177,7 +177,7 @@ class MallInfo(ctypes.Structure):
 def test_a_reading_leaves_no_memory_behind(tmp_path: Path) -> None:
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = MallInfo
-    path = str(write(tmp_path / "a.mp4", frames=40))
+    path = str(write_video(tmp_path / "a.mp4", frames=40))
 
     def used_after(readings: int) -> int:
         for _ in range(readings):

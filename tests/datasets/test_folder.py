@@ -10,7 +10,7 @@ from typing import Any
 import av
 import pytest
 import torch
-from videos import number_of, numbered, write
+from videos import numbered_frame, read_number, write_video
 
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.folder import split_of, video_folder
@@ -59,7 +59,7 @@ def test_a_folder_per_class_alone_is_split_alike_every_time(tmp_path: Path) -> N
 
 
 def test_tables_name_classes_and_stretches(tmp_path: Path) -> None:
-    write(tmp_path / "a b.mp4", frames=100, fps=25)
+    write_video(tmp_path / "a b.mp4", frames=100, fps=25)
     (tmp_path / "train.csv").write_text('path,label,start,end\n"a b.mp4",run,1,2\na b.mp4,walk,,\n')
     (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 3.96}\n')
     train, val = (video_folder(str(tmp_path), split, flip=False) for split in ("train", "val"))
@@ -146,7 +146,7 @@ def test_classes_of_recorders_and_phones_are_read_and_skipped_files_named(tmp_pa
             stream: Any = container.add_stream(codec, rate=25)
             stream.width, stream.height, stream.pix_fmt = 64, 64, "rgb8" if codec == "gif" else "yuv420p"
             for number in range(6):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(number, 64, 64), format="rgb24")))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(number, 64, 64), format="rgb24")))
             container.mux(stream.encode())
     tree(tmp_path, "exotic/a.xyz", "exotic/b.xyz", "empty/readme", "a.mp4", "h/thumb.jpg")
     dataset = video_folder(str(tmp_path), "train", flip=False, decoder=PyAV())
@@ -154,7 +154,7 @@ def test_classes_of_recorders_and_phones_are_read_and_skipped_files_named(tmp_pa
     grid = Grid(6, 64, (1, 1), (64, 64))
     for index in range(8):
         clip = dataset[ClipRequest(index, grid, 0)].clip
-        assert [number_of(frame) for frame in clip] == list(range(6))
+        assert [read_number(frame) for frame in clip] == list(range(6))
     notes = "\n".join(dataset.notes)
     assert "videos in no folder of a class, and not read: a.mp4" in notes
     assert "folders without videos, which are no classes: empty (1 without extension), exotic (2 .xyz)" in notes

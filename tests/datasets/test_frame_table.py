@@ -14,7 +14,7 @@ import pytest
 import torch
 from fields import BITS, FIELD, NUMBERS, write_fields
 from test_decoders import DECODERS, NAMES
-from videos import number_of, numbered, write
+from videos import numbered_frame, read_number, write_video
 
 from mgvideo.datasets.decoders import DecodeError, Decoder, PyAV
 from mgvideo.datasets.pyav import PyAVVideo
@@ -23,7 +23,7 @@ each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
 
 
 def shown(video: Any, indices: Sequence[int], bits: int = BITS) -> list[int]:
-    return [number_of(frame, bits) for frame in video.read(indices)]
+    return [read_number(frame, bits) for frame in video.read(indices)]
 
 
 @each_decoder
@@ -95,7 +95,7 @@ def edited(path: Path, edits: Sequence[tuple[float, int | None]]) -> Path:
 def decoded(path: Path) -> list[int]:
     """What FFmpeg makes of a file from its beginning to its end."""
     with av.open(str(path)) as container:
-        return [number_of(frame.to_ndarray(format="rgb24"), BITS) for frame in container.decode(video=0)]
+        return [read_number(frame.to_ndarray(format="rgb24"), BITS) for frame in container.decode(video=0)]
 
 
 @each_decoder
@@ -116,7 +116,8 @@ def test_edit_lists_say_what_is_shown(tmp_path: Path, name: str, decoder: Decode
 def test_a_recording_that_was_resumed_starts_its_times_over(tmp_path: Path, decoder: Decoder) -> None:
     for suffix, options in ((".ts", {}), (".mkv", {}), (".mkv", {"cluster_time_limit": "200"})):
         parts = [
-            write(tmp_path / f"{n}{suffix}", n, options={"g": "10", "bf": "2"}, picture=later(n)) for n in (30, 40)
+            write_video(tmp_path / f"{n}{suffix}", n, options={"g": "10", "bf": "2"}, picture=later(n))
+            for n in (30, 40)
         ]
         joined = tmp_path / f"joined{suffix}"
         joined.write_bytes(b"".join(part.read_bytes() for part in parts))
@@ -128,11 +129,11 @@ def test_a_recording_that_was_resumed_starts_its_times_over(tmp_path: Path, deco
 
 
 def later(first: int) -> Any:
-    return lambda number, height, width: numbered(first + number, height, width)
+    return lambda number, height, width: numbered_frame(first + number, height, width)
 
 
 def write_streams(path: Path, *streams: Iterator[Any], sizes: Sequence[tuple[int, int]], codecs: Sequence[str]) -> Path:
-    """Write several video streams, each of numbered frames."""
+    """Write several video streams, each of numbered_frame frames."""
     with av.open(str(path), "w") as container:
         outputs: list[Any] = []
         for codec, (height, width) in zip(codecs, sizes, strict=True):
@@ -141,7 +142,7 @@ def write_streams(path: Path, *streams: Iterator[Any], sizes: Sequence[tuple[int
             outputs[-1].pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for output, numbers in zip(outputs, streams, strict=True):
             for number in numbers:
-                frame = av.VideoFrame.from_ndarray(numbered(number, output.height, output.width), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(numbered_frame(number, output.height, output.width), format="rgb24")
                 container.mux(output.encode(frame))
             container.mux(output.encode())
     return path
@@ -169,21 +170,21 @@ def test_of_two_videos_the_larger_is_read_by_all(tmp_path: Path, decoder: Decode
 
 
 def test_lost_packets_of_a_broadcast_cost_no_more_than_their_frames(tmp_path: Path) -> None:
-    content = write(tmp_path / "whole.ts", 60, options={"g": "15", "bf": "2"}).read_bytes()
+    content = write_video(tmp_path / "whole.ts", 60, options={"g": "15", "bf": "2"}).read_bytes()
     middle = len(content) // 188 // 2
     path = tmp_path / "lost.ts"
     path.write_bytes(content[: 188 * middle] + content[188 * (middle + 3) :])
     with PyAV().open(str(path)) as video:
         frames = video.read(range(video.frames))
         assert 56 <= video.frames <= 60
-        assert [number_of(frame) for frame in frames[:15]] == list(range(15))
-        assert [number_of(frame) for frame in frames[-15:]] == list(range(45, 60))
+        assert [read_number(frame) for frame in frames[:15]] == list(range(15))
+        assert [read_number(frame) for frame in frames[-15:]] == list(range(45, 60))
         for index in random.Random(0).sample(range(video.frames), 12):
             assert torch.equal(video.read([index])[0], frames[index])
 
 
 def test_what_precedes_the_first_keyframe_is_not_there(tmp_path: Path) -> None:
-    content = write(tmp_path / "whole.ts", 60, options={"g": "20", "bf": "2", "sc_threshold": "0"}).read_bytes()
+    content = write_video(tmp_path / "whole.ts", 60, options={"g": "20", "bf": "2", "sc_threshold": "0"}).read_bytes()
     tables, rest = content[: 188 * 3], content[188 * (len(content) // 188 // 6) :]
     path = tmp_path / "tuned_in.ts"
     path.write_bytes(tables + rest)

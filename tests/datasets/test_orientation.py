@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_decoders import DECODERS, NAMES, psnr
-from videos import write
+from videos import write_video
 
 from mgvideo.cli.overlay import annotate_video
 from mgvideo.datasets.check import check
@@ -34,7 +34,7 @@ each_symmetry = pytest.mark.parametrize("matrix", SYMMETRIES.values(), ids=SYMME
 
 def write_shown(path: Path, matrix: tuple[float, float, float, float], **options: int) -> Path:
     """Write a video whose file asks for its pictures to be shown by a matrix."""
-    content = bytearray(write(path, **options).read_bytes())
+    content = bytearray(write_video(path, **options).read_bytes())
     a, b, c, d = (round(65536 * value) for value in matrix)
     place = content.index(b"tkhd") + 4 + 40
     content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
@@ -61,7 +61,7 @@ def frames_of(path: str, decoder: Decoder | None = None, short_side: int | None 
 @each_symmetry
 @pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
 def test_clips_come_as_people_see_them(tmp_path: Path, matrix: tuple[int, int, int, int], decoder: Decoder) -> None:
-    stored = frames_of(str(write(tmp_path / "stored.mp4", frames=4)))
+    stored = frames_of(str(write_video(tmp_path / "stored.mp4", frames=4)))
     shown = str(write_shown(tmp_path / "shown.mp4", matrix, frames=4))
     assert np.array_equal(frames_of(shown), as_shown(stored, matrix))
     assert psnr(frames_of(shown, decoder).numpy().astype(float), as_shown(stored, matrix).astype(float)) > 38

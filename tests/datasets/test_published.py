@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from videos import number_of, numbered, write
+from videos import numbered_frame, read_number, write_video
 
 from mgvideo.datasets.charades import charades
 from mgvideo.datasets.kinetics import kinetics
@@ -41,9 +41,9 @@ abseiling,eee,7,17,train
 
 
 def test_kinetics_finds_the_clips_of_an_official_csv(tmp_path: Path) -> None:
-    write(tmp_path / "train/playing harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
-    write(tmp_path / "train/ddd.mkv", frames=8)
-    write(tmp_path / "train/eee_000007_000017.mp4", frames=8)
+    write_video(tmp_path / "train/playing harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
+    write_video(tmp_path / "train/ddd.mkv", frames=8)
+    write_video(tmp_path / "train/eee_000007_000017.mp4", frames=8)
     (tmp_path / "train.csv").write_text(KINETICS)
     dataset = kinetics(str(tmp_path), "train.csv", num_classes=3)
     assert dataset.class_names == ["abseiling", "playing harp", "shooting, basketball"]
@@ -61,7 +61,7 @@ def test_kinetics_finds_the_clips_of_an_official_csv(tmp_path: Path) -> None:
 def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
     rows = ["label,youtube_id,time_start,time_end,split"]
     for i, split in enumerate(("train", "validate", "val", "test", "")):
-        write(tmp_path / f"v{i}.mp4", frames=2)
+        write_video(tmp_path / f"v{i}.mp4", frames=2)
         rows.append(f"class {i},v{i},0,10,{split}")
     (tmp_path / "all.csv").write_text("\n".join(rows))
 
@@ -82,7 +82,7 @@ def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
 
 
 def test_kinetics_passes_over_leftovers_and_names_what_it_skips(tmp_path: Path) -> None:
-    write(tmp_path / "harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
+    write_video(tmp_path / "harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
     (tmp_path / "harp/ddd_000000_000010.MTS").touch()
     for name in ("._eee_000007_000017.mp4", "@eaDir/eee_000007_000017.mp4", "eee_000007_000017.mp4.part"):
         (tmp_path / "harp" / name).parent.mkdir(exist_ok=True)
@@ -164,12 +164,12 @@ def test_charades_keeps_free_text_and_swallows_no_row(tmp_path: Path) -> None:
 def test_charades_frames_that_macos_left_are_no_frames(tmp_path: Path) -> None:
     (tmp_path / "frames/AAAAA").mkdir(parents=True)
     for i in range(4):
-        Image.fromarray(numbered(i, 80, 80)).save(tmp_path / f"frames/AAAAA/{i}.png")
+        Image.fromarray(numbered_frame(i, 80, 80)).save(tmp_path / f"frames/AAAAA/{i}.png")
         (tmp_path / f"frames/AAAAA/._{i}.png").write_bytes(b"AppleDouble")
     (tmp_path / "train.csv").write_text(f'{FRAMES}\nAAAAA 0 0 AAAAA/0.png "3"\n')
     dataset = charades(str(tmp_path), "train.csv", videos="frames", flip=False)
     sample = dataset[ClipRequest(0, Grid(4, 60, (1, 1), (60, 60)), 0)]
-    assert [number_of(frame) for frame in sample.clip] == [0, 1, 2, 3]
+    assert [read_number(frame) for frame in sample.clip] == [0, 1, 2, 3]
 
 
 def hot(label: torch.Tensor) -> list[int]:
@@ -179,8 +179,8 @@ def hot(label: torch.Tensor) -> list[int]:
 
 
 def test_charades_labels_a_clip_by_what_it_shows(tmp_path: Path) -> None:
-    write(tmp_path / "Charades_v1_480/AAAAA.mp4", frames=100, fps=25, height=80)
-    write(tmp_path / "Charades_v1_480/BBBBB.mp4", frames=100, fps=25, height=80)
+    write_video(tmp_path / "Charades_v1_480/AAAAA.mp4", frames=100, fps=25, height=80)
+    write_video(tmp_path / "Charades_v1_480/BBBBB.mp4", frames=100, fps=25, height=80)
     classes = "".join(f"c{i:03d} Doing thing {i}\n" for i in range(157))
     files(tmp_path, **{"train.csv": CHARADES, "Charades_v1_classes.txt": classes})
     dataset = charades(str(tmp_path), "train.csv", flip=False)
@@ -189,7 +189,7 @@ def test_charades_labels_a_clip_by_what_it_shows(tmp_path: Path) -> None:
     seen = set()
     for seed in range(40):
         sample = dataset[ClipRequest(0, GRID, seed)]
-        first = number_of(sample.clip[0])
+        first = read_number(sample.clip[0])
         last = first + 6
         shown = (first <= 25 and last >= 13) or (first <= 87 and last >= 75)
         assert hot(sample.label) == ([92, 147] if shown else [147])
@@ -206,14 +206,14 @@ def test_charades_reads_frame_lists(tmp_path: Path) -> None:
     for i in range(24):
         path = tmp_path / f"frames/AAAAA/AAAAA-{i + 1:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(numbered(i, 80, 80)).save(path)
+        Image.fromarray(numbered_frame(i, 80, 80)).save(path)
         lines.append(f'AAAAA 0 {i} AAAAA/{path.name} "{"3,5" if i < 6 else "5" if i == 20 else ""}"')
     (tmp_path / "train.csv").write_text("\n".join(lines))
     dataset = charades(str(tmp_path), "train.csv", videos="frames", flip=False)
     assert hot(dataset.label(0)) == [3, 5]
     for seed in range(20):
         sample = dataset[ClipRequest(0, GRID, seed)]
-        numbers = [number_of(frame) for frame in sample.clip]
+        numbers = [read_number(frame) for frame in sample.clip]
         assert numbers == list(range(numbers[0], numbers[0] + 7, 2))
         shown = [3, 5] if numbers[0] < 6 else [5] if numbers[0] <= 20 <= numbers[-1] else []
         assert hot(sample.label) == shown
@@ -262,16 +262,18 @@ ITEM = {
 
 
 def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> None:
-    write(tmp_path / "webm/78687.webm", frames=41, height=80, codec="libvpx-vp9", options={"deadline": "realtime"})
+    write_video(
+        tmp_path / "webm/78687.webm", frames=41, height=80, codec="libvpx-vp9", options={"deadline": "realtime"}
+    )
     something(tmp_path, [ITEM], LABELS)
     dataset = ssv2(str(tmp_path), "train.json", labels="labels.json", videos="webm")
     assert dataset.class_names == ["Holding something next to something", "Pushing something from left to right"]
     assert dataset.labels.tolist() == [1]
     for seed in range(10):
-        numbers = [number_of(frame) for frame in dataset[ClipRequest(0, GRID, seed)].clip]
+        numbers = [read_number(frame) for frame in dataset[ClipRequest(0, GRID, seed)].clip]
         assert all(10 * i <= number <= 10 * (i + 1) for i, number in enumerate(numbers)), numbers
     views = dataset[ClipRequest(0, GRID, 0, View(0, 1, 3))].clip
-    assert [number_of(frame) for frame in views[1]] == [5, 15, 25, 35]
+    assert [read_number(frame) for frame in views[1]] == [5, 15, 25, 35]
 
 
 @pytest.mark.parametrize(
@@ -279,8 +281,8 @@ def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> N
     [
         ([{"id": "1"}], LABELS, r"train\.json:1: item 1: expected an id and a template"),
         ([{**ITEM, "template": "Eating [something]"}], LABELS, r"'Eating something' is not a label of labels\.json"),
-        ([ITEM], {"Pushing something from left to right": "3"}, r"labels must be numbered from 0 to 0"),
-        ([ITEM], {"Pushing something from left to right": "zero"}, r"labels must be numbered from 0 to 0"),
+        ([ITEM], {"Pushing something from left to right": "3"}, r"labels must be numbered_frame from 0 to 0"),
+        ([ITEM], {"Pushing something from left to right": "zero"}, r"labels must be numbered_frame from 0 to 0"),
         ([{"id": "1", "template": 5}], LABELS, r"train\.json:1: item 1: expected an id and a template"),
         ([], LABELS, r"train\.json: no videos in the list"),
         ({}, LABELS, r"train\.json:1: expected an id and a template"),
@@ -319,7 +321,7 @@ UCF = "ucfTrainTestlist"
         ("1 A\n2 B\n", "A/v.avi 1 2\n", r"trainlist01\.txt:1: expected 'CLASS/video\.avi 1'"),
         ("1 A\n2 B\n", "a/v.avi 1\n", r"trainlist01\.txt:1: class 'a' is not in classInd\.txt; 'A' looks like it"),
         ("1 A\n1 B\n", "A/v.avi 1\n", r"classInd\.txt:2: expected a new number and a class, found '1 B'"),
-        ("1 A\n3 B\n", "A/v.avi 1\n", r"classInd\.txt: classes must be numbered from 1 to 2"),
+        ("1 A\n3 B\n", "A/v.avi 1\n", r"classInd\.txt: classes must be numbered_frame from 1 to 2"),
         ("A\nB\n", "A/v.avi 1\n", r"classInd\.txt:1: expected a new number and a class, found 'A'"),
         ("1 A\n2 a\n", "A/v.avi 1\n", r"classInd\.txt: classes 0 and 1, 'A' and 'a', look alike"),
     ],
@@ -339,7 +341,7 @@ def test_ucf101_reads_what_is_meant_or_names_the_line(
 
 
 def test_ucf101_follows_its_official_splits(tmp_path: Path) -> None:
-    write(tmp_path / "UCF-101/Archery/v_Archery_g08_c01.avi", codec="mpeg4", frames=8)
+    write_video(tmp_path / "UCF-101/Archery/v_Archery_g08_c01.avi", codec="mpeg4", frames=8)
     files(
         tmp_path,
         **{
@@ -360,7 +362,7 @@ def test_ucf101_follows_its_official_splits(tmp_path: Path) -> None:
 
 
 def test_hmdb51_follows_its_official_splits(tmp_path: Path) -> None:
-    write(tmp_path / "hmdb51_org/wave/a_1.avi", codec="mpeg4", frames=8)
+    write_video(tmp_path / "hmdb51_org/wave/a_1.avi", codec="mpeg4", frames=8)
     splits = "testTrainMulti_7030_splits"
     files(
         tmp_path,

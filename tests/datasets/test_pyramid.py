@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from videos import number_of, write, write_turned
+from videos import read_number, write_rotated, write_video
 
 from mgvideo.datasets import pyramid as pyramid_module
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
@@ -26,10 +26,10 @@ PATHS = ["deep/a.mp4", "b frames.mkv", "late.mp4", "odd.mp4"]
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("originals")
-    write(root / "deep/a.mp4", height=80, width=120)
-    write(root / "b frames.mkv", height=80, width=120, options={"bf": "3", "b_strategy": "0", "g": "250"})
-    write(root / "late.mp4", height=120, width=80, times=lambda i: i + i // 5 + 31)
-    write(root / "odd.mp4", height=51, width=75, pix_fmt="yuv444p")
+    write_video(root / "deep/a.mp4", height=80, width=120)
+    write_video(root / "b frames.mkv", height=80, width=120, options={"bf": "3", "b_strategy": "0", "g": "250"})
+    write_video(root / "late.mp4", height=120, width=80, times=lambda i: i + i // 5 + 31)
+    write_video(root / "odd.mp4", height=51, width=75, pix_fmt="yuv444p")
     (root / "list.csv").write_text("".join(f"{path} 0\n" for path in PATHS))
     return root
 
@@ -55,7 +55,7 @@ def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, n
             assert abs(min(level.height, level.width) - min(side, short)) <= 1
             assert level.frames == 40
             assert level.times == pytest.approx(times, abs=1e-6)
-            assert [number_of(frame) for frame in level.read(range(40))] == list(range(40))
+            assert [read_number(frame) for frame in level.read(range(40))] == list(range(40))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_colours_are_the_same_with_a_pyramid(
     root, folder = str(tmp_path / "root"), str(tmp_path / "pyramid")
     name = "a.mp4"
     written = {"pix_fmt": pix_fmt, "options": {"crf": "5"}, "colours": colours, "picture": vivid}
-    write(tmp_path / "root" / name, 4, 100, 150, **written)  # type: ignore[arg-type]
+    write_video(tmp_path / "root" / name, 4, 100, 150, **written)  # type: ignore[arg-type]
     build(folder, root, [name], Layout(sides=(100,), largest=100), processes=1)
     pictures = []
     for opener in (decoder, Pyramid(folder, root, decoder)):
@@ -132,7 +132,7 @@ def test_colours_are_the_same_with_a_pyramid(
 def test_levels_of_a_rotated_video_are_upright(tmp_path: Path) -> None:
     root, folder = tmp_path / "root", str(tmp_path / "pyramid")
     root.mkdir()
-    write_turned(root / "a.mp4", height=80, width=120)
+    write_rotated(root / "a.mp4", height=80, width=120)
     (row,) = build(folder, str(root), ["a.mp4"], LAYOUT, processes=1)
     assert (row.failure, row.short_side) == ("", 80)
     with (

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fields import BITS, FIELD, NUMBERS
 from test_decoders import DECODERS, NAMES
-from videos import number_of, numbered
+from videos import numbered_frame, read_number
 
 from mgvideo.datasets.charades import charades
 from mgvideo.datasets.decoders import Decoder, PyAV
@@ -44,7 +44,7 @@ def numbers(root: Path, path: Path, start: float, end: float, decoder: Decoder, 
     sample = dataset[ClipRequest(0, Grid(frames, 72, (1, 1), (72, 72)), 0, View(0, 1, 3))]
     assert not sample.failures
     left, middle, right = sample.clip  # the frame's 192 columns, some twice
-    return [number_of(frame, BITS) for frame in torch.cat([left[:, :, :60], middle[:, :, :60], right], 2)]
+    return [read_number(frame, BITS) for frame in torch.cat([left[:, :, :60], middle[:, :, :60], right], 2)]
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
@@ -87,7 +87,7 @@ def test_levels_and_kept_frames_have_the_times_of_their_originals(tmp_path: Path
             assert level.path != path
             assert level.times == pytest.approx(video.times, abs=0.002), name
             assert np.array_equal(kept.times, video.times)
-            shown = [number_of(frame, BITS) for frame in level.read(range(level.frames))]
+            shown = [read_number(frame, BITS) for frame in level.read(range(level.frames))]
         assert shown == NUMBERS[name]
 
 
@@ -103,7 +103,7 @@ def write_with_sound(path: Path, delay: float, frames: int = 20) -> Path:
             samples.sample_rate, samples.pts, samples.time_base = 16000, 1024 * number, Fraction(1, 16000)
             container.mux(sound.encode(samples))
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(numbered(number, 60, 80), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number, 60, 80), format="rgb24")
             frame.pts, frame.time_base = round(1000 * (delay + number / 10)), Fraction(1, 1000)
             container.mux(video.encode(frame))
         container.mux(video.encode())

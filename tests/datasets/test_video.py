@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from videos import number_of, write
+from videos import read_number, write_video
 
 from mgvideo.datasets.decoders import Decord, PyAV
 from mgvideo.datasets.lists import video_list
@@ -95,7 +95,7 @@ def test_nothing_readable_is_an_error_for_people(tmp_path: Path) -> None:
 
 
 def test_flip_mirrors_half_of_the_clips_or_none(tmp_path: Path) -> None:
-    write(tmp_path / "a.mp4", frames=1)
+    write_video(tmp_path / "a.mp4", frames=1)
     (tmp_path / "list.csv").write_text("a.mp4 0\n")
     grid = Grid(frames=1, size=48, strides=(1, 1), scales=(48, 48))
     clips = {}
@@ -128,4 +128,4 @@ def test_a_fingerprint_follows_the_list_and_not_its_place(root: Path, tmp_path: 
 
 def test_numbers_survive_resizing(root: Path) -> None:
     with PyAV().open(str(root / "clips/video 0.mp4"), 32) as video:
-        assert [number_of(frame) for frame in video.read([3, 17, 29])] == [3, 17, 29]
+        assert [read_number(frame) for frame in video.read([3, 17, 29])] == [3, 17, 29]

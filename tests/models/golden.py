@@ -1,4 +1,4 @@
-"""The published networks at an eighth of their width: names, weights and clips drawn by a rule, and their logits."""
+"""The published networks at an eighth of their width: tensor names, weights and clips by a rule, and the logits."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _random(name: str) -> np.random.RandomState:
     return np.random.RandomState(zlib.crc32(name.encode()))
 
 
-def weights(case: dict[str, Any]) -> dict[str, Tensor]:
-    """A published network's state dict, under its published names."""
+def draw_weights(case: dict[str, Any]) -> dict[str, Tensor]:
+    """Draw the state dict of a published network, with its published names."""
     state = {}
     for name, shape, kind, scale in case["tensors"]:
         if kind == "normal":
@@ -41,6 +41,6 @@ def weights(case: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def clip(case: dict[str, Any]) -> Tensor:
-    """The clip that the logits are of."""
+def draw_clip(case: dict[str, Any]) -> Tensor:
+    """Draw the clip that the published logits belong to."""
     return torch.from_numpy(_random("clip").standard_normal(case["input_shape"])).float()

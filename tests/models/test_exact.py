@@ -1,4 +1,4 @@
-"""The networks are the published ones: their logits, parameters and cost."""
+"""The networks match the published ones in logits, parameters and cost."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
-from golden import CASES, CONFIGS, clip, weights
+from golden import CASES, CONFIGS, draw_clip, draw_weights
 from torch import nn
 from zoo import NAMES, build
 
 import mgvideo.models
 from mgvideo.models.nonlocal_block import NonLocal
 from mgvideo.models.pretrained import load_pretrained
-from mgvideo.models.table import ROWS, ZooRow, count_gflops, count_parameters, markdown
+from mgvideo.models.table import ROWS, ZooRow, count_gflops, count_parameters, format_table
 
 pytestmark = pytest.mark.numeric
 
@@ -27,16 +27,16 @@ def test_every_case_is_tested() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_published_weights_give_published_logits(name: str) -> None:
     model = build(CONFIGS[name], width=8).eval()
-    load_pretrained(model, weights(CASES[name]), CASES[name]["source"])
+    load_pretrained(model, draw_weights(CASES[name]), CASES[name]["source"])
     with torch.no_grad():
-        logits = model(clip(CASES[name]))
+        logits = model(draw_clip(CASES[name]))
     difference = (logits - torch.tensor(CASES[name]["logits"])).abs().max().item()
     print(f"{name}: largest difference {difference:.1e}")
     assert difference < 1e-3
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.config}-{row.frames}x{row.size}")
-def test_sizes_are_the_published_ones(row: ZooRow) -> None:
+def test_sizes_match_published_ones(row: ZooRow) -> None:
     model = row.build()
     parameters = count_parameters(model)
     if row.parameters:
@@ -52,28 +52,31 @@ def test_every_network_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", ["slowfast_8x8_r50", "c2d_r50", "r2plus1d_18", "r2plus1d_r50"])
-def test_gflops_are_what_fvcore_counts(name: str) -> None:
+def test_gflops_match_fvcore(name: str) -> None:
     model = build(name, width=8).eval()
     expected = FlopCountAnalysis(model, torch.zeros(1, 3, 8, 64, 64)).unsupported_ops_warnings(False).total() / 1e9
     assert count_gflops(model, 8, 64) == pytest.approx(expected, rel=1e-3)
 
 
-def test_readme_shows_the_table_as_the_command_prints_it() -> None:
-    assert markdown() in (Path(mgvideo.models.__path__[0]) / "README.md").read_text(encoding="utf-8")
+def test_readme_contains_the_printed_table() -> None:
+    assert format_table() in (Path(mgvideo.models.__path__[0]) / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["slowfast_nln_8x8_r50", "i3d_nln_r50", "r2plus1d_r50"])
-def test_initialisation_is_the_published_one(name: str) -> None:
+def test_initialisation_matches_published_one(name: str) -> None:
     torch.manual_seed(0)
     model = build(name, num_classes=400, width=16)
-    last = [
+    last_norms = [
         norm
         for key, norm in model.named_modules()
-        if key.endswith(("bn_c",)) or (".nonlocal" in key and key.endswith("bn"))
+        if key.endswith("bn_c") or (".nonlocal" in key and key.endswith("bn"))
     ]
     for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm3d)):
         assert (norm.eps, norm.momentum) == (1e-5, 0.1)
-        assert torch.equal(norm.weight, torch.full_like(norm.weight, 0.0 if any(norm is one for one in last) else 1.0))
+        assert torch.equal(
+            norm.weight,
+            torch.full_like(norm.weight, 0.0 if any(norm is last_norm for last_norm in last_norms) else 1.0),
+        )
         assert not norm.bias.any()
     for module in model.modules():
         if isinstance(module, nn.Conv3d) and module.weight.numel() > 2000:

@@ -1,4 +1,4 @@
-"""Every network takes every grid: those of the published plans, and odd sizes."""
+"""Every network trains on every grid of the published plans, and on odd sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mgvideo.models.slowfast import slow_indices
 
 pytestmark = pytest.mark.numeric
 
-# the grids of the plans of the published recipes, of 32 and of 64 frames
+# (frames, size) of every grid in the plans of the published recipes, with base clips of 32 and of 64 frames
 PUBLISHED = [
     *((8, 112), (8, 158), (16, 112), (16, 158), (16, 224)),
     *((32, 112), (32, 158), (32, 224), (64, 112), (64, 158), (64, 224)),
@@ -24,7 +24,7 @@ PUBLISHED = [
 QUICK = ("slowfast_small", "i3d_nln_small", "r2plus1d_small")
 
 
-def check(name: str, frames: int, size: int, batch: int) -> None:
+def assert_trains(name: str, frames: int, size: int, batch: int) -> None:
     torch.manual_seed(0)
     model = build(name, width=8)
     logits = model(torch.randn(batch, 3, frames, size, size))
@@ -38,28 +38,28 @@ def check(name: str, frames: int, size: int, batch: int) -> None:
 @pytest.mark.parametrize(("frames", "size"), [(3, 79), (1, 57), (13, 90)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) -> None:
-    check(name, frames, size, batch=2)
+    assert_trains(name, frames, size, batch=2)
 
 
-def published(name: str, frames: int, size: int) -> Any:
-    """Not slow: all networks on the smallest grid, one of each family on all but the largest."""
+def grid_param(name: str, frames: int, size: int) -> Any:
+    """Mark a case slow, except all networks on the smallest grid and the small networks on all but the largest."""
     quick = (frames, size) == PUBLISHED[0] or (name in QUICK and size < 224)
     return pytest.param(name, frames, size, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "frames", "size"), [published(name, *grid) for name in NAMES for grid in PUBLISHED])
+@pytest.mark.parametrize(("name", "frames", "size"), [grid_param(name, *grid) for name in NAMES for grid in PUBLISHED])
 def test_every_network_trains_on_every_published_grid(name: str, frames: int, size: int) -> None:
-    check(name, frames, size, batch=2 if frames * size**2 < 16 * 224**2 else 1)
+    assert_trains(name, frames, size, batch=2 if frames * size**2 < 16 * 224**2 else 1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_network_needs_kernels_that_cpus_may_wait_for(name: str) -> None:
+def test_every_convolution_has_a_fast_cpu_version(name: str) -> None:
     model = convert_convolutions(build(name, width=64))
     assert all(isinstance(module, CpuConv3d) for module in model.modules() if isinstance(module, nn.Conv3d))
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8])
-def test_slow_pathway_takes_the_published_frames(alpha: int) -> None:
+def test_slow_indices_match_published_ones(alpha: int) -> None:
     assert slow_indices(32, 4) == (0, 4, 8, 13, 17, 22, 26, 31)
     assert slow_indices(3, 8) == (0,)
     for frames in range(1, 300):
@@ -67,14 +67,14 @@ def test_slow_pathway_takes_the_published_frames(alpha: int) -> None:
         assert slow_indices(frames, alpha) == tuple(expected.tolist())
 
 
-def test_slow_pathway_sees_these_frames_and_no_others() -> None:
+def test_slow_pathway_receives_the_frames_of_slow_indices() -> None:
     model = build("slowfast_small", width=8).eval()
-    seen: list[torch.Tensor] = []
-    model.slow.stem.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    inputs: list[torch.Tensor] = []
+    model.slow.stem.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     frames = torch.arange(18.0).view(1, 1, 18, 1, 1).expand(2, 3, 18, 64, 64)
     with torch.no_grad():
         model(frames)
-    assert seen[0][0, 0, :, 0, 0].tolist() == [0.0, 5.0, 11.0, 17.0]
+    assert inputs[0][0, 0, :, 0, 0].tolist() == [0.0, 5.0, 11.0, 17.0]
 
 
 @needs_bf16
@@ -83,21 +83,21 @@ def test_clips_keep_channels_last() -> None:
     clip = torch.randn(2, 8, 64, 64, 3).permute(0, 4, 1, 2, 3)
     layouts: dict[str, bool] = {}
 
-    def note(name: str, clip: torch.Tensor) -> None:
+    def record_layout(name: str, clip: torch.Tensor) -> None:
         layouts[name] = clip.is_contiguous(memory_format=torch.channels_last_3d)
 
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Conv3d, torch.nn.BatchNorm3d)):
-            module.register_forward_pre_hook(lambda module, args, name=name: note(name, args[0]))
-    # Not in float32: there torch takes another kernel for small clips on a single thread, which gives up the layout.
+            module.register_forward_pre_hook(lambda module, args, name=name: record_layout(name, args[0]))
+    # Not float32: for small clips on one thread, torch then uses a kernel that does not keep the layout.
     with torch.autocast("cpu", torch.bfloat16):
         model(clip)
     assert layouts
-    assert [name for name, last in layouts.items() if not last] == []
+    assert [name for name, is_channels_last in layouts.items() if not is_channels_last] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides", "words"),
+    ("name", "overrides", "message"),
     [
         ("slowfast_8x8_r50", {"depth": 18}, "depth 18"),
         ("r2plus1d_18", {"depth": 50}, "depth 50"),
@@ -105,13 +105,13 @@ def test_clips_keep_channels_last() -> None:
         ("i3d_nln_r50", {"nonlocal_mode": "gaussian"}, "gaussian"),
     ],
 )
-def test_wrong_arguments_are_named(name: str, overrides: dict[str, object], words: str) -> None:
-    with pytest.raises(Exception, match=words) as error:
+def test_wrong_arguments_raise_user_error(name: str, overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(Exception, match=message) as error:
         build(name, **overrides)
     assert isinstance(error.value.__cause__ or error.value, UserError)
 
 
-def test_slowfast_compiles_whole_for_every_length() -> None:
+def test_slowfast_compiles_without_graph_breaks_for_every_length() -> None:
     model = build("slowfast_small", width=8).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():

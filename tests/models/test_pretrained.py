@@ -1,4 +1,4 @@
-"""Weights in every source's own naming, from files made here."""
+"""Pretrained weights with the names of every source, from files that the tests write."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from golden import CASES, CONFIGS, clip, weights
+from golden import CASES, CONFIGS, draw_clip, draw_weights
 from tolerance import rounding_error
 from torch import Tensor, nn
 from zoo import build
 
 from mgvideo.errors import UserError
-from mgvideo.models.naming import names
+from mgvideo.models.naming import source_names
 from mgvideo.models.pretrained import export_pyslowfast, load_pretrained
 from mgvideo.models.small import slowfast_small
 
 pytestmark = pytest.mark.numeric
 
-CAFFE2_NAMES = {  # as in the model zoo's files → as in PySlowFast
+CAFFE2_NAMES = {  # name in the model zoo's files → name in PySlowFast
     "conv1_w": "s1.pathway0_stem.conv.weight",
     "res_conv1_bn_s": "s1.pathway0_stem.bn.weight",
     "res_conv1_bn_riv": "s1.pathway0_stem.bn.running_var",
@@ -46,7 +46,7 @@ CAFFE2_NAMES = {  # as in the model zoo's files → as in PySlowFast
 
 
 def caffe2_blobs(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """A PySlowFast state dict as a Caffe2 file holds it: other names, and its solver's state."""
+    """Convert a PySlowFast state dict to the content of a Caffe2 file: other names, and the solver's state."""
     blobs = {"lr": np.float32([0.1]), "model_iter": np.int64([1000])}
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked"):
@@ -71,15 +71,15 @@ def caffe2_blobs(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
 
 def logits(name: str, model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model.eval()(clip(CASES[name]))
+        return model.eval()(draw_clip(CASES[name]))
 
 
-def check(name: str, model: nn.Module) -> None:
+def assert_logits(name: str, model: nn.Module) -> None:
     torch.testing.assert_close(logits(name, model), torch.tensor(CASES[name]["logits"]), atol=1e-3, rtol=0)
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes as Python 2 did, whose strings were bytes."""
+    """Writes pickles as Python 2 did, whose strings were bytes."""
 
     def save_string(self, data: bytes) -> None:
         self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
@@ -90,7 +90,7 @@ class Python2Pickler(pickle._Pickler):
 @pytest.mark.parametrize("name", ["slowfast_8x8_r50_w8", "i3d_nln_8x8_r50_w8"])
 @pytest.mark.parametrize("python", [2, 3])
 def test_caffe2_file(tmp_path: Path, name: str, python: int) -> None:
-    state = weights(CASES[name])
+    state = draw_weights(CASES[name])
     blobs = caffe2_blobs(state)
     for caffe2, pyslowfast in CAFFE2_NAMES.items():
         assert caffe2 not in blobs or np.array_equal(blobs[caffe2], state[pyslowfast])
@@ -99,36 +99,38 @@ def test_caffe2_file(tmp_path: Path, name: str, python: int) -> None:
         pickler.dump({"blobs": blobs, "cfg": "text"})
     model = build(CONFIGS[name], width=8)
     load_pretrained(model, tmp_path / "model.pkl")
-    check(name, model)
+    assert_logits(name, model)
 
 
 def test_caffe2_names_cover_both_networks() -> None:
-    every = {
-        name for case in ("slowfast_8x8_r50_w8", "i3d_nln_8x8_r50_w8") for name in caffe2_blobs(weights(CASES[case]))
+    all_names = {
+        name
+        for case in ("slowfast_8x8_r50_w8", "i3d_nln_8x8_r50_w8")
+        for name in caffe2_blobs(draw_weights(CASES[case]))
     }
-    assert CAFFE2_NAMES.keys() <= every
+    assert CAFFE2_NAMES.keys() <= all_names
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pyslowfast_file(tmp_path: Path, zipped: bool) -> None:
     name = "slow_8x8_r50_w8"
-    state = {f"module.{key}": tensor for key, tensor in weights(CASES[name]).items()}
+    state = {f"module.{key}": tensor for key, tensor in draw_weights(CASES[name]).items()}
     content = {"model_state": state, "epoch": 3, "cfg": "A: 1"}
     torch.save(content, tmp_path / "model.pyth", _use_new_zipfile_serialization=zipped)
     model = build(CONFIGS[name], width=8)
     load_pretrained(model, str(tmp_path / "model.pyth"))
-    check(name, model)
+    assert_logits(name, model)
 
 
 def test_pytorchvideo_file(tmp_path: Path) -> None:
     name = "ptv_slowfast_8x8_r50_w8"
-    torch.save({"model_state": weights(CASES[name])}, tmp_path / "model.pyth")
+    torch.save({"model_state": draw_weights(CASES[name])}, tmp_path / "model.pyth")
     model = build(CONFIGS[name], width=8)
     load_pretrained(model, tmp_path / "model.pyth")
-    check(name, model)
+    assert_logits(name, model)
 
 
-def test_pytorchvideo_counts_the_pooling_of_c2d_as_a_part() -> None:
+def test_pytorchvideo_numbers_the_pooling_of_c2d_as_a_part() -> None:
     model = build("c2d_r50", width=8)
     theirs = {}
     for name, tensor in export_pyslowfast(model)["model_state"].items():
@@ -144,7 +146,7 @@ def test_pytorchvideo_counts_the_pooling_of_c2d_as_a_part() -> None:
     load_pretrained(model, theirs, "pytorchvideo")
 
 
-def test_torchvision_r2plus1d_is_torchvisions() -> None:
+def test_r2plus1d_18_matches_torchvision() -> None:
     theirs = torchvision.models.video.r2plus1d_18(num_classes=10).eval()
     model = build("r2plus1d_18").eval()
     load_pretrained(model, theirs.state_dict())
@@ -154,7 +156,7 @@ def test_torchvision_r2plus1d_is_torchvisions() -> None:
         torch.testing.assert_close(model(images), theirs(images))
 
 
-def test_own_checkpoint(tmp_path: Path) -> None:
+def test_mgvideo_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(1)
     source, target = build("r2plus1d_small"), build("r2plus1d_small")
     torch.save({"model": source.state_dict(), "step": 7}, tmp_path / "step_00000007.pt")
@@ -164,7 +166,7 @@ def test_own_checkpoint(tmp_path: Path) -> None:
 
 
 def image_network() -> torchvision.models.ResNet:
-    """A ResNet-50 whose batch norms do something."""
+    """Build a ResNet-50 whose batch norms have random statistics."""
     torch.manual_seed(0)
     network = torchvision.models.resnet50().eval()
     for module in network.modules():
@@ -174,18 +176,18 @@ def image_network() -> torchvision.models.ResNet:
     return network
 
 
-def test_inflated_c2d_sees_a_still_clip_as_the_image(caplog: pytest.LogCaptureFixture) -> None:
+def test_inflated_c2d_has_the_logits_of_the_image_network_on_still_clips(caplog: pytest.LogCaptureFixture) -> None:
     images, network, model = torch.randn(2, 3, 64, 64), image_network(), build("c2d_r50").eval()
     load_pretrained(model, network.state_dict())
     assert [record.message for record in caplog.records] == [
-        "the head in the given state dict is for another number of classes: it is left out, ours starts anew"
+        "the head in the given state dict is for another number of classes: the network keeps its own"
     ]
     model.head.fc = network.fc
     with torch.no_grad():
-        found, expected = model(images[:, :, None].expand(-1, -1, 4, -1, -1)), network(images)
-    # 50 layers of two networks, the longest of whose sums are over 3 × 3 positions of 512 channels
+        logits, expected = model(images[:, :, None].expand(-1, -1, 4, -1, -1)), network(images)
+    # two networks of 50 layers; the longest sums are over 3 × 3 positions of 512 channels
     error = rounding_error(torch.float32, terms=9 * 512, layers=2 * 50)
-    assert (found - expected).norm() < error * expected.norm()
+    assert (logits - expected).norm() < error * expected.norm()
 
 
 def test_inflated_kernels_are_spread_evenly_over_time() -> None:
@@ -204,18 +206,18 @@ def test_inflated_kernels_are_spread_evenly_over_time() -> None:
     assert not model.trunk.res3.nonlocal1.bn.weight.any()
 
 
-def test_another_number_of_classes_drops_the_head_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_head_for_another_number_of_classes_is_not_loaded_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     case = CASES["slow_8x8_r50_w8"]
     model = build("slow_r50", num_classes=7, width=8)
     before = model.head.fc.weight.clone()
-    load_pretrained(model, weights(case))
+    load_pretrained(model, draw_weights(case))
     assert len([record for record in caplog.records if "number of classes" in record.message]) == 1
     assert torch.equal(model.head.fc.weight, before)
-    assert torch.equal(model.trunk.stem.conv.weight, weights(case)["s1.pathway0_stem.conv.weight"])
+    assert torch.equal(model.trunk.stem.conv.weight, draw_weights(case)["s1.pathway0_stem.conv.weight"])
 
 
-def test_whatever_does_not_fit_is_listed() -> None:
-    state = weights(CASES["slow_8x8_r50_w8"])
+def test_tensors_that_do_not_fit_are_listed() -> None:
+    state = draw_weights(CASES["slow_8x8_r50_w8"])
     del state["s3.pathway0_res1.branch2.b.weight"]
     state["s9.extra"] = torch.zeros(2)
     state["s1.pathway0_stem.bn.bias"] = torch.zeros(5)
@@ -226,21 +228,21 @@ def test_whatever_does_not_fit_is_listed() -> None:
     text = str(error.value)
     assert "s3.pathway0_res1.branch2.b.weight is missing" in text
     assert "s9.extra is unexpected" in text
-    assert "s1.pathway0_stem.bn.bias is [5] and not [8]" in text
+    assert "s1.pathway0_stem.bn.bias has shape [5], not [8]" in text
     assert "\n" not in text
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_weights_of_another_network_are_refused() -> None:
-    with pytest.raises(UserError, match="and not"):
-        load_pretrained(build("slow_r50", width=8), weights(CASES["i3d_8x8_r50_w8"]))
+def test_weights_of_another_network_raise() -> None:
+    with pytest.raises(UserError, match=r"has shape .*, not"):
+        load_pretrained(build("slow_r50", width=8), draw_weights(CASES["i3d_8x8_r50_w8"]))
     with pytest.raises(UserError, match="another network"):
         load_pretrained(build("slow_r50", width=8), {"fc1.weight": torch.zeros(1)})
-    with pytest.raises(UserError, match="source 'tensorflow'"):
+    with pytest.raises(UserError, match="unknown source 'tensorflow'"):
         load_pretrained(build("slow_r50", width=8), {"fc1.weight": torch.zeros(1)}, "tensorflow")
 
 
-# what trainers do to a state dict on its way into a file
+# how trainers wrap a state dict in a file
 CONTAINERS = {
     "torch.compile of DDP": lambda state: {"state_dict": prefixed("_orig_mod.module.", state)},
     "DDP of torch.compile": lambda state: {"model": prefixed("module._orig_mod.", state)},
@@ -275,24 +277,24 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def states() -> dict[str, dict[str, Tensor]]:
-    """The same network's weights with the names of each source."""
+    """The weights of one network with the names of each source."""
     state = slowfast_small(5, width=8).state_dict()
     return {
-        source: {theirs: state[ours] for theirs, ours in names(slowfast_small(5, width=8), source).items()}
+        source: {theirs: state[ours] for theirs, ours in source_names(slowfast_small(5, width=8), source).items()}
         for source in ("mgvideo", "pyslowfast", "pytorchvideo")
     }
 
 
 @pytest.mark.parametrize("source", ["mgvideo", "pyslowfast", "pytorchvideo"])
 @pytest.mark.parametrize("trainer", CONTAINERS)
-def test_wrappers_and_containers_are_seen_through(
+def test_weights_are_found_in_wrappers_and_containers(
     trainer: str, source: str, states: dict[str, dict[str, Tensor]]
 ) -> None:
     model = slowfast_small(5, width=8)
-    told = load_pretrained(model, CONTAINERS[trainer](states[source]))
+    summary = load_pretrained(model, CONTAINERS[trainer](states[source]))
     assert_loaded(model, states["mgvideo"])
-    assert told.startswith(f"{len(states['mgvideo'])} tensors from the given state dict")
-    assert f"with names of {source}" in told
+    assert summary.startswith(f"{len(states['mgvideo'])} tensors from the given state dict")
+    assert f"with names of {source}" in summary
 
 
 def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -300,10 +302,10 @@ def assert_loaded(model: nn.Module, state: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, state[name]), name
 
 
-def test_what_was_taken_and_what_was_left_is_told(states: dict[str, dict[str, Tensor]]) -> None:
+def test_summary_names_what_was_loaded_and_what_was_not_used(states: dict[str, dict[str, Tensor]]) -> None:
     count = len(states["mgvideo"])
-    told = load_pretrained(slowfast_small(5, width=8), CONTAINERS["Lightning"](states["pyslowfast"]))
-    assert told == (
+    summary = load_pretrained(slowfast_small(5, width=8), CONTAINERS["Lightning"](states["pyslowfast"]))
+    assert summary == (
         f"{count} tensors from the given state dict, under state_dict.model, with names of pyslowfast; "
         "not used: state_dict.loss, state_dict.val_acc, optimizer_states"
     )
@@ -313,7 +315,7 @@ def test_what_was_taken_and_what_was_left_is_told(states: dict[str, dict[str, Te
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "taken"),
+    ("first", "second", "loaded"),
     [
         ("model", "model_ema", "model_ema"),
         ("state_dict_ema", "state_dict", "state_dict_ema"),
@@ -323,76 +325,83 @@ def test_what_was_taken_and_what_was_left_is_told(states: dict[str, dict[str, Te
         ("rgb", "flow", "rgb"),
     ],
 )
-def test_of_several_copies_one_is_taken_by_a_rule_and_another_by_its_name(
-    first: str, second: str, taken: str, states: dict[str, dict[str, Tensor]]
+def test_one_of_several_copies_is_chosen_by_rule_or_by_name(
+    first: str, second: str, loaded: str, states: dict[str, dict[str, Tensor]]
 ) -> None:
     state = states["mgvideo"]
     copies = {first: state, second: {name: tensor + 1 for name, tensor in state.items()}}
     content = {"epoch": 1, **{f"{key}.{name}": t for key, copy in copies.items() for name, t in copy.items()}}
-    model, other = slowfast_small(5, width=8), first if taken == second else second
-    told = load_pretrained(model, content)
-    assert_loaded(model, copies[taken])
-    assert f"under {taken}, " in told
-    assert f"other copies of this network in it: {other} (init_from_key=NAME takes one)" in told
+    model, other = slowfast_small(5, width=8), first if loaded == second else second
+    summary = load_pretrained(model, content)
+    assert_loaded(model, copies[loaded])
+    assert f"under {loaded}, " in summary
+    assert f"other copies of this network: {other} (init_from_key=NAME chooses one)" in summary
     assert f"under {other}, " in load_pretrained(model, content, key=other.split(".")[0])
     assert_loaded(model, copies[other])
     with pytest.raises(UserError, match=f"init_from_key=none: .* but in {first}, {second}"):
         load_pretrained(model, content, key="none")
 
 
-def test_an_average_of_the_parameters_alone_is_passed_over(states: dict[str, dict[str, Tensor]]) -> None:
+def test_average_without_buffers_is_skipped(states: dict[str, dict[str, Tensor]]) -> None:
     state = states["mgvideo"]
     average = {name: tensor + 1 for name, tensor in state.items() if "running" not in name}
     model = slowfast_small(5, width=8)
-    told = load_pretrained(model, {"model": state, "ema": average})
+    summary = load_pretrained(model, {"model": state, "ema": average})
     assert_loaded(model, state)
-    assert "ema is passed over: ema." in told
-    assert "is missing" in told
+    assert "ema is skipped: ema." in summary
+    assert "is missing" in summary
 
 
-def test_a_head_beside_the_body_is_taken_and_a_missing_one_told(
+def test_head_beside_the_body_is_loaded_and_a_missing_one_logged(
     states: dict[str, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     state = states["mgvideo"]
     body = prefixed("backbone.", {name: tensor for name, tensor in state.items() if not name.startswith("head.")})
     head = {"cls_head.fc_cls.weight": state["head.fc.weight"], "cls_head.fc_cls.bias": state["head.fc.bias"]}
     model = slowfast_small(5, width=8)
-    assert "its head is state_dict.cls_head.fc_cls" in load_pretrained(model, {"state_dict": {**body, **head}})
+    assert "the head is state_dict.cls_head.fc_cls" in load_pretrained(model, {"state_dict": {**body, **head}})
     assert_loaded(model, state)
     assert not caplog.records
-    own = model.head.fc.weight.clone()
+    initial_weight = model.head.fc.weight.clone()
     other = {name: torch.cat([tensor, tensor]) for name, tensor in head.items()}
-    for beside in ({}, other, {"projector.0.weight": torch.zeros(5, own.shape[1]), "projector.0.bias": torch.zeros(5)}):
+    for beside in (
+        {},
+        other,
+        {"projector.0.weight": torch.zeros(5, initial_weight.shape[1]), "projector.0.bias": torch.zeros(5)},
+    ):
         caplog.clear()
-        assert "ours starts anew" in load_pretrained(model, {"encoder": body, **beside})
-        assert [record.message.endswith("ours starts anew") for record in caplog.records] == [True]
-        assert torch.equal(model.head.fc.weight, own)
+        assert "keeps its own" in load_pretrained(model, {"encoder": body, **beside})
+        assert [record.message.endswith("keeps its own") for record in caplog.records] == [True]
+        assert torch.equal(model.head.fc.weight, initial_weight)
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours"), [("i3d_r101", "i3d_r50"), ("i3d_nln_r50", "i3d_r50"), ("i3d_r50", "i3d_nln_r50")]
 )
 @pytest.mark.parametrize("source", ["mgvideo", "pyslowfast", "caffe2", "pytorchvideo"])
-def test_half_a_network_is_never_loaded(theirs: str, ours: str, source: str) -> None:
+def test_incomplete_network_is_not_loaded(theirs: str, ours: str, source: str) -> None:
     other, model = build(theirs, width=8), build(ours, width=8)
     state = other.state_dict()
-    content = {"epoch": 1, "state_dict": {name: state[own] for name, own in names(other, source).items()}}
+    content = {
+        "epoch": 1,
+        "state_dict": {name: state[our_name] for name, our_name in source_names(other, source).items()},
+    }
     with pytest.raises(UserError, match="does not fit this network"):
         load_pretrained(model, content)
 
 
-def test_weights_that_are_no_numbers_are_refused(states: dict[str, dict[str, Tensor]]) -> None:
+def test_weights_that_are_not_finite_or_integers_raise(states: dict[str, dict[str, Tensor]]) -> None:
     for name, wrong in (("head.fc.weight", torch.nan), ("slow.stem.bn.running_var", torch.inf)):
         content = {**states["mgvideo"], name: torch.full_like(states["mgvideo"][name], wrong)}
-        with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
+        with pytest.raises(UserError, match=f"{name} has values that are not finite"):
             load_pretrained(slowfast_small(5, width=8), content)
     compressed = {name: tensor.to(torch.int8) for name, tensor in states["mgvideo"].items()}
-    with pytest.raises(UserError, match="is int8, as of a compressed network"):
+    with pytest.raises(UserError, match="is int8, as in a quantised network"):
         load_pretrained(slowfast_small(5, width=8), compressed)
 
 
 class Command:
-    """What a hostile pickle holds."""
+    """Pickles as a call that creates a file, as malicious files do."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -401,7 +410,7 @@ class Command:
         return Path.touch, (self.path,)  # type: ignore[return-value]
 
 
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_code_in_a_file_raises_and_is_not_run(tmp_path: Path) -> None:
     content = {"blobs": {"conv1_w": np.zeros(2)}, "evil": Command(tmp_path / "ran")}
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
     torch.save(content, tmp_path / "model.pyth")
@@ -412,13 +421,13 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2]), pickle.dumps({"blobs": {}})])
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_that_are_no_checkpoints_raise(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.pkl").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.pkl"):
         load_pretrained(build("slow_r50", width=8), tmp_path / "model.pkl")
 
 
-def test_missing_file_and_unknown_name_are_refused(tmp_path: Path) -> None:
+def test_missing_file_and_unknown_name_raise(tmp_path: Path) -> None:
     for weights_name in (tmp_path / "none.pyth", "R2Plus1D_18_Weights.NONE", "None_Weights.NONE"):
         with pytest.raises(UserError, match="cannot read weights from"):
             load_pretrained(build("slow_r50", width=8), weights_name)
@@ -426,7 +435,7 @@ def test_missing_file_and_unknown_name_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["source"] == "pyslowfast"])
 def test_export_has_pyslowfasts_names(name: str) -> None:
-    theirs = weights(CASES[name])
+    theirs = draw_weights(CASES[name])
     model = build(CONFIGS[name], width=8)
     load_pretrained(model, theirs)
     exported = export_pyslowfast(model)["model_state"]
@@ -435,7 +444,7 @@ def test_export_has_pyslowfasts_names(name: str) -> None:
 
 
 def test_export_of_r2plus1d() -> None:
-    theirs = weights(CASES["ptv_r2plus1d_16x4_r50_w8"])
+    theirs = draw_weights(CASES["ptv_r2plus1d_16x4_r50_w8"])
     model = build("r2plus1d_r50", width=8)
     load_pretrained(model, theirs)
     exported = export_pyslowfast(model)

@@ -1,4 +1,4 @@
-"""Files of weights as they come: with a trainer's objects, in old formats, packed, cut short, or something else."""
+"""Weights files with a trainer's objects, in old formats, compressed, cut short, and files of other kinds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import enum
 import functools
 import gzip
 import io
-import json
 import lzma
 import os
 import pathlib
 import pickle
-import struct
 import subprocess
 import tarfile
 import types
@@ -27,12 +25,13 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from mgvideo.errors import UserError
 from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.small import r2plus1d_small
-from mgvideo.models.weights_file import read
+from mgvideo.models.weights_file import read_weights
 
 
 def network() -> nn.Module:
@@ -45,17 +44,17 @@ def state() -> dict[str, Tensor]:
 
 
 class Mode(enum.Enum):
-    """Of a trainer."""
+    """An enum of a trainer."""
 
     TRAIN = 1
 
 
 class Settings(dict):
-    """Of a trainer."""
+    """A dict subclass of a trainer."""
 
 
 class Meter:
-    """With slots and state of its own."""
+    """An object with slots."""
 
     __slots__ = ("total",)
 
@@ -64,7 +63,7 @@ class Meter:
 
 
 class Wrapper(nn.Module):
-    """A network inside of a trainer's module."""
+    """A trainer's module with a network inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ OBJECTS = {
     "random state": np.random.RandomState(0),
     "path": pathlib.PurePosixPath("/d"),
     "enum": Mode.TRAIN,
-    "dict of its own kind": Settings(a=1),
+    "dict subclass": Settings(a=1),
     "slots": Meter(),
     "date": datetime.datetime(2026, 1, 1),
     "deque": collections.deque([1, 2]),
@@ -105,48 +104,48 @@ WRITERS: dict[str, Callable[[object, Path], None]] = {
 
 def assert_loads(path: Path, state: dict[str, Tensor]) -> str:
     model = network()
-    told = load_pretrained(model, path)
+    summary = load_pretrained(model, path)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    return told
+    return summary
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_trainers_objects_are_passed_over(writer: str, state: dict[str, Tensor], tmp_path: Path) -> None:
-    for name, thing in OBJECTS.items():
-        WRITERS[writer]({"state_dict": state, "more": {"deep": [thing]}}, tmp_path / "model.pth")
+def test_objects_of_a_trainer_are_skipped(writer: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+    for name, value in OBJECTS.items():
+        WRITERS[writer]({"state_dict": state, "more": {"deep": [value]}}, tmp_path / "model.pth")
         assert_loads(tmp_path / "model.pth", state)
         if name == "argparse.Namespace":
-            told = load_pretrained(network(), tmp_path / "model.pth")
-            assert told.endswith("under state_dict, with names of mgvideo; not read: objects of argparse.Namespace")
+            summary = load_pretrained(network(), tmp_path / "model.pth")
+            assert summary.endswith("under state_dict, with names of mgvideo; not read: objects of argparse.Namespace")
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_whole_networks_and_dicts_of_ones_own_are_read(writer: str, tmp_path: Path) -> None:
+def test_whole_networks_and_dict_subclasses_are_read(writer: str, tmp_path: Path) -> None:
     trainer = Wrapper()
     for content in (trainer, {"model": nn.DataParallel(trainer)}, Settings(model=Settings(trainer.state_dict()))):
         WRITERS[writer](content, tmp_path / "model.pth")
-        told = assert_loads(tmp_path / "model.pth", trainer.net.state_dict())
-        assert "loss" in told
-        assert "scratch" not in told
+        summary = assert_loads(tmp_path / "model.pth", trainer.net.state_dict())
+        assert "loss" in summary
+        assert "scratch" not in summary
 
 
-def test_no_object_of_a_file_is_made(tmp_path: Path) -> None:
-    torch.save({"args": OBJECTS["argparse.Namespace"], "made": Mode.TRAIN, "epoch": 3}, tmp_path / "model.pth")
-    content = read(tmp_path / "model.pth")
+def test_objects_of_other_classes_become_placeholders(tmp_path: Path) -> None:
+    torch.save({"args": OBJECTS["argparse.Namespace"], "mode": Mode.TRAIN, "epoch": 3}, tmp_path / "model.pth")
+    content = read_weights(tmp_path / "model.pth")
     assert not isinstance(content["args"], argparse.Namespace)
-    assert not isinstance(content["made"], Mode)
-    assert content["args"].contents()["lr"] == 0.1
+    assert not isinstance(content["mode"], Mode)
+    assert content["args"].as_dict()["lr"] == 0.1
     with pytest.raises(UserError) as error:
         load_pretrained(network(), tmp_path / "model.pth")
-    told = str(error.value)
-    assert "holds no weights: it is of type dict and holds args (argparse.Namespace), made (" in told
-    assert told.endswith(", epoch (int)")
-    assert "\x1b" not in told
-    assert "\n" not in told
+    message = str(error.value)
+    assert "contains no weights: it is of type dict and contains args (argparse.Namespace), mode (" in message
+    assert message.endswith(", epoch (int)")
+    assert "\x1b" not in message
+    assert "\n" not in message
 
 
-class Called:
-    """What a hostile file holds."""
+class Call:
+    """Pickles as a call of a function, as malicious files do."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
         self.call = function, arguments
@@ -155,7 +154,7 @@ class Called:
         return self.call
 
 
-HOSTILE = {
+MALICIOUS = {
     "posix.system": (os.system, "touch ran"),
     "builtins.eval": (eval, "open('ran', 'w')"),
     "builtins.exec": (exec, "open('ran', 'w')"),
@@ -165,21 +164,21 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("named", HOSTILE)
-def test_code_is_refused_by_name_and_not_run(
+@pytest.mark.parametrize("named", MALICIOUS)
+def test_code_is_not_run_and_named_in_the_error(
     named: str, writer: str, state: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    WRITERS[writer]({"state_dict": state, "evil": Called(*HOSTILE[named])}, tmp_path / "model.pth")
-    with pytest.raises(UserError, match=rf"holds code, {named}, of which nothing was run") as error:
+    WRITERS[writer]({"state_dict": state, "evil": Call(*MALICIOUS[named])}, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=rf"contains code, {named}, which was not run") as error:
         load_pretrained(network(), "model.pth")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_function_that_is_not_known_is_not_called(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_unknown_function_is_not_called(tmp_path: Path, state: dict[str, Tensor]) -> None:
     ran = tmp_path / "ran"
-    torch.save({"state_dict": state, "evil": Called(_touch, str(ran))}, tmp_path / "model.pth")
+    torch.save({"state_dict": state, "evil": Call(_touch, str(ran))}, tmp_path / "model.pth")
     assert_loads(tmp_path / "model.pth", state)
     assert not ran.exists()
 
@@ -188,28 +187,13 @@ def _touch(path: str) -> None:
     Path(path).touch()
 
 
-def test_no_class_of_ours_is_changed(tmp_path: Path) -> None:
+def test_pickle_cannot_change_a_class(tmp_path: Path) -> None:
     # GLOBAL torch.nn.parameter.Parameter, state (None, {"changed": 1}), BUILD
     data = b"\x80\x02ctorch.nn.parameter\nParameter\nN}X\x07\x00\x00\x00changedK\x01s\x86b."
     (tmp_path / "model.pkl").write_bytes(data)
     with pytest.raises(UserError, match="cannot read weights"):
-        read(tmp_path / "model.pkl")
+        read_weights(tmp_path / "model.pkl")
     assert not hasattr(nn.Parameter, "changed")
-
-
-def safetensors(state: dict[str, Tensor]) -> bytes:
-    """As the format's description says."""
-    kinds = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, tensor in state.items():
-        plain = tensor.contiguous().view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor.contiguous()
-        raw = plain.numpy().tobytes()
-        offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        data += raw
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def zipped(**members: bytes) -> bytes:
@@ -237,7 +221,7 @@ def saved(content: object, **options: bool) -> bytes:
 
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {
-    "model.pth.tar": bytes,  # a name that torch's own examples have
+    "model.pth.tar": bytes,  # the name in torch's examples
     "model.pth.gz": gzip.compress,
     "model.pth.bz2": bz2.compress,
     "model.pth.xz": lzma.compress,
@@ -248,18 +232,18 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_packed_files_are_read(name: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_compressed_files_are_read(name: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(PACKED[name](saved({"model": state})))
     assert_loads(tmp_path / name, state)
 
 
 def test_safetensors_and_arrays_are_read(state: dict[str, Tensor], tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(safetensors(state))
+    (tmp_path / "model.safetensors").write_bytes(save_safetensors(state))
     assert_loads(tmp_path / "model.safetensors", state)
     np.savez(tmp_path / "model.npz", **{name: tensor.numpy() for name, tensor in state.items()})
     assert_loads(tmp_path / "model.npz", state)
     half = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    (tmp_path / "half.safetensors").write_bytes(safetensors(half))
+    (tmp_path / "half.safetensors").write_bytes(save_safetensors(half))
     assert_loads(tmp_path / "half.safetensors", {name: t.to(state[name].dtype) for name, t in half.items()})
 
 
@@ -277,7 +261,7 @@ PAGE = b"\n<!DOCTYPE html>\n<html><head><title>Quota exceeded</title></head></ht
 DENIED = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
 REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], bytes], str]] = {
     "empty": (lambda _: b"", "it is empty"),
-    "zeros": (lambda _: bytes(4000), "it holds zeros alone"),
+    "zeros": (lambda _: bytes(4000), "it contains only zeros"),
     "pointer": (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n", "git lfs pull"),
     "page": (lambda _: PAGE, r"a web page \(Quota exceeded\)"),
     "denied": (lambda _: DENIED, r"a web page \(Access Denied\)"),
@@ -289,24 +273,35 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Tensor]], bytes], str]] = {
     "cut, old": (lambda state: cut(saved(state, **OLD), 0.6), "cut short at"),
     "cut early, old": (lambda state: cut(saved(state, **OLD), 0.01), "cut short at"),
     "cut pickle": (lambda state: cut(pickle.dumps(state), 0.3), "cut short at"),
-    "cut safetensors": (lambda state: cut(safetensors(state), 0.9), "cut short at"),
-    "cut header": (lambda state: safetensors(state)[:60], "cut short at"),
+    "cut safetensors": (lambda state: cut(save_safetensors(state), 0.9), "cut short at"),
+    "cut header": (lambda state: save_safetensors(state)[:60], "cut short at"),
+    "header of other bytes": (lambda _: save_safetensors({})[:8] + b"{" + bytes(7), "damaged"),
+    "float8": (
+        lambda _: save_safetensors({"w": torch.ones(2).to(torch.float8_e4m3fn)}),
+        "contains w as torch.float8_e4m3fn",
+    ),
+    "float4": (
+        lambda _: save_safetensors({"w": torch.ones(3)}).replace(b'"F32","shape":[3]', b'"F4","shape":[24]'),
+        "dtype F4: convert them to float32",
+    ),
     "cut gzip": (lambda state: cut(gzip.compress(saved(state)), 0.9), "cut short"),
     "flipped": (lambda state: flipped(saved(state)), "does not match its checksums"),
     "several": (
         lambda state: zipped(**{"a.pth": b"x", "b.pth": b"y"}),
-        "several: unpack it and give one of a.pth, b.pth",
+        "several weights files: unpack it and give one of a.pth, b.pth",
     ),
-    "none": (lambda state: zipped(**{"readme.txt": b"x"}), "zip archive without weights: it holds readme.txt"),
+    "none": (lambda state: zipped(**{"readme.txt": b"x"}), "zip archive without weights: it contains readme.txt"),
     "old tar": (lambda state: tarred(storages=b"x", tensors=b"x", pickle=b"x"), "by torch before 0.2"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_a_file_is_instead_is_told(name: str, state: dict[str, Tensor], tmp_path: Path) -> None:
-    make, told = REFUSED[name]
-    (tmp_path / "model.pth").write_bytes(make(state))
-    with pytest.raises(UserError, match=rf"cannot read weights from .*model\.pth: .*{told}") as error:
+def test_unreadable_files_give_one_line_that_says_what_they_are(
+    name: str, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    make_content, message = REFUSED[name]
+    (tmp_path / "model.pth").write_bytes(make_content(state))
+    with pytest.raises(UserError, match=rf"cannot read weights from .*model\.pth: .*{message}") as error:
         load_pretrained(network(), tmp_path / "model.pth")
     assert "\n" not in str(error.value)
 
@@ -321,7 +316,7 @@ def test_files_without_checksums_are_read(state: dict[str, Tensor], tmp_path: Pa
     assert_loads(tmp_path / "model.pth", state)
 
 
-def test_programs_are_told_how_to_convert(tmp_path: Path) -> None:
+def test_errors_for_programs_contain_a_command_that_converts_them(tmp_path: Path) -> None:
     model, clips = network().eval(), torch.zeros(1, 3, 4, 32, 32)
     torch.jit.trace(model, clips).save(str(tmp_path / "script.pt"))
     torch.export.save(torch.export.export(model, (clips,)), tmp_path / "program.pt2")
@@ -333,16 +328,16 @@ def test_programs_are_told_how_to_convert(tmp_path: Path) -> None:
         assert_loads(tmp_path / "weights.pth", model.state_dict())
 
 
-def test_folders_say_what_is_in_them(tmp_path: Path) -> None:
+def test_errors_for_folders_say_what_is_in_them(tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/best.pt").touch()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards/__0_0.distcp").touch()
     (tmp_path / "none").mkdir()
-    for name, told in (
+    for name, message in (
         ("run", "give one of its files, checkpoints/best.pt"),
         ("shards", "dcp_to_torch"),
         ("none", "without weights"),
     ):
-        with pytest.raises(UserError, match=f"{name}: it is a folder.*{told}"):
-            read(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}: it is a folder.*{message}"):
+            read_weights(tmp_path / name)

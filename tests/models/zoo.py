@@ -1,4 +1,4 @@
-"""The networks of configs/model, built as the command line builds them."""
+"""Builds the networks of configs/model as the command line does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def build(name: str, num_classes: int = 10, **overrides: object) -> nn.Module:
-    """The network of a config file, with some of its keys overridden."""
+    """Build the network of a config file, with some of its keys overridden."""
     model = OmegaConf.merge(OmegaConf.load(FOLDER / f"{name}.yaml"), overrides)
     run = OmegaConf.create({"model": model, "dataset": {"num_classes": num_classes}})
     return hydra.utils.instantiate(run.model)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from recipes import ALL, CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID
+from recipes import CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SCHEDULES
 
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import (
@@ -35,7 +35,7 @@ def test_cost_counts_every_step() -> None:
     assert total_cost(plan.phases) == sum(slot.batch * slot.grid.volume for slot in steps)
 
 
-@pytest.mark.parametrize("schedule", ALL[1:], ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda schedule: schedule.name)
 def test_saving_in_pixels_follows_steps(schedule: object) -> None:
     plan, baseline = make_plan(KINETICS, schedule, KINETICS_CLIPS), make_plan(KINETICS, BASELINE, KINETICS_CLIPS)
     saving = baseline.steps / plan.steps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from recipes import ALL, CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SOMETHING
+from recipes import CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SCHEDULES, SSV2
 from rich.console import Console, RenderableType
 
 from mgvideo.plan.figure import draw_plans
@@ -23,7 +23,7 @@ def render(table: RenderableType) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("base", [KINETICS, CHARADES, SOMETHING], ids=["kinetics", "charades", "something"])
+@pytest.mark.parametrize("base", [KINETICS, CHARADES, SSV2], ids=["kinetics", "charades", "something"])
 def test_the_widest_table_fits_120_columns_without_cut_cells(base: Base) -> None:
     plan = make_plan(base, MULTIGRID, KINETICS_CLIPS)
     seconds = {slot.grid.name: 0.5 for phase in plan.phases for slot in phase.slots}
@@ -69,7 +69,7 @@ def test_a_row_of_the_loader_demand_table() -> None:
 def test_the_figure_is_a_small_png_with_many_colours(tmp_path: Path) -> None:
 
     path = tmp_path / "plan.png"
-    draw_plans([make_plan(KINETICS, schedule, KINETICS_CLIPS) for schedule in ALL], path)
+    draw_plans([make_plan(KINETICS, schedule, KINETICS_CLIPS) for schedule in SCHEDULES], path)
     with Image.open(path) as image:
         assert image.width >= 1000
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50
