@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from mgvideo.cpu.resources import available_cpus, cpu_count, run_on
+from mgvideo.cpu.resources import available_cpus, cpu_count, set_cpu_affinity
 from mgvideo.distributed.ranks import limit_threads
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
@@ -65,7 +65,7 @@ def main(
     def guarded(cfg: DictConfig) -> None:
         # the launcher of a multirun, perhaps on another machine, is told of an error by an exception alone
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
-            run_on(available_cpus())
+            set_cpu_affinity(available_cpus())
             limit_threads(cpu_count())
             for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
                 if os.environ.get("RANK", "0") == "0":

@@ -182,7 +182,7 @@ def run(given: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) ->
     grid, views = predictor.views.grid, predictor.views
     print(predictor.trained.taken, file=sys.stderr)
     shape = f"{grid.frames} frames at stride {grid.strides[0]}, {grid.size} pixels"
-    print(f"{predictor.trained}: {views.clips}×{views.crops} views (clips × crops) of {shape}", file=sys.stderr)
+    print(f"{predictor.trained}: {views.num_clips}×{views.num_crops} views (clips × crops) of {shape}", file=sys.stderr)
     paths = list(videos)
     result = predictor.scores(paths)
     reasons = {paths[failure.index]: failure.reason for failure in result.failures}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mgvideo import __version__
 from mgvideo.distributed.ranks import gather_objects, rank, world_size
-from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_at_once
+from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, largest_step_clips
 from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Plan
@@ -147,7 +147,7 @@ def keep_micro_batch_clips(saved: Mapping[str, int] | None, fits: int, plan: Pla
         return fits, None
     kept = saved["clips"]
     # The free memory of a machine varies; the measured number leaves 40 % of it free, the saved one may leave 20 %.
-    if kept <= fits * MAX_MEMORY_SHARE / MEMORY_SHARE or clips_at_once(plan, world_size()) <= fits:
+    if kept <= fits * MAX_MEMORY_SHARE / MEMORY_SHARE or largest_step_clips(plan, world_size()) <= fits:
         return kept, None
     return fits, (
         f"memory holds {fits} clips of the base grid at once now, not {kept} as before: micro-batches become smaller, "

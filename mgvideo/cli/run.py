@@ -23,7 +23,7 @@ from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, place, report_position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.forward_check import check_forward
-from mgvideo.engine.micro_batches import clips_at_once, is_out_of_memory
+from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
 from mgvideo.engine.precision import Precision, choose_precision
 from mgvideo.engine.tasks import SingleLabel
 from mgvideo.engine.trainer import Trainer, TrainOptions
@@ -111,7 +111,7 @@ def run(cfg: DictConfig) -> None:
                     monitor.print_line(f"warning: {moved}")
                 defer_signals()
                 if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
-                    trainer.progress.begins(hardware(device), str(precision))
+                    trainer.progress.record_environment(hardware(device), str(precision))
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
@@ -233,7 +233,7 @@ def build_trainer(
         fits, changed = keep_micro_batch_clips(state.get("micro_batch_clips"), fits, plan)
         if changed:
             monitor.print_line(f"warning: {changed}")
-    if fits < clips_at_once(plan, world_size()):
+    if fits < largest_step_clips(plan, world_size()):
         monitor.print_line(f"memory holds {fits} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
     side = base.crop_size
@@ -262,7 +262,7 @@ def build_trainer(
             compile=cfg.compile,
             profile=cfg.train.profile,
         ),
-        monitor=monitor,
+        logger=monitor,
         checkpoints=checkpoints,
         validate=(evaluator, views) if cfg.train.evals_per_phase else None,
     )
@@ -281,14 +281,14 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin)
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch_size)
     started = time.perf_counter()
-    monitor.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    beat = trainer.report_progress("testing", -1)
+    monitor.print_line(f"testing {len(data.val)} videos, {views.num_clips} clips × {views.num_crops} crops")
+    report_batch = trainer.progress_callback("testing", -1)
 
-    def tell(done: int, of: int, waiting: bool) -> None:
-        beat(done, of, waiting)
-        monitor.tested(done, of)
+    def on_progress(batches_done: int, batches: int, waiting: bool) -> None:
+        report_batch(batches_done, batches, waiting)
+        monitor.tested(batches_done, batches)
 
-    result = evaluator(trainer.model, views, tell)
+    result = evaluator(trainer.model, views, on_progress)
     report_position("after the test")
     monitor.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
@@ -308,7 +308,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, monitor: RunLogger) -> N
         train_seconds=trainer.progress.seconds,
         test_seconds=time.perf_counter() - started,
         metrics=metrics,
-        views=f"{views.clips}×{views.crops}",
+        views=f"{views.num_clips}×{views.num_crops}",
         videos=len(data.val),
         failures=result.failures,
         folder=monitor.folder,

@@ -27,8 +27,8 @@ def _affinity() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-# If one of these is set, importing torch makes OpenMP bind the main thread to a single core, and processes started later
-# inherit that. So read the affinity when mgvideo is imported, before torch.
+# If one of these is set, importing torch makes OpenMP bind the main thread to a single core, and processes started
+# later inherit that. So read the affinity when mgvideo is imported, before torch.
 _OPENMP_BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _CPUS_AT_START = _affinity()
 
@@ -38,7 +38,7 @@ def available_cpus() -> frozenset[int]:
     return _CPUS_AT_START if any(name in os.environ for name in _OPENMP_BINDING_VARIABLES) else _affinity()
 
 
-def run_on(cpus: frozenset[int]) -> None:
+def set_cpu_affinity(cpus: frozenset[int]) -> None:
     """Set the CPU affinity of this thread, and of threads and processes it starts later, where the system allows it."""
     if _affinity() != cpus:
         with suppress(OSError):

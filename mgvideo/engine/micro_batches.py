@@ -16,7 +16,7 @@ from mgvideo.errors import UserError
 from mgvideo.plan.plan import Base, Grid, Plan
 from mgvideo.plan.shards import BatchShard
 
-from .precision import Precision, without_tuning
+from .precision import Precision, without_cudnn_benchmark
 
 MEMORY_SHARE = 0.6  # fraction of free memory for saved activations; the rest is for gradients, workspace and inputs
 MAX_MEMORY_SHARE = 0.8  # the same for a resumed run, which should keep the number of clips that it started with
@@ -69,7 +69,7 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memo
     clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-    with hooks, precision.autocast(), without_tuning():
+    with hooks, precision.autocast(), without_cudnn_benchmark():
         output = model(clips.permute(0, 4, 1, 2, 3))
     clip_bytes = sum(size for pointer, size in saved_bytes.items() if pointer not in parameters) / 2
     del output
@@ -81,13 +81,13 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memo
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
 
 
-def clips_at_once(plan: Plan, ranks: int) -> float:
+def largest_step_clips(plan: Plan, ranks: int) -> float:
     """Return the volume of a plan's largest step per rank, without micro-batches, in clips of the base grid."""
     largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
     return largest / (plan.base.num_frames * plan.base.crop_size**2 * ranks)
 
 
-def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:
+def suggest_micro_batch_clips(clips: int, grid: Grid, base: Base) -> int | None:
     """Return a value of `micro_batch_clips` that halves micro-batches of `clips` clips of a grid.
 
     Returns 1 if no value halves them but 1 makes them smaller, and None if no value does.

@@ -19,7 +19,7 @@ import pytest
 import torch
 from faults import overrides
 from refusals import said
-from training import KNOBS, ROOT, SERVED, TINY, end_state, metrics
+from training import KNOBS, ROOT, PRELOADED_MODULES, TINY, end_state, metrics
 from videos import needs_decord
 
 from mgvideo.cli.run import main
@@ -50,7 +50,7 @@ def test_a_signal_in_mid_evaluation_repeats_the_evaluation_and_nothing_else(
     whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
-    ask = overrides("ask", "val", rank=0, after=5, once="asked")
+    ask = overrides("sigterm", "val", rank=0, after=5, once="asked")
     line = said(main, [*run, *ask], capsys, 128 + signal.SIGTERM)
     stopped = int(line.split("goes on from step ")[1])
     assert stopped == min(metrics(whole, "val_top1")), "where the first evaluation is due"
@@ -85,7 +85,7 @@ def test_killed_as_it_writes_a_checkpoint_it_goes_on_from_the_one_before(
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
     checkpoints = Checkpoints(tmp_path / "out/checkpoints")
     steps = Checkpoints(whole / "checkpoints").steps()
-    start_server(SERVED)
+    start_server(PRELOADED_MODULES)
     moments = [("fsync", steps[2], ".pt.tmp"), ("replace", steps[5], ".pt")]  # half written; all but in its place
     for call, step, suffix in moments:
         arguments = (call, f"step_{step:08d}{suffix}", run)
@@ -138,9 +138,9 @@ WORKERS = {
 def test_ctrl_c_on_a_terminal_stops_the_run_and_not_its_workers(
     during: str, workers: str, motion_root: str, tmp_path: Path
 ) -> None:
-    options = {"rank": 0, "after": 2, "once": tmp_path / "sent", "given": tmp_path / "out" / "checkpoints"}
+    options = {"rank": 0, "after": 2, "once": tmp_path / "sent", "required_file": tmp_path / "out" / "checkpoints"}
     if during == "test":
-        options["given"] = tmp_path / "out"
+        options["required_file"] = tmp_path / "out"
     fault = overrides("ctrl-c", "train" if during == "precise BN" else "val", **options)
     run = [*TINY, *WORKERS[workers], *fault, f"dataset.root={motion_root}", f"output_dir={tmp_path}/out"]
     run += ["schedule=baseline", "base.epochs=0.5", "base.lr_milestones=[]", f"train.enable={during != 'test'}"]
@@ -199,7 +199,7 @@ def test_begun_anew_in_a_used_folder_it_keeps_its_own_and_goes_on_when_started_a
     shutil.copytree(whole, "out", symlinks=True)
     torch.save({"model": r2plus1d_small(8, width=4).state_dict()}, "weights.pt")
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "resume=never", "init_from=weights.pt"]
-    said(main, [*run, *overrides("ask", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
+    said(main, [*run, *overrides("sigterm", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
     before, checkpoints = Checkpoints(whole / "checkpoints").steps(), Checkpoints(tmp_path / "out/checkpoints")
     assert Checkpoints(checkpoints.folder / "aside_1").steps() == before
     stopped = checkpoints.steps()[-1]

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import SERVED
+from training import PRELOADED_MODULES
 
 from mgvideo.errors import UserError
 from mgvideo.layers import batchnorm
@@ -133,7 +133,7 @@ def test_one_group_is_batchnorm(deferred: bool, momentum: float | None):
 def normalises(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a test on this CPU once as CPUs normalise groups and once as GPUs do."""
     if request.param == "all_groups_at_once":
-        monkeypatch.setattr(batchnorm, "_GroupNormalise", batchnorm._GroupNormaliseAtOnce)
+        monkeypatch.setattr(batchnorm, "_CpuGroupNormalise", batchnorm._GpuGroupNormalise)
 
 
 @pytest.mark.usefixtures("normalises")
@@ -467,7 +467,7 @@ def rank_steps(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    start_server(SERVED)
+    start_server(PRELOADED_MODULES)
     context = mp.start_processes(rank_steps, (folder,), nprocs=2, join=False, start_method="forkserver")
     try:
         while not context.join():

@@ -185,7 +185,7 @@ def last_words(motion_root: str, method: str, fault: str, timeout: float) -> Non
     plain = motion(motion_root, KNOBS, "train", PyAV())
     if method == "forkserver":  # has time to start its server
         read(Loader(plain, LoaderOptions(1, start_method=method)).open(requests, range(1)))
-    dataset = Faulty(plain, fault, rank=0, after=7, once=None, given=None)
+    dataset = Faulty(plain, fault, rank=0, after=7, once=None, required_file=None)
     options = LoaderOptions(1, start_method=method, timeout=timeout)
     try:
         read(Loader(dataset, options).open(requests, range(10)))

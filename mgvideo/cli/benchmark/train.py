@@ -177,15 +177,15 @@ def _name(grid: str, batch: int) -> str:
 def timed(trainer: Trainer, held: dict[str, Batch]) -> list[tuple[float, float]]:
     """Run a trainer's whole plan: seconds of each step, from the end of the one before, and its wait for data."""
     real, marks, waits = trainer.step, [mark(trainer.device)], []
-    window, waited = trainer.window, 0.0
+    metrics, waited = trainer.running_metrics, 0.0
 
     def step(number: int, batch: Batch) -> None:
-        nonlocal window, waited
+        nonlocal metrics, waited
         slot = trainer.plan.slot(number)
         held.setdefault(_name(slot.grid.name, slot.batch), batch)
-        before, window = window, trainer.window  # a log step starts a new one
-        waits.append(window.waited - (waited if window is before else 0.0))
-        waited = window.waited
+        before, metrics = metrics, trainer.running_metrics  # a log step starts a new one
+        waits.append(metrics.wait_s - (waited if metrics is before else 0.0))
+        waited = metrics.wait_s
         real(number, batch)
         marks.append(mark(trainer.device))
 
@@ -212,7 +212,7 @@ def bare(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float
             for start, stop, bn_groups in micro_batches:
                 set_bn_groups(model, bn_groups)
                 with trainer.precision.autocast():
-                    logits = trainer.stepper.parallel(trainer.normalize(pixels[start:stop]))
+                    logits = trainer.train_step.wrapped_model(trainer.normalize(pixels[start:stop]))
                 trainer.task.loss(logits.float(), labels[start:stop]).div(clips).backward()
         trainer.optimizer.step()
     return between(marks)[1:]
