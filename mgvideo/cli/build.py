@@ -135,7 +135,7 @@ def fall_back_if_convolutions_are_wrong(
         return precision, warnings
     if cfg.precision != "auto":
         return precision, [*warnings, f"{name}: {'; '.join(wrong)}; choose precision=fp32 or another torch"]
-    precision = replace(precision, dtype=None, channels_last=False, why="see the warning")
+    precision = replace(precision, dtype=None, channels_last=False, reason="see the warning")
     precision.place(model)
     return precision, [f"{name}: {'; '.join(wrong)}; training in float32 instead"]
 
