@@ -64,15 +64,16 @@ class RunningMetrics:
         """
         loss = torch.zeros((), dtype=torch.float64) if self.loss is None else self.loss.cpu()
         failures = [tuple(vars(failure).values()) for failure in self.failures]
-        ranks = gather_objects((loss, self.clips_read, self.wait_s, failures, self.bad_clips))
+        rank_values = gather_objects((loss, self.clips_read, self.wait_s, failures, self.bad_clips))
+        losses, clips_read, waits_s, failure_lists, bad_clips = zip(*rank_values, strict=True)
         return {
-            "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),
+            "loss": sum(losses[1:], start=losses[0]),
             "steps": self.steps,
             "clips": self.clips,
-            "read": sum(r[1] for r in ranks),
-            "waited": max(r[2] for r in ranks),
-            "failures": [failure for r in ranks for failure in r[3]],
-            "bad": sum(r[4] for r in ranks),
+            "read": sum(clips_read),
+            "waited": max(waits_s),
+            "failures": [failure for rank_failures in failure_lists for failure in rank_failures],
+            "bad": sum(bad_clips),
             "seconds": time.perf_counter() - self.start_time,
         }
 

@@ -250,10 +250,11 @@ class Trainer:
         self.checkpoints.check()  # report a full disk now, not at the next checkpoint
         elapsed = time.perf_counter() - metrics.start_time
         self.progress.seconds += elapsed
-        ranks = gather_objects((loss, metrics.failures, metrics.clips_read, metrics.wait_s, metrics.bad_clips))
-        failures = [failure for r in ranks for failure in r[1]]
-        self.progress.clips += sum(r[2] for r in ranks)
-        self.progress.bad += sum(r[4] for r in ranks)
+        rank_values = gather_objects((loss, metrics.failures, metrics.clips_read, metrics.wait_s, metrics.bad_clips))
+        losses, failure_lists, clips_read, waits_s, bad_clips = zip(*rank_values, strict=True)
+        failures = [failure for rank_failures in failure_lists for failure in rank_failures]
+        self.progress.clips += sum(clips_read)
+        self.progress.bad += sum(bad_clips)
         slot = self.plan.slot(step - 1)
         index = self.plan.phases.index(phase)
         self.logger.eta.add(index, elapsed, metrics.steps)
@@ -268,9 +269,9 @@ class Trainer:
                 "size": slot.grid.size,
                 "batch": slot.batch,
                 "lr": self.plan.lr(step - 1),
-                "loss": sum(r[0] for r in ranks) / metrics.steps,
+                "loss": sum(losses) / metrics.steps,
                 "clips_per_s": round(metrics.clips / elapsed, 2),
-                "data_wait": round(max(r[3] for r in ranks) / elapsed, 4),
+                "data_wait": round(max(waits_s) / elapsed, 4),
                 "memory_gib": round(_peak_gib(self.device) if cuda else _resident_gib(), 3),
                 "seconds": round(self.progress.seconds, 3),
             }
