@@ -1,4 +1,4 @@
-"""The tests' videos and network with a fault: what one rank, or a loader worker of it, suffers."""
+"""The tests' dataset and network with a fault on one rank or in one of its loader workers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ GRID = Grid(4, 24, (1, 3), (28, 40))
 
 
 class Faulty:
-    """A dataset with a fault on one rank, after so many clips.
+    """A dataset with a fault on one rank, after it has read a number of clips.
 
-    `once` names a file that the fault creates, and that suppresses it afterwards; `given` one that has to exist first.
+    Args:
+        fault: "raise", "hang", "exit", "ctrl-c", "kill", "freeze" or "sigterm".
+        after: the fault occurs from the clip after this number on.
+        once: a file that the fault creates; while it exists there is no fault.
+        required_file: the fault occurs only while this file exists.
     """
 
-    def __init__(self, dataset: Any, fault: str, rank: int, after: int, once: str | None, given: str | None) -> None:
+    def __init__(
+        self, dataset: Any, fault: str, rank: int, after: int, once: str | None, required_file: str | None
+    ) -> None:
         self.dataset, self.fault, self.rank, self.after, self.once = dataset, fault, rank, after, once
-        self.given = given
-        self.read = 0
+        self.required_file = required_file
+        self.clips_read = 0
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by pickle before there is a dataset
+        if name.startswith("__"):  # pickle looks these up before `dataset` is set
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -40,13 +46,13 @@ class Faulty:
         return len(self.dataset)
 
     def __getitem__(self, request: ClipRequest) -> Sample:
-        self.read += 1
-        if os.environ.get("RANK", "0") == str(self.rank) and self.read > self.after and self._due():
+        self.clips_read += 1
+        if os.environ.get("RANK", "0") == str(self.rank) and self.clips_read > self.after and self._is_due():
             self._fail()
         return self.dataset[request]
 
-    def _due(self) -> bool:
-        if self.given is not None and not os.path.exists(self.given):
+    def _is_due(self) -> bool:
+        if self.required_file is not None and not os.path.exists(self.required_file):
             return False
         if self.once is None:
             return True
@@ -63,28 +69,39 @@ class Faulty:
             time.sleep(3600)
         if self.fault == "exit":
             sys.exit(0)
-        if self.fault == "ctrl-c":  # a terminal sends it to all processes of the foreground group
+        if self.fault == "ctrl-c":  # like a terminal, signal all processes of the foreground group
             os.killpg(os.getpgrp(), signal.SIGINT)
             return
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "ask": signal.SIGTERM}[self.fault])
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "sigterm": signal.SIGTERM}[self.fault])
 
 
 def motion(
-    fault: str, rank: int = 1, after: int = 60, once: str | None = None, given: str | None = None, **arguments: Any
+    fault: str,
+    rank: int = 1,
+    after: int = 60,
+    once: str | None = None,
+    required_file: str | None = None,
+    **arguments: Any,
 ) -> Faulty:
-    """`mgvideo.datasets.motion.motion` with a fault."""
-    return Faulty(real.motion(**arguments), fault, rank, after, once, given)
+    """Build `mgvideo.datasets.motion.motion` with a fault."""
+    return Faulty(real.motion(**arguments), fault, rank, after, once, required_file)
 
 
-def overrides(fault: str, videos: str = "train", **options: object) -> list[str]:
-    """The same, for the command line of the run program."""
-    extra = {"fault": fault, **options}
-    given = [f"+dataset.{videos}.{key}={value}" for key, value in extra.items()]
-    return [f"dataset.{videos}._target_=faults.motion", *given]
+def overrides(fault: str, split: str = "train", **options: object) -> list[str]:
+    """Return overrides of the run program that give the dataset of a split ("train" or "val") a fault."""
+    keys = {"fault": fault, **options}
+    return [
+        f"dataset.{split}._target_=faults.motion",
+        *(f"+dataset.{split}.{key}={value}" for key, value in keys.items()),
+    ]
 
 
 class FaultyNetwork(nn.Module):
-    """A network with a fault in training: `bad_loss`, once after so many forward passes, or `dropout`, always."""
+    """A network with a fault in training.
+
+    "bad_loss": its output is NaN once, after `after` forward passes, if the file `once` does not exist. "dropout": it
+    always calls dropout as a function.
+    """
 
     def __init__(self, network: nn.Module, fault: str, after: int, once: str) -> None:
         super().__init__()
@@ -104,13 +121,16 @@ class FaultyNetwork(nn.Module):
 
 
 def network(fault: str, after: int = 0, once: str = "", **arguments: Any) -> FaultyNetwork:
-    """`mgvideo.models.small.r2plus1d_small` with a fault."""
-    from mgvideo.models.small import r2plus1d_small  # loader workers import this module, and need no network
+    """Build `mgvideo.models.small.r2plus1d_small` with a fault."""
+    from mgvideo.models.small import r2plus1d_small  # here, because loader workers import this file
 
     return FaultyNetwork(r2plus1d_small(**arguments), fault, after, once)
 
 
 def requests(step: int) -> BatchRequest:
-    """Three clips; in a module that loader workers import quickly. All steps but the first have three crops of each."""
+    """Return requests for three clips, with three crops of each in all steps but the first.
+
+    In this file because loader workers import it quickly.
+    """
     view = View(0, 1, 3) if step else None
     return BatchRequest([ClipRequest(index, GRID, 10 * step + index, view) for index in range(3)])

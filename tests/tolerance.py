@@ -1,4 +1,4 @@
-"""How far a result may be from the exact one: what rounding explains, from the dtype and the number of terms added."""
+"""Tolerances of numeric tests: the rounding error to expect for a dtype and a number of added terms."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16
 
 
 def rounding_error(dtype: torch.dtype, terms: int = 1, layers: int = 1) -> float:
-    """Largest relative error, in the 2-norm, of sums of products in `dtype`, after a number of layers of them.
+    """Return the largest relative error, in the 2-norm, of sums of products in `dtype`, after a number of layers.
 
-    Rounding is off by at most eps / 2, uniformly, and the values that it is relative to are 1.47 powers of two in the
-    root mean square: 0.2 eps. Errors are independent, so their squares add: three of operands and result, and one of
-    each partial sum, relative to which the sums are half as large in the mean square. One half is added to the whole,
-    since tensors are small. `terms` counts additions in `dtype` itself: matrix products in bf16 instructions add in
-    float32.
+    Rounding to a dtype has a relative error of 0.2 eps in the root mean square: the absolute error is uniform up to
+    eps / 2 in units of the value's power of two, and values are 1.47 times that power in the root mean square. Errors
+    are independent, so their squares add up: three for the operands and the result, and one half for each addition,
+    because a partial sum has half the mean square of the final sum on average. The factor of 1.5 is a margin, because
+    tensors are small.
+
+    `terms` counts the additions in `dtype` itself. Matrix products in bf16 instructions accumulate in float32.
     """
     return 1.5 * 0.2 * torch.finfo(dtype).eps * math.sqrt(layers * (3 + terms / 2))

@@ -1,4 +1,4 @@
-"""A small but whole training set-up on real videos, for the tests of everything around the training loop."""
+"""A small but complete training set-up on real videos, for tests of the trainer and of the run program."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from mgvideo.tracking.run_logger import RunLogger
 
 ROOT = Path(__file__).parents[1]
 KNOBS = Knobs(train=64, val=12, frames=20, height=48, width=64)
-# the same dataset and a recipe to go with it, as overrides of the run program
+# the same dataset with a small recipe, as overrides of the run program
 TINY = [
     *(f"dataset.knobs.{name}={getattr(KNOBS, name)}" for name in ("train", "val", "frames", "height", "width")),
     "model=r2plus1d_small",
@@ -57,18 +57,18 @@ TINY = [
     ),
     *("base.lr_milestones=[1]", "base.warmup_epochs=0", "schedule.min_size=16", "train.precise_bn_clips=16"),
     *("test.crop_size=32", "test.num_clips=1", "loader.num_workers=1", "train.log_every=2"),
-    "loader.start_method=fork",  # no second import of everything for every small run
+    "loader.start_method=fork",  # workers need not import everything again
 ]
-# what the server of `start_process` imports: the program, and what its training needs of torch
-SERVED = ("training", "mgvideo.cli.run", "mgvideo.models.r2plus1d", "torch._dynamo")
+# modules that the fork server of `start_process` imports: the run program, and what training needs of torch
+PRELOADED_MODULES = ("training", "mgvideo.cli.run", "mgvideo.models.r2plus1d", "torch._dynamo")
 BASE = Base(
-    batch_size=8, num_frames=8, crop_size=32, frame_stride=2, short_side=(36, 40), epochs=2, lr=0.05, lr_milestones=(1,), gamma=0.1,
-    warmup_epochs=0, warmup_lr=0.0,
+    batch_size=8, num_frames=8, crop_size=32, frame_stride=2, short_side=(36, 40), epochs=2, lr=0.05,
+    lr_milestones=(1,), gamma=0.1, warmup_epochs=0, warmup_lr=0.0,
 )  # fmt: skip
 
 
 def tiny_plan(schedule: str = "multigrid", **base: object) -> Plan:
-    """A plan of a few steps in several phases."""
+    """Make a plan of a few steps in several phases."""
     long, short = schedule in ("long", "multigrid"), schedule in ("short", "multigrid")
     shape = Schedule(schedule, long, short, 1.0 if schedule == "baseline" else 1.5, round_epochs=False, min_size=16)
     return make_plan(replace(BASE, **base), shape, KNOBS.train)  # type: ignore[arg-type]
@@ -86,15 +86,15 @@ def tiny_trainer(
     validate: bool = False,
     **options: int | str,
 ) -> Trainer:
-    """A trainer of a small R(2+1)D; in float64 with `double`."""
+    """Build a trainer of a small R(2+1)D, or of `model`, on the CPU; in float64 if `double`."""
     torch.manual_seed(seed)
     dtype = torch.float64 if double else torch.float32
     model = model or r2plus1d_small(8, width=4, dropout=0.3)
     model = convert_clip_dropout(convert_group_batchnorm(model)).to(dtype)
     precision = choose_precision("fp32", torch.device("cpu"))
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, dtype)
-    loading = LoaderOptions(num_workers=workers)
-    train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loading) for split in ("train", "val"))
+    loader_options = LoaderOptions(num_workers=workers)
+    train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loader_options) for split in ("train", "val"))
     side = plan.base.crop_size
     views = Views(Grid(plan.base.num_frames, side, (2, 2), (side, side)))
     settings = {"micro_batch_clips": 1000, "log_every": 2, "precise_bn_clips": 0, **options}
@@ -108,22 +108,22 @@ def tiny_trainer(
         normalize=normalize,
         precision=precision,
         options=TrainOptions(**settings),  # type: ignore[arg-type]
-        monitor=RunLogger(folder, plan, active=rank() == 0),
+        logger=RunLogger(folder, plan, active=rank() == 0),
         checkpoints=Checkpoints(folder / "checkpoints"),
         validate=(Evaluator(val, SingleLabel(), 8, normalize, precision), views) if validate else None,
     )
 
 
 def metrics(folder: Path, key: str = "loss") -> dict[int, float]:
-    """What metrics.jsonl holds of one figure, by step."""
+    """Read one metric from metrics.jsonl, by step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [(line["step"], line[key]) for line in lines if key in line]
-    assert len(dict(found)) == len(found), "a step is recorded twice"
-    return dict(found)
+    values = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(dict(values)) == len(values), "a step is recorded twice"
+    return dict(values)
 
 
 def end_state(folder: Path) -> dict[str, object]:
-    """What a run's newest checkpoint holds that must not depend on how often it was stopped: comparable by ==."""
+    """Return the contents of a run's newest checkpoint that must not depend on interruptions; compare them by ==."""
     newest, warnings = Checkpoints(folder / "checkpoints").find_newest()
     assert newest is not None
     assert not warnings
@@ -135,18 +135,22 @@ def end_state(folder: Path) -> dict[str, object]:
 
 
 def free_port() -> int:
-    """A port for ranks to meet at."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    """Return a free TCP port, for the rendezvous of ranks."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def run_program(
     *arguments: str, cwd: Path, processes: int = 0, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """The run program in a folder: in this process, which has imported it, or `fresh`, or in several under torchrun."""
+    """Run the run program in a folder.
+
+    By default this happens in the current process, which has imported it. With `fresh` it runs in a new process, with
+    `processes` in that many under torchrun.
+    """
     if not fresh and not processes:
-        return _run_here(arguments, cwd)
+        return _run_in_this_process(arguments, cwd)
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
     if processes:
         launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -156,22 +160,22 @@ def run_program(
 
 
 def start_program(*arguments: str, log: Path, **options: Any) -> BaseProcess:
-    """Start the run program as `start_process` does, for runs that are killed or fail."""
+    """Start the run program with `start_process`, for runs that are killed or fail."""
     return start_process(cli.main, ["run", *arguments], log=log, **options)
 
 
 def start_process(
     target: Callable, *arguments: object, log: Path, cwd: Path | None = None, environment: dict[str, str] | None = None
 ) -> BaseProcess:
-    """Call a function in a process of its own, whose output goes to a file.
+    """Call a function in a new process, whose output goes to the file `log`.
 
-    It is forked from a server that has imported everything, which takes a fresh process seconds. Unlike that, it leaves
-    without what `atexit` holds.
+    The process is forked from a server that has imported everything, which saves seconds. It does not run `atexit`
+    handlers when it ends.
     """
-    start_fork_server(SERVED)
+    start_fork_server(PRELOADED_MODULES)
     variables = {**os.environ, **(environment or {})}
-    inside = (log, cwd or Path.cwd(), variables, target, arguments)
-    process = multiprocessing.get_context("forkserver").Process(target=_call, args=inside)
+    call = (log, cwd or Path.cwd(), variables, target, arguments)
+    process = multiprocessing.get_context("forkserver").Process(target=_call, args=call)
     process.start()
     return process
 
@@ -180,15 +184,15 @@ def _call(log: Path, cwd: Path, environment: dict[str, str], target: Callable, a
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which the server blocks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the fork server blocks them
     with open(log, "a") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     target(*arguments)
 
 
-def _run_here(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    from mgvideo.cli.run import main  # takes a second, which processes that need other parts of this file save
+def _run_in_this_process(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    from mgvideo.cli.run import main  # here, because it takes a second and other users of this file do not need it
 
     code, out, err = 0, io.StringIO(), io.StringIO()
     before = os.getcwd()

@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from mgvideo.cpu.resources import available_cpus, cpu_count, run_on
+from mgvideo.cpu.resources import available_cpus, cpu_count, set_cpu_affinity
 from mgvideo.distributed.process_group import limit_threads
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError
@@ -66,7 +66,7 @@ def main(
     def run_task(cfg: DictConfig) -> None:
         # In a multirun the launcher, which may be on another machine, needs the exception itself.
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
-            run_on(available_cpus())
+            set_cpu_affinity(available_cpus())
             limit_threads(cpu_count())
             for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
                 if os.environ.get("RANK", "0") == "0":

@@ -147,7 +147,7 @@ def fall_back_if_convolutions_are_wrong(
             *warnings,
             f"{name}: {'; '.join(wrong)}; set precision=fp32 or install another version of torch",
         ]
-    precision = replace(precision, dtype=None, channels_last=False, why="see the warning")
+    precision = replace(precision, dtype=None, channels_last=False, reason="see the warning")
     precision.place(model)
     return precision, [f"{name}: {'; '.join(wrong)}; training in float32 instead"]
 

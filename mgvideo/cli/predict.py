@@ -183,7 +183,7 @@ def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) 
     grid, views = predictor.views.grid, predictor.views
     print(predictor.trained.load_summary, file=sys.stderr)
     shape = f"{grid.frames} frames at stride {grid.strides[0]}, {grid.size} pixels"
-    print(f"{predictor.trained}: {views.clips}×{views.crops} views (clips × crops) of {shape}", file=sys.stderr)
+    print(f"{predictor.trained}: {views.num_clips}×{views.num_crops} views (clips × crops) of {shape}", file=sys.stderr)
     paths = list(videos)
     result = predictor.score_videos(paths)
     reasons = {paths[failure.index]: failure.reason for failure in result.failures}

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mgvideo import __version__
 from mgvideo.distributed.collectives import gather_objects, rank, world_size
-from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, clips_at_once
+from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, largest_step_clips
 from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Plan
@@ -154,7 +154,7 @@ def keep_micro_batch_clips(saved: Mapping[str, int] | None, measured: int, plan:
         return measured, None
     clips = saved["clips"]
     # Free memory varies between starts. The measured number leaves 40 % of it free, the saved one may leave only 20 %.
-    if clips <= measured * MAX_MEMORY_SHARE / MEMORY_SHARE or clips_at_once(plan, world_size()) <= measured:
+    if clips <= measured * MAX_MEMORY_SHARE / MEMORY_SHARE or largest_step_clips(plan, world_size()) <= measured:
         return clips, None
     return measured, (
         f"memory holds {measured} clips of the base grid at once now, {clips} before: micro-batches become smaller, so "

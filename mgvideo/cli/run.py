@@ -24,7 +24,7 @@ from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, position, report_position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.forward_check import check_forward
-from mgvideo.engine.micro_batches import clips_at_once, is_out_of_memory
+from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
 from mgvideo.engine.precision import Precision, choose_precision
 from mgvideo.engine.tasks import SingleLabel
 from mgvideo.engine.trainer import Trainer, TrainOptions
@@ -117,7 +117,7 @@ def run(cfg: DictConfig) -> None:
                     logger.print_line(f"warning: {archive_message}")
                 defer_signals()
                 if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
-                    trainer.progress.begins(describe_hardware(device), str(precision))
+                    trainer.progress.record_environment(describe_hardware(device), str(precision))
                 if cfg.train.enable:
                     trainer.train()
                 if cfg.test.enable:
@@ -247,7 +247,7 @@ def build_trainer(
         max_clips, change = keep_micro_batch_clips(state.get("micro_batch_clips"), max_clips, plan)
         if change:
             logger.print_line(f"warning: {change}")
-    if max_clips < clips_at_once(plan, world_size()):
+    if max_clips < largest_step_clips(plan, world_size()):
         logger.print_line(f"memory holds {max_clips} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
     side = base.crop_size
@@ -276,7 +276,7 @@ def build_trainer(
             compile=cfg.compile,
             profile=cfg.train.profile,
         ),
-        monitor=logger,
+        logger=logger,
         checkpoints=checkpoints,
         validate=(evaluator, views) if cfg.train.evals_per_phase else None,
     )
@@ -295,8 +295,8 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin_memory)
     evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch_size)
     started = time.perf_counter()
-    logger.print_line(f"testing {len(data.val)} videos, {views.clips} clips × {views.crops} crops")
-    report_progress = trainer.report_progress("testing", -1)
+    logger.print_line(f"testing {len(data.val)} videos, {views.num_clips} clips × {views.num_crops} crops")
+    report_progress = trainer.progress_callback("testing", -1)
 
     def on_progress(done: int, total: int, is_waiting: bool) -> None:
         report_progress(done, total, is_waiting)
@@ -322,7 +322,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
         train_seconds=trainer.progress.seconds,
         test_seconds=time.perf_counter() - started,
         metrics=metrics,
-        views=f"{views.clips}×{views.crops}",
+        views=f"{views.num_clips}×{views.num_crops}",
         videos=len(data.val),
         failures=result.failures,
         folder=logger.folder,

@@ -1,1 +1,4 @@
-"""What makes training fast on CPUs: 2-D convolutions, kept memory, cores and cgroups."""
+"""Everything that makes training fast on CPUs: faster convolutions, memory reuse, and the cores and memory available.
+
+A GPU user never needs to read this package.
+"""

@@ -1,6 +1,6 @@
-"""CPU and memory limits of this process's cgroups, which containers and SLURM set and the kernel enforces.
+"""Read the CPU and memory limits of this process's cgroups, which containers and SLURM set and the kernel enforces.
 
-Both cgroup versions count, and so do mixed mounts. A limit of an outer cgroup holds for all processes inside it.
+Handles cgroup versions 1 and 2, also where both are mounted. A limit of an outer cgroup applies to all processes in it.
 """
 
 from __future__ import annotations
@@ -15,55 +15,64 @@ Limit = TypeVar("Limit")
 
 
 def cpu_limits(root: Path = Path("/")) -> dict[str, Fraction]:
-    """CPU quotas in cores, by an identifier of their cgroup. `root` is the folder that holds `proc` and the mounts."""
+    """Return the CPU quotas in cores, by an identifier of their cgroup.
+
+    `root` is the folder that holds `proc` and the mount points; tests replace it.
+    """
     return _limits("cpu", _cpu_quota, root)
 
 
 def memory_limits(root: Path = Path("/")) -> dict[str, int]:
-    """Bytes that each limited cgroup may still take, cached files counted as free, by an identifier of the cgroup."""
+    """Return the bytes that each limited cgroup may still allocate, by an identifier of the cgroup.
+
+    The page cache counts as free. `root` as in `cpu_limits`.
+    """
     return _limits("memory", _memory_left, root)
 
 
 def _limits(controller: str, read: Callable[[Path], Limit | None], root: Path) -> dict[str, Limit]:
     limits = {}
-    with suppress(OSError, ValueError):  # no cgroups: another system than Linux, or /proc is not mounted
-        for folder in _folders(controller, root):
-            with suppress(OSError, ValueError):  # a folder without this controller's files
-                limit, about = read(folder), folder.stat()
-                if limit is not None:  # namespaces show one cgroup under several paths, but under one inode
-                    limits[f"cgroup {about.st_dev}:{about.st_ino}"] = limit
+    with suppress(OSError, ValueError):  # no cgroups: the system is not Linux, or /proc is not mounted
+        for folder in _cgroup_folders(controller, root):
+            with suppress(OSError, ValueError):  # the folder lacks this controller's files
+                limit, status = read(folder), folder.stat()
+                if limit is not None:  # the inode identifies a cgroup that namespaces show under several paths
+                    limits[f"cgroup {status.st_dev}:{status.st_ino}"] = limit
     return limits
 
 
-def _folders(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the cgroups around this process, from its own outwards, as far as they are mounted here."""
+def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's cgroup and of the cgroups around it, innermost first, where mounted."""
     paths: dict[str, str] = {}
     for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         paths |= dict.fromkeys(controllers.split(","), path)  # version 2 names no controllers
     for line in (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        before, _, after = line.partition(" - ")
-        mounted, point = before.split()[3:5]
-        kind, _, options = after.split()[:3]
-        if kind == "cgroup2":
+        mount_fields, _, filesystem_fields = line.partition(" - ")
+        mounted_cgroup, mount_point = mount_fields.split()[3:5]
+        filesystem, _, options = filesystem_fields.split()[:3]
+        if filesystem == "cgroup2":
             name = ""
-        elif kind == "cgroup" and controller in options.split(","):
+        elif filesystem == "cgroup" and controller in options.split(","):
             name = controller
         else:
             continue
         if name in paths:
-            yield from _upwards(root / point.lstrip("/"), _inside(mounted, paths[name]))
+            yield from _folder_and_parents(root / mount_point.lstrip("/"), _relative_path(mounted_cgroup, paths[name]))
 
 
-def _inside(mounted: str, path: str) -> str:
-    """Where a cgroup lies below a mount point that shows the cgroup `mounted`; "" where that is not to be seen."""
-    prefix = mounted.rstrip("/") + "/"
+def _relative_path(mounted_cgroup: str, path: str) -> str:
+    """Return the path of a cgroup relative to a mount point that shows `mounted_cgroup`; "" if it is not visible there.
+
+    A container sees only its part of the tree, so the mount point itself then holds the limits.
+    """
+    prefix = mounted_cgroup.rstrip("/") + "/"
     hidden = ".." in path or not f"{path}/".startswith(prefix)
     return "" if hidden else path[len(prefix) :].strip("/")
 
 
-def _upwards(mount: Path, inside: str) -> Iterator[Path]:
-    folder = mount / inside
+def _folder_and_parents(mount: Path, relative_path: str) -> Iterator[Path]:
+    folder = mount / relative_path
     while folder != mount:
         yield folder
         folder = folder.parent
@@ -71,6 +80,7 @@ def _upwards(mount: Path, inside: str) -> Iterator[Path]:
 
 
 def _cpu_quota(folder: Path) -> Fraction | None:
+    """Return a cgroup's CPU quota in cores, None if it has none."""
     if (folder / "cpu.max").exists():
         quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
     else:
@@ -81,6 +91,7 @@ def _cpu_quota(folder: Path) -> Fraction | None:
 
 
 def _memory_left(folder: Path) -> int | None:
+    """Return the bytes that a cgroup may still allocate, None if it is unlimited."""
     if (folder / "memory.current").exists():
         limits, usage, prefix = ["memory.max", "memory.high"], "memory.current", ""
     else:

@@ -1,7 +1,7 @@
-"""What a process may use of its machine, CPU cores and memory, and how much of that each of several ranks gets.
+"""CPU cores and memory that a process may use, and how several ranks on a machine divide them.
 
-A rank may be bound to cores of its own, as srun does, or run on all cores of the machine, as under torchrun; containers
-and schedulers limit it further. So the ranks compare what each of them may use.
+srun binds each rank to its own cores; under torchrun every rank may run on all cores of the machine. Containers and
+schedulers set further limits. The ranks therefore exchange their `Resources` and divide what they share.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from . import cgroups
 
 
 def _affinity() -> frozenset[int]:
-    """CPUs that this process may run on; all CPUs on systems that do not tell, such as macOS."""
+    """Return the CPUs that this process may run on; all CPUs on systems without CPU affinity, such as macOS."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
-# Where one of these is set, OpenMP binds the main thread to a single core when torch is imported, and processes started
-# later inherit that. So the CPUs are read before, when mgvideo is imported.
-_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
+# If one of these is set, importing torch makes OpenMP bind the main thread to a single core, and processes started
+# later inherit that. So read the affinity when mgvideo is imported, before torch.
+_OPENMP_BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 _CPUS_AT_START = _affinity()
 
 
 def available_cpus() -> frozenset[int]:
-    """CPUs that this process may run on, also where OpenMP has bound its main thread to one of them."""
-    return _CPUS_AT_START if any(name in os.environ for name in _BINDING) else _affinity()
+    """Return the CPUs that this process may run on, even if OpenMP has bound its main thread to one of them."""
+    return _CPUS_AT_START if any(name in os.environ for name in _OPENMP_BINDING_VARIABLES) else _affinity()
 
 
-def run_on(cpus: frozenset[int]) -> None:
-    """Let this thread, and what is started from it, run on `cpus`, where the system can be told."""
+def set_cpu_affinity(cpus: frozenset[int]) -> None:
+    """Set the CPU affinity of this thread, and of threads and processes it starts later, where the system allows it."""
     if _affinity() != cpus:
         with suppress(OSError):
             os.sched_setaffinity(0, cpus)
@@ -47,23 +47,23 @@ def run_on(cpus: frozenset[int]) -> None:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one process may use of its machine. Processes share a limit that they name by the same key."""
+    """What one process may use of its machine. Processes with the same key in their limits share that limit."""
 
-    machine: str  # the same for all processes of one machine, in other containers too
+    machine: str  # the same for all processes on a machine, also in different containers
     cpus: frozenset[int]  # CPUs that the process may run on
     cpu_limits: Mapping[str, Fraction]  # cores
-    memory: int  # bytes that the machine has available
-    memory_limits: Mapping[str, int]  # bytes that are left
+    memory: int  # available bytes of the machine
+    memory_limits: Mapping[str, int]  # bytes left under each limit
 
 
 def machine_id() -> str:
-    """An identifier of this machine, the same in all of its containers, from its last start on."""
+    """Return an identifier of this machine: the same in all of its containers, new at each boot."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text(encoding="utf-8").strip() if path.exists() else platform.node()
 
 
 def find_resources() -> Resources:
-    """The resources of this process, as they are now."""
+    """Return the current resources of this process."""
     return Resources(
         machine=machine_id(),
         cpus=available_cpus(),
@@ -74,40 +74,44 @@ def find_resources() -> Resources:
 
 
 def cpu_share(own: Resources, ranks: Sequence[Resources]) -> Fraction:
-    """CPU cores for the rank with `own` resources, one of `ranks`.
+    """Return the number of CPU cores for the rank with `own` resources; `ranks` holds the resources of all ranks.
 
-    Ranks that may run on a core share it equally, and so do the ranks under a limit. Cores that only one rank may run
-    on are its own.
+    Ranks divide each core that they may run on equally, and likewise each limit that they share.
     """
-    neighbours = [rank for rank in ranks if rank.machine == own.machine]
-    users = Counter(cpu for rank in neighbours for cpu in rank.cpus)
+    same_machine = [rank for rank in ranks if rank.machine == own.machine]
+    users = Counter(cpu for rank in same_machine for cpu in rank.cpus)
     cores = sum((Fraction(1, users[cpu]) for cpu in own.cpus), Fraction(0))
-    return min([cores, *_shares(own.cpu_limits, [rank.cpu_limits for rank in neighbours])])
+    return min([cores, *_shares(own.cpu_limits, [rank.cpu_limits for rank in same_machine])])
 
 
 def memory_share(own: Resources, ranks: Sequence[Resources]) -> int:
-    """Bytes of memory for the rank with `own` resources, one of `ranks`: equal shares of what is free."""
-    neighbours = [rank for rank in ranks if rank.machine == own.machine]
-    free = Fraction(own.memory, len(neighbours))
-    return int(min([free, *_shares(own.memory_limits, [rank.memory_limits for rank in neighbours])]))
+    """Return the bytes of memory for the rank with `own` resources: ranks get equal parts of the free memory.
+
+    `ranks` holds the resources of all ranks.
+    """
+    same_machine = [rank for rank in ranks if rank.machine == own.machine]
+    free = Fraction(own.memory, len(same_machine))
+    return int(min([free, *_shares(own.memory_limits, [rank.memory_limits for rank in same_machine])]))
 
 
 def cpu_count() -> int:
-    """CPU cores for a program of one process, 1 or more."""
+    """Return the number of CPU cores for a program of a single process, at least 1."""
     own = find_resources()
     return max(1, int(cpu_share(own, [own])))
 
 
 def _shares(own: Mapping[str, int | Fraction], limits: Sequence[Mapping[str, int | Fraction]]) -> Iterator[Fraction]:
+    """Divide each of a rank's `own` limits by the number of ranks under it; `limits` holds those of all ranks."""
     for key, limit in own.items():
-        yield Fraction(limit) / sum(key in others for others in limits)
+        yield Fraction(limit) / sum(key in rank_limits for rank_limits in limits)
 
 
 def _slurm_limits(environment: Mapping[str, str]) -> dict[str, Fraction]:
-    """Cores that SLURM allocated: where it does not bind tasks to them, a process may run on the others too.
+    """Return the numbers of cores that SLURM allocated, by an identifier of the task or the step's node.
 
-    A task's number of cores holds in a step of srun alone. A batch script has its variable too, but all of the job's
-    cores on the node, which the ranks of a torchrun in it share.
+    They matter where SLURM does not bind tasks to cores, so that a process may run on all cores of the node. The
+    cores per task apply only within a step started by srun. A batch script also has that variable, but its processes,
+    such as the ranks of torchrun, share all of the job's cores on the node.
     """
     step = f"SLURM {environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
     cores = {f"{step} node {environment.get('SLURM_NODEID')}": environment.get("SLURM_CPUS_ON_NODE", "")}

@@ -1,4 +1,4 @@
-"""Micro-batches: parts of a rank's shard that fit into memory, whole BN groups where possible."""
+"""Micro-batches: parts of a rank's shard that fit into memory, made of whole BN groups where possible."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mgvideo.errors import UserError
 from mgvideo.plan.plan import Base, Grid, Plan
 from mgvideo.plan.shards import BatchShard
 
-from .precision import Precision, without_tuning
+from .precision import Precision, without_cudnn_benchmark
 
-MEMORY_SHARE = 0.6  # of the free memory that saved activations may take; the rest is gradients, workspace, inputs
-MAX_MEMORY_SHARE = 0.8  # the same, for a run that was begun with a number of clips and should keep it
+MEMORY_SHARE = 0.6  # fraction of free memory for saved activations; the rest is for gradients, workspace and inputs
+MAX_MEMORY_SHARE = 0.8  # the same for a resumed run, which should keep the number of clips that it started with
 
 
 class MicroBatch(NamedTuple):
@@ -33,8 +33,8 @@ class MicroBatch(NamedTuple):
 def split_into_micro_batches(shard: BatchShard, limit: int) -> list[MicroBatch]:
     """Cut a shard into the fewest micro-batches of at most `limit` clips, never inside a BN group that fits.
 
-    Where not even one group fits, groups shrink: each micro-batch is normalised by its own clips. Ranks that share a
-    group get the same number of micro-batches, since each of them has a collective operation.
+    If not even one group fits, groups shrink: each micro-batch is normalised by its own clips. Ranks that share a
+    group get the same number of micro-batches, because each micro-batch runs a collective operation.
     """
     clips = shard.stop - shard.start
     if len(shard.ranks) > 1:
@@ -42,55 +42,55 @@ def split_into_micro_batches(shard: BatchShard, limit: int) -> list[MicroBatch]:
         count = min(shard.group_size // len(shard.ranks), math.ceil(largest / limit))
         return [MicroBatch(i * clips // count, (i + 1) * clips // count, 1) for i in range(count)]
     size = shard.group_size
-    whole = limit // size
-    if whole == 0:
+    groups_that_fit = limit // size
+    if groups_that_fit == 0:
         parts = math.ceil(size / limit)
         bounds = [g * size + i * size // parts for g in range(shard.groups) for i in range(parts)] + [clips]
         return [MicroBatch(a, b, 1) for a, b in pairwise(bounds)]
-    count = math.ceil(shard.groups / whole)
+    count = math.ceil(shard.groups / groups_that_fit)
     bounds = [i * shard.groups // count for i in range(count + 1)]
     return [MicroBatch(a * size, b * size, b - a) for a, b in pairwise(bounds)]
 
 
 def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memory: int) -> int:
-    """How many clips of `grid` a training step holds at once, from the activations that two clips save.
+    """Estimate how many clips of `grid` fit into memory in a training step, at least 1.
 
-    On a CPU they take a share of `host_memory` bytes, on a GPU of what is free there. Runs one forward on a copy of the
-    model.
+    Measures the activations that the forward pass of two clips saves for backward, on a copy of the model. They may
+    take `MEMORY_SHARE` of the free memory: of the GPU, or of the `host_memory` bytes on a CPU.
     """
     model = copy.deepcopy(model).train()
-    saved: dict[int, int] = {}
+    saved_bytes: dict[int, int] = {}  # by the address of the storage
 
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def record(tensor: Tensor) -> Tensor:
+        saved_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     dtype = next(model.parameters()).dtype
     clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
-    kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with hooks, precision.autocast(), without_tuning():
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+    with hooks, precision.autocast(), without_cudnn_benchmark():
         output = model(clips.permute(0, 4, 1, 2, 3))
-    clip_bytes = sum(size for pointer, size in saved.items() if pointer not in kept) / 2
+    clip_bytes = sum(size for pointer, size in saved_bytes.items() if pointer not in parameters) / 2
     del output
     if precision.device.type == "cuda":
-        torch.cuda.empty_cache()  # what the probes are done with counts as taken otherwise
+        torch.cuda.empty_cache()  # otherwise memory that earlier probes freed counts as used
         free = torch.cuda.mem_get_info(precision.device)[0]
     else:
         free = host_memory
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
 
 
-def clips_at_once(plan: Plan, ranks: int) -> float:
-    """The volume of a plan's largest step on each rank, without micro-batches, in clips of the base grid."""
+def largest_step_clips(plan: Plan, ranks: int) -> float:
+    """Return the volume of a plan's largest step per rank, without micro-batches, in clips of the base grid."""
     largest = max(slot.batch * slot.grid.volume for phase in plan.phases for slot in phase.slots)
     return largest / (plan.base.num_frames * plan.base.crop_size**2 * ranks)
 
 
-def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:
-    """The `micro_batch_clips` under which at most half of `clips` clips of a grid run at once, or as few as it can make them.
+def suggest_micro_batch_clips(clips: int, grid: Grid, base: Base) -> int | None:
+    """Return a value of `micro_batch_clips` that halves micro-batches of `clips` clips of a grid.
 
-    None where no value makes micro-batches smaller.
+    Returns 1 if no value halves them but 1 makes them smaller, and None if no value does.
     """
     base_volume = base.num_frames * base.crop_size**2
     lower = max(1, clips // 2 * grid.volume // base_volume)
@@ -98,7 +98,7 @@ def fewer_clips(clips: int, grid: Grid, base: Base) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory on the device or on the host is used up."""
+    """Whether an error reports that the memory of the device or of the host is exhausted."""
     text = str(error).lower()
     words = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -108,7 +108,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(explanation: Callable[[], str]) -> Iterator[None]:
-    """Raise UserError("out of memory " + explanation) in place of an out-of-memory error inside it."""
+    """Turn out-of-memory errors inside the block into UserError("out of memory " + explanation())."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""The optimizer of the paper's recipes, and for any optimizer: steps that can be skipped, and resuming."""
+"""The optimizer of the paper's recipes; for any optimizer, steps that can be skipped and loading of saved state."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ def sgd(
     weight_decay: float = 1e-4,
     decay_norm_and_bias: bool = True,
 ) -> SGD:
-    """SGD with momentum; with `decay_norm_and_bias` off, parameters of one dimension are not decayed.
+    """Build SGD with momentum. With `decay_norm_and_bias=False`, 1-D parameters have no weight decay.
 
-    The fused kernel goes through memory once, and skips non-finite steps by itself: see `SkippableStep`.
+    The fused kernel reads memory once and can skip a step by itself: see `SkippableStep`.
+
+    Raises:
+        UserError: `weight_decay` is negative.
     """
-    if weight_decay < 0:  # which SGD looks at for all parameters alike only
+    if weight_decay < 0:  # SGD checks its own argument, not the value of a parameter group
         raise UserError(f"optimizer.weight_decay={weight_decay}: give 0 or more")
     decayed = [p for p in model.parameters() if p.requires_grad and (decay_norm_and_bias or p.dim() > 1)]
-    plain = [p for p in model.parameters() if p.requires_grad and not (decay_norm_and_bias or p.dim() > 1)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    not_decayed = [p for p in model.parameters() if p.requires_grad and not (decay_norm_and_bias or p.dim() > 1)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return SGD([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
 
 
 class SkippableStep:
     """Takes an optimizer's steps, except those that a tensor on the device marks to be skipped.
 
-    A skipped step leaves parameters and state as they are. torch's fused optimizers skip inside their kernel. Any other
-    optimizer steps, and then copies of its parameters and state from before replace the new values. Both work on the
-    device, and the host does not wait for `skip`.
+    A skipped step leaves parameters and state unchanged. torch's fused optimizers skip inside their kernel. For any
+    other optimizer, the parameters and state are copied before the step and restored after it. Both run on the device,
+    and the host does not wait for `skip`.
 
-    One case cannot be undone on the device: state that a step creates, or that lies on the host, such as a step count
-    that is a Python number. Where training continues after a skipped step (`continues`, as with fp16) the host reads
-    `skip` in such steps. Otherwise that state is not used any more.
+    One case cannot be undone on the device: state that a step creates, or that is on the host, such as a step count
+    that is a Python number. If training continues after a skipped step (`continues=True`, as with fp16), the host reads
+    `skip` in such steps. Otherwise nothing uses that state afterwards.
     """
 
     def __init__(self, optimizer: Optimizer, continues: bool) -> None:
         self.optimizer, self.continues = optimizer, continues
-        self._stepped: set[Tensor] = set()  # parameters with all of their state
+        self._stepped: set[Tensor] = set()  # parameters whose state exists
         self._state_on_host = False
 
     def __call__(self, skip: Tensor) -> None:
@@ -69,15 +72,15 @@ class SkippableStep:
         self._stepped.update(_with_gradients(self.optimizer))
         values = tree_leaves(list(self.optimizer.state.values()))
         on_device = all(isinstance(value, Tensor) and value.device == device for value in values)
-        known = len(values) == len(_state(self.optimizer))
-        self._state_on_host = not (on_device and known) or settings != _numbers(self.optimizer)
+        all_listed = len(values) == len(_state(self.optimizer))  # no tensors that `_state` does not return
+        self._state_on_host = not (on_device and all_listed) or settings != _numbers(self.optimizer)
 
 
 def skips_in_kernel(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is one of torch's whose kernel reads `found_inf` and leaves parameters and state alone.
+    """Whether this is a fused optimizer of torch, whose kernel skips the step if `found_inf` is set.
 
-    A class derived from one may do other things in its step. With dampening, SGD's first step is another than one
-    with momentum 0, which `_create_momentum` makes of it.
+    False for classes derived from one, whose step may do other things. False with dampening: SGD's first step then
+    differs from a step with zero momentum, which `_create_momentum` assumes.
     """
     return type(optimizer).__module__.startswith("torch.optim.") and all(
         group.get("fused") and not group.get("dampening") for group in optimizer.param_groups
@@ -85,9 +88,10 @@ def skips_in_kernel(optimizer: Optimizer) -> bool:
 
 
 def _create_momentum(optimizer: Optimizer) -> None:
-    """Create SGD's momentum as zeros, where it has none: from zeros the first step is the same.
+    """Create SGD's missing momentum buffers as zeros, which makes no difference to the first step.
 
-    torch takes uninitialised memory, which a first step that the kernel skips leaves as momentum.
+    torch allocates them uninitialised and fills them in the first step. If the kernel skips that step, they would stay
+    uninitialised.
     """
     if not isinstance(optimizer, SGD):
         return
@@ -99,6 +103,7 @@ def _create_momentum(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def _step_and_restore(optimizer: Optimizer, skip: Tensor) -> None:
+    """Take a step, then restore parameters and state where `skip` is true."""
     before = {key: value.clone() for key, value in _tensors(optimizer, skip.device).items()}
     optimizer.step()
     after = _tensors(optimizer, skip.device)
@@ -108,13 +113,13 @@ def _step_and_restore(optimizer: Optimizer, skip: Tensor) -> None:
 
 
 def _tensors(optimizer: Optimizer, device: torch.device) -> dict[Any, Tensor]:
-    """Parameters and the tensors of their state that are on the device, by (parameter, name)."""
+    """Return the parameters and the tensors of their state that are on the device, by (parameter, name)."""
     parameters = {(p, ""): p for group in optimizer.param_groups for p in group["params"]}
     return parameters | {key: value for key, value in _state(optimizer).items() if value.device == device}
 
 
 def _state(optimizer: Optimizer) -> dict[Any, Tensor]:
-    """The tensors that an optimizer keeps for its parameters, by (parameter, name)."""
+    """Return the tensors of an optimizer's state by (parameter, name)."""
     states = [(p, values) for p, values in optimizer.state.items() if isinstance(p, Tensor)]
     return {(p, name): v for p, values in states for name, v in values.items() if isinstance(v, Tensor)}
 
@@ -124,23 +129,23 @@ def _with_gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:
-    """The Python numbers in an optimizer's groups: settings and, of some optimizers, step counts."""
+    """Return the Python numbers in an optimizer's groups: settings and, in some optimizers, step counts."""
     return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer.state_dict()` returned, but for the settings, which stay those of this optimizer.
+    """Load a state dict of an optimizer, but keep this optimizer's settings, such as weight decay.
 
-    State gets the memory layout of its parameter, which may have been another in the run that saved it: fused kernels
-    go through both in the order of memory.
+    Gives each state tensor the memory layout of its parameter, because fused kernels read both in memory order. The run
+    that saved the state may have used another layout.
 
     Raises:
-        ValueError: the state is of an optimizer with other parameters.
+        ValueError: the state belongs to an optimizer with other parameters.
     """
     settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
+        group.update(group_settings)
     for (parameter, name), value in _state(optimizer).items():
         if value.shape == parameter.shape:
             optimizer.state[parameter][name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,4 +1,4 @@
-"""In which precision and memory format a model runs."""
+"""The precision and memory format that a model runs in, and a probe for faulty convolution kernels."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from mgvideo.cpu.memory import keep_freed_memory
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Grid
 
-MAX_GRADIENT_ERROR = 0.05  # relative, of a gradient's norm; bf16 itself gives 0.003
-MAX_SLOWDOWN = 1.2  # against float32
-X86 = ("x86_64", "AMD64")  # what platform.machine() calls it
-# values of ONEDNN_MAX_CPU_ISA under which oneDNN has no bf16 instructions, or none for gradients (AVX2_VNNI_2)
-WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+MAX_GRADIENT_ERROR = 0.05  # relative error of a gradient's norm; rounding to bf16 causes 0.003
+MAX_SLOWDOWN = 1.2  # relative to float32
+X86 = ("x86_64", "AMD64")  # values of platform.machine()
+# values of ONEDNN_MAX_CPU_ISA that keep oneDNN from using bf16 instructions, or only in gradients (AVX2_VNNI_2)
+ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast to `dtype` (None: the parameters' own), convolutions in channels_last_3d or not, and why."""
+    """The device, autocast dtype and memory format of a model, and the reason for the choice."""
 
     device: torch.device
-    dtype: torch.dtype | None
-    channels_last: bool
-    why: str
-    warning: str | None = None  # what to print before a long run
+    dtype: torch.dtype | None  # None: no autocast, the dtype of the parameters
+    channels_last: bool  # channels_last_3d, otherwise contiguous
+    reason: str
+    warning: str | None = None  # to print before a long run
 
     def autocast(self) -> AbstractContextManager:
-        """The context that a forward runs in."""
+        """Return the autocast context for a forward pass."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and into the memory format, its convolutions to kernels that suit a CPU."""
+        """Move a model to the device and memory format, in place, and return it.
+
+        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory.
+        """
         if self.device.type == "cpu":
             keep_freed_memory()
             convert_convolutions(model)
@@ -54,10 +57,11 @@ class Precision:
 
     def __str__(self) -> str:
         layout = "channels_last_3d" if self.channels_last else "contiguous"
-        return f"{self.name}, {layout} ({self.why})"
+        return f"{self.name}, {layout} ({self.reason})"
 
 
-def _auto(device: torch.device) -> tuple[torch.dtype | None, str]:
+def _auto_dtype(device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Return the autocast dtype of `precision=auto` on a device, and the reason."""
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, f"{torch.cuda.get_device_name(device)} computes in bf16"
@@ -70,19 +74,19 @@ def _auto(device: torch.device) -> tuple[torch.dtype | None, str]:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU trains in bf16 instructions: AMX or AVX-512 BF16, where oneDNN may use them.
+    """Whether this CPU has bf16 instructions for training (AMX or AVX-512 BF16) and oneDNN may use them.
 
-    `ONEDNN_MAX_CPU_ISA` limits what oneDNN uses; `torch.cpu._is_*` report the bare CPU. False on aarch64, where
+    `torch.cpu._is_*` report what the CPU has; `ONEDNN_MAX_CPU_ISA` limits what oneDNN uses. False on aarch64, where
     training in bf16 has not been measured.
     """
     if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return False
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    return limit not in WITHOUT_BF16
+    return limit not in ISAS_WITHOUT_BF16
 
 
 def _emulation_warning() -> str:
-    """What to say where bf16 is chosen on a CPU that does not train in bf16 instructions."""
+    """Return a warning for precision=bf16 on a CPU without bf16 instructions for training."""
     if platform.machine() in X86:
         slower = "3.5 times as long as in fp32 with AVX2, 1.3 to 1.6 times with AVX-512"
         return (
@@ -93,53 +97,53 @@ def _emulation_warning() -> str:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """`auto`, `fp32`, `bf16` or `fp16` on a device. Its `warning` says where bf16 is emulated.
+    """Return the precision for `auto`, `fp32`, `bf16` or `fp16` on a device, with a warning if bf16 is emulated.
 
     Raises:
-        UserError: an unknown name, or fp16 on a CPU, whose gradients it underflows without being faster.
+        UserError: the name is unknown, or fp16 is chosen on a CPU, where gradients underflow and nothing is faster.
     """
     dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     warning = None
     if name == "auto":
-        dtype, why = _auto(device)
+        dtype, reason = _auto_dtype(device)
     elif name not in dtypes:
         raise UserError(f"precision={name}: use auto, fp32, bf16 or fp16")
     elif name == "fp16" and device.type == "cpu":
         raise UserError("precision=fp16 needs a GPU: use precision=auto, bf16 or fp32")
     else:
-        dtype, why = dtypes[name], "as asked"
+        dtype, reason = dtypes[name], "as requested"
         if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
             warning = _emulation_warning()
-    return Precision(device, dtype, dtype is not None, why, warning)
+    return Precision(device, dtype, dtype is not None, reason, warning)
 
 
 @dataclass(frozen=True)
 class ConvolutionFaults:
-    """What `probe_convolutions` finds: wrong gradients, which spoil training, and slow kernels, which do not."""
+    """Faults that `probe_convolutions` finds: wrong gradients, which spoil training, and slow kernels, which do not."""
 
     wrong: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
 
 def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Precision) -> ConvolutionFaults:
-    """Find convolutions that this torch computes wrongly, or more slowly than in float32, in a precision on its device.
+    """Find convolutions that this torch computes wrongly, or more slowly than in float32, in a reduced precision.
 
-    Some releases do: on CPUs, torch 2.15 reads uninitialised memory where it sums the weight gradients of a (1, 7, 7)
-    stem of 8 or 16 channels; on GPUs, torch 2.9.0 is slow in bf16. Compares the model's first layers on two clips of
-    each grid with float32 and, on a GPU, the speed of a deeper layer.
+    Some releases have such faults: on CPUs, torch 2.15 reads uninitialised memory when it sums the weight gradients of
+    a (1, 7, 7) stem of 8 or 16 channels; on GPUs, torch 2.9.0 is slow in bf16. Compares the gradients of the model's
+    first layers with float32, on two clips of each grid. On a GPU, also compares the speed of a deeper layer.
     """
     if precision.dtype is None:
         return ConvolutionFaults()
     wrong = []
-    with torch.random.fork_rng(devices=[]), without_tuning():
+    with torch.random.fork_rng(devices=[]), without_cudnn_benchmark():
         torch.manual_seed(0)
         stems = [m for m in model.modules() if isinstance(m, nn.Conv3d) and m.in_channels == 3]
         for conv in {(m.out_channels, m.kernel_size, m.stride, m.padding): m for m in stems}.values():
             for grid in {grid.name: grid for grid in grids}.values():
                 clips = torch.randn(2, grid.frames, grid.size, grid.size, 3, device=precision.device)
                 clips = clips.permute(0, 4, 1, 2, 3)
-                error = (_gradient(conv, clips, precision) / _gradient(conv, clips, None) - 1).abs()
-                if not error < MAX_GRADIENT_ERROR:
+                error = (_gradient_norm(conv, clips, precision) / _gradient_norm(conv, clips, None) - 1).abs()
+                if not error < MAX_GRADIENT_ERROR:  # also if it is NaN
                     wrong.append(f"wrong weight gradients of {conv} at {grid.name}")
         slowdown = _slowdown(precision) if precision.device.type == "cuda" else 0.0
     slow = [f"convolutions take {slowdown:.1f} times as long as in float32"] if slowdown > MAX_SLOWDOWN else []
@@ -147,8 +151,8 @@ def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Preci
 
 
 @contextmanager
-def without_tuning() -> Iterator[None]:
-    """Inside, cuDNN does not time its kernels at each new shape, for shapes that training does not use."""
+def without_cudnn_benchmark() -> Iterator[None]:
+    """Turn off cuDNN's benchmark mode inside the block, so that it does not time kernels for shapes of a probe."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -157,9 +161,9 @@ def without_tuning() -> Iterator[None]:
 
 
 def cudnn_warning(precision: Precision) -> str | None:
-    """What to know about this version of cuDNN: 9.8 to 9.14 compute some large 3-D convolutions in bf16 wrongly.
+    """Return a warning if this is cuDNN 9.8 to 9.14, which compute some large 3-D convolutions in bf16 wrongly.
 
-    The probe tries first layers only, at two clips, and does not find that. See pytorch/pytorch issue 163539.
+    `probe_convolutions` runs only first layers on two clips, and misses this. See pytorch/pytorch issue 163539.
     """
     version = torch.backends.cudnn.version() if precision.device.type == "cuda" else None
     if precision.dtype is not torch.bfloat16 or version is None or not 90800 <= version < 91500:
@@ -172,7 +176,7 @@ def cudnn_warning(precision: Precision) -> str | None:
 
 
 def _slowdown(precision: Precision) -> float:
-    """Time of a layer in the middle of a network, forward and backward, as a multiple of its time in float32."""
+    """Time forward and backward of a layer from the middle of a network, as a multiple of its time in float32."""
     conv = nn.Conv3d(64, 64, 3, padding=1, bias=False).to(precision.device)
     conv.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     clips = torch.randn(8, 16, 56, 56, 64, device=precision.device).permute(0, 4, 1, 2, 3)
@@ -180,8 +184,8 @@ def _slowdown(precision: Precision) -> float:
     return reduced / full
 
 
-def _gradient(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Tensor:
-    """Norm of the weight gradient of the output's mean square."""
+def _gradient_norm(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Tensor:
+    """Return the norm of the weight gradient of the output's mean square. `precision=None` is float32."""
     # Fill memory with NaN and free it: a kernel that reads uninitialised memory then returns NaN.
     torch.full((4 * clips.numel(),), float("nan"), device=clips.device)
     weight = conv.weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -193,14 +197,15 @@ def _gradient(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Te
 
 def _seconds(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> float:
     start = time.perf_counter()
-    float(_gradient(conv, clips, precision))
+    float(_gradient_norm(conv, clips, precision))  # waits for the GPU
     return time.perf_counter() - start
 
 
 class Normalize:
-    """uint8 clips `[n, t, s, s, 3]` to normalised `[n, 3, t, s, s]`, on the clips' device.
+    """Normalises uint8 clips `[n, t, s, s, 3]` to float `[n, 3, t, s, s]`, on the clips' device.
 
-    The permuted view of channels-last pixels is already channels_last_3d: nothing is copied but by the conversion.
+    `mean` and `std` are of pixels in 0–1. The output is a permuted view in channels_last_3d, so that the conversion to
+    `dtype` is the only copy.
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype = torch.float32) -> None:
@@ -213,8 +218,8 @@ class Normalize:
         return self
 
     def __call__(self, clips: Tensor) -> Tensor:
-        """Mean and std are of pixels in 0–1."""
-        # by rows of pixels: a CPU goes through runs of three values five times as slowly
-        mean, std = (colour.repeat(clips.shape[3]) for colour in (self.mean, self.std))
+        """Normalise clips that are on the device of the constants."""
+        # Work on whole rows of pixels: on a CPU, broadcasting over three values at a time is five times as slow.
+        mean, std = (values.repeat(clips.shape[3]) for values in (self.mean, self.std))
         rows = clips.flatten(3).to(self.mean.dtype).sub_(mean).div_(std)
         return rows.view(clips.shape).permute(0, 4, 1, 2, 3)

@@ -1,4 +1,4 @@
-"""What a training run counts: where it is, and what happened since its last log step."""
+"""Counters of a training run: its progress, and sums since the last log step."""
 
 from __future__ import annotations
 
@@ -16,66 +16,73 @@ from mgvideo.loading.requests import DecodeFailure
 
 @dataclass
 class TrainProgress:
-    """Where a run is: what a checkpoint holds besides weights and optimizer."""
+    """The progress of a run, which a checkpoint holds besides weights and optimizer."""
 
-    step: int = 0
+    step: int = 0  # steps done
     seconds: float = 0.0  # of training, without evaluation
-    best: float = -1.0
+    best: float = -1.0  # the best validation metric so far
     best_step: int = 0
     evaluated: int = 0  # the step of the last evaluation
-    clips: int = 0  # read up to the last log step
-    bad: int = 0  # clips among them whose video could not be read
-    hardware: str = ""  # that it trains on, in words; all of it, where it moved
-    precision: str = ""  # the same
-    date: str = ""  # on which it last began or went on
+    clips: int = 0  # clips read up to the last log step, over all ranks
+    bad: int = 0  # those of them whose video could not be read
+    hardware: str = ""  # in words; several, separated by "; ", if the run moved
+    precision: str = ""  # likewise
+    date: str = ""  # ISO date and time of the last start or resumption
 
-    def begins(self, hardware: str, precision: str) -> None:
-        """Note what the steps from here on run on: whoever tests the run later tells of these, not of its own."""
-        self.hardware = _with(self.hardware, hardware)
-        self.precision = _with(self.precision, precision)
+    def record_environment(self, hardware: str, precision: str) -> None:
+        """Record the hardware and precision that the next steps run on, and the date.
+
+        Reports show these, even if the final test runs on other hardware.
+        """
+        self.hardware = _append_unique(self.hardware, hardware)
+        self.precision = _append_unique(self.precision, precision)
         self.date = datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _with(known: str, more: str) -> str:
-    """Both in words, each once."""
-    return "; ".join(dict.fromkeys([*filter(None, known.split("; ")), more]))
+def _append_unique(items: str, item: str) -> str:
+    """Append an item to a list separated by "; ", unless it is there."""
+    return "; ".join(dict.fromkeys([*filter(None, items.split("; ")), item]))
 
 
 @dataclass
 class RunningMetrics:
-    """What happened since the last log step."""
+    """Sums since the last log step."""
 
-    since: float = field(default_factory=time.perf_counter)
-    loss: Tensor | None = None  # sum of step losses, on the device; in float64 it is exact, in whatever order
+    start_time: float = field(default_factory=time.perf_counter)
+    loss: Tensor | None = None  # sum of step losses, on the device; exact in float64, whatever the order
     steps: int = 0
-    clips: int = 0
-    read: int = 0  # clips, on this rank
-    bad: int = 0  # clips among them whose video could not be read, however many substitutes it took
-    waited: float = 0.0
+    clips: int = 0  # over all ranks
+    clips_read: int = 0  # by this rank
+    bad_clips: int = 0  # those of them whose video could not be read, each counted once even with several substitutes
+    wait_s: float = 0.0  # seconds that this rank waited for batches
     failures: list[DecodeFailure] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """Plain values, summed over ranks, so that a resumed run logs the same windows as an undisturbed one."""
+        """Return plain values combined over ranks, so that a resumed run logs the same as one that was not stopped.
+
+        All ranks call it together.
+        """
         loss = torch.zeros((), dtype=torch.float64) if self.loss is None else self.loss.cpu()
         failures = [tuple(vars(failure).values()) for failure in self.failures]
-        ranks = gather_objects((loss, self.read, self.waited, failures, self.bad))
+        rank_values = gather_objects((loss, self.clips_read, self.wait_s, failures, self.bad_clips))
+        losses, clips_read, waits_s, failure_lists, bad_clips = zip(*rank_values, strict=True)
         return {
-            "loss": sum((r[0] for r in ranks[1:]), start=ranks[0][0]),
+            "loss": sum(losses[1:], start=losses[0]),
             "steps": self.steps,
             "clips": self.clips,
-            "read": sum(r[1] for r in ranks),
-            "waited": max(r[2] for r in ranks),
-            "failures": [failure for r in ranks for failure in r[3]],
-            "bad": sum(r[4] for r in ranks),
-            "seconds": time.perf_counter() - self.since,
+            "read": sum(clips_read),
+            "waited": max(waits_s),
+            "failures": [failure for rank_failures in failure_lists for failure in rank_failures],
+            "bad": sum(bad_clips),
+            "seconds": time.perf_counter() - self.start_time,
         }
 
     @classmethod
     def resumed(cls, state: dict[str, Any], device: torch.device) -> RunningMetrics:
-        """The window that `state` was taken of: rank 0 carries what all ranks brought."""
-        window = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
+        """Restore metrics from `state`. Rank 0 gets the sums over all ranks, the other ranks start from zero."""
+        metrics = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
         if rank() == 0:
-            window.loss = state["loss"].to(device)
-            window.read, window.waited, window.bad = state["read"], state["waited"], state["bad"]
-            window.failures = [DecodeFailure(*values) for values in state["failures"]]
-        return window
+            metrics.loss = state["loss"].to(device)
+            metrics.clips_read, metrics.bad_clips, metrics.wait_s = state["read"], state["bad"], state["waited"]
+            metrics.failures = [DecodeFailure(*values) for values in state["failures"]]
+        return metrics

@@ -1,4 +1,4 @@
-"""What a label is: one class of many, or any number of them. Loss, scores over views, and metrics for each."""
+"""Classification tasks: one class a video, or any number of classes. Each has its loss, scores and metrics."""
 
 from __future__ import annotations
 
@@ -10,50 +10,53 @@ from torch import Tensor
 
 
 class Task(Protocol):
-    """Logits and labels to a loss, and scores of whole videos to metrics."""
+    """Computes the loss of logits and labels, and metrics of the scores of whole videos."""
 
-    best: str  # the metric that picks the best checkpoint, higher is better
-    reduce: str  # how the scores of a video's views become one: "sum", then divided by their number, or "max"
+    best: str  # the metric that selects the best checkpoint; higher is better
+    reduce: str  # how to combine the scores of a video's views: "sum" (then divided by their number) or "max"
 
-    def no_labels(self, videos: int, classes: int) -> Tensor:
-        """Labels of `videos` videos, to be filled in; no label is less than these."""
+    def zero_labels(self, videos: int, classes: int) -> Tensor:
+        """Return an all-zero label tensor for `videos` videos, to be filled in."""
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum over clips of logits `[n, classes]`, so that parts of a batch add up."""
+        """Return the sum of the losses of clips with logits `[n, classes]`, so that micro-batches add up."""
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Scores `[n, classes]` in 0–1 of single views."""
+        """Return the scores `[n, classes]`, in 0–1, of single views."""
 
     def metrics(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
-        """Metrics in percent of video scores `[videos, classes]`; a video that failed has NaN scores, and counts."""
+        """Return metrics in percent from video scores `[videos, classes]`.
+
+        A video that could not be read has NaN scores and counts as wrong.
+        """
 
 
 class SingleLabel:
-    """One class a video: cross-entropy, softmax averaged over views, top-1 and top-5."""
+    """One class a video: cross-entropy, softmax averaged over views, top-1 and top-5 accuracy."""
 
     best = "top1"
     reduce = "sum"
 
-    def no_labels(self, videos: int, classes: int) -> Tensor:
-        """int64 `[videos]`."""
+    def zero_labels(self, videos: int, classes: int) -> Tensor:
+        """Return int64 zeros `[videos]`."""
         return torch.zeros(videos, dtype=torch.int64)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; labels int64 `[n]`."""
+        """Return the summed cross-entropy; labels are int64 `[n]`."""
         return F.cross_entropy(logits, labels, reduction="sum")
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Softmax."""
+        """Return the softmax over classes."""
         return logits.softmax(1)
 
     def metrics(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
-        """Top-1 and top-5 (top-k of fewer classes is everything)."""
+        """Return the top-1 and top-5 accuracy. With up to 5 classes, every video that was read is a top-5 hit."""
         top = scores.topk(min(5, scores.shape[1])).indices
         hits = (top == labels[:, None]) & ~scores.isnan().any(1, keepdim=True)
         return {"top1": 100 * hits[:, :1].any(1).float().mean().item(), "top5": 100 * hits.any(1).float().mean().item()}
 
     def confusion(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """Counts `[classes, classes]` of true by predicted class, failed videos left out."""
+        """Return the counts `[true class, predicted class]`, without the videos that could not be read."""
         read = ~scores.isnan().any(1)
         classes = scores.shape[1]
         pairs = labels[read] * classes + scores[read].argmax(1)
@@ -66,29 +69,29 @@ class MultiLabel:
     best = "map"
     reduce = "max"
 
-    def no_labels(self, videos: int, classes: int) -> Tensor:
-        """float32 `[videos, classes]`."""
+    def zero_labels(self, videos: int, classes: int) -> Tensor:
+        """Return float32 zeros `[videos, classes]`."""
         return torch.zeros(videos, classes)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy, mean over classes; labels float32 `[n, classes]`."""
+        """Return the summed binary cross-entropy, mean over classes; labels are float32 `[n, classes]`."""
         return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Sigmoid."""
+        """Return the sigmoid."""
         return logits.sigmoid()
 
     def metrics(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
-        """Mean average precision over the classes that have positives; 0 where none has.
+        """Return the mean average precision over the classes that have positives; 0 if no class has any.
 
-        As the official evaluation of Charades, without the videos that have no label at all.
+        Leaves out videos without any label, as the official evaluation of Charades does.
         """
         from torchmetrics.functional.classification import binary_average_precision  # takes a second to import
 
-        told = labels.any(1)
-        scores, labels = scores[told].nan_to_num(0), labels[told].long()
-        present = labels.any(0).nonzero().flatten().tolist()
-        precisions = [binary_average_precision(scores[:, c], labels[:, c]).item() for c in present]
+        labelled = labels.any(1)
+        scores, labels = scores[labelled].nan_to_num(0), labels[labelled].long()
+        classes_with_positives = labels.any(0).nonzero().flatten().tolist()
+        precisions = [binary_average_precision(scores[:, c], labels[:, c]).item() for c in classes_with_positives]
         return {"map": 100 * sum(precisions) / max(1, len(precisions))}
 
 

@@ -1,4 +1,4 @@
-"""One optimizer step on a rank's shard of a batch: copy to the device, forward and backward by micro-batch, update."""
+"""One optimizer step on a rank's shard of a batch: copy it to the device, run its micro-batches, update weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from mgvideo.distributed.collectives import bn_process_group, world_size
 from mgvideo.layers.batchnorm import deferred_running_stats, set_bn_groups
-from mgvideo.layers.dropout import dropout_of
+from mgvideo.layers.dropout import dropout_for_clips
 from mgvideo.loading.loader import Batch
 from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.plan.plan import Grid, Plan, Slot
 from mgvideo.plan.shards import BatchShard
 
-from .micro_batches import explain_out_of_memory, fewer_clips, split_into_micro_batches
+from .micro_batches import explain_out_of_memory, split_into_micro_batches, suggest_micro_batch_clips
 from .optimizers import SkippableStep
 from .precision import Normalize, Precision
 from .tasks import Task
@@ -30,9 +30,17 @@ from .tasks import Task
 class TrainStep:
     """Takes a plan's optimizer steps.
 
-    At most `micro_batch_clips` clips of the base grid are run at once. `tell(step, doing, part, watched)` hears where a step
-    is, and whether that may last. `bad_step` is the first step whose loss or gradients were not finite, -1 for none;
-    it lives on the device, so that nothing waits.
+    Args:
+        model: on its device, converted by `convert_group_batchnorm`.
+        micro_batch_clips: number of clips of the base grid that a rank runs at once at most.
+        compile: "off", or a mode of torch.compile.
+        on_progress: called as `on_progress(step, activity, part, has_time_limit)` before each forward and backward;
+            `part` counts them within the step. A slot's first step has no time limit, as it may compile for minutes.
+
+    Attributes:
+        bad_step: the first step whose loss or gradients were not finite, -1 if there is none; int64 scalar on the
+            device, so that the host need not wait for it.
+        wrapped_model: the model inside DDP (with several ranks) and torch.compile (unless it is off).
     """
 
     def __init__(
@@ -47,47 +55,52 @@ class TrainStep:
         precision: Precision,
         micro_batch_clips: int,
         compile: str,
-        tell: Callable[[int, str, int, bool], None],
+        on_progress: Callable[[int, str, int, bool], None],
     ) -> None:
         self.model, self.plan, self.task, self.optimizer = model, plan, task, optimizer
         self.seed, self.normalize, self.precision = seed, normalize, precision
-        self.micro_batch_clips, self.compile, self.tell = micro_batch_clips, compile, tell
+        self.micro_batch_clips, self.compile, self.on_progress = micro_batch_clips, compile, on_progress
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self.prepared: set[tuple[Slot, int]] = set()  # slots that have run, with their BN groups
-        # clips travel beside the computation of the step before
-        self.copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.parallel: nn.Module = model
+        self.warmed_up: set[tuple[Slot, int]] = set()  # slots that have run, with their number of BN groups
+        # Copy clips while the GPU still computes the previous step.
+        self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.wrapped_model: nn.Module = model
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            # Every rank computes the same buffers. torch 2.15 renames the argument.
+            # Every rank computes the same buffers, so DDP need not send them. torch 2.15 renames the argument.
             arguments = signature(DistributedDataParallel).parameters
             sync = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
             options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
-            self.parallel = DistributedDataParallel(model, device_ids=ids, **options)
+            self.wrapped_model = DistributedDataParallel(model, device_ids=ids, **options)
         if compile != "off":
-            self.parallel = compiled(self.parallel, compile, plan)
+            self.wrapped_model = compile_model(self.wrapped_model, compile, plan)
 
     def __call__(self, step: int, batch: Batch) -> Tensor:
-        """Take a step on a batch that carries its shard.
+        """Take step number `step` on this rank's `batch`.
 
-        Returns this rank's part of the mean loss over the global batch, on the device.
+        Returns:
+            This rank's part of the mean loss over the global batch: a scalar on the device.
+
+        Raises:
+            UserError: the device or the host is out of memory; the message names the config key to lower.
         """
         assert batch.shard is not None, "a training batch carries its shard"
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(step)
         with explain_out_of_memory(partial(self._explain_out_of_memory, step, batch.shard)):
-            total = self._accumulate(step, batch.shard, *self._transferred(batch))
+            total = self._accumulate(step, batch.shard, *self._copy_to_device(batch))
             self._update(step, total)
         return total
 
     def _explain_out_of_memory(self, step: int, shard: BatchShard) -> str:
-        """Where memory ran out, and the key to lower."""
+        """Say where memory ran out, and which config key to lower."""
         grid, phase = self.plan.slot(step).grid, self.plan.phases.index(self.plan.phase(step))
-        clips = max(stop - start for start, stop, _ in split_into_micro_batches(shard, self._limit(grid)))
-        lower = fewer_clips(clips, grid, self.plan.base)
+        micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(grid))
+        clips = max(stop - start for start, stop, _ in micro_batches)
+        lower = suggest_micro_batch_clips(clips, grid, self.plan.base)
         if lower is None:
             advice = "choose a smaller model, base.crop_size or base.num_frames, or precision=bf16"
         else:
@@ -95,62 +108,66 @@ class TrainStep:
         place = f"at step {step} (phase {phase + 1}, {grid.frames}×{grid.size}²)"
         return f"{place}, where this rank runs {clips} clips at once: {advice}"
 
-    def _limit(self, grid: Grid) -> int:
-        """How many clips of a grid to run at once."""
+    def _clips_per_micro_batch(self, grid: Grid) -> int:
+        """Return how many clips of a grid to run at once."""
         return max(1, self.micro_batch_clips * self.plan.base.num_frames * self.plan.base.crop_size**2 // grid.volume)
 
-    def _transferred(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Clips, uint8 still, and labels, on the device."""
-        if self.copies is None:
+    def _copy_to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the clips, still uint8, and the labels on the device."""
+        if self.copy_stream is None:
             return batch.clips.to(self.device), batch.labels.to(self.device)
-        with torch.cuda.stream(self.copies):
+        with torch.cuda.stream(self.copy_stream):
             clips = batch.clips.to(self.device, non_blocking=True)
             labels = batch.labels.to(self.device, non_blocking=True)
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self.copies)
-        for tensor in (clips, labels):  # made on one stream, freed on the other
-            tensor.record_stream(computing)
+        compute_stream = torch.cuda.current_stream(self.device)
+        compute_stream.wait_stream(self.copy_stream)
+        for tensor in (clips, labels):  # allocated on one stream, used on the other
+            tensor.record_stream(compute_stream)
         return clips, labels
 
     def _accumulate(self, step: int, shard: BatchShard, clips: Tensor, labels: Tensor) -> Tensor:
-        """Accumulate gradients of the mean loss over the global batch; return this rank's part of that loss."""
+        """Accumulate the gradients of the mean loss over the global batch; return this rank's part of that loss."""
         slot = self.plan.slot(step)
-        micro_batches = split_into_micro_batches(shard, self._limit(slot.grid))
+        micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(slot.grid))
         group = bn_process_group(len(shard.ranks))
         total = torch.zeros((), device=self.device)
-        # Dropout's seed depends on (seed, step) alone, not on the rank, and a resumed run needs no generator state.
+        # The seed of dropout depends on the run's seed and the step, not on the rank. So all ranks draw the same
+        # numbers, and a resumed run needs no generator state.
         seed = random_seed(self.seed, Stream.DROPOUT, step)
         graph = (slot, self.plan.phase(step).bn_groups)
         # A slot's first step may take minutes: it compiles, and on a GPU cuDNN times its kernels.
-        prepares = self.compile != "off" or self.device.type == "cuda"
-        watched = not prepares or graph in self.prepared
+        warms_up = self.compile != "off" or self.device.type == "cuda"
+        has_time_limit = not warms_up or graph in self.warmed_up
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
             for i, (start, stop, groups) in enumerate(micro_batches):
-                self.tell(step, "forward", 2 * i + 1, watched)
+                self.on_progress(step, "forward", 2 * i + 1, has_time_limit)
                 set_bn_groups(self.model, groups, group)
                 torch.manual_seed(seed)
                 with ExitStack() as stack:
-                    stack.enter_context(dropout_of(self.model, shard.batch, shard.start + start, shard.start + stop))
-                    if i < len(micro_batches) - 1:  # ranks exchange gradients once a step
-                        stack.enter_context(getattr(self.parallel, "no_sync", nullcontext)())
+                    clip_range = shard.start + start, shard.start + stop
+                    stack.enter_context(dropout_for_clips(self.model, shard.batch, *clip_range))
+                    if i < len(micro_batches) - 1:  # DDP averages gradients once a step, in the last micro-batch
+                        stack.enter_context(getattr(self.wrapped_model, "no_sync", nullcontext)())
                     pixels = self.normalize(clips[start:stop])
                     with self.precision.autocast():
-                        logits = self.parallel(pixels)
+                        logits = self.wrapped_model(pixels)
                     loss = self.task.loss(logits.to(pixels.dtype), labels[start:stop]) / shard.batch
-                    self.tell(step, "backward", 2 * i + 2, watched)
-                    # DDP averages over ranks, which may hold different numbers of clips: undo it here
+                    self.on_progress(step, "backward", 2 * i + 2, has_time_limit)
+                    # The loss is already a part of the mean over the global batch, so gradients must be summed over
+                    # ranks. DDP averages them: undo that.
                     self.scaler.scale(loss * world_size()).backward()
                 total = total + loss.detach()
-        self.prepared.add(graph)
+        self.warmed_up.add(graph)
         return total
 
     def _update(self, step: int, loss: Tensor) -> None:
-        """Step the optimizer, but not from the first non-finite loss or gradient on: the weights stay the last good.
+        """Step the optimizer. From the first non-finite loss or gradient on, skip all steps, so that weights stay good.
 
-        In fp16 the scaled gradients overflow now and then: such a step is skipped, the scale is halved and training
-        continues. Gradients that overflow at a scale of 1, which it is in other precisions, are not finite themselves.
+        In fp16 the scaled gradients sometimes overflow: such a step is skipped, the scale is halved and training
+        continues. At a scale of 1, which other precisions always have, an overflow means that the gradients themselves
+        are not finite.
         """
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -162,9 +179,9 @@ class TrainStep:
         self.scaler.update()
 
 
-def compiled(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
-    """`model` through torch.compile, one graph of static shapes for each slot; parameters and buffers are shared."""
+def compile_model(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
+    """Compile a model with torch.compile, one graph of static shapes a slot; parameters and buffers are shared."""
     slots = {(slot, phase.bn_groups) for phase in plan.phases for slot in phase.slots}
-    # micro-batches of a slot may differ by a group
+    # The micro-batches of a slot may differ in size by one BN group, which takes further graphs.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(slots))
     return torch.compile(model, mode=mode, dynamic=False)  # type: ignore[return-value]

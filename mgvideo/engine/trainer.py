@@ -1,4 +1,4 @@
-"""The training loop: it asks the plan what a step is, and knows nothing of multigrid beyond that."""
+"""The training loop. The plan defines each step, so that nothing here is specific to multigrid training."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ from .running_metrics import RunningMetrics, TrainProgress
 from .tasks import Task
 from .train_step import TrainStep
 
-_NOTHING, _SAVE, _STOP = range(3)  # what a rank may ask for after a step
-_LAST = 1 << 30  # the last part of a step, after all micro-batches
+_CONTINUE, _SAVE, _STOP = range(3)  # actions after a step that a rank can request; the largest request wins
+_END_OF_STEP = 1 << 30  # the last part of a step, after those of all micro-batches
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How often things happen around the steps, and what memory holds."""
+    """Intervals, limits and modes of a training run."""
 
-    micro_batch_clips: int  # clips of the base grid that a rank runs at once
+    micro_batch_clips: int  # clips of the base grid that a rank runs at once at most
     log_every: int = 10  # steps
     evals_per_phase: int = 1
-    precise_bn_clips: int = 12_800  # 0: none
-    checkpoint_every: int = 0  # steps; phase ends always
+    precise_bn_clips: int = 12_800  # 0: no precise BN
+    checkpoint_every: int = 0  # steps, besides the end of each phase; 0: only there
     checkpoint_minutes: float = 0.0  # 0: never by time
-    max_bad_fraction: float = 0.05  # of the clips read
-    hang_timeout: float = 45.0  # seconds that ranks wait for one of them; 0: for ever
+    max_bad_fraction: float = 0.05  # fraction of the clips read that may fail before the run ends
+    hang_timeout: float = 45.0  # seconds that a rank may take for one part of a step; 0: no limit
     compile: str = "off"  # or a mode of torch.compile
     profile: int = 0  # steps to trace
 
@@ -59,8 +59,11 @@ class TrainOptions:
 class Trainer:
     """Trains a model along a plan.
 
-    The model carries GroupBatchNorm3d and lies on its device; `validate` evaluates at `views`, or never where it is
-    None. All ranks build the same trainer.
+    All ranks build the same trainer.
+
+    Args:
+        model: on its device, with `GroupBatchNorm3d` layers.
+        validate: the evaluator and the views to evaluate at; None to never evaluate.
     """
 
     def __init__(
@@ -75,46 +78,46 @@ class Trainer:
         normalize: Normalize,
         precision: Precision,
         options: TrainOptions,
-        monitor: RunLogger,
+        logger: RunLogger,
         checkpoints: Checkpoints,
         validate: tuple[Evaluator, Views] | None = None,
     ) -> None:
         self.model, self.plan, self.task, self.optimizer, self.loader = model, plan, task, optimizer, loader
         self.seed, self.normalize, self.precision, self.options = seed, normalize, precision, options
-        self.monitor, self.checkpoints, self.validate = monitor, checkpoints, validate
+        self.logger, self.checkpoints, self.validate = logger, checkpoints, validate
         self.sampler = ClipSampler(plan, len(loader.dataset), seed)
         self.progress = TrainProgress()
         self.device = precision.device
-        self.stepper = TrainStep(
+        self.train_step = TrainStep(
             model, plan, task, optimizer, seed=seed, normalize=normalize, precision=precision,
-            micro_batch_clips=options.micro_batch_clips, compile=options.compile, tell=self._at,
+            micro_batch_clips=options.micro_batch_clips, compile=options.compile, on_progress=self._report_position,
         )  # fmt: skip
-        self.votes = RequestSync(self._requested_action)
-        self.saved = time.monotonic()
-        self.not_validated: set[DecodeFailure] = set(
-            monitor.listed_failures
-        )  # named once, however often validation meets them
-        self.window = RunningMetrics()
-        self._window_state: dict[str, Any] | None = None
-        self.profiler = Profiler(monitor.folder / "profile", options.profile)
+        self.request_sync = RequestSync(self._requested_action)
+        self.last_save_time_s = time.monotonic()
+        self.known_failures: set[DecodeFailure] = set(
+            logger.listed_failures
+        )  # validation failures that are already logged
+        self.running_metrics = RunningMetrics()
+        self._loaded_metrics: dict[str, Any] | None = None  # state of the running metrics, from a checkpoint
+        self.profiler = Profiler(logger.folder / "profile", options.profile)
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs; all ranks call it together."""
+        """Return the contents of a checkpoint. All ranks call it together."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.stepper.scaler.state_dict(),
+            "scaler": self.train_step.scaler.state_dict(),
             "progress": dict(vars(self.progress)),
-            "window": self.window.state() if self.window.steps else None,
+            "window": self.running_metrics.state() if self.running_metrics.steps else None,
             "plan": self.plan.to_json(),
             "micro_batch_clips": {"ranks": world_size(), "clips": self.options.micro_batch_clips},
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was taken; the optimizer's settings are those it was made with, not the saved ones.
+        """Load a checkpoint, to continue from its step. The optimizer keeps its own settings, such as weight decay.
 
         Raises:
-            UserError: the checkpoint is of another network.
+            UserError: the checkpoint belongs to another network or optimizer.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -122,133 +125,143 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise UserError(f"the checkpoint does not fit this network and optimizer: {reason}") from error
-        if state["scaler"]:  # of a run in fp16
-            self.stepper.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run that saved it used fp16
+            self.train_step.scaler.load_state_dict(state["scaler"])
         self.progress = TrainProgress(**state["progress"])
-        self._window_state = state["window"]
+        self._loaded_metrics = state["window"]
 
     def train(self) -> None:
-        """Train from where the run is to the plan's end.
+        """Train from the current step to the end of the plan.
 
         Raises:
-            Stopped: a signal asked for it; the step was finished and its checkpoint is on disk.
+            Stopped: after a stop signal, once the step is finished and its checkpoint is on disk.
+            NonFiniteError: the loss or gradients of a step are not finite.
+            UserError: too many clips could not be read.
         """
         evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
         if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
-            self._evaluate()  # stopped in the middle of it
+            self._evaluate()  # a signal interrupted this evaluation
         self.profiler.start()
         try:
-            self._steps(evaluations)
+            self._run_steps(evaluations)
         finally:
-            self.profiler.stop()  # a run that is stopped early leaves what it traced
-        self.monitor.stop_progress()
+            self.profiler.stop()  # writes the trace even if the run stops early
+        self.logger.stop_progress()
         self.checkpoints.wait()
         report_position("after training")
 
-    def _steps(self, evaluations: set[int]) -> None:
+    def _run_steps(self, evaluations: set[int]) -> None:
         start = self.progress.step
-        batches = self._stream(start)
+        batches = self._open_batches(start)
         phase: Phase | None = None
-        state, self._window_state = self._window_state, None
-        self.window = RunningMetrics.resumed(state, self.device) if state else RunningMetrics()
-        self.monitor.start_progress(start)
+        loaded, self._loaded_metrics = self._loaded_metrics, None
+        self.running_metrics = RunningMetrics.resumed(loaded, self.device) if loaded else RunningMetrics()
+        self.logger.start_progress(start)
         for step in range(start, self.plan.steps):
-            self.votes.start()
-            self._at(step, "waiting for a batch", 0, self.loader.options.num_workers == 0)
-            waiting = time.perf_counter()
+            self.request_sync.start()
+            self._report_position(step, "waiting for a batch", 0, self.loader.options.num_workers == 0)
+            wait_start = time.perf_counter()
             batch = next(batches)
-            self.window.waited += time.perf_counter() - waiting
+            self.running_metrics.wait_s += time.perf_counter() - wait_start
             if phase is not self.plan.phase(step):
                 phase = self.plan.phase(step)
                 if step == phase.steps[0]:
-                    self.monitor.log_clips(step, self.plan.phases.index(phase), batch.clips)
+                    self.logger.log_clips(step, self.plan.phases.index(phase), batch.clips)
             self.step(step, batch)
-            done = self.progress.step = step + 1
-            wish = self.votes.wait()
-            self._at(step, "logging and writing a checkpoint", _LAST, False)
-            self.profiler.step()  # which may write a trace
-            evaluates, ends = done in evaluations, done == phase.steps[1]
-            if ends or evaluates or done % self.options.log_every == 0:
+            step_end = self.progress.step = step + 1
+            request = self.request_sync.wait()
+            self._report_position(step, "logging and writing a checkpoint", _END_OF_STEP, False)
+            self.profiler.step()  # may write a trace
+            evaluate, phase_ends = step_end in evaluations, step_end == phase.steps[1]
+            if phase_ends or evaluate or step_end % self.options.log_every == 0:
                 self._log(phase)
             every = self.options.checkpoint_every
-            if ends or evaluates or wish or (every and done % every == 0):
+            if phase_ends or evaluate or request != _CONTINUE or (every and step_end % every == 0):
                 self._save()
-            if wish == _STOP:
+            if request == _STOP:
                 self._stop()
-            if evaluates:
+            if evaluate:
                 self._evaluate()
 
     def _requested_action(self) -> int:
-        """What this rank asks for after the step: nothing, a checkpoint, or to stop."""
+        """Return the action that this rank requests after the step: to continue, to save a checkpoint, or to stop."""
         if received_signal():
             return _STOP
         minutes = self.options.checkpoint_minutes
-        return _SAVE if minutes and rank() == 0 and time.monotonic() - self.saved > 60 * minutes else _NOTHING
+        due = minutes and rank() == 0 and time.monotonic() - self.last_save_time_s > 60 * minutes
+        return _SAVE if due else _CONTINUE
 
     def _stop(self) -> None:
-        self.monitor.stop_progress()
+        self.logger.stop_progress()
         self.checkpoints.wait()
-        barrier()  # launchers end the others when one has left, rank 0 as it writes too
+        barrier()  # when one rank exits, launchers kill the rest, also rank 0 while it writes the checkpoint
         raise Stopped(received_signal() or signal.SIGTERM)
 
-    def _at(self, step: int, doing: str, part: int, watched: bool) -> None:
-        """Tell the other ranks where this one is."""
-        limit = self.options.hang_timeout if watched and self.options.hang_timeout else None
+    def _report_position(self, step: int, activity: str, part: int, has_time_limit: bool) -> None:
+        """Report to the watchdog what this rank does; `part` orders the activities of a step."""
+        limit = self.options.hang_timeout if has_time_limit and self.options.hang_timeout else None
         phase = self.plan.phases.index(self.plan.phase(step))
         report_position(
-            f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {doing}", (step, part), limit
+            f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {activity}", (step, part), limit
         )
 
     def step(self, step: int, batch: Batch) -> None:
-        """Take one optimizer step on this rank's shard of the global batch, which the batch carries."""
-        loss = self.stepper(step, batch)
-        window = self.window
-        window.loss = loss.double() if window.loss is None else window.loss + loss
-        window.steps += 1
-        window.clips += self.plan.slot(step).batch
-        window.read += len(batch.labels)
-        window.failures += batch.failures
-        window.bad += batch.bad_clips
+        """Take optimizer step number `step` on this rank's `batch`, and add it to the running metrics."""
+        loss = self.train_step(step, batch)
+        metrics = self.running_metrics
+        metrics.loss = loss.double() if metrics.loss is None else metrics.loss + loss
+        metrics.steps += 1
+        metrics.clips += self.plan.slot(step).batch
+        metrics.clips_read += len(batch.labels)
+        metrics.failures += batch.failures
+        metrics.bad_clips += batch.bad_clips
 
     def _check_finite(self) -> None:
-        """Raise NonFiniteError on all ranks where the loss or gradients of a step were not finite on one of them."""
-        bad = min((step for step in gather_objects(int(self.stepper.bad_step)) if step >= 0), default=None)
-        if bad is None:
+        """Raise NonFiniteError on all ranks if the loss or gradients of a step were not finite on any of them."""
+        bad_step = min((step for step in gather_objects(int(self.train_step.bad_step)) if step >= 0), default=None)
+        if bad_step is None:
             return
-        phase = self.plan.phases.index(self.plan.phase(bad))
-        with suppress(UserError):  # the last one may still be on its way to the disk
+        phase = self.plan.phases.index(self.plan.phase(bad_step))
+        with suppress(UserError):  # the last checkpoint may not be on disk yet
             self.checkpoints.wait()
         steps = self.checkpoints.steps()
-        good = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
+        last_good = (
+            f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
+        )
         raise NonFiniteError(
-            f"loss or gradients are not finite at step {bad} (phase {phase + 1}, {_grid_name(self.plan, bad)}, "
-            f"lr {self.plan.lr(bad):.4g}): the step was not taken; {good}"
+            f"loss or gradients are not finite at step {bad_step} (phase {phase + 1}, "
+            f"{_grid_name(self.plan, bad_step)}, lr {self.plan.lr(bad_step):.4g}): the step was not taken; {last_good}"
         )
 
-    def _stream(self, step: int) -> Iterator[Batch]:
+    def _open_batches(self, step: int) -> Iterator[Batch]:
         """Yield this rank's batches from `step` on; each phase has its own DataLoader."""
         requests = partial(self.sampler.shard, rank=rank(), world_size=world_size())
-        stretches = [range(max(step, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > step]
-        return self.loader.load_phases(requests, stretches)
+        phase_steps = [range(max(step, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > step]
+        return self.loader.load_phases(requests, phase_steps)
 
     def _log(self, phase: Phase) -> None:
-        """Bring the window's figures to the host, record them, and start a new one."""
-        window, step = self.window, self.progress.step
-        assert window.loss is not None
-        loss = float(window.loss)
+        """Log the running metrics over all ranks, and reset them. Waits for the device.
+
+        Raises:
+            UserError: too many clips could not be read, or the last checkpoint could not be written.
+        """
+        metrics, step = self.running_metrics, self.progress.step
+        assert metrics.loss is not None
+        loss = float(metrics.loss)
         self._check_finite()
-        self.checkpoints.check()  # a full disk is told now, not when the next checkpoint is due
-        elapsed = time.perf_counter() - window.since
+        self.checkpoints.check()  # report a full disk now, not at the next checkpoint
+        elapsed = time.perf_counter() - metrics.start_time
         self.progress.seconds += elapsed
-        ranks = gather_objects((loss, window.failures, window.read, window.waited, window.bad))
-        failures = [failure for r in ranks for failure in r[1]]
-        self.progress.clips += sum(r[2] for r in ranks)
-        self.progress.bad += sum(r[4] for r in ranks)
+        rank_values = gather_objects((loss, metrics.failures, metrics.clips_read, metrics.wait_s, metrics.bad_clips))
+        losses, failure_lists, clips_read, waits_s, bad_clips = zip(*rank_values, strict=True)
+        failures = [failure for rank_failures in failure_lists for failure in rank_failures]
+        self.progress.clips += sum(clips_read)
+        self.progress.bad += sum(bad_clips)
         slot = self.plan.slot(step - 1)
         index = self.plan.phases.index(phase)
-        self.monitor.eta.add(index, elapsed, window.steps)
+        self.logger.eta.add(index, elapsed, metrics.steps)
         cuda = self.device.type == "cuda"
-        self.monitor.log_train_step(
+        self.logger.log_train_step(
             {
                 "step": step,
                 "epoch": round(self.plan.epoch(step), 4),
@@ -258,62 +271,68 @@ class Trainer:
                 "size": slot.grid.size,
                 "batch": slot.batch,
                 "lr": self.plan.lr(step - 1),
-                "loss": sum(r[0] for r in ranks) / window.steps,
-                "clips_per_s": round(window.clips / elapsed, 2),
-                "data_wait": round(max(r[3] for r in ranks) / elapsed, 4),
+                "loss": sum(losses) / metrics.steps,
+                "clips_per_s": round(metrics.clips / elapsed, 2),
+                "data_wait": round(max(waits_s) / elapsed, 4),
                 "memory_gib": round(_peak_gib(self.device) if cuda else _resident_gib(), 3),
                 "seconds": round(self.progress.seconds, 3),
             }
         )
         if failures:
-            self.monitor.log_failures(step, failures)
+            self.logger.log_failures(step, failures)
         clips, bad = self.progress.clips, self.progress.bad
         if clips >= 100 and bad > self.options.max_bad_fraction * clips:
             raise UserError(
                 f"{bad} of {clips} clips could not be read, more than dataset.max_bad_fraction="
-                f"{self.options.max_bad_fraction:g}: see {self.monitor.folder / 'bad_videos.csv'}"
+                f"{self.options.max_bad_fraction:g}: see {self.logger.folder / 'bad_videos.csv'}"
             )
-        self.window = RunningMetrics()
+        self.running_metrics = RunningMetrics()
 
     def _evaluate(self) -> None:
-        """Precise BN, the validation metrics, and a checkpoint of both; a signal leaves at once."""
+        """Run precise BN and validation, and save a checkpoint with their results.
+
+        Raises:
+            Stopped: at once after a stop signal; the resumed run repeats the evaluation.
+        """
         assert self.validate is not None
         evaluator, views = self.validate
         step = self.progress.step
         self.precise_bn()
-        result = evaluator(self.model, views, self.report_progress("validating", -2))
+        result = evaluator(self.model, views, self.progress_callback("validating", -2))
         report_position(f"after step {step}, recording its evaluation", (step, -1))
         metrics = self.task.metrics(result.scores, result.labels)
-        self.monitor.log_validation(step, self.progress.seconds, metrics)
-        new = [failure for failure in result.failures if failure not in self.not_validated]
-        if new:
-            self.monitor.log_failures(step, new)
-            self.not_validated.update(new)
-        best = metrics[self.task.best] > self.progress.best
-        if best:
+        self.logger.log_validation(step, self.progress.seconds, metrics)
+        new_failures = [failure for failure in result.failures if failure not in self.known_failures]
+        if new_failures:
+            self.logger.log_failures(step, new_failures)
+            self.known_failures.update(new_failures)
+        is_best = metrics[self.task.best] > self.progress.best
+        if is_best:
             self.progress.best, self.progress.best_step = metrics[self.task.best], step
         self.progress.evaluated = step
-        self._save(best)
-        self.window = RunningMetrics()  # evaluation is not training time
+        self._save(is_best)
+        self.running_metrics = RunningMetrics()  # evaluation does not count as training time
 
-    def report_progress(self, doing: str, part: int) -> ProgressCallback:
-        """Tells the other ranks of each batch outside of training; `part`, below 0, orders what follows on a step."""
-        step, limit = self.progress.step, self.options.hang_timeout or None
-        loads = self.loader.options.num_workers == 0  # workers have a limit of their own
+    def progress_callback(self, activity: str, part: int) -> ProgressCallback:
+        """Return a callback that reports each batch outside of training to the watchdog.
 
-        def tell(done: int, of: int, waiting: bool) -> None:
-            watched = not waiting or (loads and done < of)
-            report_position(
-                f"after step {step}, {doing}, batch {done} of {of}", (step, part, done), limit if watched else None
-            )
+        `part` is below 0 and orders the activities that follow a step.
+        """
+        step, timeout_s = self.progress.step, self.options.hang_timeout or None
+        loads_here = self.loader.options.num_workers == 0  # loader workers have their own time limit
 
-        return tell
+        def on_progress(batches_done: int, batches: int, waiting: bool) -> None:
+            has_time_limit = not waiting or (loads_here and batches_done < batches)
+            where = f"after step {step}, {activity}, batch {batches_done} of {batches}"
+            report_position(where, (step, part, batches_done), timeout_s if has_time_limit else None)
+
+        return on_progress
 
     def precise_bn(self) -> None:
-        """Replace BN's running statistics by exact ones of the current weights.
+        """Replace BN's running statistics with exact ones for the current weights.
 
-        The clips depend on the step alone: whole batches of the base grid, at most `precise_bn_clips` clips and one
-        pass over the dataset, but at least one batch.
+        Uses whole batches of the base grid: at most `precise_bn_clips` clips and one pass over the dataset, but at
+        least one batch. Which clips depends on the step, so that a resumed run uses the same.
         """
         clips = self.options.precise_bn_clips
         if not clips:
@@ -321,21 +340,23 @@ class Trainer:
         plan, videos = baseline_of(self.plan), len(self.loader.dataset)
         sampler = ClipSampler(plan, videos, random_seed(self.seed, Stream.PRECISE_BN, self.progress.step))
         batches = max(1, min(clips, videos) // plan.base.batch_size)
-        beat, limit = self.report_progress("in precise BN", -3), self.options.micro_batch_clips
-        precise_bn(self.model, self.loader, sampler, batches, self.normalize, self.precision, limit, beat)
+        precise_bn(
+            self.model, self.loader, sampler, batches, self.normalize, self.precision, self.options.micro_batch_clips,
+            self.progress_callback("in precise BN", -3),
+        )  # fmt: skip
 
-    def _save(self, best: bool = False) -> None:
-        """Write a checkpoint in the background; what was logged before it goes to disk before it."""
+    def _save(self, is_best: bool = False) -> None:
+        """Write a checkpoint in the background, after flushing the log, which then reaches at least as far."""
         self._check_finite()
         state = self.state()
         if rank() == 0:
-            self.monitor.flush()
-            self.checkpoints.save(self.progress.step, state, best)
-            self.saved = time.monotonic()
+            self.logger.flush()
+            self.checkpoints.save(self.progress.step, state, is_best)
+            self.last_save_time_s = time.monotonic()
 
 
 def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
-    """Numbers of steps done at which to evaluate: `per_phase` evenly spaced points of each phase, its end the last."""
+    """Return the numbers of steps done at which to evaluate: `per_phase` evenly spaced points a phase, with its end."""
     points = set()
     for phase in plan.phases:
         first, stop = phase.steps
@@ -349,7 +370,7 @@ def _grid_name(plan: Plan, step: int) -> str:
 
 
 def _peak_gib(device: torch.device) -> float:
-    """Most memory that tensors took on a GPU since the last call."""
+    """Return the peak memory in GiB that tensors took on a GPU since the last call."""
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     return peak / 2**30

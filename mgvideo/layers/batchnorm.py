@@ -1,9 +1,13 @@
-"""Batch normalisation over groups of clips, whatever the number of ranks and micro-batches that share a batch.
+"""Batch normalisation over groups of clips, with the same results on any number of ranks and micro-batches.
 
-A clip's statistics come from its group: a run of clips, contiguous along the batch, that may be a part of a rank's
-batch or spread over several ranks. `convert_group_batchnorm` makes a model's layers able to do so, once, before DDP
-and torch.compile; `set_bn_groups` regroups them at a phase's start; `deferred_running_stats` wraps a training step.
-Turn DDP's `broadcast_buffers` off: every rank computes the same running statistics.
+Each clip is normalised with the statistics of its group: consecutive clips of the batch, which may be a part of a
+rank's batch or spread over several ranks.
+
+1. `convert_group_batchnorm` converts a model's layers, once, before DDP and torch.compile.
+2. `set_bn_groups` sets the groups before each forward pass.
+3. `deferred_running_stats` wraps a training step.
+
+Turn off DDP's `broadcast_buffers`: every rank computes the same running statistics.
 """
 
 from __future__ import annotations
@@ -23,44 +27,48 @@ from torch.autograd.function import once_differentiable
 from mgvideo.errors import UserError
 
 aten = torch.ops.aten
-MAX_DEFERRED_FORWARDS = 16  # statistics that a layer keeps before it adds them up
+MAX_DEFERRED_FORWARDS = 16  # forward passes whose statistics a layer keeps before it adds them to its sums
 
 
 class GroupBatchNorm3d(nn.BatchNorm3d):
     """`nn.BatchNorm3d` with statistics per group of clips; parameters, buffers and evaluation are the same.
 
-    In training a batch `[n, channels, t, h, w]` is cut along n into `groups` equal runs. With a process group, the
-    i-th runs of all its ranks are one group; the ranks may hold different numbers of clips.
+    In training, a batch `[n, channels, t, h, w]` is split along n into `groups` chunks of equal size. With a process
+    group, the i-th chunks of all its ranks form one BN group; the ranks may hold different numbers of clips.
     """
 
-    running_mean: Tensor  # None, as the two below, without track_running_stats
+    running_mean: Tensor  # like the next two, None without track_running_stats
     running_var: Tensor
     num_batches_tracked: Tensor
     groups: int = 1
     process_group: dist.ProcessGroup | None = None
-    # Inside deferred_running_stats: sums over the groups so far, see `_sums`, and the forwards not yet added to them.
-    # The sums are the same tensor in every step, as CUDA graphs require.
+    # Inside deferred_running_stats: sums over the groups so far (see `_sums`), and statistics of the forward passes not
+    # yet added to them. The sums are the same tensor in every step, as CUDA graphs require.
     deferring: bool = False
     deferred_sums: Tensor
     deferred_forwards: list[_Statistics]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises `[n, channels, t, h, w]`; in training n must be a multiple of `groups`, or UserError."""
+        """Normalise `[n, channels, t, h, w]`.
+
+        Raises:
+            UserError: in training, if n is not a multiple of `groups`.
+        """
         super()._check_input_dim(input)
         output = self._normalise(input.flatten(2, 3))
-        # Not a view for autograd: an in-place ReLU on a view would copy the gradient of its base.
+        # _unsafe_view: autograd does not treat the result as a view, of which an in-place ReLU would copy the gradient.
         return aten._unsafe_view(output, input.shape)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accepts the 4-D view that `forward` makes of an input which it has checked itself."""
+        """Accept the 4-D view that `_normalise` passes to `nn.BatchNorm3d.forward`; `forward` checks the input."""
 
     def _normalise(self, input: Tensor) -> Tensor:
-        """Normalises `[n, channels, t · h, w]`.
+        """Normalise `[n, channels, t · h, w]`.
 
-        Of a channels_last_3d tensor this view is channels_last, and only for that CUDA has fast kernels.
+        This view of a channels_last_3d tensor is channels_last, for which alone CUDA has fast kernels.
         """
-        alone = self.groups == 1 and self.process_group is None
-        if not self.training or (alone and not self.deferring):
+        single_group = self.groups == 1 and self.process_group is None
+        if not self.training or (single_group and not self.deferring):
             return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
@@ -72,20 +80,20 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             output, mean, var = _MergedNormalise.apply(
                 input, self.weight, self.bias, self.groups, fold, self.eps, self.process_group
             )
-            statistics = _Statistics(mean, var, _ranks(self.process_group))
+            statistics = _Statistics(mean, var, _num_ranks(self.process_group))
         elif self.groups > 1:
-            normalise = _GroupNormalise if input.device.type == "cpu" else _GroupNormaliseAtOnce
+            normalise = _CpuGroupNormalise if input.device.type == "cpu" else _GpuGroupNormalise
             output, mean, invstd = normalise.apply(input, self.weight, self.bias, self.groups, self.eps)
             statistics = _Statistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
         else:
-            # With momentum 1, running statistics become the batch's own.
+            # With momentum 1, the kernel writes the statistics of this batch into its running statistics.
             mean, var = torch.zeros((2, 1, self.num_features), dtype=_stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
             statistics = _Statistics(mean, var)
         if not self.deferring:
             if self.track_running_stats:
                 _update_running([self], _sums(statistics))
-        elif torch.compiler.is_compiling():  # which fuses what it traces
+        elif torch.compiler.is_compiling():  # compiled code fuses the additions, so keep nothing
             self.deferred_sums.add_(_sums(statistics))
         else:
             self.deferred_forwards.append(statistics)
@@ -97,25 +105,25 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
 def convert_group_batchnorm(model: nn.Module) -> nn.Module:
     """Turn every `nn.BatchNorm3d` of a model into a `GroupBatchNorm3d`, in place, and return the model.
 
-    The modules, their parameters, buffers and hooks stay the very same objects. Layers that normalise each clip by
-    itself, such as `nn.LayerNorm`, `nn.GroupNorm` and `nn.InstanceNorm3d`, stay as they are.
+    The modules, their parameters, buffers and hooks stay the same objects. Layers that normalise each clip by itself,
+    such as `nn.LayerNorm`, `nn.GroupNorm` and `nn.InstanceNorm3d`, stay unchanged.
 
     Raises:
-        UserError: a layer whose statistics would not be synchronised, and what to use instead.
+        UserError: names a layer whose statistics would not be synchronised, and what to use instead.
     """
     for name, module in model.named_modules():
         if type(module) is nn.BatchNorm3d:
             module.__class__ = GroupBatchNorm3d
-        elif instead := _instead(module):
+        elif advice := _replacement_advice(module):
             raise UserError(
                 f"model: {name or 'the network itself'} ({type(module).__name__}) would have other statistics on each "
-                f"rank and in each micro-batch: {instead}"
+                f"rank and in each micro-batch: {advice}"
             )
     return model
 
 
-def _instead(module: nn.Module) -> str | None:
-    """What to use instead of a layer that cannot be converted; None for any other layer."""
+def _replacement_advice(module: nn.Module) -> str | None:
+    """Return what to use instead of a layer that cannot be converted; None for any other layer."""
     if isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return "set its track_running_stats to False" if module.track_running_stats else None
     if not isinstance(module, nn.modules.batchnorm._BatchNorm) or isinstance(module, GroupBatchNorm3d):
@@ -123,12 +131,16 @@ def _instead(module: nn.Module) -> str | None:
     if isinstance(module, nn.LazyBatchNorm3d):
         return "use nn.BatchNorm3d with its number of channels"
     if isinstance(module, nn.BatchNorm3d | nn.SyncBatchNorm):
-        return "use nn.BatchNorm3d itself, whose groups of clips are shared among ranks without more"
-    return "use nn.BatchNorm3d on [clips, channels, frames, height, width], of size 1 where there is none of these"
+        return "use nn.BatchNorm3d itself, whose groups of clips are shared among ranks automatically"
+    return "use nn.BatchNorm3d on [clips, channels, frames, height, width], with dimensions of size 1 where needed"
 
 
 def set_bn_groups(model: nn.Module, groups: int, process_group: dist.ProcessGroup | None = None) -> None:
-    """From now on, training cuts each batch into `groups` runs, each shared with the ranks of `process_group`."""
+    """Set the BN groups of all later training forwards: `groups` chunks, each shared by the ranks of `process_group`.
+
+    Raises:
+        UserError: `groups` is below 1.
+    """
     if groups < 1:
         raise UserError(f"batch norm: {groups} groups of clips; there must be at least 1")
     if process_group is not None and dist.get_world_size(process_group) == 1:
@@ -141,18 +153,21 @@ def set_bn_groups(model: nn.Module, groups: int, process_group: dist.ProcessGrou
 def deferred_running_stats(
     model: nn.Module, world_group: dist.ProcessGroup | None = None, momentum: float | None = None
 ) -> Iterator[None]:
-    """Make all training forwards inside it one update of the running statistics, over all ranks.
+    """Update the running statistics once for all training forwards inside the block, over all ranks.
 
-    Every BN group of every forward and rank has the same weight. Forwards accumulate on the device, in memory that does
-    not grow with their number; on leaving, one all-reduce (over `world_group`, by default every rank; none without
-    torch.distributed) covers all layers. `momentum` takes the place of the layers' own: with 1 the running statistics
-    become those of the forwards inside, which is precise BN (Wu and Johnson 2021, arXiv 2105.07576, section 3). After
-    an exception the running statistics are as before.
+    Every BN group of every forward pass and rank has the same weight. The statistics accumulate on the device, in
+    memory that does not grow with the number of forward passes. At the end of the block, one all-reduce covers all
+    layers. An exception leaves the running statistics unchanged.
+
+    Args:
+        world_group: ranks to reduce over; all by default. Without torch.distributed there is no all-reduce.
+        momentum: replaces the momentum of the layers. With 1, the running statistics become exactly those of the
+            forward passes inside: precise BN (Wu and Johnson 2021, arXiv 2105.07576, section 3).
     """
     layers = [layer for layer in _layers(model) if layer.training and layer.track_running_stats]
     for layer in layers:
         sums, device = getattr(layer, "deferred_sums", None), layer.running_mean.device
-        if sums is None or (sums.dtype, sums.device) != (torch.float64, device):  # none yet, or model.to() changed it
+        if sums is None or (sums.dtype, sums.device) != (torch.float64, device):  # missing, or changed by model.to()
             sums = torch.zeros((4, layer.num_features), dtype=torch.float64, device=device)
             layer.register_buffer("deferred_sums", sums, persistent=False)
         layer.deferring, layer.deferred_forwards = True, []
@@ -180,14 +195,14 @@ def _stats_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Statistics(NamedTuple):
-    """Statistics of one forward: the groups' means and spreads, `[groups, channels]`; each of `ranks` has a part.
+    """Statistics of one forward pass: mean and spread of each group. Each of the `ranks` that share a group has a part.
 
-    `spread` holds unbiased variances or, where `size` is given, inverse standard deviations as the kernel computes
-    them from `size` values and `eps`.
+    `spread` holds unbiased variances if `size` is 0. Otherwise it holds inverse standard deviations as the kernel
+    computes them from `size` values with `eps`.
     """
 
-    mean: Tensor
-    spread: Tensor
+    mean: Tensor  # [groups, channels]
+    spread: Tensor  # [groups, channels]
     ranks: int = 1
     size: int = 0
     eps: float = 0.0
@@ -196,8 +211,8 @@ class _Statistics(NamedTuple):
 def _sums(statistics: _Statistics) -> Tensor:
     """Sum mean, mean², variance and 1 over groups: float64 `[4, channels]`.
 
-    Each of the ranks that share a group counts its part of it. In float64 a mean of squares may lose the square of
-    the mean and still be precise.
+    Each of the ranks that share a group contributes an equal part. float64 keeps the variance of the means precise,
+    which is later computed as the mean of squares minus the square of the mean.
     """
     mean, var = statistics.mean.double(), statistics.spread.double()
     if statistics.size:
@@ -207,33 +222,34 @@ def _sums(statistics: _Statistics) -> Tensor:
 
 @torch.no_grad()
 def _add_deferred(layers: Sequence[GroupBatchNorm3d]) -> None:
-    """Add the layers' deferred forwards to their sums.
+    """Add the statistics of the layers' deferred forward passes to their sums.
 
-    Forwards of one layer, and then layers of as many groups, are added at once: the tensors are so small that the time
-    is that of the calls.
+    First joins the forward passes of each layer, then the layers with the same number of groups: the tensors are so
+    small that the number of calls determines the time.
     """
-    alike = defaultdict(list)  # by groups, and (ranks, size, eps)
+    layers_by_kind = defaultdict(list)  # by number of groups and (ranks, size, eps)
     for layer in layers:
-        forwards = defaultdict(list)
+        forwards_by_kind = defaultdict(list)  # by (ranks, size, eps)
         for statistics in layer.deferred_forwards:
-            forwards[statistics[2:]].append(statistics)
-        for kind, several in forwards.items():
-            mean = torch.cat([statistics.mean for statistics in several])
-            spread = torch.cat([statistics.spread for statistics in several])
-            alike[len(mean), kind].append((layer.deferred_sums, mean, spread))
+            forwards_by_kind[statistics[2:]].append(statistics)
+        for kind, forwards in forwards_by_kind.items():
+            mean = torch.cat([statistics.mean for statistics in forwards])
+            spread = torch.cat([statistics.spread for statistics in forwards])
+            layers_by_kind[len(mean), kind].append((layer.deferred_sums, mean, spread))
         layer.deferred_forwards = []
-    for (_, kind), several_layers in alike.items():
-        sums, means, spreads = zip(*several_layers, strict=True)
+    for (_, kind), same_kind in layers_by_kind.items():
+        sums, means, spreads = zip(*same_kind, strict=True)
         statistics = _Statistics(torch.cat(means, dim=1), torch.cat(spreads, dim=1), *kind)
         torch._foreach_add_(list(sums), _sums(statistics).split([mean.shape[1] for mean in means], dim=1))
 
 
 @torch.no_grad()
 def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor, momentum: float | None = None) -> None:
-    """Move running statistics to the mean of means, and to the mean of variances plus the variance of means.
+    """Move the running mean towards the mean of the groups' means, and the running variance towards the mean of their
+    variances plus the variance of their means.
 
-    `sums` holds the layers' `_sums` side by side; `momentum` takes the place of their own. A layer that no group went
-    through keeps its statistics.
+    `sums` holds the `_sums` of the layers side by side; `momentum` replaces theirs. A layer that did not run keeps its
+    statistics.
     """
     count = sums[3]
     mean, square, var = sums[:3] / torch.where(count > 0, count, 1)
@@ -244,20 +260,20 @@ def _update_running(layers: Sequence[GroupBatchNorm3d], sums: Tensor, momentum: 
     momenta = [layer.momentum if momentum is None else momentum for layer in layers]
     weights = torch._foreach_mul(ran, [1.0 if value is None else value for value in momenta])
     for layer, weight, value in zip(layers, weights, momenta, strict=True):
-        if value is None:  # torch keeps the plain average of all updates
+        if value is None:  # momentum=None of nn.BatchNorm3d: the plain average of all updates
             weight /= layer.num_batches_tracked.clamp(min=1)
     torch._foreach_lerp_([layer.running_mean for layer in layers], means, weights)
     torch._foreach_lerp_([layer.running_var for layer in layers], variances, weights)
 
 
 def _dense(x: Tensor, like: Tensor) -> Tensor:
-    """x itself where it is channels_last or contiguous as `like` is, or a copy: the CPU kernels need one layout."""
-    last = like.is_contiguous(memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    """Return x, copied if needed, in channels_last if `like` is, otherwise contiguous: CPU kernels need one layout."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-class _GroupNormalise(torch.autograd.Function):
-    """Groups within one rank on a CPU: torch's kernels, group by group, into one output.
+class _CpuGroupNormalise(torch.autograd.Function):
+    """Normalises groups within one rank on a CPU: runs torch's kernels group by group, into one output.
 
     Returns the output, and the groups' means and inverse standard deviations `[groups, channels]`.
     """
@@ -269,7 +285,7 @@ class _GroupNormalise(torch.autograd.Function):
         x = _dense(x, like=x)
         y = torch.empty_like(x)
         mean = x.new_empty((groups, x.shape[1]), dtype=_stats_dtype(x))
-        invstd = torch.empty_like(mean)  # not both in one: torch.compile of torch 2.11 traces no views of it
+        invstd = torch.empty_like(mean)  # its own tensor: torch.compile of torch 2.11 cannot trace views here
         for x_i, y_i, mean_i, invstd_i in zip(x.chunk(groups), y.chunk(groups), mean, invstd, strict=True):
             aten._native_batch_norm_legit.no_stats_out(
                 x_i, weight, bias, True, 0.0, eps, out=y_i, save_mean=mean_i, save_invstd=invstd_i
@@ -277,7 +293,7 @@ class _GroupNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, invstd)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, invstd)
-        ctx.set_materialize_grads(False)  # of these two they would be zeros, made in every step
+        ctx.set_materialize_grads(False)  # otherwise autograd allocates zero gradients for these two
         return y, mean, invstd
 
     @staticmethod
@@ -304,8 +320,8 @@ class _GroupNormalise(torch.autograd.Function):
         return dx, torch.stack(dweights).sum(0), torch.stack(dbiases).sum(0), None, None
 
 
-class _GroupNormaliseAtOnce(torch.autograd.Function):
-    """Groups within one rank on a GPU: all of them in each kernel, since a kernel's launch costs more than its work.
+class _GpuGroupNormalise(torch.autograd.Function):
+    """Normalises groups within one rank on a GPU: each kernel covers all groups, since launches cost more than work.
 
     Returns the output, and the groups' means and inverse standard deviations `[groups, channels]`.
     """
@@ -316,7 +332,7 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = _dense(x, like=x)
         clips = _by_group(x, groups)
-        # Both reductions read bf16 and fp16 as they are and add up in float32.
+        # Both reductions read bf16 or fp16 directly and accumulate in float32.
         mean = clips.mean((1, 3), dtype=_stats_dtype(x))
         var = torch.var(clips, (1, 3), correction=0, out=torch.empty_like(mean))
         invstd = var.add_(eps).rsqrt_()
@@ -327,7 +343,7 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
         ctx.save_for_backward(x, mean, invstd, scale)
         ctx.affine = weight is not None
         ctx.mark_non_differentiable(mean, invstd)
-        ctx.set_materialize_grads(False)  # of these two they would be zeros, made in every step
+        ctx.set_materialize_grads(False)  # otherwise autograd allocates zero gradients for these two
         return y, mean, invstd
 
     @staticmethod
@@ -337,15 +353,15 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, mean, invstd, scale = ctx.saved_tensors
         clips, gradients = _by_group(x, len(mean)), _by_group(_dense(dy, like=x), len(mean))
-        share = mean.numel() / x.numel()  # one over the values of a group in a channel
+        per_value = mean.numel() / x.numel()  # 1 / number of values of a group in a channel
         sum_dy = gradients.sum((1, 3), dtype=mean.dtype)
-        # The mean in float32 makes the products float32 as well: rounded to bf16, they would add up to noise.
-        centre = (mean * sum_dy).mul_(-share)
+        # The float32 offset makes the products float32 too: rounded to bf16, they would add up to noise.
+        centre = (mean * sum_dy).mul_(-per_value)
         sum_dy_xhat = torch.addcmul(_per_channel(centre), clips, gradients).sum((1, 3)).mul_(invstd)
-        # dx = scale · (dy − mean(dy) − x̂ · mean(dy · x̂)): scale · dy, and an affine map of x
-        scale_share = scale * -share
-        slope = scale_share * invstd * sum_dy_xhat
-        offset = torch.addcmul(scale_share * sum_dy, slope, mean, value=-1)
+        # dx = scale · (dy − mean(dy) − x̂ · mean(dy · x̂)): scale · dy plus an affine map of x
+        mean_scale = scale * -per_value
+        slope = mean_scale * invstd * sum_dy_xhat
+        offset = torch.addcmul(mean_scale * sum_dy, slope, mean, value=-1)
         dx = torch.empty_like(x)
         dclips = _by_group(dx, len(mean))
         torch.addcmul(_per_channel(offset), clips, _per_channel(slope), out=dclips)
@@ -356,48 +372,49 @@ class _GroupNormaliseAtOnce(torch.autograd.Function):
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
-    """The view `[groups, clips, channels, positions]` of a dense x."""
+    """Return the view `[groups, clips, channels, positions]` of a dense x."""
     return x.unflatten(0, (groups, -1)).flatten(3)
 
 
 def _per_channel(values: Tensor) -> Tensor:
-    """`[groups, channels]` in a shape that broadcasts against `_by_group`."""
+    """Reshape `[groups, channels]` so that it broadcasts against `_by_group`."""
     return values[:, None, :, None]
 
 
 def _fold(x: Tensor, groups: int) -> int:
-    """How many neighbouring positions to take as channels of their own, so that few channels fill a CPU's registers.
+    """Return how many neighbouring positions to treat as extra channels, so that few channels fill a CPU's registers.
 
-    On two cores torch's channels_last kernels take 5 to 9 ns a value for 8 channels, and 0.6 for 32 (bf16, both ways).
+    On two cores, torch's channels_last kernels take 5 to 9 ns a value for 8 channels and 0.6 ns for 32 (bf16, forward
+    and backward).
     """
     channels, values = x.shape[1], x.numel() // groups
     layout = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type != "cpu" or not layout or channels >= 16 or values < 2**14:
-        return 1  # nothing gained
+        return 1  # folding is not faster
     return math.gcd(32 // channels, values // channels)
 
 
 def _parts(x: Tensor, groups: int, fold: int) -> Sequence[Tensor]:
-    """Views of the groups of x: `[n / groups, channels, t · h, w]`, or `[1, fold · channels, positions / fold, 1]`."""
+    """Return views of the groups of x: `[n / groups, channels, t · h, w]`; folded, `[1, fold · channels, …, 1]`."""
     if fold == 1:
         return x.chunk(groups)
     return x.movedim(1, -1).view(groups, 1, -1, 1, fold * x.shape[1]).movedim(-1, 2).unbind()
 
 
 def _folded(fold: int, *maps: Any) -> list[Any]:
-    """Values per channel `[…, channels]` or None, once for each of the positions that are folded into channels."""
+    """Repeat values per channel `[…, channels]` for each position that is folded into channels; None stays None."""
     return [t if t is None or fold == 1 else t.repeat(*[1] * (t.dim() - 1), fold) for t in maps]
 
 
-def _ranks(process_group: dist.ProcessGroup | None) -> int:
+def _num_ranks(process_group: dist.ProcessGroup | None) -> int:
     return 1 if process_group is None else dist.get_world_size(process_group)
 
 
 class _MergedNormalise(torch.autograd.Function):
-    """Groups whose statistics are merged from parts: those of several ranks, and of positions folded into channels.
+    """Normalises groups whose statistics are merged from parts: of several ranks, or of positions folded into channels.
 
-    One collective forward and one backward where there is a process group. Returns the output for this rank's part,
-    and the whole groups' means and unbiased variances `[groups, channels]`.
+    Runs one collective operation in forward and one in backward if there is a process group. Returns the output for
+    this rank's part, and the means and unbiased variances of the whole groups, `[groups, channels]`.
     """
 
     @staticmethod
@@ -413,7 +430,7 @@ class _MergedNormalise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, dtype = _dense(x, like=x), _stats_dtype(x)
         parts = _parts(x, groups, fold)
-        # The kernel's precision is that of the running statistics it is given; momentum 0 leaves them as they are.
+        # The kernel computes in the dtype of the running statistics it gets; momentum 0 leaves these unchanged.
         zeros = x.new_zeros(fold * x.shape[1], dtype=dtype)
         stats = [torch.stack(torch.batch_norm_update_stats(part, zeros, zeros, 0.0)) for part in parts]
         means, variances = torch.stack(stats, 1).double().unflatten(2, (fold, -1))
@@ -442,43 +459,43 @@ class _MergedNormalise(torch.autograd.Function):
         gain = torch.ones_like(mean[0]) if weight is None else weight
         x_parts, dy_parts = (_parts(tensor, groups, fold) for tensor in (x, _dense(dy, like=x)))
         gain_f, mean_f, var_f = _folded(fold, gain, mean, var)
-        scaled, sums = [], []  # dy · scale; of dy·x̂ and of dy
-        unused = mean.new_empty(0)  # statistics of this very batch, for which CUDA's kernels insist on a tensor
+        scaled, sums = [], []  # dy · scale; sums of dy·x̂ and of dy
+        unused = mean.new_empty(0)  # saved statistics: CUDA's kernels require a tensor although they do not read it
         for x_i, dy_i, mean_i, var_i in zip(x_parts, dy_parts, mean_f, var_f, strict=True):
-            gradient, *both = aten.native_batch_norm_backward.default(
+            gradient, *part_sums = aten.native_batch_norm_backward.default(
                 dy_i, x_i, gain_f, mean_i, var_i, unused, unused, False, ctx.eps, (True, True, True)
             )
             scaled.append(gradient)
-            sums.append(torch.stack(both))
-        own = torch.stack(sums, 1).unflatten(2, (fold, -1)).sum(2)
-        whole = own.clone()
+            sums.append(torch.stack(part_sums))
+        rank_sums = torch.stack(sums, 1).unflatten(2, (fold, -1)).sum(2)
+        group_sums = rank_sums.clone()
         if ctx.process_group is not None:
-            dist.all_reduce(whole, group=ctx.process_group)
-        # dx = scale · (dy − x̂ · mean(dy·x̂) − mean(dy)): an affine map of dy and one of x.
-        maps = _folded(fold, *(-(var + ctx.eps).rsqrt() * gain * whole / size).to(mean.dtype))
+            dist.all_reduce(group_sums, group=ctx.process_group)
+        # dx = scale · (dy − x̂ · mean(dy·x̂) − mean(dy)): scale · dy plus an affine map of x̂
+        maps = _folded(fold, *(-(var + ctx.eps).rsqrt() * gain * group_sums / size).to(mean.dtype))
         dx = torch.empty_like(x)
         for dx_i, x_i, scaled_i, mean_i, var_i, slope, offset in zip(
             _parts(dx, groups, fold), x_parts, scaled, mean_f, var_f, *maps, strict=True
         ):
             _affine(x_i, mean_i, var_i, ctx.eps, slope, offset, out=dx_i).add_(scaled_i)
-        dweight, dbias = own.sum(1) if weight is not None else (None, None)
+        dweight, dbias = rank_sums.sum(1) if weight is not None else (None, None)
         return dx, dweight, dbias, None, None, None, None
 
 
 def _merge(
     mean: Tensor, var: Tensor, size: int, process_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, biased variances and sizes of groups from those of their ranks' parts, all float64 `[groups, channels]`.
+    """Merge means, biased variances and sizes of the ranks' parts of groups, all float64 `[groups, channels]`.
 
     Sizes are numbers of values per channel. Variances merge around the common mean (Chan, Golub and LeVeque 1979).
     """
-    mine = torch.stack((mean, var, torch.full_like(mean, size)))
+    part = torch.stack((mean, var, torch.full_like(mean, size)))
     if process_group is None:
-        return mine.unbind()  # type: ignore[return-value]
+        return part.unbind()  # type: ignore[return-value]
     ranks = dist.get_world_size(process_group)
-    gathered = mine.new_empty(ranks * mine.numel())
-    dist.all_gather_into_tensor(gathered, mine.flatten(), group=process_group)
-    means, variances, sizes = gathered.view(ranks, *mine.shape).unbind(1)
+    parts = part.new_empty(ranks * part.numel())
+    dist.all_gather_into_tensor(parts, part.flatten(), group=process_group)
+    means, variances, sizes = parts.view(ranks, *part.shape).unbind(1)
     total = sizes.sum(0)
     mean = (sizes * means).sum(0) / total
     var = (sizes * (variances + (means - mean).square())).sum(0) / total
@@ -488,8 +505,8 @@ def _merge(
 def _affine(
     x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    """(x − mean) / √(var + eps) · weight + bias in one pass, from x to `out` of the same dtype and memory format."""
-    # CUDA's kernels fill these two, so that they must not share memory
+    """Compute (x − mean) / √(var + eps) · weight + bias in one pass, into `out` of x's dtype and memory format."""
+    # CUDA's kernels write to these two, so they must not share memory.
     save_mean, save_invstd = mean.new_empty(0), mean.new_empty(0)
     return aten.native_batch_norm.out(
         x, weight, bias, mean, var, False, 0.0, eps, out=out, save_mean=save_mean, save_invstd=save_invstd

@@ -15,7 +15,7 @@ from multiprocessing import active_children, forkserver, parent_process, util
 from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
-from mgvideo.cpu.resources import run_on
+from mgvideo.cpu.resources import set_cpu_affinity
 from mgvideo.distributed.signals import block_signals
 from mgvideo.errors import UserError
 
@@ -117,7 +117,7 @@ def init_worker(low_priority: bool, cpus: frozenset[int], _: int) -> None:
     from mgvideo.cpu.memory import keep_freed_memory
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # already blocked by `blocked`, but a library may unblock it
-    run_on(cpus)
+    set_cpu_affinity(cpus)
     if low_priority:
         with suppress(OSError):  # some sandboxes forbid it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -141,9 +141,9 @@ WORKERS = {
 def test_ctrl_c_on_a_terminal_stops_the_run_cleanly_with_workers(
     during: str, workers: str, motion_root: str, tmp_path: Path
 ) -> None:
-    options = {"rank": 0, "after": 2, "once": tmp_path / "sent", "given": tmp_path / "out" / "checkpoints"}
+    options = {"rank": 0, "after": 2, "once": tmp_path / "sent", "required_file": tmp_path / "out" / "checkpoints"}
     if during == "test":
-        options["given"] = tmp_path / "out"
+        options["required_file"] = tmp_path / "out"
     fault = overrides("ctrl-c", "train" if during == "precise BN" else "val", **options)
     run = [*TINY, *WORKERS[workers], *fault, f"dataset.root={motion_root}", f"output_dir={tmp_path}/out"]
     run += ["schedule=baseline", "base.epochs=0.5", "base.lr_milestones=[]", f"train.enable={during != 'test'}"]

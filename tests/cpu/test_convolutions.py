@@ -1,4 +1,4 @@
-"""Flat convolutions against torch's own."""
+"""Convolutions for CPUs against those of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mgvideo.engine.precision import cpu_has_bf16
 
 pytestmark = pytest.mark.numeric
 
-FLAT = {
+CONVERTIBLE = {
     "pointwise": nn.Conv3d(32, 24, 1, bias=False),
     "pointwise, strided": nn.Conv3d(32, 24, 1, (2, 2, 2)),
     "pointwise, few channels": nn.Conv3d(8, 24, 1, (1, 2, 2)),
@@ -26,7 +26,7 @@ FLAT = {
     "temporal": nn.Conv3d(32, 24, (3, 1, 1), 1, (1, 0, 0), bias=False),
     "temporal, strided": nn.Conv3d(16, 24, (5, 1, 1), (4, 2, 2), (2, 0, 0)),
 }
-OTHER = {
+NOT_CONVERTIBLE = {
     "cube": nn.Conv3d(4, 4, 3, padding=1),
     "grouped": nn.Conv3d(4, 4, (1, 3, 3), groups=4),
     "dilated": nn.Conv3d(4, 4, (3, 1, 1), dilation=(2, 1, 1)),
@@ -38,43 +38,43 @@ OTHER = {
 
 
 def results(conv: nn.Module, clips: Tensor, bf16: bool) -> list[Tensor]:
-    """The output, and gradients of clips, weight and bias."""
+    """Return the output, and the gradients of the clips, the weight and the bias."""
     clips = clips.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         output = conv(clips)
-    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))  # sums of it do not cancel
+    gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
     loss = (output.float() * gradient).sum()
     return [output, *torch.autograd.grad(loss, [clips, *conv.parameters()])]
 
 
-@pytest.mark.parametrize("name", FLAT)
-@pytest.mark.parametrize("last", [True, False], ids=["channels_last_3d", "contiguous"])
-def test_results_and_gradients_are_those_of_a_3d_convolution(name: str, last: bool) -> None:
+@pytest.mark.parametrize("name", CONVERTIBLE)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last_3d", "contiguous"])
+def test_results_and_gradients_equal_those_of_a_3d_convolution(name: str, channels_last: bool) -> None:
     torch.manual_seed(0)
-    check(FLAT[name], torch.randn(2, 6, 12, 10, FLAT[name].in_channels), last)
+    check(CONVERTIBLE[name], torch.randn(2, 6, 12, 10, CONVERTIBLE[name].in_channels), channels_last)
 
 
-def check(conv: nn.Conv3d, frames: Tensor, last: bool = True) -> None:
-    """Of a converted convolution of `frames`, `[n, t, h, w, channels]`, in either memory format."""
-    flat = convert_convolutions(copy.deepcopy(conv))
-    assert type(flat) is CpuConv3d
+def check(conv: nn.Conv3d, frames: Tensor, channels_last: bool = True) -> None:
+    """Compare a converted convolution of `frames`, `[n, t, h, w, channels]`, with torch's, in either memory format."""
+    converted = convert_convolutions(copy.deepcopy(conv))
+    assert type(converted) is CpuConv3d
     clips = frames.movedim(-1, 1)
-    if not last:
+    if not channels_last:
         clips = clips.contiguous()
     exact = results(conv, clips, bf16=False)
-    # Added in bf16: the gradients of a frame that several outputs take. Without bf16 instructions also the weight
-    # gradients of all images, and the gradients of a pixel that several outputs take.
+    # Additions in bf16: of the gradients of a frame that several outputs use. Without bf16 instructions, also of the
+    # weight gradients of all images, and of the gradients of a pixel that several outputs use.
     terms = conv.kernel_size[0]
     if not cpu_has_bf16():
         terms = max(len(frames) * frames.shape[1], math.prod(conv.kernel_size))
     dtypes = [torch.bfloat16, *(torch.float32 for _ in exact[1:])]
-    for found, right, dtype in zip(results(flat, clips, True), exact, dtypes, strict=True):
-        assert found.shape == right.shape
-        assert found.dtype == dtype
-        assert (found.float() - right).norm() < rounding_error(torch.bfloat16, terms) * right.norm()
-    assert not last or results(flat, clips, True)[0].is_contiguous(memory_format=torch.channels_last_3d)
-    for found, right in zip(results(flat, clips, False), exact, strict=True):
-        assert torch.equal(found, right), "in float32 it is torch's own"
+    for actual, expected, dtype in zip(results(converted, clips, True), exact, dtypes, strict=True):
+        assert actual.shape == expected.shape
+        assert actual.dtype == dtype
+        assert (actual.float() - expected).norm() < rounding_error(torch.bfloat16, terms) * expected.norm()
+    assert not channels_last or results(converted, clips, True)[0].is_contiguous(memory_format=torch.channels_last_3d)
+    for actual, expected in zip(results(converted, clips, False), exact, strict=True):
+        assert torch.equal(actual, expected), "in float32 torch's own convolution runs"
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 4])
@@ -92,6 +92,6 @@ def test_narrow_maps(width: int, images: int, kernel: tuple[int, int], stride: t
     check(nn.Conv3d(64, 24, (1, *kernel), (1, *stride), padding), torch.randn(images, 1, 5, width, 64))
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_other_convolutions_are_left_alone(name: str) -> None:
-    assert type(convert_convolutions(copy.deepcopy(OTHER[name]))) is nn.Conv3d
+@pytest.mark.parametrize("name", NOT_CONVERTIBLE)
+def test_other_convolutions_stay_unchanged(name: str) -> None:
+    assert type(convert_convolutions(copy.deepcopy(NOT_CONVERTIBLE[name]))) is nn.Conv3d

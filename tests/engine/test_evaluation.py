@@ -1,4 +1,4 @@
-"""Precise BN as the trainer runs it: which clips, how many, and what an interruption leaves."""
+"""Precise BN as the trainer runs it: which clips, how many, and the state after an interruption."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 from training import BASE, KNOBS, tiny_plan, tiny_trainer
 
 from mgvideo.distributed.signals import Stopped
-from mgvideo.engine import evaluation as evaluate
+from mgvideo.engine import evaluation
 from mgvideo.engine.trainer import Trainer
 from mgvideo.layers.dropout import ClipDropout
 from mgvideo.loading.requests import ClipRequest, Sample
 from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
 
 
-class Counting:
-    """A dataset that keeps the requests it was sent."""
+class RecordingDataset:
+    """A dataset that records the requests for its clips. It replaces the dataset of a trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.dataset, self.requests = trainer.loader.dataset, list[ClipRequest]()
@@ -34,10 +34,12 @@ class Counting:
 
 
 @pytest.mark.parametrize(("clips", "read"), [(0, 0), (1, 8), (16, 16), (23, 16), (10_000, KNOBS.train)])
-def test_it_reads_so_many_clips_in_whole_batches(tmp_path: Path, motion_root: str, clips: int, read: int) -> None:
+def test_precise_bn_reads_its_number_of_clips_in_whole_batches(
+    tmp_path: Path, motion_root: str, clips: int, read: int
+) -> None:
     plan = tiny_plan()
     trainer = tiny_trainer(tmp_path, motion_root, plan, precise_bn_clips=clips)
-    dataset = Counting(trainer)
+    dataset = RecordingDataset(trainer)
     before = {name: value.clone() for name, value in trainer.model.named_buffers() if "running" in name}
     trainer.precise_bn()
     assert len(dataset.requests) == read
@@ -47,16 +49,16 @@ def test_it_reads_so_many_clips_in_whole_batches(tmp_path: Path, motion_root: st
     assert all(changed) if clips else not any(changed)
 
 
-def test_other_clips_at_each_step_and_none_of_training(tmp_path: Path, motion_root: str) -> None:
+def test_each_step_uses_other_clips_and_none_of_training(tmp_path: Path, motion_root: str) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan(), precise_bn_clips=16)
-    dataset = Counting(trainer)
+    dataset = RecordingDataset(trainer)
     seeds = [{clip.seed for clip in trainer.sampler.shard(step).clips} for step in range(trainer.plan.steps)]
     for step in (0, 1, 1):
         trainer.progress.step = step
         trainer.precise_bn()
         seeds.append({request.seed for request in dataset.requests})
         dataset.requests.clear()
-    assert seeds[-1] == seeds[-2], "a resumed run has the same"
+    assert seeds[-1] == seeds[-2], "a resumed run uses the same clips"
     assert len(set().union(*seeds)) == sum(map(len, seeds[:-1]))
 
 
@@ -65,27 +67,27 @@ def test_statistics_depend_neither_on_micro_batches_nor_on_the_generator(tmp_pat
     for clips, seed in ((1000, 1), (8, 2)):
         plan = tiny_plan("baseline", batch_size=16)
         trainer = tiny_trainer(tmp_path, motion_root, plan, double=True, micro_batch_clips=clips, precise_bn_clips=32)
-        dropped = nn.Sequential(ClipDropout(0.5), trainer.model)
-        trainer.model = dropped
+        model = nn.Sequential(ClipDropout(0.5), trainer.model)
+        trainer.model = model
         torch.manual_seed(seed)
         trainer.precise_bn()
-        states.append({name: value for name, value in dropped.named_buffers() if "running" in name})
+        states.append({name: value for name, value in model.named_buffers() if "running" in name})
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_a_signal_in_the_middle_leaves_the_statistics(
+def test_a_signal_during_precise_bn_leaves_the_statistics_unchanged(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan(), precise_bn_clips=24)
-    dataset = Counting(trainer)
+    dataset = RecordingDataset(trainer)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
     def stop_in_the_second_batch() -> None:
         if len(dataset.requests) > 8:
             raise Stopped(15)
 
-    monkeypatch.setattr(evaluate, "raise_if_stopped", stop_in_the_second_batch)
+    monkeypatch.setattr(evaluation, "raise_if_stopped", stop_in_the_second_batch)
     with pytest.raises(Stopped):
         trainer.precise_bn()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())

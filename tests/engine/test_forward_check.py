@@ -1,4 +1,4 @@
-"""Networks whose training would depend on ranks and micro-batches are refused by a trial forward; others are not."""
+"""`check_forward` refuses networks whose training would depend on ranks and micro-batches, and accepts others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRID = Grid(4, 16, (1, 1), (16, 16))
 
 
 class Block(nn.Module):
-    """A convolution, and any function of its output `[n, 4, t, h, w]`."""
+    """A convolution, then a function of its output `[n, 4, t, h, w]`."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Block(nn.Module):
         return self.function(self.conv(x))
 
 
-class Counting(nn.Module):
-    """A layer that keeps something of what it has seen in a buffer."""
+class RunningMean(nn.Module):
+    """A layer that keeps a running mean of its inputs in a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Counting(nn.Module):
         return x - self.mean.view(-1, 1, 1, 1)
 
 
-class Table(nn.Module):
-    """A layer that makes a table of the clip's size when it sees it."""
+class SizedTable(nn.Module):
+    """A layer that replaces its table by one of the clip's size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,13 @@ class Table(nn.Module):
         return x + self.table
 
 
-def tokens(x: Tensor) -> Tensor:
+def to_tokens(x: Tensor) -> Tensor:
+    """Reshape `[n, channels, t, h, w]` to `[n, positions, channels]`."""
     return x.flatten(2).transpose(1, 2)
 
 
 def attend(x: Tensor, dropout: float) -> Tensor:
-    heads = tokens(x)[:, None]
+    heads = to_tokens(x)[:, None]
     return F.scaled_dot_product_attention(heads, heads, heads, dropout_p=dropout)
 
 
@@ -72,7 +73,7 @@ def check(model: nn.Module) -> None:
 
 
 RANDOM = "draws random numbers"
-FAULTS = {
+FAULTS = {  # layers of which the last is at fault, and a part of the message
     "dropout": ([Block(lambda x: F.dropout(x, 0.1))], RANDOM),
     "dropout3d": ([Block(lambda x: F.dropout3d(x, 0.1))], RANDOM),
     "drop path": ([Block(lambda x: x * torch.empty(len(x), 1, 1, 1, 1).bernoulli_(0.9))], RANDOM),
@@ -85,19 +86,19 @@ FAULTS = {
     "python": ([Block(lambda x: x if random.random() < 0.9 else 0 * x)], "of Python or NumPy"),
     "numpy": ([Block(lambda x: x if np.random.rand() < 0.9 else 0 * x)], "of Python or NumPy"),
     "batch norm": ([Block(lambda x: F.batch_norm(x, None, None, training=True))], "statistics of a micro-batch"),
-    "buffer": ([nn.Conv3d(3, 4, 1), Counting()], "changes its buffer mean"),
-    "tokens first": ([Block(lambda x: tokens(x).transpose(0, 1)), nn.Dropout(0.1)], "for 5 clips"),
+    "buffer": ([nn.Conv3d(3, 4, 1), RunningMean()], "changes its buffer mean"),
+    "tokens first": ([Block(lambda x: to_tokens(x).transpose(0, 1)), nn.Dropout(0.1)], "for 5 clips"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_depends_on_ranks_is_refused_by_name(fault: str) -> None:
-    layers, told = FAULTS[fault]
-    with pytest.raises(UserError) as refusal:
+def test_the_message_names_a_layer_that_depends_on_ranks(fault: str) -> None:
+    layers, message = FAULTS[fault]
+    with pytest.raises(UserError) as error:
         check(nn.Sequential(*layers))
-    (line,) = str(refusal.value).splitlines()
+    (line,) = str(error.value).splitlines()
     assert line.startswith(f"model: {len(layers) - 1} (")
-    assert told in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
@@ -105,20 +106,20 @@ def test_what_depends_on_ranks_is_refused_by_name(fault: str) -> None:
     [
         [nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.Dropout(0.1), nn.Dropout3d(0.1), StochasticDepth(0.1, "row")],
         [nn.Conv3d(3, 4, 1), nn.InstanceNorm3d(4), nn.GroupNorm(2, 4), nn.LayerNorm(16)],
-        [Block(lambda x: F.instance_norm(x)), Table()],
+        [Block(lambda x: F.instance_norm(x)), SizedTable()],
         [
             Block(
                 lambda x: F.conv3d(x, F.batch_norm(torch.ones(1, 4, 64), None, None, training=True).view(4, 4, 4, 2, 2))
             )
         ],
         [Block(lambda x: F.dropout(attend(x, 0.0), 0.0))],
-        [Block(tokens), nn.LSTM(4, 4, 2, batch_first=True)],
+        [Block(to_tokens), nn.LSTM(4, 4, 2, batch_first=True)],
         [slowfast_small(8, dropout=0.5)],
         [i3d_nln_small(8, dropout=0.5)],
     ],
     ids=["converted", "per clip", "instance norm", "standardised weights", "attention", "rnn", "slowfast", "nonlocal"],
 )
-def test_what_does_not_is_accepted_and_nothing_changes(layers: list[nn.Module]) -> None:
+def test_other_networks_are_accepted_and_stay_unchanged(layers: list[nn.Module]) -> None:
     model = nn.Sequential(*layers).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
@@ -131,6 +132,6 @@ def test_what_does_not_is_accepted_and_nothing_changes(layers: list[nn.Module]) 
     assert not any(layer.training for layer in model.modules())
 
 
-def test_all_layers_at_fault_are_named() -> None:
+def test_the_message_names_all_layers_at_fault() -> None:
     with pytest.raises(UserError, match=r"^model: 0 \(Block\) draws .* in 2 \(Block\)$"):
         check(nn.Sequential(Block(lambda x: F.dropout(x)[:, :3]), nn.ReLU(), Block(lambda x: F.dropout(x))))

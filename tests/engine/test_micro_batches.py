@@ -1,3 +1,5 @@
+"""Sizes and bounds of micro-batches."""
+
 from itertools import pairwise
 
 import pytest
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.numeric
 
 @pytest.mark.parametrize("limit", [1, 3, 8, 9, 16, 63, 64, 1000])
 @pytest.mark.parametrize(("batch", "groups", "world"), [(64, 8, 1), (64, 8, 3), (128, 8, 2), (24, 3, 2)])
-def test_micro_batches_cover_a_shard_in_order_and_fit(batch: int, groups: int, world: int, limit: int) -> None:
+def test_micro_batches_cover_a_shard_in_order_within_the_limit(batch: int, groups: int, world: int, limit: int) -> None:
     for rank in range(world):
         shard = shard_batch(batch, groups, rank, world)
         micro_batches = split_into_micro_batches(shard, limit)
@@ -30,13 +32,15 @@ def test_micro_batches_cover_a_shard_in_order_and_fit(batch: int, groups: int, w
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
 @pytest.mark.parametrize(("batch", "groups", "world"), [(16, 2, 4), (22, 2, 8), (8, 1, 3)])
-def test_ranks_that_share_a_group_run_as_many_micro_batches(batch: int, groups: int, world: int, limit: int) -> None:
+def test_ranks_that_share_a_group_run_equally_many_micro_batches(
+    batch: int, groups: int, world: int, limit: int
+) -> None:
     shards = [shard_batch(batch, groups, rank, world) for rank in range(world)]
     counts = {len(split_into_micro_batches(shard, limit)) for shard in shards}
     assert len(counts) == 1
 
 
-def test_measured_clips_shrink_with_the_grid() -> None:
+def test_fewer_clips_of_a_larger_grid_fit() -> None:
     model = nn.Sequential(nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     precision = choose_precision("fp32", torch.device("cpu"))

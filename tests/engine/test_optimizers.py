@@ -1,4 +1,4 @@
-"""Steps that are skipped leave no trace, whatever the optimizer; saved state fits any memory layout."""
+"""Skipped steps leave parameters and state of any optimizer unchanged; loaded state gets the parameter's layout."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mgvideo.engine.optimizers import SkippableStep, load_optimizer_state, sgd
 
 
-class Own(Optimizer):
-    """Adam as people write it: it knows nothing of skipped steps, counts in Python, makes state as it steps."""
+class CustomAdam(Optimizer):
+    """A typical custom Adam: counts steps in Python, creates state in its steps, and cannot skip a step."""
 
     def __init__(self, parameters: object, lr: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": 0.1})
@@ -25,13 +25,13 @@ class Own(Optimizer):
             for parameter in group["params"]:
                 state = self.state[parameter]
                 state["step"] = state.get("step", 0) + 1
-                state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * parameter.grad  # another tensor each time
+                state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * parameter.grad  # a new tensor in each step
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(state["mean"] / (1 - 0.9 ** state["step"]), alpha=group["lr"])
 
 
-class CountsInGroup(Own):
-    """Its step count is one of the settings."""
+class CountsInGroup(CustomAdam):
+    """Keeps its step count in the parameter group, as a setting."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -41,8 +41,8 @@ class CountsInGroup(Own):
                 parameter.sub_(parameter.grad, alpha=group["lr"] / group["step"])
 
 
-class Overridden(SGD):
-    """Takes torch's fused step, and does more than that."""
+class OverriddenSGD(SGD):
+    """Runs torch's fused step, then changes the parameters further."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -61,20 +61,20 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "SGD foreach": lambda m: SGD(m.parameters(), **MOMENTUM, foreach=True),
     "SGD foreach, dampening": lambda m: SGD(m.parameters(), **MOMENTUM, dampening=0.5, foreach=True),
     "SGD for": lambda m: SGD(m.parameters(), **MOMENTUM, foreach=False),
-    "SGD overridden": lambda m: Overridden(m.parameters(), **MOMENTUM, fused=True),
+    "SGD overridden": lambda m: OverriddenSGD(m.parameters(), **MOMENTUM, fused=True),
     "AdamW fused": lambda m: AdamW(m.parameters(), 0.1, fused=True),
     "AdamW foreach": lambda m: AdamW(m.parameters(), 0.1, foreach=True),
     "Adam for": lambda m: Adam(m.parameters(), 0.1, foreach=False, amsgrad=True),
     "Adagrad fused": lambda m: Adagrad(m.parameters(), 0.1, fused=True),
     "RMSprop": lambda m: RMSprop(m.parameters(), 0.1, momentum=0.9),
-    "own": lambda m: Own(m.parameters(), 0.1),
+    "custom": lambda m: CustomAdam(m.parameters(), 0.1),
     "counts in group": lambda m: CountsInGroup(m.parameters(), 0.1),
 }
 FUSED = {name for name in OPTIMIZERS if "fused" in name and "dampening" not in name} | {"the recipes'"}
 
 
-class Syncs(TorchDispatchMode):
-    """Counts the times that the host reads a value of the device."""
+class SyncCounter(TorchDispatchMode):
+    """Counts how often the host reads a value of the device."""
 
     count = 0
 
@@ -88,7 +88,8 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv3d(2, 4, 2), nn.Linear(3, 5))
 
 
-def give_gradients(model: nn.Module, step: int, bad: bool = False) -> None:
+def set_gradients(model: nn.Module, step: int, bad: bool = False) -> None:
+    """Set random gradients that depend on the step; with `bad`, one has a NaN."""
     generator = torch.Generator().manual_seed(step)
     for i, parameter in enumerate(model.parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -97,7 +98,7 @@ def give_gradients(model: nn.Module, step: int, bad: bool = False) -> None:
 
 
 def contents(model: nn.Module, optimizer: Optimizer) -> dict[str, object]:
-    """Parameters, state and settings by name."""
+    """Return parameters, state and step counts by name."""
     state = {(i, k): v for i, entry in optimizer.state_dict()["state"].items() for k, v in entry.items()}
     numbers = {(i, k): v for i, group in enumerate(optimizer.param_groups) for k, v in group.items() if k == "step"}
     return {**{k: v.clone() for k, v in model.state_dict().items()}, **state, **numbers}
@@ -115,21 +116,21 @@ def tensors(values: dict) -> dict:
 
 @pytest.mark.parametrize("skips", [(1, 0, 0, 1, 1, 0), (1, 1, 0, 0), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_that_goes_on_after_skipped_steps_is_as_if_they_had_not_been(
+def test_skipped_steps_have_no_effect_on_later_steps(
     name: str, skips: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nan_like(tensor: Tensor, **options: object) -> Tensor:
         return torch.full_like(tensor, float("nan"), **options)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(torch, "empty_like", nan_like)  # uninitialised memory at its worst
+    monkeypatch.setattr(torch, "empty_like", nan_like)  # the worst content of uninitialised memory
     skipping, plain = network(), network()
     optimizers = OPTIMIZERS[name](skipping), OPTIMIZERS[name](plain)
     step = SkippableStep(optimizers[0], continues=True)
     for number, skip in enumerate(skips):
-        give_gradients(skipping, number, bad=bool(skip))
+        set_gradients(skipping, number, bad=bool(skip))
         step(torch.tensor(bool(skip)))
         if not skip:
-            give_gradients(plain, number)
+            set_gradients(plain, number)
             optimizers[1].step()
     after, expected = contents(skipping, optimizers[0]), contents(plain, optimizers[1])
     assert_same(after, expected)
@@ -138,25 +139,28 @@ def test_training_that_goes_on_after_skipped_steps_is_as_if_they_had_not_been(
 
 @pytest.mark.parametrize("good", [0, 1, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_from_the_first_bad_step_on_parameters_stay_and_the_host_never_waits(name: str, good: int) -> None:
+def test_parameters_stay_unchanged_from_the_first_bad_step_on_without_waiting_for_the_device(
+    name: str, good: int
+) -> None:
     model, plain = network(), network()
     optimizer, unguarded = OPTIMIZERS[name](model), OPTIMIZERS[name](plain)
     step = SkippableStep(optimizer, continues=False)
     for number in range(good):
-        give_gradients(model, number)
+        set_gradients(model, number)
         step(torch.tensor(False))
     before, skip = contents(model, optimizer), torch.tensor(True)
-    with Syncs() as syncs:
+    with SyncCounter() as syncs:
         for number in range(good, good + 3):
-            give_gradients(model, number, bad=number == good)
+            set_gradients(model, number, bad=number == good)
             step(skip)
     after = contents(model, optimizer)
     assert_same({key: after[key] for key in tensors(before)}, tensors(before))
-    with Syncs() as by_itself:
+    with SyncCounter() as unguarded_syncs:
         for number in range(good + 3):
-            give_gradients(plain, number)
+            set_gradients(plain, number)
             unguarded.step()
-    assert syncs.count <= by_itself.count, "some of torch's read their step count, which is on the host on GPUs"
+    # Some of torch's optimizers read their step count, which on GPUs is on the host.
+    assert syncs.count <= unguarded_syncs.count
     assert syncs.count == 0 or name not in FUSED
 
 
@@ -164,21 +168,21 @@ def test_from_the_first_bad_step_on_parameters_stay_and_the_host_never_waits(nam
 def test_state_on_the_device_is_restored_without_reading_it(name: str) -> None:
     model = network()
     step = SkippableStep(OPTIMIZERS[name](model), continues=True)
-    with Syncs() as first:
-        give_gradients(model, 0)
+    with SyncCounter() as first:
+        set_gradients(model, 0)
         step(torch.tensor(False))
-    assert first.count > 0, "state is made in this step, which the host decides"
+    assert first.count > 0, "this step creates state, so the host reads `skip`"
     plain = network()
-    give_gradients(plain, 0)
+    set_gradients(plain, 0)
     optimizer = OPTIMIZERS[name](plain)
     optimizer.step()
-    with Syncs() as by_itself:
-        give_gradients(plain, 1)
+    with SyncCounter() as unguarded:
+        set_gradients(plain, 1)
         optimizer.step()
-    with Syncs() as guarded:
-        give_gradients(model, 1, bad=True)
+    with SyncCounter() as guarded:
+        set_gradients(model, 1, bad=True)
         step(torch.tensor(True))
-    assert guarded.count == by_itself.count
+    assert guarded.count == unguarded.count
 
 
 @pytest.mark.parametrize("name", ["the recipes'", "AdamW fused", "AdamW foreach"])
@@ -187,19 +191,19 @@ def test_loaded_state_has_the_layout_of_its_parameter(name: str) -> None:
     saved.to(memory_format=torch.channels_last_3d)
     optimizers = [OPTIMIZERS[name](model) for model in (saved, resumed, reference)]
     for model, optimizer in zip((saved, reference), (optimizers[0], optimizers[2]), strict=True):
-        give_gradients(model, 0)
+        set_gradients(model, 0)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
         optimizer.step()
     resumed.load_state_dict(saved.state_dict())
     optimizers[1].param_groups[0]["weight_decay"] = optimizers[2].param_groups[0]["weight_decay"] = 0.3
     load_optimizer_state(optimizers[1], optimizers[0].state_dict())
-    assert optimizers[1].param_groups[0]["weight_decay"] == 0.3, "settings are the command's"
+    assert optimizers[1].param_groups[0]["weight_decay"] == 0.3, "settings are not loaded"
     for parameter, state in optimizers[1].state.items():
         for value in state.values():
             assert value.dim() == 0 or value.stride() == parameter.stride()
     for model, optimizer in zip((resumed, reference), optimizers[1:], strict=True):
-        give_gradients(model, 1)
+        set_gradients(model, 1)
         optimizer.step()
     for a, b in zip(resumed.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What the probe for faulty convolutions finds, on kernels that are made to be wrong or slow and on good ones."""
+"""The choice of precision, and the probe for faulty convolutions on good and on wrong kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +19,10 @@ pytestmark = pytest.mark.numeric
 GRIDS = [Grid(2, 16, (1, 1), (16, 16)), Grid(4, 24, (1, 1), (24, 24))]
 BF16 = Precision(torch.device("cpu"), torch.bfloat16, True, "a test")
 GPU = torch.device("cuda")
-
-
 CPU = torch.device("cpu")
 
 
-def test_bf16_counts_where_onednn_may_use_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bf16_if_onednn_may_use_bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     for limit in ("", "AVX512_CORE_BF16", "AVX512_CORE_AMX", "ALL"):
@@ -34,14 +32,14 @@ def test_bf16_counts_where_onednn_may_use_its_instructions(monkeypatch: pytest.M
     for limit in ("AVX512_CORE", "AVX2", "avx2"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
         assert str(choose_precision("auto", CPU)) == "fp32, contiguous (this CPU has no bf16 instructions)"
-        asked = choose_precision("bf16", CPU)
-        assert asked.dtype is torch.bfloat16
-        assert asked.warning is not None
-        assert "3.5 times as long" in asked.warning
+        bf16 = choose_precision("bf16", CPU)
+        assert bf16.dtype is torch.bfloat16
+        assert bf16.warning is not None
+        assert "3.5 times as long" in bf16.warning
         assert choose_precision("fp32", CPU).warning is None
 
 
-def test_other_cpus_train_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_float32_on_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
@@ -49,8 +47,8 @@ def test_other_cpus_train_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not been measured on aarch64" in str(choose_precision("bf16", CPU).warning)
 
 
-class Broken(Precision):
-    """Its convolutions are wrong for clips of 24 pixels."""
+class BrokenPrecision(Precision):
+    """A precision whose convolutions return NaN for clips of 24 pixels."""
 
     @contextmanager
     def autocast(self) -> Iterator[None]:  # type: ignore[override]
@@ -64,7 +62,7 @@ class Broken(Precision):
             yield
 
 
-def test_good_kernels_are_trusted_and_the_generator_is_left_alone() -> None:
+def test_the_probe_finds_no_fault_in_good_kernels_and_leaves_the_generator_unchanged() -> None:
     model = BF16.place(i3d_small(8, width=64))
     before = torch.random.get_rng_state()
     assert probe_convolutions(model, GRIDS, BF16) == ConvolutionFaults()
@@ -73,9 +71,9 @@ def test_good_kernels_are_trusted_and_the_generator_is_left_alone() -> None:
     assert probe_convolutions(i3d_small(8, width=8), GRIDS, fp32) == ConvolutionFaults()
 
 
-def test_a_wrong_kernel_is_named_with_its_grid() -> None:
+def test_the_probe_names_a_wrong_kernel_and_its_grid() -> None:
     model = i3d_small(8, width=8)
-    faults = probe_convolutions(model, GRIDS, Broken(torch.device("cpu"), torch.bfloat16, False, "a test"))
+    faults = probe_convolutions(model, GRIDS, BrokenPrecision(torch.device("cpu"), torch.bfloat16, False, "a test"))
     (fault,) = faults.wrong
     assert fault.startswith("wrong weight gradients of Conv3d(3, 8")
     assert fault.endswith("at 4x24")
@@ -83,12 +81,12 @@ def test_a_wrong_kernel_is_named_with_its_grid() -> None:
     assert model.trunk.stem.conv.weight.grad is None
 
 
-def test_probes_tune_no_kernels_for_shapes_that_training_does_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = []
+def test_probes_turn_off_the_benchmark_mode_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark_modes = []
     real = nn.functional.conv3d
 
     def conv3d(clips: Tensor, *rest: object) -> Tensor:
-        tuned.append(torch.backends.cudnn.benchmark)
+        benchmark_modes.append(torch.backends.cudnn.benchmark)
         return real(clips, *rest)
 
     monkeypatch.setattr(nn.functional, "conv3d", conv3d)
@@ -97,8 +95,8 @@ def test_probes_tune_no_kernels_for_shapes_that_training_does_not_use(monkeypatc
     probe_convolutions(model, GRIDS[:1], BF16)
     clips_that_fit(model, GRIDS[0], BF16, 2**30)
     check_forward(model, GRIDS[0], torch.device("cpu"))
-    assert len(tuned) >= 6
-    assert not any(tuned)
+    assert len(benchmark_modes) >= 6
+    assert not any(benchmark_modes)
     assert torch.backends.cudnn.benchmark
 
 
@@ -116,7 +114,7 @@ def test_probes_tune_no_kernels_for_shapes_that_training_does_not_use(monkeypatc
         (None, torch.bfloat16, False),
     ],
 )
-def test_releases_of_cudnn_that_compute_wrongly_in_bf16_are_told(
+def test_releases_of_cudnn_that_compute_wrongly_in_bf16_give_a_warning(
     version: int | None, dtype: torch.dtype | None, warns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)

@@ -1,4 +1,4 @@
-"""Training steps whose loss or gradients are not finite, also under the scaler of fp16, or that memory cannot hold."""
+"""Training steps with a non-finite loss or gradients, also with the gradient scaler of fp16, or out of memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mgvideo.plan.plan import Plan
 from mgvideo.plan.shards import shard_batch
 
 
-class Scaled(Precision):
-    """The gradient scaler of fp16 around a network in float32, so that results can be compared."""
+class ScaledFloat32(Precision):
+    """Uses the gradient scaler of fp16 on a network in float32, so that results can be compared."""
 
     def autocast(self) -> AbstractContextManager:
         return nullcontext()
@@ -58,13 +58,13 @@ def network() -> nn.Module:
     return convert_group_batchnorm(nn.Sequential(*layers))
 
 
-def stepper(optimizer: str, dtype: torch.dtype | None, plan: Plan, micro_batch_clips: int = 1000) -> TrainStep:
+def make_train_step(optimizer: str, dtype: torch.dtype | None, plan: Plan, micro_batch_clips: int = 1000) -> TrainStep:
     model = network()
     return TrainStep(
         model, plan, SingleLabel(), OPTIMIZERS[optimizer](model), seed=0,
         normalize=Normalize((0.45,) * 3, (0.225,) * 3),
-        precision=Scaled(torch.device("cpu"), dtype, False, "a test"), micro_batch_clips=micro_batch_clips, compile="off",
-        tell=lambda *_: None,
+        precision=ScaledFloat32(torch.device("cpu"), dtype, False, "a test"),
+        micro_batch_clips=micro_batch_clips, compile="off", on_progress=lambda *_: None,
     )  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def batch(plan: Plan, step: int) -> Batch:
     return Batch(clips.to(torch.uint8), labels, torch.arange(slot.batch), shard=shard)
 
 
-def parameters(of: TrainStep) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in of.model.parameters()]
+def parameters(train_step: TrainStep) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in train_step.model.parameters()]
 
 
 def equal(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -85,12 +85,12 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_overflowing_steps_of_fp16_are_skipped_and_leave_no_trace(optimizer: str) -> None:
+def test_overflowing_steps_of_fp16_are_skipped_without_any_effect(optimizer: str) -> None:
     plan = tiny_plan("baseline", epochs=3)
-    scaled, plain = stepper(optimizer, torch.float16, plan), stepper(optimizer, None, plan)
+    scaled, plain = make_train_step(optimizer, torch.float16, plan), make_train_step(optimizer, None, plan)
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
-    for each in (scaled, plain):
-        each.task = SimpleNamespace(loss=lambda *given: 64 * SingleLabel().loss(*given))  # type: ignore[assignment]
+    for train_step in (scaled, plain):
+        train_step.task = SimpleNamespace(loss=lambda *args: 64 * SingleLabel().loss(*args))  # type: ignore[assignment]
     taken = []
     for step in range(12):
         before = parameters(scaled)
@@ -110,67 +110,67 @@ def test_overflowing_steps_of_fp16_are_skipped_and_leave_no_trace(optimizer: str
 
 def test_gradients_that_overflow_at_any_scale_end_the_run() -> None:
     plan = tiny_plan("baseline", epochs=3)
-    scaled = stepper("fused", torch.float16, plan)
+    scaled = make_train_step("fused", torch.float16, plan)
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     loss = scaled.task.loss
     scaled.task.loss = lambda logits, labels: loss(InfiniteGradient.apply(logits), labels)  # type: ignore[method-assign]
     before = parameters(scaled)
     for step in range(6):
         scaled(step, batch(plan, step))
-    assert int(scaled.bad_step) == 3, "its scales are 8, 4, 2 and 1"
+    assert int(scaled.bad_step) == 3, "the scales are 8, 4, 2 and 1"
     assert equal(parameters(scaled), before)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_nothing_changes_from_the_first_loss_on_that_is_not_finite(optimizer: str, dtype: torch.dtype | None) -> None:
+def test_parameters_stay_unchanged_from_the_first_non_finite_loss_on(optimizer: str, dtype: torch.dtype | None) -> None:
     plan = tiny_plan("baseline", epochs=3)
-    trained = stepper(optimizer, dtype, plan)
-    trained.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype is not None)
-    loss, factors = trained.task.loss, iter([1, 1, float("inf"), 1, 1])
-    trained.task.loss = lambda logits, labels: loss(logits, labels) * next(factors)  # type: ignore[method-assign]
-    seen = []
+    train_step = make_train_step(optimizer, dtype, plan)
+    train_step.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=dtype is not None)
+    loss, factors = train_step.task.loss, iter([1, 1, float("inf"), 1, 1])
+    train_step.task.loss = lambda logits, labels: loss(logits, labels) * next(factors)  # type: ignore[method-assign]
+    after_steps = []
     for step in range(5):
-        trained(step, batch(plan, step))
-        seen.append(parameters(trained))
-    assert int(trained.bad_step) == 2
-    assert not equal(seen[0], seen[1])
-    assert equal(seen[1], seen[2])
-    assert equal(seen[1], seen[4])
+        train_step(step, batch(plan, step))
+        after_steps.append(parameters(train_step))
+    assert int(train_step.bad_step) == 2
+    assert not equal(after_steps[0], after_steps[1])
+    assert equal(after_steps[1], after_steps[2])
+    assert equal(after_steps[1], after_steps[4])
 
 
-def out_of_memory(plan: Plan, micro_batch_clips: int) -> str:
-    """What the first step says on a machine without memory."""
-    trained = stepper("fused", None, plan, micro_batch_clips)
-    trained.task = SimpleNamespace(loss=lambda *_: torch.empty(2**50))  # type: ignore[assignment]
-    with pytest.raises(UserError) as refusal:
-        trained(0, batch(plan, 0))
-    (line,) = str(refusal.value).splitlines()
+def out_of_memory_message(plan: Plan, micro_batch_clips: int) -> str:
+    """Return the error message of a first step that allocates more memory than there is."""
+    train_step = make_train_step("fused", None, plan, micro_batch_clips)
+    train_step.task = SimpleNamespace(loss=lambda *_: torch.empty(2**50))  # type: ignore[assignment]
+    with pytest.raises(UserError) as error:
+        train_step(0, batch(plan, 0))
+    (line,) = str(error.value).splitlines()
     return line
 
 
-def test_a_step_that_memory_cannot_hold_names_the_key_and_a_value_that_fits() -> None:
+def test_an_out_of_memory_error_names_the_key_and_a_value_that_fits() -> None:
     plan = tiny_plan("long", batch_size=16)
     slot, base = plan.slot(0), plan.base
     assert slot.batch == 128
     grid = f"{slot.grid.frames}×{slot.grid.size}²"
-    value, line = 1000, out_of_memory(plan, 1000)
+    value, line = 1000, out_of_memory_message(plan, 1000)
     assert line.startswith(f"out of memory at step 0 (phase 1, {grid}), where this rank runs 128 clips at once: ")
-    tried = []
+    tried_values = []
     while "try train.micro_batch_clips=" in line:
         clips = int(line.split("runs ")[1].split()[0])
         lower = int(line.split("train.micro_batch_clips=")[1].split()[0])
         assert f"(now {value})" in line
         assert lower == 1 or lower * base.num_frames * base.crop_size**2 // slot.grid.volume <= clips // 2
-        value, line = lower, out_of_memory(plan, lower)
-        tried.append(value)
-    assert tried[-1] == 1
+        value, line = lower, out_of_memory_message(plan, lower)
+        tried_values.append(value)
+    assert tried_values[-1] == 1
     assert "choose a smaller model, base.crop_size or base.num_frames" in line
 
 
-def test_other_errors_of_a_step_are_not_about_memory() -> None:
+def test_other_errors_of_a_step_are_not_changed() -> None:
     plan = tiny_plan("baseline")
-    broken = stepper("fused", None, plan)
-    broken.task = SimpleNamespace(loss=lambda logits, labels: logits @ labels)  # type: ignore[assignment]
+    train_step = make_train_step("fused", None, plan)
+    train_step.task = SimpleNamespace(loss=lambda logits, labels: logits @ labels)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="addmv"):
-        broken(0, batch(plan, 0))
+        train_step(0, batch(plan, 0))

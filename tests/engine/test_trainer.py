@@ -1,3 +1,5 @@
+"""The trainer: learning, logs, resuming, micro-batches, compilation, and errors."""
+
 import copy
 import json
 import re
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.numeric
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    trainer.monitor.close()
+    trainer.logger.close()
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
@@ -36,7 +38,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
         torch.testing.assert_close(value, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_loss_falls_and_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
+def test_the_loss_falls_and_the_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan("multigrid", epochs=60, lr_milestones=(45,), warmup_epochs=4.0, lr=0.1)
     trainer = tiny_trainer(
         tmp_path,
@@ -62,7 +64,7 @@ def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan()
     trainer = tiny_trainer(tmp_path, motion_root, plan, validate=True)
     trainer.train()
-    trainer.monitor.close()
+    trainer.logger.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if "loss" in line]
     ends = {phase.steps[1] for phase in plan.phases}
@@ -77,7 +79,7 @@ def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
 
 
 @pytest.mark.parametrize("validate", [False, True])
-def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion_root: str, validate: bool) -> None:
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, motion_root: str, validate: bool) -> None:
     plan = tiny_plan(epochs=8, lr_milestones=(5,))
     model = nn.Sequential(i3d_small(16, width=4), nn.Dropout(0.3), nn.Linear(16, 8))
     options = {"validate": validate, "precise_bn_clips": 8, "checkpoint_every": 3, "seed": 5}
@@ -89,36 +91,36 @@ def test_a_resumed_run_ends_like_one_that_was_not_stopped(tmp_path: Path, motion
     for stop in (3, plan.steps - 3 - plan.steps % 3):
         model.load_state_dict(start)
         folder = tmp_path / f"cut{stop}"
-        cut = tiny_trainer(folder, motion_root, plan, model=model, **options)
-        original = cut.step
+        interrupted = tiny_trainer(folder, motion_root, plan, model=model, **options)
+        original = interrupted.step
 
-        def dying(step: int, batch: object, stop: int = stop, original: object = original) -> None:
+        def interrupt(step: int, batch: object, stop: int = stop, original: object = original) -> None:
             if step == stop + 1:
                 raise KeyboardInterrupt
             original(step, batch)  # type: ignore[operator]
 
-        cut.step = dying  # type: ignore[method-assign]
+        interrupted.step = interrupt  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
-            cut.train()
-        cut.checkpoints.wait()
-        cut.monitor.close()
-        newest, _ = cut.checkpoints.find_newest()
+            interrupted.train()
+        interrupted.checkpoints.wait()
+        interrupted.logger.close()
+        newest, _ = interrupted.checkpoints.find_newest()
         assert newest is not None
         state = read_checkpoint(newest)
-        assert state["progress"]["step"] in (stop, stop + 1)  # where a phase ends one step later, there
-        for parameter in model.parameters():  # nothing of the first process may survive in the second
+        assert state["progress"]["step"] in (stop, stop + 1)  # stop + 1 if a phase ends there
+        for parameter in model.parameters():  # the resumed run must not use weights of the first one
             parameter.data.normal_()
-        again = tiny_trainer(folder, motion_root, plan, model=model, workers=2, **options)
-        again.load(state)
-        again.train()
-        assert_equal(weights(again), expected)
+        resumed = tiny_trainer(folder, motion_root, plan, model=model, workers=2, **options)
+        resumed.load(state)
+        resumed.train()
+        assert_equal(weights(resumed), expected)
 
 
-def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
+def test_micro_batches_do_not_change_the_results(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan()
     torch.manual_seed(0)
-    drops = [nn.Dropout3d(0.2), StochasticDepth(0.1, "row"), nn.Dropout(0.1)]
-    model = nn.Sequential(*drops, r2plus1d_small(8, width=4, dropout=0.3))
+    dropout_layers = [nn.Dropout3d(0.2), StochasticDepth(0.1, "row"), nn.Dropout(0.1)]
+    model = nn.Sequential(*dropout_layers, r2plus1d_small(8, width=4, dropout=0.3))
     whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=copy.deepcopy(model), double=True)
     whole.train()
     split = tiny_trainer(tmp_path / "split", motion_root, plan, model=model, double=True, micro_batch_clips=8)
@@ -127,8 +129,8 @@ def test_micro_batches_change_nothing(tmp_path: Path, motion_root: str) -> None:
     assert metrics(tmp_path / "split") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
 
 
-class Syncs(TorchDispatchMode):
-    """Counts the times that a value is asked of the device."""
+class SyncCounter(TorchDispatchMode):
+    """Counts how often the host reads a value of the device."""
 
     count = 0
 
@@ -137,32 +139,32 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_steps_ask_nothing_of_the_device(tmp_path: Path, motion_root: str) -> None:
+def test_steps_never_wait_for_the_device(tmp_path: Path, motion_root: str) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("short"))
-    whole, in_steps = Syncs(), Syncs()
-    real = trainer.step
+    all_syncs, step_syncs = SyncCounter(), SyncCounter()
+    original = trainer.step
 
     def step(number: int, batch: Batch) -> None:
-        with in_steps:
-            real(number, batch)
+        with step_syncs:
+            original(number, batch)
 
     trainer.step = step  # type: ignore[method-assign]
-    with whole:
+    with all_syncs:
         trainer.train()
-    trainer.monitor.close()
-    assert whole.count > 0, "log steps read the loss"
-    assert in_steps.count == 0
+    trainer.logger.close()
+    assert all_syncs.count > 0, "log steps read the loss"
+    assert step_syncs.count == 0
 
 
-def test_compiled_training_has_one_graph_a_slot_and_learns_the_same(
+def test_compiled_training_has_one_graph_a_slot_and_the_same_results(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = tiny_plan("short", epochs=4, lr_milestones=(3,))
     eager = tiny_trainer(tmp_path / "eager", motion_root, plan, double=True)
     eager.train()
     graphs = CompileCounterWithBackend("eager")
-    whole = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: whole(model, backend=graphs, dynamic=dynamic))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: real(model, backend=graphs, dynamic=dynamic))
     torch._dynamo.reset()
     compiled = tiny_trainer(tmp_path / "compiled", motion_root, plan, double=True, compile="default", validate=True)
     compiled.train()
@@ -171,17 +173,17 @@ def test_compiled_training_has_one_graph_a_slot_and_learns_the_same(
     assert_equal(weights(compiled), weights(eager), tolerance=1e-8)
 
 
-def test_a_trace_of_steps_is_left(tmp_path: Path, motion_root: str) -> None:
+def test_the_profiler_writes_a_trace_of_its_steps(tmp_path: Path, motion_root: str) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=2)
     trainer.train()
-    trainer.monitor.close()
+    trainer.logger.close()
     events = json.loads((tmp_path / "profile/rank0.pt.trace.json").read_text())["traceEvents"]
     steps = {event["name"] for event in events if str(event.get("name")).startswith("ProfilerStep")}
     assert len(steps) == 2
     assert "conv" in (tmp_path / "profile/kernels.txt").read_text()
 
 
-def test_a_run_that_is_stopped_leaves_what_it_traced(
+def test_a_run_that_is_stopped_writes_its_trace(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), profile=1000)
@@ -193,27 +195,27 @@ def test_a_run_that_is_stopped_leaves_what_it_traced(
     assert "ProfilerStep#6" in (tmp_path / "profile/rank0.pt.trace.json").read_text()
 
 
-def test_a_training_that_moves_keeps_all_it_ran_on(tmp_path: Path, motion_root: str) -> None:
+def test_a_run_that_moves_records_all_its_hardware(tmp_path: Path, motion_root: str) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"))
     state = trainer.state()
-    for key in ("hardware", "precision", "date"):  # as checkpoints were before they held these
+    for key in ("hardware", "precision", "date"):  # older checkpoints lack these
         del state["progress"][key]
     trainer.load(state)
     for hardware in ("a GPU", "two GPUs", "a GPU"):
-        trainer.progress.begins(hardware, "bf16")
+        trainer.progress.record_environment(hardware, "bf16")
         trainer.load(trainer.state())
-    trainer.monitor.close()
+    trainer.logger.close()
     assert (trainer.progress.hardware, trainer.progress.precision) == ("a GPU; two GPUs", "bf16")
 
 
-def test_a_non_finite_loss_stops_before_the_step(
+def test_a_non_finite_loss_ends_the_run_before_the_step(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slowly(path: Path, data: bytes) -> None:
+    def write_slowly(path: Path, data: bytes) -> None:
         time.sleep(0.5)
         write_atomic(path, data)
 
-    monkeypatch.setattr("mgvideo.storage.checkpoints.write_atomic", slowly)
+    monkeypatch.setattr("mgvideo.storage.checkpoints.write_atomic", write_slowly)
     plan = tiny_plan("baseline")
     trainer = tiny_trainer(tmp_path, motion_root, plan, checkpoint_every=2)
     real, calls = trainer.task.loss, 0
@@ -229,73 +231,81 @@ def test_a_non_finite_loss_stops_before_the_step(
     assert all(torch.isfinite(value).all() for value in weights(trainer).values() if value.is_floating_point())
 
 
-def limits(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
-    """Places where the trainer comes by, and the seconds that it may be there."""
-    told: list[tuple[str, float | None]] = []
-    monkeypatch.setattr("mgvideo.engine.trainer.at", lambda where, order=(), limit=None: told.append((where, limit)))
+def reported_positions(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
+    """Train, and return the positions that the trainer reports, with the seconds that it may stay there."""
+    positions: list[tuple[str, float | None]] = []
+
+    def record(where: str, order: tuple[int, ...] = (), limit: float | None = None) -> None:
+        positions.append((where, limit))
+
+    monkeypatch.setattr("mgvideo.engine.trainer.report_position", record)
     trainer.train()
-    trainer.monitor.close()
-    return told
+    trainer.logger.close()
+    return positions
 
 
-def test_a_hang_is_noticed_in_precise_bn_and_in_validation(
+def test_precise_bn_and_validation_have_a_time_limit(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"precise_bn_clips": 16, "hang_timeout": 7}
-    told = limits(tiny_trainer(tmp_path, motion_root, tiny_plan(), validate=True, **options), monkeypatch)
-    for doing in ("in precise BN", "validating"):
-        assert {limit for where, limit in told if doing in where} == {7, None}  # None: waiting for other ranks
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan(), validate=True, **options)
+    positions = reported_positions(trainer, monkeypatch)
+    for activity in ("in precise BN", "validating"):
+        assert {limit for where, limit in positions if activity in where} == {7, None}  # None: waiting for other ranks
 
 
-def test_a_step_that_compiles_may_take_its_time(
+def test_a_step_that_compiles_has_no_time_limit(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mgvideo.engine.train_step.compiled", lambda model, mode, plan: model)
+    monkeypatch.setattr("mgvideo.engine.train_step.compile_model", lambda model, mode, plan: model)
     plan = tiny_plan(epochs=4)
-    told = limits(tiny_trainer(tmp_path, motion_root, plan, compile="default", hang_timeout=7), monkeypatch)
-    forward = [limit for where, limit in told if "forward" in where]
+    trainer = tiny_trainer(tmp_path, motion_root, plan, compile="default", hang_timeout=7)
+    forward = [limit for where, limit in reported_positions(trainer, monkeypatch) if "forward" in where]
     graphs = [(plan.slot(step), plan.phase(step).bn_groups) for step in range(plan.steps)]
     assert forward == [7 if graph in graphs[:step] else None for step, graph in enumerate(graphs)]
     assert 7 in forward
 
 
-def test_another_optimizer_keeps_its_settings_and_another_precision_its_scale(tmp_path: Path, motion_root: str) -> None:
+def test_loading_keeps_the_settings_of_the_optimizer_and_the_scale_of_another_precision(
+    tmp_path: Path, motion_root: str
+) -> None:
     plan = tiny_plan("baseline")
     first = tiny_trainer(tmp_path / "first", motion_root, plan)
     first.model.to(memory_format=torch.channels_last_3d)  # as in bf16
     first.train()
-    first.monitor.close()
+    first.logger.close()
     state = read_checkpoint(first.checkpoints.path(plan.steps))
-    again = tiny_trainer(tmp_path / "again", motion_root, plan)
-    again.optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.3)
-    again.stepper.scaler = torch.amp.GradScaler("cpu")  # as in fp16
-    again.load(state)
-    again.monitor.close()
-    group = again.optimizer.param_groups[0]
+    resumed = tiny_trainer(tmp_path / "resumed", motion_root, plan)
+    resumed.optimizer.param_groups[0].update(weight_decay=0.5, momentum=0.3)
+    resumed.train_step.scaler = torch.amp.GradScaler("cpu")  # as in fp16
+    resumed.load(state)
+    resumed.logger.close()
+    group = resumed.optimizer.param_groups[0]
     assert (group["weight_decay"], group["momentum"]) == (0.5, 0.3)
-    for number, parameter in enumerate(again.model.parameters()):
-        momentum, saved = again.optimizer.state[parameter]["momentum_buffer"], state["optimizer"]["state"][number]
+    for number, parameter in enumerate(resumed.model.parameters()):
+        momentum, saved = resumed.optimizer.state[parameter]["momentum_buffer"], state["optimizer"]["state"][number]
         assert torch.equal(momentum, saved["momentum_buffer"])
         assert momentum.stride() == parameter.stride()
-    assert again.stepper.scaler.is_enabled()
+    assert resumed.train_step.scaler.is_enabled()
     other = tiny_trainer(tmp_path / "other", motion_root, plan, model=i3d_small(8, width=8))
     with pytest.raises(UserError, match="does not fit this network"):
         other.load(state)
-    other.monitor.close()
+    other.logger.close()
 
 
-def test_an_evaluation_that_memory_cannot_hold_names_its_key(tmp_path: Path, motion_root: str) -> None:
+def test_an_out_of_memory_error_in_evaluation_names_the_key_to_lower(tmp_path: Path, motion_root: str) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("baseline"), validate=True)
-    trainer.monitor.close()
+    trainer.logger.close()
     assert trainer.validate is not None
     evaluator, views = trainer.validate
     trainer.model.register_forward_hook(lambda *_: torch.empty(2**50))
-    for batch, key in ((8, r"test\.batch=4 \(now 8\)"), (1, r"test\.crops=1 or less test\.size")):
-        with pytest.raises(UserError, match=rf"^out of memory .* {batch} crops of 8×32² .* try {key}$"):
-            replace(evaluator, batch=batch)(trainer.model, views)
+    cases = ((8, r"test\.batch_size=4 \(now 8\)"), (1, r"test\.num_crops=1 or less test\.crop_size"))
+    for batch_size, key in cases:
+        with pytest.raises(UserError, match=rf"^out of memory .* {batch_size} crops of 8×32² .* try {key}$"):
+            replace(evaluator, batch_size=batch_size)(trainer.model, views)
 
 
-def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, motion_root: str) -> None:
+def test_a_bad_clip_counts_once_even_with_several_substitutes(tmp_path: Path, motion_root: str) -> None:
     folder = make_motion(motion_root, KNOBS)
     shutil.copytree(folder, tmp_path / folder.name)
     files = sorted((tmp_path / folder.name / "train").glob("*.mp4"))
@@ -305,10 +315,10 @@ def test_a_clip_counts_once_however_many_substitutes_it_takes(tmp_path: Path, mo
     with pytest.raises(UserError, match=r"\d+ of \d+ clips could not be read") as error:
         trainer.train()
     bad, clips = map(int, re.findall(r"(\d+) of (\d+) clips", str(error.value))[0])
-    trainer.monitor.close()
+    trainer.logger.close()
     requests = [request for step in range(trainer.progress.step) for request in trainer.sampler.shard(step).clips]
     paths = [trainer.loader.dataset.path(request.index) for request in requests]
     assert clips == len(requests) >= 100
     assert bad == sum(path in map(str, files[::2]) for path in paths)
     tries = len((tmp_path / "run/bad_videos.csv").read_text().splitlines()) - 1
-    assert tries > 1.5 * bad, "each try is listed all the same"
+    assert tries > 1.5 * bad, "every try is listed"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
-from mgvideo.layers.dropout import ClipDropout, dropout_of
+from mgvideo.layers.dropout import ClipDropout, dropout_for_clips
 from mgvideo.models.pooling import max_pool
 
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative; values are sums of a few thousand terms
@@ -44,7 +44,7 @@ def test_a_dropout_mask_does_not_depend_on_the_other_clips(device: torch.device)
 
     def masks(start: int, stop: int) -> torch.Tensor:
         torch.manual_seed(7)
-        with dropout_of(parent, 12, start, stop):
+        with dropout_for_clips(parent, 12, start, stop):
             return layer(torch.ones(stop - start, 1000, device=device))
 
     whole = masks(0, 12)

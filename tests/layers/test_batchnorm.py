@@ -1,4 +1,4 @@
-"""Batch norm over groups: against separate batch norms, the aggregation formula, and real ranks."""
+"""Batch norm over groups against separate batch norms and the formula for running statistics, also on real ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import SERVED
+from training import PRELOADED_MODULES
 
 from mgvideo.errors import UserError
 from mgvideo.layers import batchnorm
@@ -28,13 +28,14 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last_3d]
 
 
 def clips(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`[n, 6, 2, 3, 3]`, every clip and channel with its own mean and scale."""
+    """Return random clips `[n, 6, 2, 3, 3]`; every clip and channel has its own mean and scale."""
     g = torch.Generator().manual_seed(seed)
     values, mean, scale = (torch.randn(n, CHANNELS, *s, generator=g) for s in ((2, 3, 3), (1, 1, 1), (1, 1, 1)))
     return (values * (1 + scale.abs()) + 3 * mean).to(dtype)
 
 
-def plain(dtype: torch.dtype = torch.float64) -> nn.BatchNorm3d:
+def strip_file_scheme(dtype: torch.dtype = torch.float64) -> nn.BatchNorm3d:
+    """Return torch's batch norm with random parameters and running statistics, the same at each call."""
     g = torch.Generator().manual_seed(7)
     bn = nn.BatchNorm3d(CHANNELS, momentum=0.3).to(dtype)
     for tensor in (bn.weight.data, bn.bias.data, bn.running_mean, bn.running_var):
@@ -43,13 +44,14 @@ def plain(dtype: torch.dtype = torch.float64) -> nn.BatchNorm3d:
 
 
 def grouped(groups: int, dtype: torch.dtype = torch.float64) -> GroupBatchNorm3d:
-    bn = convert_group_batchnorm(plain(dtype))
+    """Return `plain`, converted, with a number of groups."""
+    bn = convert_group_batchnorm(strip_file_scheme(dtype))
     set_bn_groups(bn, groups)
     return bn
 
 
 def step(bn: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, and gradients of input, weight and bias, for a fixed random gradient of the output."""
+    """Return the output, and the gradients of input, weight and bias for a fixed random gradient of the output."""
     x = x.clone().requires_grad_()
     y = bn(x)
     grads = torch.autograd.grad((y * clips(len(x), seed, y.dtype)).sum(), [x, bn.weight, bn.bias])
@@ -57,14 +59,14 @@ def step(bn: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, Tensor, Tenso
 
 
 def aggregate(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula: from `[groups, channels]`."""
+    """Combine statistics of groups, `[groups, channels]`, into a running mean and variance, by the formula."""
     return means.mean(0), variances.mean(0) + means.var(0, correction=0)
 
 
-def after(bn: nn.BatchNorm3d, x: Tensor, groups: int) -> dict[str, Tensor]:
-    """The state of `bn` after one update with x cut into groups."""
-    runs = x.double().unflatten(0, (groups, -1))
-    mean, var = aggregate(runs.mean((1, 3, 4, 5)), runs.var((1, 3, 4, 5)))
+def state_after(bn: nn.BatchNorm3d, x: Tensor, groups: int) -> dict[str, Tensor]:
+    """Return the state dict that `bn` should have after one update with x in a number of groups."""
+    chunks = x.double().unflatten(0, (groups, -1))
+    mean, var = aggregate(chunks.mean((1, 3, 4, 5)), chunks.var((1, 3, 4, 5)))
     state = {key: value.clone() for key, value in bn.state_dict().items()}
     state["running_mean"] = ((1 - bn.momentum) * bn.running_mean + bn.momentum * mean).to(x.dtype)
     state["running_var"] = ((1 - bn.momentum) * bn.running_var + bn.momentum * var).to(x.dtype)
@@ -80,32 +82,32 @@ def test_conversion_keeps_modules_parameters_and_names():
     for old, new in zip(before, (list(model), list(model.parameters()), list(model.state_dict())), strict=True):
         assert all(a is b or a == b for a, b in zip(old, new, strict=True))
     nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.GroupNorm(2, 4)).load_state_dict(model.state_dict())
-    assert convert_group_batchnorm(model) is model, "twice is as good as once"
+    assert convert_group_batchnorm(model) is model, "converting twice is fine"
 
 
 @pytest.mark.parametrize(
-    ("layer", "instead"),
+    ("layer", "advice"),
     [
         (nn.BatchNorm1d(4), "of size 1"),
         (nn.BatchNorm2d(4), "of size 1"),
         (nn.SyncBatchNorm(4), "shared among ranks"),
-        (type("OwnNorm", (nn.BatchNorm3d,), {})(4), "use nn.BatchNorm3d itself"),
+        (type("CustomNorm", (nn.BatchNorm3d,), {})(4), "use nn.BatchNorm3d itself"),
         (nn.LazyBatchNorm3d(), "with its number of channels"),
         (nn.InstanceNorm3d(4, track_running_stats=True), "track_running_stats to False"),
         (nn.InstanceNorm1d(4, track_running_stats=True), "track_running_stats to False"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_layers_whose_statistics_would_differ_between_ranks_are_refused_by_name(layer: nn.Module, instead: str):
+def test_the_message_names_a_layer_whose_statistics_would_differ_between_ranks(layer: nn.Module, advice: str):
     model = nn.ModuleDict({"stem": nn.BatchNorm3d(4), "block": nn.Sequential(nn.ReLU(), layer)})
-    with pytest.raises(UserError) as refusal:
+    with pytest.raises(UserError) as error:
         convert_group_batchnorm(model)
-    (line,) = str(refusal.value).splitlines()
+    (line,) = str(error.value).splitlines()
     assert line.startswith(f"model: block.1 ({type(layer).__name__})")
-    assert instead in line
+    assert advice in line
 
 
-def test_layers_that_normalise_each_clip_are_left_alone():
+def test_layers_that_normalise_each_clip_stay_unchanged():
     layers = [nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.InstanceNorm3d(4), nn.LocalResponseNorm(2)]
     model = convert_group_batchnorm(nn.Sequential(*layers))
     assert [type(layer) for layer in model] == [type(layer) for layer in layers]
@@ -113,8 +115,8 @@ def test_layers_that_normalise_each_clip_are_left_alone():
 
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_one_group_is_batchnorm(deferred: bool, momentum: float | None):
-    want, got = plain(torch.float32), grouped(1, torch.float32)
+def test_one_group_equals_batchnorm(deferred: bool, momentum: float | None):
+    want, got = strip_file_scheme(torch.float32), grouped(1, torch.float32)
     want.momentum = got.momentum = momentum
     for seed in range(3):
         x = clips(8, seed, torch.float32)
@@ -129,14 +131,14 @@ def test_one_group_is_batchnorm(deferred: bool, momentum: float | None):
     torch.testing.assert_close(got.eval()(x), want.eval()(x))
 
 
-@pytest.fixture(params=["one_group_at_a_time", "all_groups_at_once"])
-def normalises(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test on this CPU once as CPUs normalise groups and once as GPUs do."""
-    if request.param == "all_groups_at_once":
-        monkeypatch.setattr(batchnorm, "_GroupNormalise", batchnorm._GroupNormaliseAtOnce)
+@pytest.fixture(params=["cpu_path", "gpu_path"])
+def normalise_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test twice on this CPU: with the code that normalises groups on CPUs, and with that for GPUs."""
+    if request.param == "gpu_path":
+        monkeypatch.setattr(batchnorm, "_CpuGroupNormalise", batchnorm._GpuGroupNormalise)
 
 
-@pytest.mark.usefixtures("normalises")
+@pytest.mark.usefixtures("normalise_path")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("groups", [2, 4, 8])
 def test_groups_equal_separate_batchnorms(groups: int, layout: torch.memory_format):
@@ -144,7 +146,7 @@ def test_groups_equal_separate_batchnorms(groups: int, layout: torch.memory_form
     gradient = clips(8, seed=1)
     want = []
     for x_i, g_i in zip(x.chunk(groups), gradient.chunk(groups), strict=True):
-        bn = plain()
+        bn = strip_file_scheme()
         x_i = x_i.clone().requires_grad_()
         y_i = bn(x_i)
         want.append((y_i.detach(), *torch.autograd.grad(y_i, [x_i, bn.weight, bn.bias], g_i)))
@@ -168,7 +170,7 @@ def test_without_affine_parameters_and_running_statistics():
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("channels", [2, 8, 10])
 def test_few_channels(channels: int, groups: int):
-    # positions are folded into channels here: fewer than 16 channels, many positions, channels_last
+    # Positions are folded into channels: there are fewer than 16 channels and many positions, in channels_last.
     many = torch.randn(8, channels, 4, 32, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
     gradient, layout = many.roll(1, 0).square(), torch.channels_last_3d
     want, got = nn.BatchNorm3d(channels).double(), convert_group_batchnorm(nn.BatchNorm3d(channels).double())
@@ -182,15 +184,15 @@ def test_few_channels(channels: int, groups: int):
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
     assert y.is_contiguous(memory_format=layout)
     fresh = nn.BatchNorm3d(channels, momentum=got.momentum).double()
-    torch.testing.assert_close(got.state_dict()["running_var"], after(fresh, many, groups)["running_var"])
+    torch.testing.assert_close(got.state_dict()["running_var"], state_after(fresh, many, groups)["running_var"])
 
 
-@pytest.mark.parametrize("strange", [lambda x: x[..., :2, 1:], lambda x: x.transpose(3, 4), lambda x: x[::2]])
-def test_any_strides(strange: Callable[[Tensor], Tensor]):
-    x = strange(clips(8))
+@pytest.mark.parametrize("restride", [lambda x: x[..., :2, 1:], lambda x: x.transpose(3, 4), lambda x: x[::2]])
+def test_any_strides(restride: Callable[[Tensor], Tensor]):
+    x = restride(clips(8))
     y = grouped(2)(x)
     torch.testing.assert_close(y, grouped(2)(x.contiguous()), **CLOSE)
-    torch.testing.assert_close(y, torch.cat([plain()(x_i) for x_i in x.chunk(2)]), **CLOSE)
+    torch.testing.assert_close(y, torch.cat([strip_file_scheme()(x_i) for x_i in x.chunk(2)]), **CLOSE)
 
 
 def test_gradcheck():
@@ -202,9 +204,9 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_a_forward_updates_by_the_formula(groups: int):
+def test_a_forward_pass_updates_running_statistics_by_the_formula(groups: int):
     bn, x = grouped(groups), clips(8)
-    want = after(bn, x, groups)
+    want = state_after(bn, x, groups)
     bn(x)
     torch.testing.assert_close(bn.state_dict(), want, **CLOSE)
 
@@ -214,7 +216,7 @@ def test_running_statistics_do_not_depend_on_micro_batches(micro_batches: int):
     x = clips(16)
     model = nn.Sequential(grouped(4 // micro_batches), nn.ReLU(inplace=True), grouped(4 // micro_batches))
     middle = torch.cat([nn.Sequential(grouped(1), nn.ReLU())(x_i) for x_i in x.chunk(4)])
-    want = [after(model[0], x, 4), after(model[2], middle, 4)]
+    want = [state_after(model[0], x, 4), state_after(model[2], middle, 4)]
     with deferred_running_stats(model):
         for x_i in x.chunk(micro_batches):
             model(x_i).sum().backward()
@@ -232,13 +234,13 @@ def test_a_layer_that_did_not_run_keeps_its_statistics():
     torch.testing.assert_close(unused.state_dict(), before, rtol=0, atol=0)
 
 
-def test_a_failed_step_leaves_running_statistics():
+def test_a_failed_step_leaves_running_statistics_unchanged():
     bn = grouped(2)
     before = {key: value.clone() for key, value in bn.state_dict().items()}
     with pytest.raises(ValueError, match="5D"), deferred_running_stats(bn):
         bn(bn(clips(4))[0])
     torch.testing.assert_close(bn.state_dict(), before, rtol=0, atol=0)
-    bn(clips(4))  # and updates at once again
+    bn(clips(4))  # outside of the block, it updates immediately again
     assert bn.num_batches_tracked == 1
 
 
@@ -247,13 +249,13 @@ def test_variance_of_nearly_constant_channels_far_from_zero():
     bn = grouped(2, torch.float32)
     bn.momentum = 1.0
     bn(x)
-    runs = x.double().unflatten(0, (2, -1))
-    want = aggregate(runs.mean((1, 3, 4, 5)), runs.var((1, 3, 4, 5)))
+    chunks = x.double().unflatten(0, (2, -1))
+    want = aggregate(chunks.mean((1, 3, 4, 5)), chunks.var((1, 3, 4, 5)))
     torch.testing.assert_close((bn.running_mean.double(), bn.running_var.double()), want, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_momentum_1_is_precise_bn(momentum: float | None):
+def test_momentum_1_equals_precise_bn(momentum: float | None):
     want, got = (nn.Sequential(grouped(1), nn.ReLU(), grouped(1)) for _ in range(2))
     want[2].momentum = got[2].momentum = momentum
     batches = [clips(8, seed) for seed in range(3)]
@@ -264,10 +266,10 @@ def test_momentum_1_is_precise_bn(momentum: float | None):
     middle = [nn.Sequential(grouped(1), nn.ReLU())(batch) for batch in batches]
     for i, inputs in ((0, batches), (2, middle)):
         torch.testing.assert_close(got[i].running_mean, want[i].running_mean, **CLOSE)
-        # fvcore's variances within batches are biased, torch's running ones are not
+        # fvcore's variances within batches are biased; those of torch's running statistics are unbiased
         values = inputs[0].numel() / CHANNELS
-        of_means = torch.stack([batch.mean((0, 2, 3, 4)) for batch in inputs]).var(0, correction=0)
-        want_var = (want[i].running_var - of_means) * values / (values - 1) + of_means
+        var_of_means = torch.stack([batch.mean((0, 2, 3, 4)) for batch in inputs]).var(0, correction=0)
+        want_var = (want[i].running_var - var_of_means) * values / (values - 1) + var_of_means
         torch.testing.assert_close(got[i].running_var, want_var, **CLOSE)
     assert got[0].momentum == 0.3
     assert got[2].momentum == momentum
@@ -291,7 +293,7 @@ def test_deferred_statistics_take_no_more_memory_for_more_forwards():
     torch.testing.assert_close(many.state_dict(), few.state_dict(), **CLOSE)
 
 
-def test_bad_groups_are_told():
+def test_invalid_numbers_of_groups_raise_errors():
     bn = grouped(3)
     with pytest.raises(UserError, match="8 clips cannot be cut into 3 equal groups"):
         bn(clips(8))
@@ -300,8 +302,8 @@ def test_bad_groups_are_told():
         set_bn_groups(bn, 0)
 
 
-class NoWholeCopies(TorchDispatchMode):
-    """Fails where an operation copies or converts a whole batch of clips."""
+class ForbidBatchCopies(TorchDispatchMode):
+    """Fails if an operation copies or converts a whole batch of clips."""
 
     def __init__(self, batch: torch.Size):
         super().__init__()
@@ -314,7 +316,7 @@ class NoWholeCopies(TorchDispatchMode):
         return out
 
 
-@pytest.mark.usefixtures("normalises")
+@pytest.mark.usefixtures("normalise_path")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_autocast_in_channels_last_copies_nothing(groups: int):
     x = clips(4, dtype=torch.float32)
@@ -322,7 +324,7 @@ def test_autocast_in_channels_last_copies_nothing(groups: int):
     bn = grouped(groups, torch.float32)
     low = x.to(torch.bfloat16, memory_format=torch.channels_last_3d).requires_grad_()
     gradient = clips(4, seed=1).to(torch.bfloat16, memory_format=torch.channels_last_3d)
-    with torch.autocast("cpu", torch.bfloat16), NoWholeCopies(x.shape), deferred_running_stats(bn):
+    with torch.autocast("cpu", torch.bfloat16), ForbidBatchCopies(x.shape), deferred_running_stats(bn):
         y = bn(low)
         y.backward(gradient)
     assert y.dtype == low.grad.dtype == torch.bfloat16
@@ -330,10 +332,12 @@ def test_autocast_in_channels_last_copies_nothing(groups: int):
     assert bn.weight.grad.dtype == bn.running_mean.dtype == torch.float32
     for got, expected in zip((y, low.grad, bn.weight.grad, bn.bias.grad), want, strict=True):
         torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.03 * expected.abs().max().item())
-    torch.testing.assert_close(bn.running_var, after(plain(torch.float32), x, groups)["running_var"], rtol=0.01, atol=0)
+    torch.testing.assert_close(
+        bn.running_var, state_after(strip_file_scheme(torch.float32), x, groups)["running_var"], rtol=0.01, atol=0
+    )
 
 
-@pytest.mark.usefixtures("normalises")
+@pytest.mark.usefixtures("normalise_path")
 @pytest.mark.parametrize("groups", [1, 2])
 def test_compiles_into_one_graph(groups: int):
     model = nn.Sequential(grouped(groups), nn.ReLU(inplace=True), grouped(groups))
@@ -341,7 +345,7 @@ def test_compiles_into_one_graph(groups: int):
     got, want = [], []
     for forward, results in ((compiled, got), (model, want)):
         model.zero_grad()
-        model.load_state_dict(nn.Sequential(plain(), nn.ReLU(), plain()).state_dict())
+        model.load_state_dict(nn.Sequential(strip_file_scheme(), nn.ReLU(), strip_file_scheme()).state_dict())
         for seed in range(2):
             with deferred_running_stats(model):
                 y = forward(clips(4, seed))
@@ -351,8 +355,8 @@ def test_compiles_into_one_graph(groups: int):
     torch.testing.assert_close(got, want)
 
 
-class Calls(TorchDispatchMode):
-    """Records every operation with the shapes of its tensors."""
+class CallRecorder(TorchDispatchMode):
+    """Records every operation with its tensor arguments."""
 
     def __init__(self):
         super().__init__()
@@ -364,23 +368,23 @@ class Calls(TorchDispatchMode):
 
 
 def calls_of_a_step(groups: int) -> list[tuple[str, list[Tensor]]]:
-    """The operations of a training step and an evaluation on the meta device, which takes a GPU's path."""
+    """Return the operations of a training step and an evaluation on the meta device, which uses the code for GPUs."""
     bn = grouped(groups, torch.float32).to("meta")
     x = torch.empty(8, 2, 3, 3, CHANNELS, device="meta", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3).requires_grad_()
-    with Calls() as recorded:
+    with CallRecorder() as recorder:
         with deferred_running_stats(bn):
             bn(x).backward(torch.empty_like(x))
         bn.eval()(x)
-    return recorded.calls
+    return recorder.calls
 
 
-def test_on_a_gpu_groups_add_no_launches():
+def test_more_groups_launch_no_more_kernels_on_a_gpu():
     two, eight = ([name for name, _ in calls_of_a_step(groups)] for groups in (2, 8))
     assert eight == two
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_kernels_see_channels_last_images(groups: int):
+def test_kernels_get_channels_last_images(groups: int):
     for name, tensors in calls_of_a_step(groups):
         if "batch_norm" in name:
             maps = [tensor for tensor in tensors if tensor.dim() > 1]
@@ -388,15 +392,15 @@ def test_kernels_see_channels_last_images(groups: int):
             assert all(m.dim() == 4 and m.is_contiguous(memory_format=torch.channels_last) for m in maps), name
 
 
-@pytest.mark.usefixtures("normalises")
+@pytest.mark.usefixtures("normalise_path")
 @pytest.mark.parametrize("groups", [1, 2])
-def test_an_inplace_relu_after_it_copies_no_gradient(groups: int):
+def test_a_following_inplace_relu_copies_no_gradient(groups: int):
     y = nn.functional.relu_(grouped(groups)(clips(4)))
     nodes, names = [y.grad_fn], set()
     while nodes:
         node = nodes.pop()
         names.add(node.name())
-        nodes += [after for after, _ in node.next_functions if after is not None]
+        nodes += [next_node for next_node, _ in node.next_functions if next_node is not None]
     assert "ReluBackward0" in names
     assert not names & {"CopySlices", "AsStridedBackward0"}
 
@@ -405,34 +409,34 @@ def few_channels() -> Tensor:
     return torch.randn(8, 4, 2, 32, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
 
 
-SHARES = {"even": (4, 4), "uneven": (6, 2)}
+SPLITS = {"even": (4, 4), "uneven": (6, 2)}  # clips of each of two ranks
 
 
 def rank_steps(rank: int, folder: Path) -> None:
-    """What one of two ranks does: for each cut of 8 clips, shared statistics in 1 and 2 groups; then own groups."""
+    """Run one of two ranks: for each split of 8 clips, 1 and 2 groups that the ranks share; then groups of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     results = {}
-    for name, shares in SHARES.items():
-        mine = clips(8).split(shares)[rank]
-        gradient = clips(8, seed=1).split(shares)[rank]
+    for name, split in SPLITS.items():
+        rank_clips = clips(8).split(split)[rank]
+        gradient = clips(8, seed=1).split(split)[rank]
         for groups in (1, 2):
             bn = grouped(1)
             set_bn_groups(bn, groups, dist.group.WORLD)
-            x = mine.clone(memory_format=LAYOUTS[groups - 1]).requires_grad_()
+            x = rank_clips.clone(memory_format=LAYOUTS[groups - 1]).requires_grad_()
             with deferred_running_stats(bn):
                 y = bn(x)
                 y.backward(gradient)
             assert y.stride() == x.grad.stride() == x.stride()
-            at_once = grouped(1)
-            set_bn_groups(at_once, groups, dist.group.WORLD)
-            at_once(mine)
+            immediate = grouped(1)  # updates its running statistics in the forward pass
+            set_bn_groups(immediate, groups, dist.group.WORLD)
+            immediate(rank_clips)
             results[name, groups] = (
                 y.detach(),
                 x.grad,
                 bn.weight.grad,
                 bn.bias.grad,
                 bn.state_dict(),
-                at_once.state_dict(),
+                immediate.state_dict(),
             )
     low = clips(8).chunk(2)[rank].to(torch.bfloat16, memory_format=torch.channels_last_3d).requires_grad_()
     bn = grouped(1, torch.float32)
@@ -467,7 +471,7 @@ def rank_steps(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    start_fork_server(SERVED)
+    start_fork_server(PRELOADED_MODULES)
     context = mp.start_processes(rank_steps, (folder,), nprocs=2, join=False, start_method="forkserver")
     try:
         while not context.join():
@@ -478,22 +482,22 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_shared_groups_equal_one_process(two_ranks: list[dict], shares: str, groups: int):
-    # A rank's i-th run is its part of group i.
-    parts = [torch.arange(8).split(SHARES[shares])[rank].chunk(groups) for rank in range(2)]
+def test_shared_groups_equal_one_process(two_ranks: list[dict], split: str, groups: int):
+    # The i-th chunk of a rank is its part of group i.
+    parts = [torch.arange(8).split(SPLITS[split])[rank].chunk(groups) for rank in range(2)]
     order = torch.cat([part for group in zip(*parts, strict=True) for part in group])
     inverse = order.argsort()
     x = clips(8)[order].requires_grad_()
     bn = grouped(groups)
     y = bn(x)
     y.backward(clips(8, seed=1)[order])
-    got_y, got_dx, dweight, dbias, *states = zip(*(results[shares, groups] for results in two_ranks), strict=True)
+    got_y, got_dx, dweight, dbias, *states = zip(*(results[split, groups] for results in two_ranks), strict=True)
     assert sum(map(len, got_y)) == 8
     torch.testing.assert_close((torch.cat(got_y), torch.cat(got_dx)), (y.detach()[inverse], x.grad[inverse]), **CLOSE)
     torch.testing.assert_close((sum(dweight), sum(dbias)), (bn.weight.grad, bn.bias.grad), **CLOSE)
-    want = after(plain(), clips(8)[order], groups)
+    want = state_after(strip_file_scheme(), clips(8)[order], groups)
     for state in (state for pair in states for state in pair):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             torch.testing.assert_close(state[name], want[name], **CLOSE)
@@ -505,7 +509,7 @@ def test_shared_groups_in_bfloat16(two_ranks: list[dict]):
     assert [t.dtype for t in got] == 2 * [torch.bfloat16] + 2 * [torch.float32]
     for actual, want in zip(got, step(grouped(1), clips(8)), strict=True):
         torch.testing.assert_close(actual.double(), want, rtol=0.03, atol=0.03 * want.abs().max().item())
-    want = after(plain(), clips(8), 1)["running_var"].float()
+    want = state_after(strip_file_scheme(), clips(8), 1)["running_var"].float()
     torch.testing.assert_close(running_var, (want, want), rtol=0.01, atol=0)
 
 
@@ -514,27 +518,27 @@ def test_shared_groups_of_few_channels(two_ranks: list[dict]):
     x, bn = few_channels().requires_grad_(), nn.BatchNorm3d(4).double()
     want = bn(x)
     want.backward(few_channels().flip(0))
-    want_var = after(nn.BatchNorm3d(4).double(), x.detach(), 1)["running_var"]
+    want_var = state_after(nn.BatchNorm3d(4).double(), x.detach(), 1)["running_var"]
     got = torch.cat(y), torch.cat(dx), sum(dweight), running_var[0]
     torch.testing.assert_close(got, (want.detach(), x.grad, bn.weight.grad, want_var), rtol=1e-9, atol=1e-9)
 
 
 def test_running_statistics_do_not_depend_on_ranks(two_ranks: list[dict]):
-    want = after(plain(), clips(8), 4)
+    want = state_after(strip_file_scheme(), clips(8), 4)
     for results in two_ranks:
         torch.testing.assert_close(results["own groups"], want, **CLOSE)
 
 
-def test_a_group_over_two_ranks_counts_once(two_ranks: list[dict]):
+def test_a_group_that_two_ranks_share_counts_once(two_ranks: list[dict]):
     groups = clips(8).split((4, 2, 2))
     moments = [torch.stack([(g.mean((0, 2, 3, 4)), g.var((0, 2, 3, 4)))[i] for g in groups]) for i in range(2)]
     for results in two_ranks:
         for name, value in zip(("running_mean", "running_var"), aggregate(*moments), strict=True):
-            want = 0.7 * plain().state_dict()[name] + 0.3 * value
+            want = 0.7 * strip_file_scheme().state_dict()[name] + 0.3 * value
             torch.testing.assert_close(results["shared and own"][name], want, **CLOSE)
 
 
-def test_sums_stay_at_one_address_as_cuda_graphs_require():
+def test_sums_keep_their_address_as_cuda_graphs_require():
     model = nn.Sequential(grouped(2), grouped(1))
     addresses = []
     for _ in range(2):
@@ -544,5 +548,5 @@ def test_sums_stay_at_one_address_as_cuda_graphs_require():
     assert addresses[0] == addresses[1]
     model.float()
     with deferred_running_stats(model):
-        assert {layer.deferred_sums.dtype for layer in model} == {torch.float64}, "sums of squares need it"
-    assert model.state_dict().keys() == nn.Sequential(plain(), plain()).state_dict().keys()
+        assert {layer.deferred_sums.dtype for layer in model} == {torch.float64}, "sums of squares need float64"
+    assert model.state_dict().keys() == nn.Sequential(strip_file_scheme(), strip_file_scheme()).state_dict().keys()

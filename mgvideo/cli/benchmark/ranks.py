@@ -303,19 +303,19 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
                 precise_bn_clips=cfg.train.precise_bn_clips,
                 hang_timeout=0,
             ),
-            monitor=RunLogger(Path(folder), plan, active=False),
+            logger=RunLogger(Path(folder), plan, active=False),
             checkpoints=Checkpoints(Path(folder) / "checkpoints", 1),
             validate=(evaluator, views) if cfg.train.evals_per_phase else None,
         )
         hook = lambda _, bucket: all_reduce_bucket(bucket)  # noqa: E731 (DDP takes no annotations as strings)
-        trainer.stepper.parallel.register_comm_hook(None, hook)  # type: ignore[operator]
+        trainer.train_step.wrapped_model.register_comm_hook(None, hook)  # type: ignore[operator]
         yield trainer
 
 
 def blank_loader(videos: int, task: Task, classes: int) -> Loader:
     """Return a loader of black clips that works in this process."""
     return Loader(
-        BlankVideos(videos, task.no_labels(1, classes)[0]), LoaderOptions(num_workers=0), collate=expand_blank
+        BlankVideos(videos, task.zero_labels(1, classes)[0]), LoaderOptions(num_workers=0), collate=expand_blank
     )
 
 

@@ -27,7 +27,7 @@ from mgvideo.cli.plan import clip_flops
 from mgvideo.cli.progress import ProgressLog
 from mgvideo.cli.schema import COMPILE, key
 from mgvideo.engine.precision import Precision, choose_precision, probe_convolutions
-from mgvideo.engine.train_step import compiled
+from mgvideo.engine.train_step import compile_model
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.plan.forecast import total_cost
 from mgvideo.plan.plan import Grid, Plan, require
@@ -89,7 +89,7 @@ class StepBenchmark:
     def __init__(self, model: nn.Module, variant: Variant, plan: Plan) -> None:
         self.variant, self.device = variant, variant.precision.device
         self.model = variant.precision.place(convert_group_batchnorm(model)).train()
-        self.forward = self.model if variant.compile == "off" else compiled(self.model, variant.compile, plan)
+        self.forward = self.model if variant.compile == "off" else compile_model(self.model, variant.compile, plan)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
 
     def step(self, clips: Tensor, labels: Tensor) -> None:

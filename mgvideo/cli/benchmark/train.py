@@ -183,15 +183,15 @@ def time_steps(trainer: Trainer, first_batches: dict[str, Batch]) -> list[tuple[
         For each step, seconds since the end of the previous step, and seconds of waiting for data.
     """
     original_step, marks, waits = trainer.step, [time_mark(trainer.device)], []
-    window, waited = trainer.window, 0.0
+    metrics, waited = trainer.running_metrics, 0.0
 
     def step(number: int, batch: Batch) -> None:
-        nonlocal window, waited
+        nonlocal metrics, waited
         slot = trainer.plan.slot(number)
         first_batches.setdefault(_slot_name(slot.grid.name, slot.batch), batch)
-        before, window = window, trainer.window  # a log step replaces it
-        waits.append(window.waited - (waited if window is before else 0.0))
-        waited = window.waited
+        before, metrics = metrics, trainer.running_metrics  # a log step replaces it
+        waits.append(metrics.wait_s - (waited if metrics is before else 0.0))
+        waited = metrics.wait_s
         original_step(number, batch)
         marks.append(time_mark(trainer.device))
 
@@ -218,7 +218,7 @@ def time_bare_loop(trainer: Trainer, batch: Batch, groups: int, visits: int) -> 
             for start, stop, bn_groups in micro_batches:
                 set_bn_groups(model, bn_groups)
                 with trainer.precision.autocast():
-                    logits = trainer.stepper.parallel(trainer.normalize(pixels[start:stop]))
+                    logits = trainer.train_step.wrapped_model(trainer.normalize(pixels[start:stop]))
                 trainer.task.loss(logits.float(), labels[start:stop]).div(clips).backward()
         trainer.optimizer.step()
     return seconds_between(marks)[1:]
