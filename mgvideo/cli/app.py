@@ -68,7 +68,7 @@ def main(
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             set_cpu_affinity(available_cpus())
             limit_threads(cpu_count())
-            for line in scale_base(config_name, cfg, HydraConfig.get().overrides.task):
+            for line in scale_base(config_name, cfg, [*_search_path(), *HydraConfig.get().overrides.task]):
                 if os.environ.get("RANK", "0") == "0":
                     print(line, file=sys.stderr)
             task(cfg)
@@ -82,7 +82,7 @@ def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[li
     """Split arguments, in any order, into Hydra's flags, overrides, and the flags as Hydra parses them.
 
     Raises:
-        UserError: A flag does not exist or lacks its value.
+        UserError: A flag does not exist or lacks its value, or the folder of `--config-dir` does not exist.
     """
     parser = get_args_parser()
     parser.exit_on_error = False
@@ -95,7 +95,22 @@ def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[li
         hint = suggestion(unknown.lstrip("-").partition("=")[0], _all_keys(config_name))
         raise UserError(f"{unknown} is not a flag{hint}; write keys as key=value")
     overrides = [*parsed.overrides, *rest]
-    return [word for word in arguments if word not in overrides], overrides, parsed
+    flags = [word for word in arguments if word not in overrides]
+    if parsed.config_dir is not None:
+        flags, overrides = _config_dir_as_override(flags, overrides, parsed.config_dir)
+    return flags, overrides, parsed
+
+
+def _config_dir_as_override(flags: list[str], overrides: list[str], folder: str) -> tuple[list[str], list[str]]:
+    """Replace the flag `--config-dir` by an override of `hydra.searchpath`, which Hydra's compose API also accepts."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--config-dir {folder}: there is no such folder")
+    if any(_key_of(override) == "hydra.searchpath" for override in overrides):
+        raise UserError("give --config-dir or hydra.searchpath=[FOLDER, …], not both")
+    start = next(i for i, word in enumerate(flags) if word.partition("=")[0] in ("--config-dir", "-cd"))
+    words = 1 if "=" in flags[start] else 2
+    path = str(Path(folder).absolute()).replace("'", "\\'")
+    return [*flags[:start], *flags[start + words :]], [f"hydra.searchpath=['file://{path}']", *overrides]
 
 
 def quote_texts(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
@@ -299,9 +314,13 @@ def same_command(changes: Mapping[str, str], without: Sequence[str] = ()) -> str
     """
     replaced = {*changes, *without}
     overrides = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") not in replaced]
-    folder = get_args_parser().parse_args(sys.argv[1:]).config_dir
-    flags = ["--config-dir", folder] if folder else []
-    return shlex.join([*_program(), *flags, *overrides, *(f"{key}={value}" for key, value in changes.items())])
+    changed = [f"{key}={value}" for key, value in changes.items()]
+    return shlex.join([*_program(), *_search_path(), *overrides, *changed])
+
+
+def _search_path() -> list[str]:
+    """Return the overrides of the running program that add folders of configs."""
+    return [override for override in HydraConfig.get().overrides.hydra if _key_of(override) == "hydra.searchpath"]
 
 
 def _program() -> list[str]:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from refusals import error_line
 
 from mgvideo.cli.app import compose_config, same_command
+from mgvideo.cli.run import main
 
 OVERRIDES = ["dataset.root=/my data", "base.short_side=[36,40]", "base.lr=0.1", "resume=never", "+model.extra=1"]
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
@@ -34,11 +37,6 @@ STARTS = {
         ],
     ),
     "two nodes": (["tools/run_net.py"], {**TORCHRUN, "WORLD_SIZE": "8"}, ["PYTHON", "tools/run_net.py"]),
-    "config folder": (
-        ["tools/run_net.py", "--config-dir", "my configs"],
-        {},
-        ["PYTHON", "tools/run_net.py", "--config-dir", "my configs"],
-    ),
 }
 
 
@@ -64,3 +62,38 @@ def test_same_command_starts_the_same_program_with_changed_keys(
         *unchanged,
         "base.lr=0.05",
     ]
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Path:
+    """A folder with a model config of its own."""
+    folder = tmp_path / "my configs"
+    (folder / "model").mkdir(parents=True)
+    text = "_target_: mgvideo.models.small.slowfast_small\nnum_classes: ${dataset.num_classes}\nwidth: 12\n"
+    (folder / "model/mine.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("flag", ["--config-dir {}", "--config-dir={}", "-cd {}", "hydra.searchpath=['file://{}']"])
+def test_config_folders_outside_the_checkout_are_searched(
+    flag: str, config_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _, value = flag.partition(" ")
+    words = [word.format(config_folder) for word in (name, value) if word]
+    main([*words, "model=mine", "base.epochs=40", "--cfg", "job"])
+    cfg = OmegaConf.create(capsys.readouterr().out)
+    assert cfg.model.width == 12
+    assert list(cfg.base.lr_milestones) == [24, 36], "the recipe still scales with base.epochs"
+
+
+def test_the_same_command_searches_the_same_config_folder(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search_path = f"hydra.searchpath=['file://{config_folder}']"
+    monkeypatch.setattr(HydraConfig, "get", lambda: compose_config("run", [search_path, "model=mine"]).hydra)
+    words = shlex.split(same_command({"base.lr": "0.05"}))
+    assert words[-3:] == [search_path, "model=mine", "base.lr=0.05"]
+
+
+def test_invalid_config_folders_are_one_line(config_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such folder" in error_line(main, ["--config-dir", "/nowhere"], capsys)
+    both = ["--config-dir", str(config_folder), "hydra.searchpath=[/nowhere]"]
+    assert "not both" in error_line(main, both, capsys)
