@@ -18,11 +18,19 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from mgvideo.datasets.check import Finding, broken_share, check, listed, repeated, summary, write_findings
+from mgvideo.datasets.check import (
+    Finding,
+    broken_share,
+    check,
+    count_problems,
+    find_repeats,
+    list_lines,
+    write_findings,
+)
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import Layout, ManifestRow, build
+from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
@@ -139,7 +147,7 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
         all(type(dataset.decoder) is type(first.decoder) for dataset in datasets.values()),
         "one part of the dataset is videos, the other images: check each by itself, with split=train and split=val",
     )
-    lines = [line for part, dataset in datasets.items() for line in listed(dataset, part)]
+    lines = [line for part, dataset in datasets.items() for line in list_lines(dataset, part)]
     classes: dict[str, set[str]] = {}
     for line in lines:
         classes.setdefault(line.path, set()).update(line.classes)
@@ -150,9 +158,9 @@ def check_files(given: CheckKeys, cfg: DictConfig) -> None:
     with writing("out", given.out):
         with ProgressLog("check") as progress:
             found = check(list(classes), least, given.fully, given.processes, progress, journal, first.decoder)
-        findings = repeated(lines) + found
+        findings = find_repeats(lines) + found
         write_findings(given.out, findings)
-        table = summary(findings, classes)
+        table = count_problems(findings, classes)
         file = f"{os.path.splitext(given.out)[0]}_classes.csv"
         _write_classes(file, table, Counter(name for names in classes.values() for name in names))
         os.remove(journal)
@@ -211,7 +219,7 @@ def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
     root = cfg.dataset.root
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}
-    layout = Layout.of(sizes, plan.base.short_side, _short_side(paths))
+    layout = PyramidLayout.for_sizes(sizes, plan.base.short_side, _short_side(paths))
     print(
         f"levels with short sides of {', '.join(map(str, layout.sides))} pixels for {len(paths)} videos in {given.out}"
     )
@@ -221,7 +229,7 @@ def build_pyramid(given: PyramidKeys, cfg: DictConfig) -> None:
 
     names = [relative(path, root) for path in paths]
     with ProgressLog("pyramid") as progress:
-        rows = build(str(given.out), root, names, layout, given.processes, progress, estimate)
+        rows = encode_pyramid(str(given.out), root, names, layout, given.processes, progress, estimate)
     _say_rows(rows, cfg.dataset.max_bad_fraction)
     print(f"train with dataset.pyramid={given.out}")
 
@@ -283,7 +291,7 @@ def write_lists(given: ListKeys, cfg: DictConfig) -> None:
 
 def _list_lines(dataset: VideoDataset) -> list[str]:
     """A line for each video that is there."""
-    if dataset.labels.ndim != 1 or dataset.timed:
+    if dataset.labels.ndim != 1 or dataset.has_spans:
         raise UserError("a list holds one label a video and no times, and this dataset has more: use it as it is")
     try:
         with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at a time

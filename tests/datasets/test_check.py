@@ -14,7 +14,7 @@ from PIL import Image
 from videos import numbered, write
 
 from mgvideo.datasets import check as check_module
-from mgvideo.datasets.check import Line, broken_share, check, repeated, summary, write_findings
+from mgvideo.datasets.check import ListLine, broken_share, check, count_problems, find_repeats, write_findings
 from mgvideo.datasets.decoders import PyAV, Video
 from mgvideo.datasets.frames import FrameFolders
 from mgvideo.errors import UserError
@@ -98,7 +98,7 @@ def test_findings_are_written_and_counted_per_class(paths: dict[str, str], tmp_p
     rows = list(csv.DictReader((tmp_path / "bad.csv").open()))
     assert [(row["path"], row["problem"]) for row in rows] == [(f.path, f.problem) for f in findings]
     classes = {paths["text.mp4"]: ["run", "sit"], paths["gone.mp4"]: ["walk"], paths["short.mp4"]: ["run"]}
-    table = summary(findings, classes)
+    table = count_problems(findings, classes)
     assert table[""] == {"unreadable": 1, "missing": 1, "too short": 1}
     assert table["run"] == {"unreadable": 1, "too short": 1}
     assert table["sit"] == {"unreadable": 1}
@@ -106,12 +106,12 @@ def test_findings_are_written_and_counted_per_class(paths: dict[str, str], tmp_p
 
 def test_lines_that_repeat_or_contradict_each_other_are_named() -> None:
     lines = [
-        *(Line("twice.mp4", "train", ("run",)), Line("twice.mp4", "train", ("run",))),
-        *(Line("both.mp4", "train", ("run", "sit")), Line("both.mp4", "val", ("walk",))),
-        *(Line("cut.mp4", "train", ("run",), (0, 2)), Line("cut.mp4", "train", ("walk",), (2, 4))),
-        Line("once.mp4", "train", ("run",)),
+        *(ListLine("twice.mp4", "train", ("run",)), ListLine("twice.mp4", "train", ("run",))),
+        *(ListLine("both.mp4", "train", ("run", "sit")), ListLine("both.mp4", "val", ("walk",))),
+        *(ListLine("cut.mp4", "train", ("run",), (0, 2)), ListLine("cut.mp4", "train", ("walk",), (2, 4))),
+        ListLine("once.mp4", "train", ("run",)),
     ]
-    assert [(finding.path, finding.problem, finding.reason) for finding in repeated(lines)] == [
+    assert [(finding.path, finding.problem, finding.reason) for finding in find_repeats(lines)] == [
         ("twice.mp4", "duplicate", "listed 2 times in train"),
         ("both.mp4", "conflicting labels", "run; sit or walk"),
         ("both.mp4", "overlap", "listed in train and val"),

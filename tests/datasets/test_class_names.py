@@ -85,7 +85,7 @@ def test_empty_names_and_names_that_join_others_are_refused() -> None:
     with pytest.raises(UserError, match=r"a\.csv:4: the class name '\\u200b ' is empty"):
         unify_class_names({"\u200b ": "a.csv:4"})
     places = {"jump": "a.csv:2", "walk": "a.csv:3", "jump; walk": "a.csv:4", "shooting, basketball": "a.csv:5"}
-    with pytest.raises(UserError, match=r"a\.csv:4: 'jump; walk' is several classes"):
+    with pytest.raises(UserError, match=r"a\.csv:4: 'jump; walk' joins several classes"):
         unify_class_names(places)
     del places["jump; walk"]
     assert unify_class_names(places)[0]["shooting, basketball"] == "shooting, basketball"

@@ -75,7 +75,7 @@ def test_tables_name_classes_and_stretches(tmp_path: Path) -> None:
     (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 4}\n')
     request = ClipRequest(0, grid, 0, View(0, 1, 1))
     (failure,) = video_folder(str(tmp_path), "val")[request].failures
-    assert failure.reason == "ends before 4 s, where its stretch begins"
+    assert failure.reason == "ends before 4 s, where its span starts"
 
 
 def crop(dataset: VideoDataset, place: int, grid: Grid) -> torch.Tensor:
@@ -126,7 +126,7 @@ def test_what_other_programs_left_is_no_data(tmp_path: Path) -> None:
     assert train.class_names == val.class_names == ["run", "walk"]
     assert (len(train), len(val)) == (8, 2)
     (note,) = train.notes
-    assert "skipped what other programs left there: " in note
+    assert "skipped files of other programs: " in note
     assert "__MACOSX" in note
 
 
@@ -156,17 +156,17 @@ def test_classes_of_recorders_and_phones_are_read_and_skipped_files_named(tmp_pa
         clip = dataset[ClipRequest(index, grid, 0)].clip
         assert [number_of(frame) for frame in clip] == list(range(6))
     notes = "\n".join(dataset.notes)
-    assert "videos in no folder of a class, and not read: a.mp4" in notes
-    assert "folders without videos, which are no classes: empty (1 without extension), exotic (2 .xyz)" in notes
-    assert "skipped files that are no videos by their extension: 2 .xyz, 1 without extension, 1 .jpg" in notes
+    assert "not read, because in no class folder: a.mp4" in notes
+    assert "folders without videos, not counted as classes: empty (1 without extension), exotic (2 .xyz)" in notes
+    assert "skipped files without a video extension: 2 .xyz, 1 without extension, 1 .jpg" in notes
 
 
 @pytest.mark.parametrize(
     ("paths", "found"),
     [
         (["run/a.xyz"], "run (1 .xyz)"),
-        (["a.mp4", "b.mp4"], "videos in no folder of a class, and not read: a.mp4, b.mp4"),
-        (["train/a.mp4", "val/b.mp4"], "train: videos in no folder of a class, and not read: train/a.mp4"),
+        (["a.mp4", "b.mp4"], "not read, because in no class folder: a.mp4, b.mp4"),
+        (["train/a.mp4", "val/b.mp4"], "train: not read, because in no class folder: train/a.mp4"),
         (["train/run/a.xyz", "val/run/b.mp4"], "expected a folder of videos per class in train; .*run (1 .xyz)"),
     ],
 )
@@ -261,19 +261,19 @@ def test_names_of_splits() -> None:
         (("val", "valid", "train"), "val and valid are both val videos"),
         (
             ("train", "bus", "car"),
-            r"folders of splits \(train\) beside folders of classes \(bus, car\): move the classes into train/",
+            r"split folders \(train\) beside class folders \(bus, car\): move the classes into train/",
         ),
-        (("train_256", "val_256"), "train_256 and val_256 look like folders of splits"),
-        (("01 Train", "02 Test", "x"), "01 Train and 02 Test look like folders of splits"),
+        (("train_256", "val_256"), "train_256 and val_256 look like split folders"),
+        (("01 Train", "02 Test", "x"), "01 Train and 02 Test look like split folders"),
         (("kinetics-train", "kinetics-validation"), "rename them to train and val"),
-        (("test", "jump"), r"folders of splits \(test\) beside folders of classes \(jump\)"),
+        (("test", "jump"), r"split folders \(test\) beside class folders \(jump\)"),
         (
             ("run/train", "run/val", "walk/train"),
-            "run: holds train and val, folders of splits, where a class is expected",
+            "run: holds train and val, split folders, where a class folder is expected",
         ),
         (
             ("data/Train/run", "data/Test/run"),
-            "data: holds Test and Train, folders of splits, .*: set dataset.root to it",
+            "data: holds Test and Train, split folders, .*: set dataset.root to it",
         ),
     ],
 )
@@ -297,7 +297,7 @@ def test_folders_beside_splits_are_noted_where_they_hold_videos(tmp_path: Path) 
     tree(tmp_path, "raw/x.mp4", "test/run/y.mp4", "z.mp4")
     assert video_folder(str(tmp_path), "train").notes == [
         f"{tmp_path}: test is not read",
-        f"{tmp_path}: outside the folders of splits, and not read: raw, z.mp4",
+        f"{tmp_path}: not read, because outside the split folders: raw, z.mp4",
     ]
 
 
@@ -312,7 +312,7 @@ def test_a_pyramid_beside_classes_are_no_class(tmp_path: Path) -> None:
 def test_one_class_alone_is_noted(tmp_path: Path) -> None:
     tree(tmp_path, "videos/run/a.mp4", "videos/run/b.mp4", "videos/walk/c.mp4", "videos/walk/d.mp4")
     (note,) = video_folder(str(tmp_path), "train").notes
-    assert "one class alone, videos: is dataset.root the folder that holds a folder per class?" in note
+    assert "only one class, videos: is dataset.root the folder that holds a folder per class?" in note
 
 
 # tables
@@ -372,7 +372,7 @@ def test_seconds_of_a_table(tmp_path: Path) -> None:
             "path,label,start\na.mp4,run,00:01:12\n",
             r"train\.csv:2: start and end must be seconds, found '00",
         ),
-        ("train.csv", "path,label\nC:\\a.mp4,run\n", r"train\.csv:2: .* is a path of Windows"),
+        ("train.csv", "path,label\nC:\\a.mp4,run\n", r"train\.csv:2: .* is a Windows path"),
         ("train.csv", "a.mp4 0\n", r"train\.csv:1: expected a header with path and label, found 'a\.mp4 0'"),
         ("train.csv", "path,label\n\u200b.mp4, \u200b\n", r"train\.csv:2: the class name .* is empty"),
         (

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgvideo.datasets.motion import CLASSES, Knobs, draw, make_motion, motion
+from mgvideo.datasets.motion import CLASSES, Knobs, draw_frames, make_motion, motion
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest
 from mgvideo.plan.plan import Grid
@@ -59,7 +59,7 @@ def test_each_class_moves_as_its_name_says() -> None:
     """The blob's centre, size and the turn of its outline, measured in pixels between two frames."""
     knobs = Knobs(frames=9, height=64, width=96, colour=0, texture=(0, 0), sizes=(0.2, 0.3))
     for label, name in enumerate(CLASSES):
-        votes = [_looks_like(list(draw([label], knobs, np.random.default_rng((label, i))))) for i in range(12)]
+        votes = [_looks_like(list(draw_frames([label], knobs, np.random.default_rng((label, i))))) for i in range(12)]
         assert votes.count(label) > 6, f"{name}: {votes}"
 
 
@@ -93,7 +93,7 @@ def test_no_single_frame_gives_the_class_away() -> None:
     knobs = Knobs(frames=12, height=32, width=48)
     rng = np.random.default_rng(0)
     labels = np.arange(1600) % 8
-    frames = [next(islice(draw([int(label)], knobs, rng), int(rng.integers(12)), None)) for label in labels]
+    frames = [next(islice(draw_frames([int(label)], knobs, rng), int(rng.integers(12)), None)) for label in labels]
     features = np.stack([_features(frame) for frame in frames])
     features = (features - features.mean(0)) / (features.std(0) + 1e-6)
     train, test = slice(0, 1200), slice(1200, None)

@@ -14,9 +14,9 @@ from videos import write
 
 from mgvideo.datasets.check import check
 from mgvideo.datasets.decoders import Decoder, PyAV
-from mgvideo.datasets.orientation import from_matrix
+from mgvideo.datasets.orientation import orientation_from_matrix
 from mgvideo.datasets.overlay import annotate
-from mgvideo.datasets.pyramid import Layout, Pyramid, build
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid
 
 # a b c d of the matrix that shows pixel (x, y) at (a x + c y, b x + d y)
 SYMMETRIES = {
@@ -73,7 +73,7 @@ def test_levels_and_drawn_videos_come_as_people_see_them(tmp_path: Path, matrix:
     root, folder = tmp_path / "root", str(tmp_path / "pyramid")
     path = str(write_shown(root / "shown.mp4", matrix, frames=4, height=80, width=120))
     shown = frames_of(path).numpy().astype(float)
-    (row,) = build(folder, str(root), ["shown.mp4"], Layout((80,), 80), processes=1)
+    (row,) = encode_pyramid(folder, str(root), ["shown.mp4"], PyramidLayout((80,), 80), processes=1)
     assert not row.failure
     level = frames_of(path, Pyramid(folder, str(root), PyAV()), 80).numpy().astype(float)
     assert psnr(level, shown) > 32
@@ -87,7 +87,7 @@ def matrix_bytes(a: float, b: float, c: float, d: float) -> bytes:
 
 
 def test_degrees_and_mirrors_are_named() -> None:
-    named = {name: from_matrix(matrix_bytes(*matrix)) for name, matrix in SYMMETRIES.items()}
+    named = {name: orientation_from_matrix(matrix_bytes(*matrix)) for name, matrix in SYMMETRIES.items()}
     assert {name: (turn.degrees, turn.mirrored) for name, turn in named.items()} == {
         "as stored": (0, False),
         "half turn": (180, False),
@@ -106,7 +106,7 @@ def test_another_angle_becomes_the_nearest_quarter_turn_and_check_says_so(
     tmp_path: Path, degrees: int, nearest: int
 ) -> None:
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = from_matrix(matrix_bytes(cos, -sin, sin, cos))
+    turn = orientation_from_matrix(matrix_bytes(cos, -sin, sin, cos))
     assert (turn.degrees, turn.mirrored, turn.exact) == (nearest, False, False)
     path = str(write_shown(tmp_path / "shown.mp4", (cos, -sin, sin, cos), frames=3))
     (finding,) = check([path], processes=1)
@@ -115,5 +115,5 @@ def test_another_angle_becomes_the_nearest_quarter_turn_and_check_says_so(
 
 
 def test_no_matrix_and_an_empty_one_leave_pictures_as_they_are() -> None:
-    assert from_matrix(bytes(36)).upright
-    assert from_matrix(matrix_bytes(2, 0, 0, 1.5)).upright, "a scale is no turn"
+    assert orientation_from_matrix(bytes(36)).upright
+    assert orientation_from_matrix(matrix_bytes(2, 0, 0, 1.5)).upright, "a scale is no turn"

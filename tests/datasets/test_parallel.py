@@ -6,7 +6,7 @@ import resource
 
 import pytest
 
-from mgvideo.datasets.parallel import parallel
+from mgvideo.datasets.parallel import parallel_map
 from mgvideo.errors import UserError
 
 
@@ -15,6 +15,6 @@ def test_processes_that_cannot_be_started_are_no_fault_of_an_output() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no file may grow, as where /dev/shm is full
     try:
         with pytest.raises(UserError, match=r"cannot start 2 processes: File too large; give fewer with processes="):
-            next(parallel(str, range(5_000_000), 2))
+            next(parallel_map(str, range(5_000_000), 2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

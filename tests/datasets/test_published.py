@@ -77,7 +77,7 @@ def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
     assert len(of(None)) == 5
     assert of("val").labels.tolist() == [1, 2, 4], "numbered alike in each"
     (tmp_path / "all.csv").write_text("\n".join(rows[:3]))
-    with pytest.raises(UserError, match=r"all\.csv: no clips of split=test, but of train, val; choose one of them"):
+    with pytest.raises(UserError, match=r"all\.csv: no clips of split=test, only of train, val; choose one of them"):
         kinetics(str(tmp_path), "all.csv", num_classes=2, split="test")
 
 
@@ -92,8 +92,8 @@ def test_kinetics_passes_over_leftovers_and_names_what_it_skips(tmp_path: Path) 
     assert paths(dataset, tmp_path) == ["harp/aaa-bbb_ccc_000010_000020.mp4", "harp/ddd_000000_000010.MTS"]
     assert dataset.notes == [
         f"train.csv: 2 of 4 clips are not under {tmp_path} and left out",
-        f"{tmp_path}: skipped files that are no videos by their extension: 1 .part",
-        f"{tmp_path}: skipped what other programs left there: ._*, @eaDir",
+        f"{tmp_path}: skipped files without a video extension: 1 .part",
+        f"{tmp_path}: skipped files of other programs: ._*, @eaDir",
     ]
 
 

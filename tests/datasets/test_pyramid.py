@@ -14,12 +14,12 @@ from videos import number_of, write, write_turned
 from mgvideo.datasets import pyramid as pyramid_module
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.lists import video_list
-from mgvideo.datasets.pyramid import Layout, Pyramid, build, level_path
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid, level_path
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
 
-LAYOUT = Layout(sides=(40, 60, 80), largest=100)
+LAYOUT = PyramidLayout(sides=(40, 60, 80), largest=100)
 PATHS = ["deep/a.mp4", "b frames.mkv", "late.mp4", "odd.mp4"]
 
 
@@ -37,13 +37,15 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pyramid(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pyramid")
-    build(str(folder), str(originals), PATHS, LAYOUT, processes=1)
+    encode_pyramid(str(folder), str(originals), PATHS, LAYOUT, processes=1)
     return folder
 
 
 def test_layouts_follow_a_plan() -> None:
-    assert Layout.of([224, 158, 112, 224], (256, 320), original=256) == Layout((128, 182, 256), 320)
-    assert Layout.of([224, 158, 112], (256, 320), original=1080).sides == (160, 226, 320)
+    assert PyramidLayout.for_sizes([224, 158, 112, 224], (256, 320), original=256) == PyramidLayout(
+        (128, 182, 256), 320
+    )
+    assert PyramidLayout.for_sizes([224, 158, 112], (256, 320), original=1080).sides == (160, 226, 320)
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -118,7 +120,7 @@ def test_colours_are_the_same_with_a_pyramid(
     name = "a.mp4"
     written = {"pix_fmt": pix_fmt, "options": {"crf": "5"}, "colours": colours, "picture": vivid}
     write(tmp_path / "root" / name, 4, 100, 150, **written)  # type: ignore[arg-type]
-    build(folder, root, [name], Layout(sides=(100,), largest=100), processes=1)
+    encode_pyramid(folder, root, [name], PyramidLayout(sides=(100,), largest=100), processes=1)
     pictures = []
     for opener in (decoder, Pyramid(folder, root, decoder)):
         with opener.open(str(tmp_path / "root" / name), 100) as video:
@@ -133,7 +135,7 @@ def test_levels_of_a_rotated_video_are_upright(tmp_path: Path) -> None:
     root, folder = tmp_path / "root", str(tmp_path / "pyramid")
     root.mkdir()
     write_turned(root / "a.mp4", height=80, width=120)
-    (row,) = build(folder, str(root), ["a.mp4"], LAYOUT, processes=1)
+    (row,) = encode_pyramid(folder, str(root), ["a.mp4"], LAYOUT, processes=1)
     assert (row.failure, row.short_side) == ("", 80)
     with (
         Pyramid(folder, str(root), PyAV()).open(str(root / "a.mp4"), 40) as level,
@@ -159,7 +161,7 @@ def test_the_estimate_is_made_from_videos_of_all_folders(originals: Path, tmp_pa
             (root / name / f"{i}.mp4").symlink_to(originals / "deep/a.mp4" if name == "a" else originals / "odd.mp4")
     names = [f"{name}/{i}.mp4" for name in ("a", "b") for i in range(16)]
     estimates: list[int] = []
-    rows = build(
+    rows = encode_pyramid(
         str(tmp_path / "pyramid"), str(root), [*names, names[0]], LAYOUT, processes=1, estimate=estimates.append
     )
     assert [row.path for row in rows] == names, "once each"
@@ -173,12 +175,14 @@ def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tm
     kept = Path(level_path(str(tmp_path), 40, json.loads(lines[0])["path"]))
     before = kept.stat().st_mtime_ns
     calls: list[tuple[int, int]] = []
-    rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total)))
+    rows = encode_pyramid(
+        str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total))
+    )
     assert calls == [(1, 2), (2, 2)]
     assert kept.stat().st_mtime_ns == before
     assert [(row.path, row.frames, row.failure) for row in rows] == [(path, 40, "") for path in PATHS]
     with pytest.raises(UserError, match=r"holds a pyramid of levels \(40, 60, 80\), not \(30,\)"):
-        build(str(tmp_path), str(originals), PATHS, Layout((30,), 100))
+        encode_pyramid(str(tmp_path), str(originals), PATHS, PyramidLayout((30,), 100))
 
 
 def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: Path, tmp_path: Path) -> None:
@@ -189,7 +193,9 @@ def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: P
     (root / "whole.mp4").write_bytes(whole)
     estimates: list[int] = []
     folder = tmp_path / "pyramid"
-    rows = build(str(folder), str(root), ["cut.mp4", "gone.mp4", "whole.mp4"], LAYOUT, 2, estimate=estimates.append)
+    rows = encode_pyramid(
+        str(folder), str(root), ["cut.mp4", "gone.mp4", "whole.mp4"], LAYOUT, 2, estimate=estimates.append
+    )
     assert [bool(row.failure) for row in rows] == [True, True, False]
     assert "No such file" in rows[1].failure
     made = sum(Path(level_path(str(folder), side, "whole.mp4")).stat().st_size for side in LAYOUT.sides)
@@ -207,7 +213,7 @@ def test_whatever_a_library_raises_over_a_video_is_a_failure(
         raise AttributeError("'NoneType' object has no attribute 'thread_count'")
 
     monkeypatch.setattr(pyramid_module, "_encode", encode)
-    rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, processes=1)
+    rows = encode_pyramid(str(tmp_path), str(originals), PATHS, LAYOUT, processes=1)
     assert {row.failure for row in rows} == {"'NoneType' object has no attribute 'thread_count'"}
 
 
@@ -217,8 +223,8 @@ def test_a_folder_without_a_pyramid_says_so(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault_of_the_videos(originals: Path, tmp_path: Path) -> None:
-    build(str(tmp_path), str(originals), PATHS[:1], LAYOUT, processes=1)
+    encode_pyramid(str(tmp_path), str(originals), PATHS[:1], LAYOUT, processes=1)
     shutil.rmtree(tmp_path / "short60")
     (tmp_path / "short60").touch()
-    with pytest.raises(UserError, match=rf"^cannot write into {tmp_path}: .*; a repeat goes on"):
-        build(str(tmp_path), str(originals), PATHS[1:2], LAYOUT, processes=1)
+    with pytest.raises(UserError, match=rf"^cannot write into {tmp_path}: .*; repeat the command to continue"):
+        encode_pyramid(str(tmp_path), str(originals), PATHS[1:2], LAYOUT, processes=1)

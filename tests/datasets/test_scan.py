@@ -60,7 +60,7 @@ def test_leftovers_are_no_videos_and_are_named(tmp_path: Path) -> None:
         **{"._*": 2, "hidden files": 1},
     }
     (note,) = scan.notes("here")
-    assert note.startswith("here: skipped what other programs left there: .AppleDouble, ._* (2 times), ")
+    assert note.startswith("here: skipped files of other programs: .AppleDouble, ._* (2 times), ")
 
 
 def test_a_leftover_that_cannot_be_listed_is_not_looked_into(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_is_skipped_is_counted_by_extension(tmp_path: Path) -> None:
     scan = scan_folder(str(tmp_path))
     assert scan.skipped == {".xyz": 2, ".jpg": 1, "without extension": 1}, "annotations at the top are expected"
     (note,) = scan.notes("here")
-    assert note == ("here: skipped files that are no videos by their extension: 2 .xyz, 1 .jpg, 1 without extension")
+    assert note == ("here: skipped files without a video extension: 2 .xyz, 1 .jpg, 1 without extension")
     touch(tmp_path, *(f"run/x.{name}" for name in "abcdef"))
     assert scan_folder(str(tmp_path)).extensions().endswith(", and 4 more")
 

@@ -18,7 +18,7 @@ from mgvideo.datasets.charades import charades
 from mgvideo.datasets.decoders import Decoder, PyAV
 from mgvideo.datasets.folder import video_folder
 from mgvideo.datasets.frame_cache import FrameCache
-from mgvideo.datasets.pyramid import Layout, Pyramid, build
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
 
@@ -78,7 +78,7 @@ def test_levels_and_kept_frames_have_the_times_of_their_originals(tmp_path: Path
         "vp8.webm",
     ]
     folder = str(tmp_path / "pyramid")
-    rows = build(folder, str(FIELD), names, Layout((36,), 36), processes=1)
+    rows = encode_pyramid(folder, str(FIELD), names, PyramidLayout((36,), 36), processes=1)
     assert [row.failure for row in rows] == [""] * len(names)
     pyramid, cache = Pyramid(folder, str(FIELD), decoder), FrameCache(str(tmp_path / "kept"), decoder, 1)
     for name in names:

@@ -21,7 +21,7 @@ from mgvideo.cli.progress import ProgressLog
 from mgvideo.cli.schema import key
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.pyramid import Pyramid
-from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
+from mgvideo.datasets.timing import DECODE_FUNCTIONS, STAGES, Clock, DecodeOnlyDataset, TimedDataset, TimedDecoder
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.loading.loader import Batch, Loader, LoaderOptions, collate
 from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
@@ -150,7 +150,9 @@ def measure_all(
                     loader = Loader(TimedDataset(dataset, clock), options, collate=partial(_timed_collate, clock))
                     measure(loader, requests, clock, given.seconds, case.loader[grid.name])
                     clock = Clock(options.num_workers)
-                    bare = DecodeOnly(dataset, DECODE[case.decoder], pyramid.locate if pyramid else None, clock)
+                    bare = DecodeOnlyDataset(
+                        dataset, DECODE_FUNCTIONS[case.decoder], pyramid.locate if pyramid else None, clock
+                    )
                     measure(Loader(bare, options), requests, clock, given.seconds, case.bare[grid.name])
                     done += 1
                     progress(done, total)
