@@ -200,8 +200,8 @@ def _display_problems(video: PyAVVideo) -> Iterator[tuple[str, str]]:
     if not turn.upright or not turn.exact:
         words = [f"by {turn.degrees} degrees"] if turn.degrees else []
         words += ["mirrored left to right"] if turn.mirrored else []
-        reason = ", then ".join(words) or "not at all"
-        near = "" if turn.exact else "the nearest quarter turn to the angle in its file: "
+        reason = ", then ".join(words) or "by 0 degrees"
+        near = "" if turn.exact else "rounded to a quarter turn: "
         yield "rotated", f"{near}{reason}; PyAV reads it for every decoder"
     aspect = video.stream.sample_aspect_ratio
     if aspect and aspect != 1:

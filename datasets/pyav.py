@@ -59,7 +59,7 @@ class PyAVVideo(Video):
         self.needed: set[int] | None = None  # IDs of the frames to decode; None: all
         self.reformatter = av.video.reformatter.VideoReformatter()
         self.container, self.stream = open_stream(path, local)
-        self.index = int(self.stream.index)  # a closed container has no index
+        self.index = int(self.stream.index)  # kept, because it cannot be read after the container is closed
         try:
             self._read_properties(short_side)
         except BaseException:

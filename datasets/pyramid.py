@@ -39,13 +39,9 @@ OPTIONS = {
     "bf": "0",
     "threads": "1",
 }
-COLOUR_FIELDS = (
-    "colorspace",
-    "color_range",
-    "color_primaries",
-    "color_trc",
-)  # fields of a frame that describe its colours
-SAMPLE_VIDEOS = 16  # videos to encode before estimating the size of the pyramid
+# fields of a frame that describe its colours
+COLOUR_FIELDS = ("colorspace", "color_range", "color_primaries", "color_trc")
+SAMPLE_VIDEOS = 16  # number of videos to encode before estimating the size of the pyramid
 
 
 @dataclass(frozen=True)

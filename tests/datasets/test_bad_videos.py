@@ -1,4 +1,4 @@
-"""The run program over a dataset with everything that may be wrong with a file: what it names, and what it does not."""
+"""Test the run program with all kinds of bad video files: which ones it reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """Files by what they are: `good` and `bad` ones to train on, `missing` ones to test on; lists of them all."""
+    """Write `good` and `bad` training files, `missing` validation files and the list files; returns kind → name → path."""
     root = tmp_path_factory.mktemp("bad")
     good = {f"plain {i}": write(root / f"train/plain {i}.mp4", options={"g": "12"}) for i in range(PLAIN)}
     good |= odd_files(root / "train")
@@ -37,7 +37,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
     bad = bad_files(root / "train")
     forbidden = write(root / "train/forbidden.mp4")
     forbidden.chmod(0)
-    (good if os.access(forbidden, os.R_OK) else bad)["forbidden"] = forbidden  # root may read anything
+    (good if os.access(forbidden, os.R_OK) else bad)["forbidden"] = forbidden  # root can read every file
     missing = bad_files(root / "val")
     twice = [good["plain 0"], good["av1"], bad["text"]]
     for name, listed in (
@@ -50,14 +50,14 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
 
 
 def named(folder: Path, root: Path, top: str) -> dict[str, str]:
-    """The paths in bad_videos.csv that lie under a folder of the dataset, and the reasons given."""
+    """Read bad_videos.csv; returns path → reason for the paths under a folder of the dataset."""
     with open(folder / "bad_videos.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {row["path"]: row["reason"] for row in rows if Path(row["path"]).is_relative_to(root / top)}
 
 
 @pytest.mark.parametrize("decoder", ["pyav", DECORD, "torchcodec"])
-def test_training_survives_every_file_and_names_the_bad_ones(
+def test_training_survives_all_bad_files_and_reports_them(
     paths: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
 ) -> None:
     if decoder == "torchcodec":

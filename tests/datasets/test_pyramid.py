@@ -1,4 +1,4 @@
-"""Pyramids: the same frames, smaller, in the file that suits the clip."""
+"""Test pyramids: levels have the same frames, and readers open the right level."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pyramid(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_layouts_follow_a_plan() -> None:
+def test_layout_for_sizes_of_a_plan() -> None:
     assert PyramidLayout.for_sizes([224, 158, 112, 224], (256, 320), original=256) == PyramidLayout(
         (128, 182, 256), 320
     )
@@ -49,7 +49,7 @@ def test_layouts_follow_a_plan() -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, name: str) -> None:
+def test_levels_have_every_frame_at_their_size(originals: Path, pyramid: Path, name: str) -> None:
     with PyAV().open(str(originals / name)) as video:
         short, times = min(video.height, video.width), video.times
     for side in LAYOUT.sides:
@@ -67,12 +67,12 @@ def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, n
         ("deep/a.mp4", 50, 40),  # an original of 80 is enlarged 1.25 times for the base's 100
         ("deep/a.mp4", 51, 60),
         ("deep/a.mp4", 100, 80),
-        ("odd.mp4", 100, 60),  # all there is
+        ("odd.mp4", 100, 60),  # the largest level
         ("deep/a.mp4", 101, None),
         ("gone.mp4", 40, None),
     ],
 )
-def test_a_reader_takes_the_smallest_level_that_is_sharp_enough(
+def test_reader_opens_the_smallest_sharp_level(
     originals: Path, pyramid: Path, name: str, drawn: int, side: int | None
 ) -> None:
     opened = []
@@ -88,7 +88,7 @@ def test_a_reader_takes_the_smallest_level_that_is_sharp_enough(
 
 
 @pytest.mark.parametrize("decoder", [PyAV(), Decord()])
-def test_clips_show_the_same_with_a_pyramid(originals: Path, pyramid: Path, decoder: PyAV | Decord) -> None:
+def test_clips_are_the_same_with_a_pyramid(originals: Path, pyramid: Path, decoder: PyAV | Decord) -> None:
     plain = video_list(str(originals), "list.csv", decoder=decoder, flip=False)
     fast = video_list(str(originals), "list.csv", decoder=Pyramid(str(pyramid), str(originals), decoder), flip=False)
     grid = Grid(6, 40, (2, 5), (40, 56))
@@ -104,7 +104,7 @@ FULL = {"color_range": 2}
 
 
 def vivid(number: int, height: int, width: int) -> np.ndarray:
-    """A frame of one strong colour: those that BT.709 and BT.601 differ in."""
+    """Draw a frame in one strong colour, which BT.709 and BT.601 convert differently."""
     return np.full((height, width, 3), [(220, 30, 30), (30, 200, 30), (30, 30, 220), (245, 245, 245)][number], np.uint8)
 
 
@@ -146,14 +146,14 @@ def test_levels_of_a_rotated_video_are_upright(tmp_path: Path) -> None:
     assert (small - large[:, ::2, ::2]).abs().mean() < 8
 
 
-def test_a_level_that_was_lost_is_read_from_the_original(originals: Path, pyramid: Path, tmp_path: Path) -> None:
+def test_missing_level_is_read_from_the_original(originals: Path, pyramid: Path, tmp_path: Path) -> None:
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     Path(level_path(str(tmp_path), 40, "deep/a.mp4")).unlink()
     with Pyramid(str(tmp_path), str(originals), PyAV()).open(str(originals / "deep/a.mp4"), 40) as video:
         assert min(video.height, video.width) == 80
 
 
-def test_the_estimate_is_made_from_videos_of_all_folders(originals: Path, tmp_path: Path) -> None:
+def test_estimate_samples_all_folders(originals: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -168,7 +168,7 @@ def test_the_estimate_is_made_from_videos_of_all_folders(originals: Path, tmp_pa
     assert estimates == [pytest.approx(sum(row.level_bytes for row in rows), rel=0.001)]
 
 
-def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tmp_path: Path) -> None:
+def test_killed_build_continues(originals: Path, pyramid: Path, tmp_path: Path) -> None:
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
@@ -185,7 +185,7 @@ def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tm
         encode_pyramid(str(tmp_path), str(originals), PATHS, PyramidLayout((30,), 100))
 
 
-def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: Path, tmp_path: Path) -> None:
+def test_video_that_cannot_be_encoded_is_reported_and_read_from_the_original(originals: Path, tmp_path: Path) -> None:
     whole = (originals / "deep/a.mp4").read_bytes()
     root = tmp_path / "root"
     root.mkdir()
@@ -206,9 +206,7 @@ def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: P
         assert min(video.height, video.width) == 40
 
 
-def test_whatever_a_library_raises_over_a_video_is_a_failure(
-    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_library_error_is_a_failure_row(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(source: str, targets: object) -> None:
         raise AttributeError("'NoneType' object has no attribute 'thread_count'")
 
@@ -217,12 +215,12 @@ def test_whatever_a_library_raises_over_a_video_is_a_failure(
     assert {row.failure for row in rows} == {"'NoneType' object has no attribute 'thread_count'"}
 
 
-def test_a_folder_without_a_pyramid_says_so(tmp_path: Path) -> None:
+def test_folder_without_a_pyramid_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no pyramid in .*; build it with tools/prepare_data\.py"):
         Pyramid(str(tmp_path), str(tmp_path), PyAV())
 
 
-def test_a_folder_that_cannot_be_written_is_no_fault_of_the_videos(originals: Path, tmp_path: Path) -> None:
+def test_unwritable_folder_raises_user_error(originals: Path, tmp_path: Path) -> None:
     encode_pyramid(str(tmp_path), str(originals), PATHS[:1], LAYOUT, processes=1)
     shutil.rmtree(tmp_path / "short60")
     (tmp_path / "short60").touch()
