@@ -48,23 +48,23 @@ ODDITIES = {
 
 @pytest.mark.parametrize("fully", [True, False])
 def test_check_reports_unusual_files(fully: bool) -> None:
-    found: dict[str, list[str]] = {name: [] for name in NUMBERS}
+    findings: dict[str, list[str]] = {name: [] for name in NUMBERS}
     for finding in check([str(FIELD / name) for name in NUMBERS], fully=fully, processes=1):
-        found[Path(finding.path).name].append(finding.problem)
+        findings[Path(finding.path).name].append(finding.problem)
         assert finding.reason
-    assert {name: problems for name, problems in found.items() if problems} == ODDITIES
+    assert {name: problems for name, problems in findings.items() if problems} == ODDITIES
 
 
 def test_check_reports_stretched_and_interlaced_videos(tmp_path: Path) -> None:
     wide = write(tmp_path / "wide.mp4", options={"x264-params": "sar=16/11"})
     halves = write_fields(tmp_path / "halves.ts", 10)
-    found = check([str(wide), str(halves)], processes=1)
-    assert [(Path(finding.path).name, finding.problem) for finding in found] == [
+    findings = check([str(wide), str(halves)], processes=1)
+    assert [(Path(finding.path).name, finding.problem) for finding in findings] == [
         ("wide.mp4", "stretched"),
         ("halves.ts", "slow"),
         ("halves.ts", "interlaced"),
     ]
-    assert "16:11" in found[0].reason
+    assert "16:11" in findings[0].reason
     with PyAV().open(str(wide)) as video:
         assert (video.height, video.width) == (60, 80), "as they are stored"
 
@@ -127,8 +127,8 @@ def test_check_folders_of_images(tmp_path: Path) -> None:
     last.write_bytes(last.read_bytes()[:60])
     (tmp_path / "empty").mkdir()
     paths = [str(tmp_path / name) for name in ("whole", "cut", "short", "empty", "gone")]
-    found = check(paths, 3, processes=1, decoder=FrameFolders(24))
-    assert [(Path(finding.path).name, finding.problem) for finding in found] == [
+    findings = check(paths, 3, processes=1, decoder=FrameFolders(24))
+    assert [(Path(finding.path).name, finding.problem) for finding in findings] == [
         ("cut", "unreadable"),
         ("short", "too short"),
         ("empty", "unreadable"),

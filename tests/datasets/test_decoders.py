@@ -184,8 +184,8 @@ def test_reading_does_not_leak_memory(tmp_path: Path) -> None:
             with PyAV().open(path, 24) as video:
                 video.read([20, 5, 12])
         gc.collect()
-        found = mallinfo()
-        return found.used + found.mapped
+        info = mallinfo()
+        return info.used + info.mapped
 
     before = used_after(100)
     assert (used_after(500) - before) / 500 < 100, "bytes a reading: a demultiplexing that is left open keeps 160"

@@ -162,7 +162,7 @@ def test_all_video_extensions_are_read_and_skipped_files_noted(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("paths", "found"),
+    ("paths", "listed_files"),
     [
         (["run/a.xyz"], "run (1 .xyz)"),
         (["a.mp4", "b.mp4"], "not read, because in no class folder: a.mp4, b.mp4"),
@@ -170,10 +170,11 @@ def test_all_video_extensions_are_read_and_skipped_files_noted(tmp_path: Path) -
         (["train/run/a.xyz", "val/run/b.mp4"], "expected a folder of videos per class in train; .*run (1 .xyz)"),
     ],
 )
-def test_no_videos_error_names_the_files(tmp_path: Path, paths: list[str], found: str) -> None:
+def test_no_videos_error_names_the_files(tmp_path: Path, paths: list[str], listed_files: str) -> None:
     tree(tmp_path, *paths)
     with pytest.raises(
-        UserError, match=f"no videos for train; .*{found.replace('(', chr(92) + '(').replace(')', chr(92) + ')')}"
+        UserError,
+        match=f"no videos for train; .*{listed_files.replace('(', chr(92) + '(').replace(')', chr(92) + ')')}",
     ):
         video_folder(str(tmp_path), "train")
 

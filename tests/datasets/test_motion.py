@@ -26,16 +26,16 @@ def test_motion_is_created_once_and_deterministic(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         first, second = pool.map(make_motion, [str(tmp_path / "a")] * 2, [SMALL] * 2, [1, 2])
     assert first == second
-    made = files(first)
-    assert made == files(make_motion(str(tmp_path / "b"), SMALL, processes=1))
-    assert sorted(made) == sorted(
+    contents = files(first)
+    assert contents == files(make_motion(str(tmp_path / "b"), SMALL, processes=1))
+    assert sorted(contents) == sorted(
         ["classes.txt", "knobs.json", "train.csv", "val.csv"]
         + [f"train/{i:05d}.mp4" for i in range(16)]
         + [f"val/{i:05d}.mp4" for i in range(8)]
     )
     other = make_motion(str(tmp_path / "a"), Knobs(train=2, val=1, frames=4, height=32, width=48), processes=1)
     assert other != first
-    assert files(first) == made, "other knobs must leave the first dataset alone"
+    assert files(first) == contents, "other knobs must leave the first dataset alone"
 
 
 def test_motion_is_a_dataset(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_single_frames_do_not_reveal_the_class() -> None:
 
 
 def _features(frame: np.ndarray) -> np.ndarray:
-    """Return features: 8 × 12 brightness values of the frame and of the blob's mask, its area and spread, colour means."""
+    """Return features: 8 × 12 brightness values of the frame and of the blob's mask; its area, spread, colours."""
     grey = frame.astype(float).mean(-1)
     mask = abs(grey - np.median(grey)) > 15
     grids = [a.reshape(8, 4, 12, 4).mean((1, 3)).ravel() for a in (grey, mask)]

@@ -172,14 +172,14 @@ def test_killed_build_continues(originals: Path, pyramid: Path, tmp_path: Path) 
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
-    kept = Path(level_path(str(tmp_path), 40, json.loads(lines[0])["path"]))
-    before = kept.stat().st_mtime_ns
+    finished_level = Path(level_path(str(tmp_path), 40, json.loads(lines[0])["path"]))
+    before = finished_level.stat().st_mtime_ns
     calls: list[tuple[int, int]] = []
     rows = encode_pyramid(
         str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total))
     )
     assert calls == [(1, 2), (2, 2)]
-    assert kept.stat().st_mtime_ns == before
+    assert finished_level.stat().st_mtime_ns == before
     assert [(row.path, row.frames, row.failure) for row in rows] == [(path, 40, "") for path in PATHS]
     with pytest.raises(UserError, match=r"holds a pyramid of levels \(40, 60, 80\), not \(30,\)"):
         encode_pyramid(str(tmp_path), str(originals), PATHS, PyramidLayout((30,), 100))
@@ -198,9 +198,9 @@ def test_video_that_cannot_be_encoded_is_reported_and_read_from_the_original(ori
     )
     assert [bool(row.failure) for row in rows] == [True, True, False]
     assert "No such file" in rows[1].failure
-    made = sum(Path(level_path(str(folder), side, "whole.mp4")).stat().st_size for side in LAYOUT.sides)
-    assert rows[2].level_bytes == made
-    assert estimates[0] == pytest.approx(made * (len(whole) + 400) / len(whole), rel=0.01)
+    written_bytes = sum(Path(level_path(str(folder), side, "whole.mp4")).stat().st_size for side in LAYOUT.sides)
+    assert rows[2].level_bytes == written_bytes
+    assert estimates[0] == pytest.approx(written_bytes * (len(whole) + 400) / len(whole), rel=0.01)
     assert {path.name for path in folder.rglob("*.mp4")} == {"whole.mp4.mp4"}
     with Pyramid(str(folder), str(root), PyAV()).open(str(root / "whole.mp4"), 40) as video:
         assert min(video.height, video.width) == 40

@@ -25,14 +25,14 @@ def indices(request: ClipRequest, first: int, stop: int, sampling: Sampling = PL
 
 
 def test_draws_cover_their_ranges() -> None:
-    made = draws()
-    assert {draw.stride for draw in made} == set(range(2, 9))
-    assert {draw.short_side for draw in made} == set(range(128, 161))
-    assert 0.45 < np.mean([draw.flip for draw in made]) < 0.55
-    clips = [indices(ClipRequest(0, GRID, seed), 0, 62) for seed in range(2000) if made[seed].stride == 8]
+    clip_draws = draws()
+    assert {draw.stride for draw in clip_draws} == set(range(2, 9))
+    assert {draw.short_side for draw in clip_draws} == set(range(128, 161))
+    assert 0.45 < np.mean([draw.flip for draw in clip_draws]) < 0.55
+    clips = [indices(ClipRequest(0, GRID, seed), 0, 62) for seed in range(2000) if clip_draws[seed].stride == 8]
     starts = {clip[0] for clip in clips}
     assert starts == set(range(6)), "57 frames fit 62 in six ways"
-    largest = [crop_boxes(ClipRequest(0, GRID, 0), draw, 129, 128)[0] for draw in made if draw.short_side == 128]
+    largest = [crop_boxes(ClipRequest(0, GRID, 0), draw, 129, 128)[0] for draw in clip_draws if draw.short_side == 128]
     assert {box[:2] for box in largest} <= {(top, left) for top in range(18) for left in range(17)}
     assert {box.top for box in largest} | {box.left for box in largest} == set(range(18))
     assert {box[2:] for box in largest} == {(112, 112)}

@@ -80,13 +80,13 @@ def test_pyramid_levels_and_cached_frames_keep_their_times(tmp_path: Path, decod
     folder = str(tmp_path / "pyramid")
     rows = encode_pyramid(folder, str(FIELD), names, PyramidLayout((36,), 36), processes=1)
     assert [row.failure for row in rows] == [""] * len(names)
-    pyramid, cache = Pyramid(folder, str(FIELD), decoder), FrameCache(str(tmp_path / "kept"), decoder, 1)
+    pyramid, cache = Pyramid(folder, str(FIELD), decoder), FrameCache(str(tmp_path / "cached"), decoder, 1)
     for name in names:
         path = str(FIELD / name)
-        with PyAV().open(path) as video, pyramid.open(path, 36) as level, cache.open(path) as kept:
+        with PyAV().open(path) as video, pyramid.open(path, 36) as level, cache.open(path) as cached:
             assert level.path != path
             assert level.times == pytest.approx(video.times, abs=0.002), name
-            assert np.array_equal(kept.times, video.times)
+            assert np.array_equal(cached.times, video.times)
             shown = [number_of(frame, BITS) for frame in level.read(range(level.frames))]
         assert shown == NUMBERS[name]
 

@@ -37,8 +37,8 @@ def test_the_same_request_gives_the_same_clip_in_any_process(root: Path) -> None
     requests = [ClipRequest(index=i, grid=GRID, seed=100 + i) for i in range(3)]
     here = [clip_bytes(str(root), request) for request in requests]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        there = pool.starmap(clip_bytes, [(str(root), request) for request in requests])
-    assert here == there
+        in_other_processes = pool.starmap(clip_bytes, [(str(root), request) for request in requests])
+    assert here == in_other_processes
     assert len(set(here)) == 3
     assert clip_bytes(str(root), ClipRequest(index=0, grid=GRID, seed=101)) != here[0]
 
