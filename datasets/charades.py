@@ -1,4 +1,4 @@
-"""Charades: actions with times; training labels a clip by the actions that it shows, testing by all of the video's."""
+"""Charades: a training clip has the labels of the actions that it shows, a test clip all labels of its video."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .tables import is_header, read_lines, read_table
 from .video import VideoDataset, VideoEntry
 
 CLASSES = 157
-COLUMNS = ("id", "actions")  # of the official CSV that are read
+COLUMNS = ("id", "actions")  # columns of the official CSV that are read
 FRAME_COLUMNS = ["original_vido_id", "video_id", "frame_id", "path", "labels"]
-FRAMES_FPS = 24.0  # of the frames that Charades is distributed as
+FRAMES_FPS = 24.0  # frame rate of the official frame archive
 
 
 class Action(NamedTuple):
-    """Class and seconds, both ends included."""
+    """An action: its class, and start and end in seconds, both inclusive."""
 
     label: int
     start: float
@@ -56,17 +56,17 @@ class TimedDataset(VideoDataset):
         self._actions = np.array([action for group in actions for action in group]).reshape(-1, 3)
         self._bounds = np.cumsum([0, *(len(group) for group in actions)])
 
-    def _listed(self) -> list[bytes]:
-        return [*super()._listed(), self._actions.tobytes(), self._bounds.tobytes()]
+    def _fingerprint_parts(self) -> list[bytes]:
+        return [*super()._fingerprint_parts(), self._actions.tobytes(), self._bounds.tobytes()]
 
     def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
-        """Multi-hot labels of the actions that touch the stretch, or of all."""
+        """Return multi-hot labels, float32 `[classes]`, of the actions that overlap `seconds`, or of all actions."""
         if seconds is None:
             return super().label(index)
         labels, starts, ends = self._actions[self._bounds[index] : self._bounds[index + 1]].T
-        hot = torch.zeros(len(self.class_names))
-        hot[labels[(starts <= seconds[1]) & (ends >= seconds[0])].astype(np.int64)] = 1
-        return hot
+        multi_hot = torch.zeros(len(self.class_names))
+        multi_hot[labels[(starts <= seconds[1]) & (ends >= seconds[0])].astype(np.int64)] = 1
+        return multi_hot
 
 
 def charades(
@@ -77,10 +77,13 @@ def charades(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> TimedDataset:
-    """The videos of an official CSV (`Charades_v1_train.csv`) or of a frame list, told apart by the header.
+    """Build a dataset from an official CSV (`Charades_v1_train.csv`) or a frame list, recognised by the header.
 
-    A CSV's videos are `root/videos/ID.mp4`. A frame list, as PySlowFast's, has a line for each frame, `original_vido_id
-    video_id frame_id path labels`; its videos are folders of images, `root/videos/ID/`. Raises UserError.
+    The videos of a CSV are `root/videos/ID.mp4`. A frame list (PySlowFast's format) has a line for each frame,
+    `original_vido_id video_id frame_id path labels`, and its videos are folders of images, `root/videos/ID/`.
+
+    Raises:
+        UserError: A file cannot be read or a line is wrong.
     """
     check_root(root)
     file = join(root, annotations)
@@ -98,12 +101,13 @@ def charades(
     names = [line.partition(" ")[2] for line in read_classes(join(root, classes_file))]
     if names and len(names) != CLASSES:
         raise UserError(f"{join(root, classes_file)}: {len(names)} classes, not {CLASSES}")
-    names = names or [f"c{place:03d}" for place in range(CLASSES)]
+    names = names or [f"c{label:03d}" for label in range(CLASSES)]
     sampling = Sampling(flip=flip, inverse_jitter=True)
     return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling)
 
 
 def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:
+    """Parse the official CSV; returns video ID → actions. Raises UserError."""
     actions: dict[str, list[Action]] = {}
     for number, row in read_table(file, lines, COLUMNS, exact=COLUMNS):
         name, text = row.get("id", ""), row.get("actions", "")
@@ -117,7 +121,7 @@ def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:
 
 
 def _action(text: str) -> Action:
-    """An action `c092 11.90 21.20`; raises ValueError."""
+    """Parse an action `c092 11.90 21.20`; raises ValueError."""
     name, start, end = text.split()
     action = Action(_label(name.removeprefix("c")), float(start), float(end))
     if not (math.isfinite(action.start) and math.isfinite(action.end)):
@@ -126,27 +130,30 @@ def _action(text: str) -> Action:
 
 
 def _from_frames(file: str, lines: list[str]) -> dict[str, list[Action]]:
-    """Each frame's labels become actions as long as a frame; neighbours of one class are joined."""
+    """Parse a frame list; returns video ID → actions. Raises UserError.
+
+    Consecutive frames with the same label become one action.
+    """
     actions: dict[str, list[Action]] = {}
-    latest: dict[tuple[str, int], int] = {}
+    latest: dict[tuple[str, int], int] = {}  # (video, label) → index of its latest action
     rows = csv.reader(lines[1:], delimiter=" ", strict=True)
     for number in range(2, len(lines) + 1):
         row: list[str] = []
         try:
             row = next(rows)
-            if rows.line_num != number - 1:  # quotes that are closed in a later line
+            if rows.line_num != number - 1:  # quotes that close in a later line
                 raise ValueError
             if not row:
                 continue
             name, frame, labels = row[0], int(row[2]), [_label(part) for part in row[4].split(",") if part]
         except (IndexError, ValueError, csv.Error):
-            found = repr(lines[number - 1][:80])
-            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {found}") from None
+            line = repr(lines[number - 1][:80])
+            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {line}") from None
         group, time = actions.setdefault(name, []), frame / FRAMES_FPS
         for label in labels:
-            place = latest.get((name, label))
-            if place is not None and time - group[place].end < 1.5 / FRAMES_FPS:
-                group[place] = group[place]._replace(end=time)
+            last = latest.get((name, label))
+            if last is not None and time - group[last].end < 1.5 / FRAMES_FPS:
+                group[last] = group[last]._replace(end=time)
             else:
                 latest[name, label] = len(group)
                 group.append(Action(label, time, time))
@@ -154,6 +161,7 @@ def _from_frames(file: str, lines: list[str]) -> dict[str, list[Action]]:
 
 
 def _label(text: str) -> int:
+    """Parse a label; raises ValueError if it is not a class."""
     label = int(text)
     if not 0 <= label < CLASSES:
         raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Checking a dataset's files before a run trips over them: what is missing, unreadable, too short or odd, and why."""
+"""Check a dataset's files before a run: find missing, unreadable, short and unusual videos, with reasons."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ import numpy as np
 from mgvideo.storage.paths import is_remote, join
 
 from .frame_table import video_streams
-from .parallel import Progress, parallel, silent
+from .parallel import FileProgress, ignore_progress, parallel_map
 from .pyav import PyAV, PyAVVideo
 from .video import VideoDataset
 from .videofile import DecodeError, Decoder, Video
 
-BROKEN = ("missing", "unreadable")  # problems that cost a video; the others are worth a look
-AGAIN = (*BROKEN, "too short")  # those that another copy of the file would mend
-CHUNK = 64  # frames decoded at once
-THUMBNAIL = 64  # short side that they are shrunk to where they are large
+BROKEN = ("missing", "unreadable")  # problems that make a video unusable; the others are warnings
+RECHECKED = (*BROKEN, "too short")  # problems that a new copy of the file may fix
+CHUNK_FRAMES = 64  # frames to decode at once
+THUMBNAIL_SIDE = 64  # short side to which large frames are shrunk, see Decoder.open
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with a video, or unusual: `problem` is a word of docs/datasets/preparation.md.
+    """A problem or a warning about a video; `problem` is one of the words in docs/datasets/preparation.md.
 
-    The first words are about the file, duplicate, conflicting labels and overlap about its lines in the lists.
+    "duplicate", "conflicting labels" and "overlap" concern its lines in the lists, the other words its file.
     """
 
     path: str
@@ -41,8 +41,8 @@ class Finding:
     reason: str
 
 
-class Line(NamedTuple):
-    """A line of a list: the video, the part of the dataset that lists it, its classes, the seconds that count."""
+class ListLine(NamedTuple):
+    """A line of a list: the video, the part of the dataset that lists it, its classes, its span in seconds."""
 
     path: str
     part: str
@@ -50,19 +50,19 @@ class Line(NamedTuple):
     span: tuple[float, float] = (0, math.inf)
 
 
-def listed(dataset: VideoDataset, part: str) -> list[Line]:
-    """What a dataset lists, with the videos that it has left out because they are not there."""
+def list_lines(dataset: VideoDataset, part: str) -> list[ListLine]:
+    """Return all lines of a dataset's list, including those of missing videos."""
     lines = []
     for entry in (*map(dataset.entry, range(len(dataset))), *dataset.missing):
         labels = entry.label if isinstance(entry.label, tuple) else (entry.label,)
         classes = tuple(dataset.class_names[label] for label in labels)
-        lines.append(Line(join(dataset.root, entry.path), part, classes, entry.span))
+        lines.append(ListLine(join(dataset.root, entry.path), part, classes, entry.span))
     return lines
 
 
-def repeated(lines: Iterable[Line]) -> list[Finding]:
-    """Videos listed twice, under different labels, or in two parts; stretches of one video are as many videos."""
-    groups: dict[tuple[str, tuple[float, float]], list[Line]] = {}
+def find_repeats(lines: Iterable[ListLine]) -> list[Finding]:
+    """Find videos listed twice, with different labels or in two parts; different spans of a video are not repeats."""
+    groups: dict[tuple[str, tuple[float, float]], list[ListLine]] = {}
     for line in lines:
         groups.setdefault((line.path, line.span), []).append(line)
     findings = []
@@ -82,136 +82,146 @@ def check(
     min_frames: int = 1,
     fully: bool = True,
     processes: int | None = None,
-    progress: Progress = silent,
+    progress: FileProgress = ignore_progress,
     journal: str | None = None,
     decoder: Decoder | None = None,
 ) -> list[Finding]:
-    """Decode every frame of every file, or the first, middle and last, and return what is wrong, in the order given.
+    """Decode the files and return the findings in the order of `paths`.
 
-    `min_frames`: fewer are too short. `progress` is told (files done, files). `journal`, a file, takes what is found as
-    it is found: a check that was killed goes on from there, if it asks for the same, and looks again at what another
-    copy may have mended; remove it when all is done. `decoder` opens the files: PyAV, or one of folders of images.
+    Args:
+        min_frames: A video with fewer frames is "too short".
+        fully: Decode every frame; otherwise only the first, the middle and the last.
+        processes: Number of worker processes; None: one a core.
+        progress: Called with (files done, files) after each file.
+        journal: A file to which findings are appended at once. A new check with the same `min_frames` and `fully`
+            continues from it, and checks again the videos that a new copy may have fixed. The caller removes it.
+        decoder: Opens the files; default: PyAV.
     """
-    asked = {"min_frames": min_frames, "fully": fully}
-    found = _read_journal(journal, asked)
-    every = list(dict.fromkeys(paths))
-    left = [path for path in every if path not in found]
+    settings = {"min_frames": min_frames, "fully": fully}
+    findings = _read_journal(journal, settings)
+    unique_paths = list(dict.fromkeys(paths))
+    remaining = [path for path in unique_paths if path not in findings]
     work = partial(check_file, min_frames=min_frames, fully=fully, decoder=decoder or PyAV())
-    with _begin_journal(journal, asked, found) as file:
-        for done, (path, rows) in enumerate(zip(left, parallel(work, left, processes), strict=True), start=1):
-            found[path] = rows
-            file.write(_row(path, rows))
+    with _open_journal(journal, settings, findings) as file:
+        for done, (path, rows) in enumerate(
+            zip(remaining, parallel_map(work, remaining, processes), strict=True), start=1
+        ):
+            findings[path] = rows
+            file.write(_journal_line(path, rows))
             file.flush()
-            progress(done, len(left))
-    return [finding for path in every for finding in found[path]]
+            progress(done, len(remaining))
+    return [finding for path in unique_paths for finding in findings[path]]
 
 
-def _row(path: str, findings: Sequence[Finding]) -> str:
+def _journal_line(path: str, findings: Sequence[Finding]) -> str:
     return json.dumps({"path": path, "findings": [asdict(finding) for finding in findings]}) + "\n"
 
 
-def _begin_journal(journal: str | None, asked: dict[str, int], found: dict[str, list[Finding]]) -> IO[str]:
-    """The journal, open to be continued: written anew, since a killed check may have left an unfinished line."""
+def _open_journal(journal: str | None, settings: dict[str, int], findings: dict[str, list[Finding]]) -> IO[str]:
+    """Rewrite the journal, because a killed check may have left an unfinished line, and open it for appending."""
     if journal is None:
         return open(os.devnull, "w", encoding="utf-8")
     part = f"{journal}.new"
     with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(asked) + "\n")
-        file.writelines(_row(path, rows) for path, rows in found.items())
+        file.write(json.dumps(settings) + "\n")
+        file.writelines(_journal_line(path, rows) for path, rows in findings.items())
     os.replace(part, journal)
     return open(journal, "a", encoding="utf-8")
 
 
-def _read_journal(journal: str | None, asked: dict[str, int]) -> dict[str, list[Finding]]:
-    """What a check that asked the same has found, and need not look at again."""
+def _read_journal(journal: str | None, settings: dict[str, int]) -> dict[str, list[Finding]]:
+    """Return the findings by path that an earlier check with the same settings recorded and that need no new check."""
     if journal is None or not os.path.isfile(journal):
         return {}
-    found = {}
+    findings = {}
     for number, line in enumerate(Path(journal).read_text(encoding="utf-8").splitlines()):
         try:
             content = json.loads(line)
         except ValueError:  # a line that a killed check did not finish
             continue
-        if number == 0 and content != asked:
+        if number == 0 and content != settings:
             return {}
-        if number and not any(row["problem"] in AGAIN for row in content["findings"]):
-            found[content["path"]] = [Finding(**row) for row in content["findings"]]
-    return found
+        if number and not any(row["problem"] in RECHECKED for row in content["findings"]):
+            findings[content["path"]] = [Finding(**row) for row in content["findings"]]
+    return findings
 
 
 def check_file(path: str, min_frames: int, fully: bool, decoder: Decoder) -> list[Finding]:
-    """What is wrong with one file."""
+    """Decode one file and return its findings."""
     if not is_remote(path) and not os.path.exists(path):
         return [Finding(path, "missing", "No such file")]
     try:
-        with decoder.open(path, THUMBNAIL) as video:
-            findings = [Finding(path, problem, reason) for problem, reason in _oddities(video, min_frames)]
-            every = range(video.frames) if fully else sorted({0, video.frames // 2, video.frames - 1})
-            for start in range(0, len(every), CHUNK):
-                video.read(every[start : start + CHUNK])
+        with decoder.open(path, THUMBNAIL_SIDE) as video:
+            findings = [Finding(path, problem, reason) for problem, reason in _find_problems(video, min_frames)]
+            indices = range(video.frames) if fully else sorted({0, video.frames // 2, video.frames - 1})
+            for start in range(0, len(indices), CHUNK_FRAMES):
+                video.read(indices[start : start + CHUNK_FRAMES])
     except DecodeError as error:
         return [Finding(path, "unreadable", error.reason)]
     return findings
 
 
-def _oddities(video: Video, min_frames: int) -> Iterator[tuple[str, str]]:
+def _find_problems(video: Video, min_frames: int) -> Iterator[tuple[str, str]]:
     if video.frames < min_frames:
         yield "too short", f"{video.frames} frames, fewer than {min_frames}"
-    if isinstance(video, PyAVVideo):  # images have neither times nor shapes of their own
-        yield from _times(video)
-        yield from _picture(video)
-        yield from _left_out(video)
+    if isinstance(video, PyAVVideo):  # folders of images have no timestamps and no display settings
+        yield from _time_problems(video)
+        yield from _display_problems(video)
+        yield from _unread_parts(video)
 
 
-def _times(video: PyAVVideo) -> Iterator[tuple[str, str]]:
-    """Where frames are not spaced evenly, and where the file does not say when they are shown."""
+def _time_problems(video: PyAVVideo) -> Iterator[tuple[str, str]]:
+    """Yield problems with the times of frames."""
     table = video.table
     gaps = np.diff(table.ticks)
-    # containers round times to their clock, so that even frames differ by a tick
+    # Containers round times to ticks, so evenly spaced frames may differ by one tick.
     if len(gaps) and gaps.max() - gaps.min() > max(1, 0.1 * gaps.min()):
         base = video.stream.time_base
         low, high = (float(gap * base) for gap in (gaps.min(), gaps.max()))
-        yield "variable frame rate", f"{low:.3g} to {high:.3g} s between frames, of which a stride counts each as one"
+        yield (
+            "variable frame rate",
+            f"{low:.3g} to {high:.3g} s between frames; frame_stride counts frames",
+        )
     if video.frames > 1 and table.ticks[0] == table.ticks[-1]:
         yield "zero duration", "all frames have the same time"
     if table.breaks:
         yield (
             "broken times",
-            f"at {table.breaks} of {video.frames} frames they are missing, repeat or start over: frames are read in "
-            "the order of decoding, and start and end count on from one to the next",
+            f"at {table.breaks} of {video.frames} frames times are missing, repeated or reset: frames are read in "
+            "decoding order, and start and end refer to continued times",
         )
     if table.counted:
-        yield "slow", "its packets do not tell its frames: each clip decodes it from its beginning; build a pyramid"
+        yield "slow", "its packets do not identify frames, so each clip decodes it from the beginning; build a pyramid"
 
 
-def _picture(video: PyAVVideo) -> Iterator[tuple[str, str]]:
-    """Where pictures are shown otherwise than they are stored."""
+def _display_problems(video: PyAVVideo) -> Iterator[tuple[str, str]]:
+    """Yield ways in which pictures are displayed differently from how they are stored."""
     turn = video.orientation
     if not turn.upright or not turn.exact:
         words = [f"by {turn.degrees} degrees"] if turn.degrees else []
         words += ["mirrored left to right"] if turn.mirrored else []
-        reason = ", then ".join(words) or "not at all"
-        near = "" if turn.exact else "the nearest to what its file asks for: "
-        yield "rotated", f"{near}{reason}; PyAV reads it under all decoders"
+        reason = ", then ".join(words) or "by 0 degrees"
+        near = "" if turn.exact else "rounded to a quarter turn: "
+        yield "rotated", f"{near}{reason}; PyAV reads it for every decoder"
     aspect = video.stream.sample_aspect_ratio
     if aspect and aspect != 1:
-        yield "stretched", f"pixels are shown {aspect.numerator}:{aspect.denominator} wide, and read as squares"
+        yield "stretched", f"pixels are shown {aspect.numerator}:{aspect.denominator} wide and read as squares"
     if video.interlaced:
-        yield "interlaced", "players join the two halves of a frame, which are read as they are stored"
+        yield "interlaced", "frames are read without deinterlacing"
 
 
-def _left_out(video: PyAVVideo) -> Iterator[tuple[str, str]]:
-    """What a file holds and is not read."""
+def _unread_parts(video: PyAVVideo) -> Iterator[tuple[str, str]]:
+    """Yield stored frames and streams that are not read."""
     if video.table.discarded:
-        yield "edit list", f"{video.table.discarded} stored frames are not shown, and not read"
+        yield "edit list", f"{video.table.discarded} stored frames are not displayed and not read"
     if video.table.damaged:
         yield "damaged", f"{video.table.damaged} of its packets are incomplete or follow lost ones"
     if video.table.lost:
-        yield "no keyframe", f"the first {video.table.lost} frames cannot be decoded, and are not read"
+        yield "no keyframe", f"the first {video.table.lost} frames cannot be decoded and are not read"
     videos = video_streams(video.container)
     if len(videos) > 1:
-        places = ", ".join(str(stream.index) for stream in videos)
-        yield "several videos", f"streams {places}, of which {video.index} is read"
+        indices = ", ".join(str(stream.index) for stream in videos)
+        yield "several videos", f"streams {indices}, of which {video.index} is read"
 
 
 def write_findings(file: str, findings: Sequence[Finding]) -> None:
@@ -222,8 +232,8 @@ def write_findings(file: str, findings: Sequence[Finding]) -> None:
         rows.writerows((finding.path, finding.problem, finding.reason) for finding in findings)
 
 
-def summary(findings: Sequence[Finding], classes: Mapping[str, Collection[str]]) -> dict[str, Counter[str]]:
-    """How often each problem occurs, in all (key "") and in each class; `classes` are those of each path."""
+def count_problems(findings: Sequence[Finding], classes: Mapping[str, Collection[str]]) -> dict[str, Counter[str]]:
+    """Count each problem over all videos (key "") and for each class; `classes` maps paths to class names."""
     table: dict[str, Counter[str]] = {"": Counter(finding.problem for finding in findings)}
     for finding in findings:
         for name in classes[finding.path]:
@@ -232,5 +242,5 @@ def summary(findings: Sequence[Finding], classes: Mapping[str, Collection[str]])
 
 
 def broken_share(findings: Sequence[Finding], total: int) -> float:
-    """Share of the `total` videos that cannot be read."""
+    """Return the fraction of the `total` videos that are missing or unreadable."""
     return len({finding.path for finding in findings if finding.problem in BROKEN}) / max(1, total)

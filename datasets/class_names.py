@@ -1,4 +1,4 @@
-"""Names of classes as people and programs write them: one spelling for each, an error where two classes look alike."""
+"""Normalise class names: one spelling for each class, and an error if two classes look alike."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from .tables import strip_quotes
 _INVISIBLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
 )
-_JOINERS = "\u200c\u200d"  # part of the spelling inside a Persian or Hindi word, invisible at its ends
-_LATIN = str.maketrans("асеһіјорԛѕԝхуο‘’ʼ`´“”‐‑‒–—−", "acehijopqswxyo'''''\"\"------")  # Cyrillic, Greek; marks
+_JOINERS = (
+    "\u200c\u200d"  # zero-width (non-)joiners: part of the spelling inside Persian and Hindi words, so only stripped
+)
+# Cyrillic and Greek look-alikes, quotes and dashes.
+_LATIN = str.maketrans("асеһіјорԛѕԝхуο‘’ʼ`´“”‐‑‒–—−", "acehijopqswxyo'''''\"\"------")
 
 
 def normalize_class_name(text: str) -> str:
-    """Give all variants of a class name one spelling: NFC, single spaces, nothing invisible, other bytes as `\\xe9`.
+    """Return the normal spelling of a class name.
 
-    macOS writes letters with accents as two characters (NFD), web pages and spreadsheets add non-breaking spaces,
-    zero-width characters and quotes around the whole name.
+    Composes accents (NFC; macOS writes NFD), collapses white space, removes invisible characters and enclosing quotes,
+    which web pages and spreadsheets add, and writes bytes that are not UTF-8 as `\\xe9`.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     text = " ".join(strip_quotes(_INVISIBLE.sub("", text).strip(_JOINERS)).split())
@@ -31,67 +34,72 @@ def normalize_class_name(text: str) -> str:
 
 
 def _escape(match: re.Match[str]) -> str:
+    """Write a surrogate as `\\xe9` if it stands for a byte (surrogateescape), else as `\\ud800`."""
     code = ord(match[0])
     return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code < 0xDD00 else f"\\u{code:04x}"
 
 
 def look_alike_key(name: str) -> str:
-    """A key that is equal for names that differ in case, spaces, `_`, `-`, width, quotes, alphabet or a last dot."""
+    """Return a key that is equal for names that look alike.
+
+    It ignores case, spaces, `_`, `-`, character width, quotes, look-alike alphabets, final dots and leading zeros of
+    numbers.
+    """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).translate(_LATIN)
     text = "".join(char for char in text if unicodedata.category(char) != "Cf" and char not in "\ufe0e\ufe0f")
     text = re.sub(r"(?<=[^\W_])[\s_-]+(?=[^\W_])", " ", text).strip(" .")
     return text.lstrip("0") or "0" if text.isdecimal() else text
 
 
-def unify_class_names(places: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Map class names as they are written to the names of the classes.
+def unify_class_names(origins: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Map class names as they are written to normalised class names.
 
     Args:
-        places: where each name is first written (`train.csv:3`, a folder), by the name as it is written there.
+        origins: Written name → where it is first written (`train.csv:3`, a folder), for errors.
 
     Returns:
-        The class of each written name, and notes on names that were written in several ways.
+        Written name → class, and notes on classes that are written in several ways.
 
     Raises:
-        UserError: a name is empty, two classes look alike, or a name joins names of classes.
+        UserError: A name is empty, two classes look alike, or a name joins several class names.
     """
-    classes = {written: normalize_class_name(written) for written in places}
+    classes = {written: normalize_class_name(written) for written in origins}
     spellings: dict[str, list[str]] = {}
-    looks: dict[str, str] = {}  # by look_alike_key: the first name as it is written
+    first_by_key: dict[str, str] = {}  # look_alike_key → first written name
     for written, name in classes.items():
         if not name:
-            raise UserError(f"{places[written]}: the class name {written!a} is empty")
+            raise UserError(f"{origins[written]}: the class name {written!a} is empty")
         spellings.setdefault(name, []).append(written)
-        first = looks.setdefault(look_alike_key(name), written)
+        first = first_by_key.setdefault(look_alike_key(name), written)
         if classes[first] != name:
             raise UserError(
-                f"{places[written]}: class {_shown(name)} looks like {_shown(classes[first])} of {places[first]}: "
+                f"{origins[written]}: class {_shown(name)} looks like {_shown(classes[first])} of {origins[first]}: "
                 "use one name for one class, and for two classes names that are easy to tell apart"
             )
     for written, name in classes.items():
         parts = [normalize_class_name(part) for part in re.split("[;,|]", name)]
         if len(parts) > 1 and spellings.keys() >= set(parts):
-            raise UserError(f"{places[written]}: {name!r} is several classes, {parts}: a video has one label here")
-    merged = [[f"{w!a} ({places[w]})" for w in group] for group in spellings.values() if len(group) > 1]
+            raise UserError(f"{origins[written]}: {name!r} joins several classes, {parts}: a video has one label here")
+    merged = [[f"{w!a} ({origins[w]})" for w in group] for group in spellings.values() if len(group) > 1]
     return classes, [f"read as one class: {shorten(group)}" for group in merged]
 
 
 def _shown(name: str) -> str:
-    """A name in quotes; letters of other alphabets that look like Latin ones, and what is invisible, by their codes."""
+    """Quote a name; if it has characters that look like Latin ones, write all non-ASCII characters as codes."""
     return repr(name) if name.translate(_LATIN) == name else ascii(name)
 
 
 def suggest_class(name: str, names: Iterable[str]) -> str:
-    """`; 'jump' looks like it` for an unknown name where a known one does, or nothing."""
+    """Return `; 'jump' looks like it` if a known name looks like the unknown `name`, else an empty string."""
     key = look_alike_key(name)
     return next((f"; {other!r} looks like it" for other in names if look_alike_key(other) == key), "")
 
 
 def index_classes(names: Sequence[str], file: str) -> dict[str, int]:
-    """Labels by name of the classes that a file lists in their order; raises UserError where names look alike."""
-    looks: dict[str, int] = {}
+    """Return name → label for the class names of a file; raises UserError if two names look alike."""
+    label_by_key: dict[str, int] = {}
     for label, name in enumerate(names):
-        other = looks.setdefault(look_alike_key(name), label)
+        other = label_by_key.setdefault(look_alike_key(name), label)
         if other != label:
             raise UserError(
                 f"{file}: classes {other} and {label}, {_shown(names[other])} and {_shown(name)}, look alike"

@@ -1,8 +1,8 @@
-"""The decoders: PyAV, and decord or torchcodec where they are right, one thread each.
+"""The decoders: PyAV, decord and torchcodec, one thread each.
 
-All give the same frames for the same request: indices count frames in the order of display, and pictures are upright.
-decord and torchcodec read MP4, MOV, Matroska and WebM files with one video stream whose packets are all shown, upright,
-and whose keyframes need nothing stored before them. Of other files they misplace frames, so PyAV reads those.
+All return the same upright frames for the same request; indices count frames in display order. decord and torchcodec
+return wrong frames for some files, so PyAV reads every file but these: MP4, MOV, Matroska and WebM with one upright
+video stream, all of whose packets are shown and whose keyframes depend on no earlier packet.
 """
 
 from __future__ import annotations
@@ -23,89 +23,90 @@ from .videofile import Box, DecodeError, Decoder, Video
 __all__ = ["Box", "DecodeError", "Decoder", "Decord", "PyAV", "TorchCodec", "Video"]
 
 
-class _Other(Video):
-    """A video open in another library than PyAV, which stands in where that library fails."""
+class _LibraryVideo(Video):
+    """A video open in decord or torchcodec. PyAV reads the frames if that library fails."""
 
-    def __init__(self, like: PyAVVideo, short_side: int | None) -> None:
-        self.path, self.local, self.frames, self.times = like.path, like.local, like.frames, like.times
-        self.height, self.width, self.short_side = like.height, like.width, short_side
-        self.file = self._open()
+    def __init__(self, pyav_video: PyAVVideo, short_side: int | None) -> None:
+        self.path, self.local = pyav_video.path, pyav_video.local
+        self.frames, self.times = pyav_video.frames, pyav_video.times
+        self.height, self.width, self.short_side = pyav_video.height, pyav_video.width, short_side
+        self.reader = self._open_reader()
 
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:
         try:
-            return box.of(self._frames(indices))
-        except Exception:  # decord's own class, torchcodec's many; PyAV names the reason if it fails as well
+            return box.crop(self._decode_frames(indices))
+        except Exception:  # libraries raise many types; if PyAV also fails, its error gives the reason
             with PyAV().open(self.path, self.short_side) as video:
                 return video.read(indices, box)
 
     @abstractmethod
-    def _open(self) -> Any:
-        """The library's own object, whose length is the number of frames."""
+    def _open_reader(self) -> Any:
+        """Open the file and return the library's reader; `len()` of it is the number of frames."""
 
     @abstractmethod
-    def _frames(self, indices: np.ndarray) -> Tensor:
-        """Whole frames."""
+    def _decode_frames(self, indices: np.ndarray) -> Tensor:
+        """Decode whole frames, uint8 RGB `[n, height, width, 3]`."""
 
 
-class _Library(ABC):
-    """A decoder that leaves to PyAV what it cannot read rightly."""
+class _LibraryDecoder(ABC):
+    """A decoder that uses PyAV for files that its library does not read correctly."""
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `Decoder.open`."""
-        like = PyAV().open(path, short_side)
-        if not like.plain or not self._suits(like):
-            return like
+        pyav_video = PyAV().open(path, short_side)
+        if not pyav_video.simple or not self._supports(pyav_video):
+            return pyav_video
         try:
-            video = self._video(like, short_side)
-        except Exception:  # whatever it raises over a file that PyAV can read
-            return like
-        if len(video.file) != like.frames:
-            return like
-        like.close()
+            video = self._open_video(pyav_video, short_side)
+        except Exception:  # any error of the library: PyAV can read this file
+            return pyav_video
+        if len(video.reader) != pyav_video.frames:
+            return pyav_video
+        pyav_video.close()
         return video
 
-    def _suits(self, like: PyAVVideo) -> bool:
+    def _supports(self, pyav_video: PyAVVideo) -> bool:
         return True
 
     @abstractmethod
-    def _video(self, like: PyAVVideo, short_side: int | None) -> _Other: ...
+    def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo: ...
 
 
-class Decord(_Library):
-    """decord."""
+class Decord(_LibraryDecoder):
+    """Decodes with decord, and with PyAV where decord returns wrong frames."""
 
     def __init__(self) -> None:
-        _import("decord", "decord")
+        _require_library("decord", "decord")
 
-    def _suits(self, like: PyAVVideo) -> bool:
-        return like.width > 72  # of the widths up to 72 it fails to copy six
+    def _supports(self, pyav_video: PyAVVideo) -> bool:
+        return pyav_video.width > 72  # decord fails to copy frames of six of the widths up to 72
 
-    def _video(self, like: PyAVVideo, short_side: int | None) -> _Other:
-        return _DecordVideo(like, short_side)
+    def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo:
+        return _DecordVideo(pyav_video, short_side)
 
 
-class _DecordVideo(_Other):
-    def _open(self) -> Any:
+class _DecordVideo(_LibraryVideo):
+    def _open_reader(self) -> Any:
         import decord
 
         return decord.VideoReader(self.local, num_threads=1, height=self.height, width=self.width)
 
-    def _frames(self, indices: np.ndarray) -> Tensor:
-        return from_dlpack(self.file.get_batch(indices).to_dlpack())
+    def _decode_frames(self, indices: np.ndarray) -> Tensor:
+        return from_dlpack(self.reader.get_batch(indices).to_dlpack())
 
 
-class TorchCodec(_Library):
-    """torchcodec, which needs FFmpeg's shared libraries on the machine."""
+class TorchCodec(_LibraryDecoder):
+    """Decodes with torchcodec (requires FFmpeg's shared libraries), and with PyAV where that returns wrong frames."""
 
     def __init__(self) -> None:
-        _import("torchcodec.decoders", "torchcodec")
+        _require_library("torchcodec.decoders", "torchcodec")
 
-    def _video(self, like: PyAVVideo, short_side: int | None) -> _Other:
-        return _TorchCodecVideo(like, short_side)
+    def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo:
+        return _TorchCodecVideo(pyav_video, short_side)
 
 
-class _TorchCodecVideo(_Other):
-    def _open(self) -> Any:
+class _TorchCodecVideo(_LibraryVideo):
+    def _open_reader(self) -> Any:
         from torchcodec.decoders import VideoDecoder
         from torchcodec.transforms import Resize
 
@@ -117,12 +118,12 @@ class _TorchCodecVideo(_Other):
             transforms=[Resize((self.height, self.width))] if min(self.height, self.width) == self.short_side else None,
         )
 
-    def _frames(self, indices: np.ndarray) -> Tensor:
-        return self.file.get_frames_at(indices.tolist()).data
+    def _decode_frames(self, indices: np.ndarray) -> Tensor:
+        return self.reader.get_frames_at(indices.tolist()).data
 
 
-def _import(module: str, package: str) -> None:
-    """Import a decoder's library now, so that its absence is one clear line and not a thousand bad videos."""
+def _require_library(module: str, package: str) -> None:
+    """Import a decoder's library now, so that a missing library is one error and not an error for each video."""
     try:
         importlib.import_module(module)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Decoded frames kept on disk: a video of a small dataset is decoded once, and afterwards only read."""
+"""A disk cache of decoded frames, for small datasets: each video is decoded only once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mgvideo.storage.paths import require_local_path
 
 from .videofile import Box, Decoder, Video
 
-FORMAT = 2  # of the files; those of another one are not read
-STALE = 3600  # seconds after which a file that is half written is taken to be a killed run's
-HEADER = struct.Struct("3q")  # frames, height, width; then the times of the frames, then their pixels
+FORMAT = 2  # version of the cache files; other versions are ignored
+STALE_S = 3600  # age at which an unfinished file is deleted as left by a killed run
+HEADER = struct.Struct("3q")  # frames, height, width; the times of the frames and their pixels follow
 
 
 class FrameCache:
-    """A decoder that keeps all frames of the files that another decodes in `folder`, up to `gib` GiB.
+    """A decoder that caches all frames that another decoder returns, in `folder`, up to `gib` GiB.
 
-    Files are known by path, size and time of change, so that one that was replaced is decoded anew. What no longer
-    fits is decoded each time. The frames are the other decoder's at the file's own size, whether kept or not.
+    The cache key is the path, size and modification time, so a replaced file is decoded again. Videos that do not fit
+    are decoded each time. Cached or not, frames have the size of the file; `short_side` is ignored.
     """
 
     def __init__(self, folder: str, decoder: Decoder, gib: float) -> None:
@@ -39,43 +39,46 @@ class FrameCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make dataset.frame_cache={folder}: {error.strerror}") from error
+            raise UserError(f"cannot create the folder dataset.frame_cache={folder}: {error.strerror}") from error
         for part in self.folder.glob("tmp*"):
-            with suppress(OSError):  # another process may clear it as well
-                if time.time() - part.stat().st_mtime > STALE:
+            with suppress(OSError):  # another process may have deleted it
+                if time.time() - part.stat().st_mtime > STALE_S:
                     part.unlink()
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `videofile.Decoder.open`."""
-        place = self._place(path)
-        if place is not None:
-            with suppress(OSError):  # not there, or not all of it: decoded anew
-                return _Kept(path, place)
+        cache_file = self._cache_file(path)
+        if cache_file is not None:
+            with suppress(OSError):  # missing or incomplete: decode again
+                return _CachedVideo(path, cache_file)
         video = self.decoder.open(path, None)
-        if place is None or self.full or not self._room(video):
+        if cache_file is None or self.full or not self._has_room(video):
             return video
-        with video, suppress(OSError):  # a disk that is full is no reason to stop
-            self._keep(place, video)
-            return _Kept(path, place)
+        with video, suppress(OSError):  # continue without the cache if the disk is full
+            self._write(cache_file, video)
+            return _CachedVideo(path, cache_file)
         return self.decoder.open(path, None)
 
-    def _place(self, path: str) -> str | None:
+    def _cache_file(self, path: str) -> str | None:
+        """Return the cache file of a video, or None if the video does not exist."""
         try:
-            found = os.stat(path)
-        except OSError:  # for the decoder to explain
+            stat = os.stat(path)
+        except OSError:  # the decoder raises the error
             return None
-        name = f"{FORMAT} {os.path.abspath(path)} {found.st_size} {found.st_mtime_ns}"
+        name = f"{FORMAT} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
         return f"{self.folder}/{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:24]}.frames"
 
-    def _room(self, video: Video) -> bool:
+    def _has_room(self, video: Video) -> bool:
+        """Return whether the frames of a video still fit; sets `full` if not."""
         used = 0
         for entry in os.scandir(self.folder):
-            with suppress(FileNotFoundError):  # another process has just put it in its place
+            with suppress(FileNotFoundError):  # another process has just renamed it
                 used += entry.stat().st_size
         self.full = used + video.frames * video.height * video.width * 3 > self.bytes
         return not self.full
 
-    def _keep(self, place: str, video: Video) -> None:
+    def _write(self, cache_file: str, video: Video) -> None:
+        """Write all frames under a temporary name, then rename the file; raises OSError."""
         frames = video.read(np.arange(video.frames)).numpy()
         with NamedTemporaryFile(dir=self.folder, delete=False) as part:
             try:
@@ -83,27 +86,27 @@ class FrameCache:
                 part.write(np.ascontiguousarray(video.times, np.float64).data)
                 part.write(np.ascontiguousarray(frames).data)
                 part.close()
-                os.replace(part.name, place)
+                os.replace(part.name, cache_file)
             except OSError:
                 os.unlink(part.name)
                 self.full = True
                 raise
 
 
-class _Kept(Video):
-    """A video whose frames are on disk. Raises OSError where not all are, as a power cut leaves them."""
+class _CachedVideo(Video):
+    """A video with its frames in a cache file. Raises OSError if the file is incomplete, as after a power cut."""
 
-    def __init__(self, path: str, place: str) -> None:
+    def __init__(self, path: str, cache_file: str) -> None:
         self.path = path
-        # read, not mapped: a map's pages are each found anew for every clip, which takes longer than to copy them
-        self.file = open(place, "rb", buffering=0)  # noqa: SIM115
+        # Read, not mmap: page faults of a new mapping for each clip cost more than copying.
+        self.file = open(cache_file, "rb", buffering=0)  # noqa: SIM115
         header = self.file.read(HEADER.size)
         shape = HEADER.unpack(header) if len(header) == HEADER.size else (0, 0, 0)
         self.frames, self.height, self.width = shape
-        self.pixels = HEADER.size + 8 * (self.frames + 1)  # where they begin
+        self.pixels = HEADER.size + 8 * (self.frames + 1)  # offset in bytes
         if not self.frames or self.pixels + 3 * math.prod(shape) != os.fstat(self.file.fileno()).st_size:
             self.file.close()
-            raise OSError(f"{place} is not what was written")
+            raise OSError(f"{cache_file} is incomplete")
         self.times = np.frombuffer(self.file.read(self.pixels - HEADER.size), np.float64)
 
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:

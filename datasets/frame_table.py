@@ -1,7 +1,7 @@
-"""Which frames a video file has, in the order in which people see them, and where decoding may start for each.
+"""List the frames of a video file in display order, and the packets at which decoding can start.
 
-Demuxing tells this for most files: each packet is a frame, and has the time at which it is shown. Where packets do not
-tell (no times, times that start over, half frames, skipped frames), all frames are decoded once and counted.
+Demuxing suffices for most files, in which each packet is one frame with its display time. For other files (no times,
+times that are reset, fields in separate packets, skipped frames), all frames are decoded once and counted.
 """
 
 from __future__ import annotations
@@ -24,44 +24,52 @@ from av.stream import Disposition
 from .packets import CLOSED_START, OPEN_START, PacketParser, packet_parser
 from .videofile import DecodeError
 
-PICTURES = (
-    Disposition.attached_pic.value | Disposition.timed_thumbnails.value
-)  # covers and previews, which are no videos
-LOSSY_FORMATS = {"mpegts"}  # of broadcasts and cameras: players go on where packets are lost
-SOUGHT_BY_DTS = {"mpegts"}  # formats that find a packet by its time of decoding
-NO_DISPLAY_TIMES = {"avi", "mpegvideo"}  # formats whose display times FFmpeg makes up: of .m1v and .m2v it errs
-RESTART_FRAMES = 16  # a decoder reorders no more frames: times that go back further start over
-COUNTED_FILES = 1000  # whose counts a process remembers
+# streams of covers and previews, which are not videos
+COVER_DISPOSITIONS = Disposition.attached_pic.value | Disposition.timed_thumbnails.value
+LOSSY_FORMATS = {"mpegts"}  # formats in which packets may be lost (broadcasts, cameras)
+SEEK_BY_DTS_FORMATS = {"mpegts"}  # formats that seek by decoding time (dts), not by display time (pts)
+# formats without display times; FFmpeg guesses them, and wrongly for .m1v and .m2v
+NO_DISPLAY_TIME_FORMATS = {"avi", "mpegvideo"}
+RESTART_FRAMES = 16  # decoders reorder at most so many frames: a larger step back means that times are reset
+MAX_CACHED_FILES = 1000  # a process keeps the decoded times of so many files
 
 
 class Start(NamedTuple):
-    """A packet at which decoding may start.
+    """A packet at which decoding can start.
 
-    `place`: that of the first frame that comes out and is shown. `seek`: the time to seek to. `stamp`: the packet's
-    `pts`, or, in a table by number, its `dts`.
+    Attributes:
+        frame_id: ID of the first frame that is decoded and displayed, see `FrameTable.frame_ids`.
+        seek: The time to seek to, in ticks.
+        stamp: The `pts` of the packet, or its `dts` in a table by number.
     """
 
-    place: int
+    frame_id: int
     seek: int
     stamp: int
 
 
 @dataclass(frozen=True)
 class FrameTable:
-    """The frames of a stream in the order in which people see them.
+    """The frames of a stream in display order.
 
-    `ticks`: when each is shown, in units of the stream's time base, int64 `[frames]`, never falling. `places`: what
-    identifies a decoded frame, int64 `[frames]`, rising: its time where `by_time`, else its number. `starts`: sorted;
-    without any, decoding starts at the beginning.
-    `packed`: packets pass FFmpeg's filter `mpeg4_unpack_bframes`. `counted`: found by decoding all packets, passing
-    over those that cannot be decoded. `simple`: by time, all that is stored is shown, and what follows a keyframe is
-    shown after it and needs nothing stored before it. What is not as people expect: `discarded` packets that an edit
-    list keeps from being shown, `damaged` ones, `lost` frames at the beginning that cannot be decoded, `breaks` in the
-    times of counted frames.
+    Attributes:
+        ticks: Display time of each frame in units of the stream's time base: int64 `[frames]`, non-decreasing.
+        frame_ids: Identifies each decoded frame: int64 `[frames]`, increasing. Its display time if `by_time`, else its
+            number.
+        starts: Packets at which decoding can start, sorted. If empty, decoding starts at the beginning.
+        by_time: Whether frames are identified by time.
+        packed: Whether packets must pass FFmpeg's filter `mpeg4_unpack_bframes`.
+        counted: Whether the table was made by decoding all packets; those that cannot be decoded are skipped.
+        simple: Whether the table is by time, all packets are displayed, and frames after a keyframe are displayed after
+            it and depend on no earlier packet.
+        discarded: Number of packets that an edit list hides.
+        damaged: Number of damaged packets.
+        lost: Number of frames at the beginning that cannot be decoded.
+        breaks: Number of frames of a counted table with missing, repeated or reset times.
     """
 
     ticks: np.ndarray
-    places: np.ndarray
+    frame_ids: np.ndarray
     starts: tuple[Start, ...]
     by_time: bool = False
     packed: bool = False
@@ -72,36 +80,39 @@ class FrameTable:
     lost: int = 0
     breaks: int = 0
 
-    def start(self, place: int) -> Start | None:
-        """The last start that reaches the frame at `place`; None: the beginning."""
-        number = bisect_right(self.starts, place, key=lambda start: start.place)
+    def start(self, frame_id: int) -> Start | None:
+        """Return the last start from which the frame can be decoded; None: the beginning of the file."""
+        number = bisect_right(self.starts, frame_id, key=lambda start: start.frame_id)
         return self.starts[number - 1] if number else None
 
-    def lands(self, packet: Any, start: Start) -> bool:
-        """Whether decoding from this packet, which a seek to `start` has found, reaches the start's frames."""
+    def reaches(self, packet: Any, start: Start) -> bool:
+        """Return whether decoding from `packet`, where a seek to `start` ended, reaches the frames of `start`."""
         if not self.by_time:
             return bool(packet.dts == start.stamp)
-        return any(other.stamp == packet.pts for other in self.starts if other.place <= start.place)
+        return any(other.stamp == packet.pts for other in self.starts if other.frame_id <= start.frame_id)
 
-    def from_place(self, place: int) -> FrameTable:
-        """The table without the frames before `place`, which cannot be decoded."""
-        if place <= self.places[0]:
+    def from_frame(self, frame_id: int) -> FrameTable:
+        """Return the table without the frames before `frame_id`, which cannot be decoded."""
+        if frame_id <= self.frame_ids[0]:
             return self
-        first = int(np.searchsorted(self.places, place))
-        return replace(self, ticks=self.ticks[first:], places=self.places[first:], simple=False, lost=first)
+        first = int(np.searchsorted(self.frame_ids, frame_id))
+        return replace(self, ticks=self.ticks[first:], frame_ids=self.frame_ids[first:], simple=False, lost=first)
 
 
 def open_stream(path: str, local: str, index: int | None = None) -> tuple[Any, Any]:
-    """Open the file `local`; returns the container and its stream `index`, or the one that people see.
+    """Open the file `local` with one thread; returns the container and the video stream.
 
-    Covers and streams of a single picture are no videos. Of several videos people see the default one, else the
-    largest, else the first. `path` is what errors call the file. Raises DecodeError, or what PyAV raises.
+    Without `index`, chooses the stream that a player shows: not a cover or a stream with a single picture; of several
+    videos the default one, else the largest, else the first. Errors name the file `path`.
+
+    Raises:
+        DecodeError: The file has no video stream or no decoder for it. Errors of PyAV are not converted.
     """
     container: Any = av.open(local)
     try:
         if index is None:
             index = _choose_stream(path, container)
-            if len(container.streams.video) > 1:  # their packets were read
+            if len(container.streams.video) > 1:  # _choose_stream has read their packets
                 container.close()
                 container = av.open(local)
         stream = container.streams[index]
@@ -114,8 +125,8 @@ def open_stream(path: str, local: str, index: int | None = None) -> tuple[Any, A
 
 
 def video_streams(container: Any) -> list[Any]:
-    """The video streams that are no covers or previews."""
-    return [stream for stream in container.streams.video if not stream.disposition.value & PICTURES]
+    """Return the video streams of a container except covers and previews."""
+    return [stream for stream in container.streams.video if not stream.disposition.value & COVER_DISPOSITIONS]
 
 
 def _choose_stream(path: str, container: Any) -> int:
@@ -137,27 +148,27 @@ def _choose_stream(path: str, container: Any) -> int:
 
 
 def stored_packets(container: Any, stream: Any) -> Generator[Any, None, None]:
-    """Packets of a stream from where its container stands; close this generator."""
+    """Yield the packets of a stream from the container's position. The caller must close this generator."""
     demuxing: Any = container.demux(stream)
-    with closing(demuxing) as packets:  # one that is left open loses memory
+    with closing(demuxing) as packets:  # an open demuxer leaks memory
         for packet in packets:
-            if packet.size:  # else a recorder has left out a frame; decoders would take the packet for the end
+            if packet.size:  # an empty packet is a skipped frame; decoders take it for the end of the file
                 yield packet
 
 
-def decode(
-    stream: Any, packets: Generator[Any, None, None], table: FrameTable, wanted: Callable[[int], bool] | None = None
+def decode_packets(
+    stream: Any, packets: Generator[Any, None, None], table: FrameTable, is_needed: Callable[[int], bool] | None = None
 ) -> Iterator[Any]:
-    """Frames of the packets of a stream; closes `packets`.
+    """Yield the frames of the packets of a stream; closes `packets`.
 
-    In a table by time, packets at times that are not `wanted` are skipped where no other frame refers to them.
+    In a table by time, frames whose time is not `is_needed` are skipped if no other frame refers to them.
     """
     context = stream.codec_context
     unpack = BitStreamFilterContext("mpeg4_unpack_bframes", stream) if table.packed else None
     with closing(packets):
         for packet in packets:
             if table.by_time:
-                context.skip_frame = "DEFAULT" if wanted is None or wanted(packet.pts) else "NONREF"
+                context.skip_frame = "DEFAULT" if is_needed is None or is_needed(packet.pts) else "NONREF"
             for part in (packet,) if unpack is None else unpack.filter(packet):
                 try:
                     frames = context.decode(part)
@@ -170,9 +181,12 @@ def decode(
 
 
 def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable:
-    """The table of a stream that nothing was read from yet; `local` is its file, `path` what errors call it.
+    """Read the frame table of a newly opened stream of the file `local`; errors name the file `path`.
 
-    Where packets do not tell the frames, decodes all of them. Raises DecodeError, or what PyAV raises.
+    If the packets do not identify the frames, decodes all of them.
+
+    Raises:
+        DecodeError: The stream has no frames. Errors of PyAV are not converted.
     """
     parser = packet_parser(stream)
     pts: list[Any] = []
@@ -205,29 +219,29 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
         left_out = discarded | parser.hidden
         shown = [i for i in range(len(pts)) if i not in left_out] if left_out else range(len(pts))
         reorders = stream.codec_context.has_b_frames if parser.reorders is None else parser.reorders
-        timed = container.format.name not in NO_DISPLAY_TIMES and not parser.packed
+        timed = container.format.name not in NO_DISPLAY_TIME_FORMATS and not parser.packed
         if timed and _are_display_times(pts, dts, shown, reorders):
-            seeks = dts if container.format.name in SOUGHT_BY_DTS else pts
+            seeks = dts if container.format.name in SEEK_BY_DTS_FORMATS else pts
             closed = {number for number, kind in parser.starts.items() if kind == CLOSED_START}
             simple = not left_out and closed == keyframes
             table = _table_by_time(parser, pts, seeks, shown, discarded, simple)
         elif not discarded:
             table = _table_by_number(parser, pts if timed else dts, dts, shown)
     if table is None:
-        no_times = container.format.name in NO_DISPLAY_TIMES
+        no_times = container.format.name in NO_DISPLAY_TIME_FORMATS
         table = _count_frames(path, local, stream.index, sorted(set(dts) - {None}) if no_times else None)
     return replace(table, discarded=len(discarded), damaged=damaged) if discarded or damaged else table
 
 
 def _are_display_times(pts: Sequence[Any], dts: Sequence[Any], shown: Sequence[int], reorders: bool) -> bool:
-    """Whether the times `pts` are those at which frames are shown, one each."""
+    """Return whether `pts` are correct display times: one for each frame, all different."""
     times = [pts[i] for i in shown] if len(shown) < len(pts) else list(pts)
     if not times or None in pts or len(set(times)) < len(times):
         return False
     decoding = [time for time in dts if time is not None]
     if decoding != sorted(decoding):
-        return False  # they start over
-    # times that follow the order of storing are those of decoding where frames are shown in another
+        return False  # times are reset
+    # If frames are reordered, display times that increase in storage order are really decoding times.
     return len(times) < 3 or not reorders or times != sorted(times)
 
 
@@ -239,53 +253,57 @@ def _table_by_time(
     discarded: set[int],
     simple: bool,
 ) -> FrameTable:
+    """Build the table of a stream with correct display times; `seeks` are the times to seek to, by packet number."""
     ticks = np.array(sorted([pts[i] for i in shown]))
     starts = []
     for number in parser.starts:
-        place, seek = pts[number], seeks[number]
+        time, seek = pts[number], seeks[number]
         if seek is None:
             continue
-        if number in discarded:  # frames that it leads to may be shown all the same
-            later = [pts[i] for i in shown[bisect_left(shown, number) :] if pts[i] >= place]
+        if number in discarded:  # later frames that depend on this packet may be displayed
+            later = [pts[i] for i in shown[bisect_left(shown, number) :] if pts[i] >= time]
             if not later:
                 continue
-            place = min(later)
-        starts.append(Start(place, seek, pts[number]))
-    starts.sort(key=lambda start: start.place)
+            time = min(later)
+        starts.append(Start(time, seek, pts[number]))
+    starts.sort(key=lambda start: start.frame_id)
     return FrameTable(ticks, ticks, tuple(starts), by_time=True, simple=simple)
 
 
 def _table_by_number(
     parser: PacketParser, pts: Sequence[Any], dts: Sequence[Any], shown: Sequence[int]
 ) -> FrameTable | None:
-    """The table of a stream without sound display times, of which the order of decoding is the order of display."""
+    """Build the table of a stream without correct display times, in decoding order; returns None if that is wrong."""
     stamps, times = [dts[i] for i in shown], [pts[i] for i in shown]
     if None in stamps or parser.starts[0] == OPEN_START or any(b <= a for a, b in pairwise(stamps)):
         return None
     if None in times or any(b <= a for a, b in pairwise(times)):
         times = stamps
-    starts = [Start(place, dts[i], dts[i]) for place, i in enumerate(shown) if parser.starts.get(i) == CLOSED_START]
+    starts = [Start(number, dts[i], dts[i]) for number, i in enumerate(shown) if parser.starts.get(i) == CLOSED_START]
     return FrameTable(np.array(times), np.arange(len(times)), tuple(starts), packed=parser.packed)
 
 
 def _count_frames(path: str, local: str, index: int, decoding: Sequence[int] | None) -> FrameTable:
-    """The table of a stream by decoding all of it; frames have the times `decoding` of packets, or else their own."""
-    found = os.stat(local)
-    times, gap = _decoded_times(path, local, index, found.st_size, found.st_mtime_ns)
+    """Build the table of a stream by decoding all of it. Frames get the times `decoding` of packets if given."""
+    stat = os.stat(local)
+    times, gap = _decoded_times(path, local, index, stat.st_size, stat.st_mtime_ns)
     if not times:
         raise DecodeError(path, "no frame can be decoded")
     if decoding is not None:
         times = (*decoding[: len(times)], *((None,) * (len(times) - len(decoding))))
     breaks = sum(b is None or (a is not None and b <= a) for a, b in pairwise((None, *times)))
-    return FrameTable(steady(times, gap), np.arange(len(times)), (), counted=True, breaks=breaks)
+    return FrameTable(make_monotonic(times, gap), np.arange(len(times)), (), counted=True, breaks=breaks)
 
 
-@lru_cache(COUNTED_FILES)
+@lru_cache(MAX_CACHED_FILES)
 def _decoded_times(path: str, local: str, index: int, size: int, changed: int) -> tuple[tuple[int | None, ...], int]:
-    """Times of all frames as they are decoded, and ticks between two; size and time of change stand for the file."""
+    """Return the times of all frames in decoding order, and the ticks from one frame to the next.
+
+    `size` and `changed` (modification time in ns) are part of the cache key.
+    """
     container, stream = open_stream(path, local, index)
     with container:
-        frames = decode(
+        frames = decode_packets(
             stream, stored_packets(container, stream), FrameTable(np.empty(0), np.empty(0), (), counted=True)
         )
         times = tuple(frame.dts if frame.pts is None else frame.pts for frame in frames)
@@ -293,15 +311,15 @@ def _decoded_times(path: str, local: str, index: int, size: int, changed: int) -
 
 
 def frame_ticks(stream: Any) -> int:
-    """Ticks from one frame to the next, as the file's header says."""
+    """Return the ticks from one frame to the next according to the file's header, at least 1."""
     rate = stream.average_rate or stream.guessed_rate
     return max(1, round(1 / (rate * stream.time_base))) if rate and stream.time_base else 1
 
 
-def steady(times: Sequence[int | None], gap: int) -> np.ndarray:
-    """Times that never fall, int64, from those of frames in the order in which they are shown.
+def make_monotonic(times: Sequence[int | None], gap: int) -> np.ndarray:
+    """Make the times of frames in display order non-decreasing: int64 `[frames]`.
 
-    Where times start over, and where there are none, a frame follows the one before after `gap`.
+    If a time is missing or times are reset, the frame follows the previous one after `gap` ticks.
     """
     ticks: list[int] = []
     shift = 0

@@ -1,4 +1,4 @@
-"""Videos kept as folders of images, one a frame."""
+"""Videos stored as folders of images, one image a frame."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from PIL import Image
 from torch import Tensor
 
 from .scan import is_leftover
-from .videofile import Box, DecodeError, Video, errors_over
+from .videofile import Box, DecodeError, Video, raise_decode_errors
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".jpe", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class FrameFolders:
-    """A decoder of folders of images in the order of their names, `fps` a second."""
+    """A decoder for folders of images, ordered by name, with `fps` frames a second."""
 
     def __init__(self, fps: float) -> None:
         self.fps = fps
 
     def open(self, path: str, short_side: int | None = None) -> Video:
-        """See `videofile.Decoder.open`; nothing is shrunk."""
-        with errors_over(path):
+        """See `videofile.Decoder.open`; `short_side` is ignored."""
+        with raise_decode_errors(path):
             return _FrameFolder(path, self.fps)
 
 
@@ -42,7 +42,7 @@ class _FrameFolder(Video):
 
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:
         out = np.empty((len(indices), box.height, box.width, 3), np.uint8)
-        for place, index in enumerate(indices):
+        for position, index in enumerate(indices):
             with Image.open(os.path.join(self.path, self.files[index])) as image:
-                out[place] = box.of(np.asarray(image.convert("RGB")))
+                out[position] = box.crop(np.asarray(image.convert("RGB")))
         return torch.from_numpy(out)

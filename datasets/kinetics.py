@@ -1,4 +1,4 @@
-"""Kinetics-400, -600, -700: path-label lists, or the official annotations over a folder of clips."""
+"""Kinetics-400, -600 and -700: list files, or the official annotations and a folder of clips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tables import TableRow, is_header, read_lines, read_table
 from .video import VideoDataset, VideoEntry
 
 COLUMNS = ("label", "youtube_id", "time_start", "time_end")
-SYNONYMS = {"validate": "val", "validation": "val"}  # of splits, in the official CSVs
+SYNONYMS = {"validate": "val", "validation": "val"}  # names of splits in the official CSVs
 
 
 def kinetics(
@@ -29,11 +29,17 @@ def kinetics(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> VideoDataset:
-    """The videos of a list file (see `lists.video_list`) or of an official CSV, which is known by its header.
+    """Build a dataset from a list file (see `lists.video_list`) or an official CSV, recognised by its header.
 
-    For a CSV, clips are searched for anywhere under `root` as `ID_START_END` (six digits each, as the usual downloads
-    name them) or `ID`. Clips that are not there are left out, counted in `notes` and kept in `missing`. Of its column
-    `split` only `split` (train, val, test, …) and empty fields are taken; None: all. Raises UserError.
+    For a CSV, clips may be anywhere under `root`, named `ID_START_END` (six digits each, as downloaded) or `ID`.
+    Clips that do not exist are left out, counted in `notes` and listed in `missing`.
+
+    Args:
+        split: For a CSV with a column `split`: use the rows with this value (train, val, test, …) or an empty one.
+            None: use all rows.
+
+    Raises:
+        UserError: A file cannot be read, a row or class is wrong, or no clip exists.
     """
     check_root(root)
     file = join(root, list_file)
@@ -41,7 +47,7 @@ def kinetics(
     if not is_header(lines, COLUMNS):
         return video_list(root, list_file, num_classes, classes_file, decoder=decoder, flip=flip)
     rows = _read_rows(file, lines)
-    classes, notes = unify_class_names(_places(file, rows))
+    classes, notes = unify_class_names(_class_origins(file, rows))
     names = read_classes(join(root, classes_file)) or sorted(set(classes.values()))
     if len(names) != num_classes:
         raise UserError(
@@ -50,7 +56,7 @@ def kinetics(
         )
     labels = index_classes(names, join(root, classes_file))
     scan = scan_folder(root)
-    found = {os.path.splitext(os.path.basename(path))[0]: path for path in scan.videos}
+    path_by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in scan.videos}
     entries, missing = [], []
     for number, row in rows:
         name = classes[row["label"]]
@@ -59,26 +65,28 @@ def kinetics(
         if split is not None and _split(row) not in ("", SYNONYMS.get(split, split)):
             continue
         clip = _clip_name(row)
-        path = found.get(clip) or found.get(row["youtube_id"])
+        path = path_by_name.get(clip) or path_by_name.get(row["youtube_id"])
         if path:
             entries.append(VideoEntry(path, labels[name]))
         else:
             missing.append(VideoEntry(f"{clip}.mp4", labels[name]))
-    listed = len(entries) + len(missing)
-    if not listed:
+    num_listed = len(entries) + len(missing)
+    if not num_listed:
         splits = ", ".join(sorted({_split(row) for _, row in rows}))
-        raise UserError(f"{file}: no clips of split={split}, but of {splits}; choose one of them, or null for all")
-    passed = scan.notes(root) if missing else []
+        raise UserError(f"{file}: no clips of split={split}, only of {splits}; choose one of them, or null for all")
+    skipped = scan.notes(root) if missing else []
     if not entries:
-        hint = "".join(f"; {note}" for note in passed)
-        raise UserError(f"{file}: none of its {listed} clips is under {root}; expected, say, {missing[0].path}{hint}")
-    notes += [f"{list_file}: {len(missing)} of {listed} clips are not under {root} and left out"] if missing else []
-    notes += [*passed, *note_repeats(list_file, entries)]
+        hint = "".join(f"; {note}" for note in skipped)
+        raise UserError(
+            f"{file}: none of its {num_listed} clips is under {root}; expected, for example, {missing[0].path}{hint}"
+        )
+    notes += [f"{list_file}: {len(missing)} of {num_listed} clips are not under {root} and left out"] if missing else []
+    notes += [*skipped, *note_repeats(list_file, entries)]
     return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), notes, missing)
 
 
 def _read_rows(file: str, lines: Sequence[str]) -> list[TableRow]:
-    """The rows of an official CSV; raises UserError."""
+    """Read the rows of an official CSV; raises UserError."""
     rows = list(read_table(file, lines, COLUMNS))
     for number, row in rows:
         try:
@@ -90,12 +98,12 @@ def _read_rows(file: str, lines: Sequence[str]) -> list[TableRow]:
     return rows
 
 
-def _places(file: str, rows: Iterable[TableRow]) -> dict[str, str]:
-    """Where each class is first named."""
-    places: dict[str, str] = {}
+def _class_origins(file: str, rows: Iterable[TableRow]) -> dict[str, str]:
+    """Return class name → the line where it first occurs, for errors."""
+    origins: dict[str, str] = {}
     for number, row in rows:
-        places.setdefault(row["label"], f"{file}:{number}")
-    return places
+        origins.setdefault(row["label"], f"{file}:{number}")
+    return origins
 
 
 def _split(row: dict[str, str]) -> str:

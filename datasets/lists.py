@@ -1,4 +1,4 @@
-"""Datasets from list files, as Kinetics is usually kept: one `path label` a line."""
+"""Datasets from list files with one `path label` a line, the usual format for Kinetics."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from .scan import VIDEO_SUFFIXES, shorten
 from .tables import is_header, is_remark, read_lines, read_table, strip_quotes
 from .video import VideoDataset, VideoEntry
 
-COLUMNS = ("path", "label")  # of a list with a header
+COLUMNS = ("path", "label")  # required columns of a list with a header
 _SEPARATOR = r"[\s,;|]+"
 _LABEL = re.compile(r"(\d{1,9})(?:\.0*)?")  # pandas writes whole numbers as 3.0 where a column has gaps
 _QUOTED = re.compile(rf'"((?:[^"]|"")+)"(?:({_SEPARATOR})(.*))?')
-_MARKS = "\"'`“”„‘’‚«»"  # what quotes are made of
-_OTHERWISE_QUOTED = re.compile(rf"([^\w\s][^{_MARKS}]+[{_MARKS}])({_SEPARATOR})([{_MARKS}]?\d.*)")
+_QUOTE_CHARACTERS = "\"'`“”„‘’‚«»"
+_QUOTED_BY_OTHER_MARKS = re.compile(
+    rf"([^\w\s][^{_QUOTE_CHARACTERS}]+[{_QUOTE_CHARACTERS}])({_SEPARATOR})([{_QUOTE_CHARACTERS}]?\d.*)"
+)
 _SUFFIXED = re.compile(
     rf"(.*\.(?:{'|'.join(re.escape(suffix[1:]) for suffix in VIDEO_SUFFIXES)}))({_SEPARATOR})([^/\\]*)", re.IGNORECASE
 )
 _LAST_SEPARATOR = re.compile(r"(.*[^\s,|])([\s,|]+)(\S+)|(.*[^\s;])(\s*;\s*)(\S+)")
-_ODD = re.compile(r"\\|%[0-9A-Fa-f]{2}|^~|^[A-Za-z]:")
-_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_UNUSUAL_PATH = re.compile(r"\\|%[0-9A-Fa-f]{2}|^~|^[A-Za-z]:")
+_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 def video_list(
@@ -43,10 +45,17 @@ def video_list(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> VideoDataset:
-    """The videos of a list file; paths in it, and the file itself, are relative to `root`, or absolute, or URLs.
+    """Build a dataset from a list file; see `parse_line` for the format of a line.
 
-    See `parse_line` for a line. Class names are the lines of `classes_file`, if it exists. Without `num_classes` the
-    names count them, or else the highest label. Raises UserError.
+    Paths in the list, `list_file` and `classes_file` are relative to `root`, or absolute, or URLs.
+
+    Args:
+        num_classes: Default: the number of class names, or the highest label plus one if there are no names.
+        classes_file: A file with one class name a line. It may be missing.
+
+    Raises:
+        UserError: A file or the folder `root` cannot be read, a line cannot be parsed, or labels or class names do not
+            match `num_classes`.
     """
     check_root(root)
     file = join(root, list_file)
@@ -68,12 +77,12 @@ def video_list(
 
 
 def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, VideoEntry]]:
-    """Line numbers, from 1, and entries of a list file whose paths are relative to `root`; raises UserError."""
+    """Return line numbers (from 1) and entries of a list file with paths relative to `root`; raises UserError."""
     entries = []
     for number, path, labels in _list_lines(file):
         if len(labels) > 1 and not multi_label:
-            found = ";".join(map(str, labels))
-            raise UserError(f"{file}:{number}: several labels, {found}, where the task has one a video")
+            text = ";".join(map(str, labels))
+            raise UserError(f"{file}:{number}: several labels, {text}, where the task has one a video")
         try:
             path = find_spelling(root, path)
         except ValueError as error:
@@ -86,7 +95,7 @@ def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, V
 
 
 def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Line numbers, paths and labels of a list file, with a header or without one."""
+    """Yield line numbers, paths and labels of a list file with or without a header."""
     lines = read_lines(file)
     if is_header(lines, COLUMNS):
         for number, fields in read_table(file, lines, COLUMNS):
@@ -102,19 +111,19 @@ def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
             yield number, *parse_line(line)
         except ValueError as error:
             if not line.lstrip().startswith("#"):
-                found = repr(line.strip()[:80])
-                raise UserError(f"{file}:{number}: expected 'path label', found {found}: {error}") from None
+                text = repr(line.strip()[:80])
+                raise UserError(f"{file}:{number}: expected 'path label', found {text}: {error}") from None
 
 
 def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
-    """Path and labels of a line `path label`, separated by spaces, a tab, a comma, a semicolon or a bar.
+    """Split a line `path label` at spaces, a tab, a comma, a semicolon or a bar; returns the path and the labels.
 
-    A path may hold spaces and separators: it ends with the last extension of a video, else at the last separator. It
-    may be in quotes, and must be where it ends with a number and no extension. Several labels are joined by `;`, or by
-    `,` behind a space or tab.
+    A path may contain spaces and separators: it ends with the last video extension, or at the last separator if it has
+    no such extension. It may be in quotes. A path that ends with a number and no extension must be in quotes. Several
+    labels are joined by `;`. After a space or tab they may also be joined by `,`.
 
     Raises:
-        ValueError: what is wrong with the line.
+        ValueError: The line cannot be parsed; the message says why.
     """
     text = line.strip()
     path, _, label = text.rpartition(" ")
@@ -122,15 +131,15 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
         label.isdecimal()
         and len(label) < 10
         and os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
-        and text[0] not in _MARKS
+        and text[0] not in _QUOTE_CHARACTERS
     ):
-        return _path(path), (int(label),)  # most lines, without the search below
+        return _path(path), (int(label),)  # fast path for most lines
     match = _QUOTED.fullmatch(text)
     if match:
         return _path(match[1].replace('""', '"')), _parse_labels(match[3] or "", match[2] or "")
     if text.startswith('"'):
         raise ValueError("the quotes around the path are not closed, or text follows them")
-    match = _OTHERWISE_QUOTED.fullmatch(text)
+    match = _QUOTED_BY_OTHER_MARKS.fullmatch(text)
     if match and strip_quotes(match[1]) != match[1]:
         return _path(strip_quotes(match[1])), _parse_labels(match[3], match[2])
     match = _SUFFIXED.fullmatch(text)
@@ -148,13 +157,14 @@ def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _open_path(text: str) -> str:
-    """A path without quotes around it. Raises ValueError where it begins or ends with one of a pair."""
+    """Return an unquoted path. Raises ValueError if it starts or ends with half a pair of quotes."""
     if text[0] in "“”„‘‚«" or text[-1] in '"“”„‘‚«»':
         raise ValueError("the quotes around the path are not closed, or text follows them")
     return _path(text)
 
 
 def _path(text: str) -> str:
+    """Strip spaces and leading `./`; raises ValueError if nothing is left."""
     text = text.strip()
     while text.startswith("./"):
         text = text[2:].lstrip("/")
@@ -164,7 +174,7 @@ def _path(text: str) -> str:
 
 
 def _parse_labels(text: str, separator: str = "") -> tuple[int, ...]:
-    """The labels in the rest of a line that follows the path and a separator. Raises ValueError."""
+    """Parse the labels after the path and the separator of a line; raises ValueError."""
     text = strip_quotes(text.strip(" \t,;|"))
     parts = [strip_quotes(part.strip()) for part in re.split("[;,]", text)]
     matches = [_LABEL.fullmatch(part) for part in parts]
@@ -182,7 +192,7 @@ def _parse_labels(text: str, separator: str = "") -> tuple[int, ...]:
 
 
 def list_line(path: str, label: int) -> str:
-    """The line of a list file that `parse_line` reads as this path and label."""
+    """Return the line of a list file that `parse_line` reads as this path and label, quoted if necessary."""
     line = f"{path} {label}"
     with suppress(ValueError):
         if parse_line(line) == (path, (label,)) and not path.startswith("#"):
@@ -191,22 +201,22 @@ def list_line(path: str, label: int) -> str:
 
 
 def find_spelling(root: str, path: str) -> str:
-    """The path as it is spelled on disk, where a list from another machine or program spells it otherwise.
+    """Return the spelling of a path that exists on disk, for lists written by another machine or program.
 
-    Tries backslashes of Windows and of shells, percent escapes, `~`, and letters with accents as one character or two.
-    A path that fits no file keeps its spelling, with slashes for backslashes.
+    Tries Windows separators, shell escapes, percent escapes, `~`, and composed and decomposed accents (NFC, NFD). If no
+    spelling exists, returns the path with slashes for backslashes.
 
     Raises:
-        ValueError: a path with a drive letter, or on a Windows share.
+        ValueError: The path has a drive letter or is on a Windows share.
     """
-    if not _ODD.search(path) and len({unicodedata.normalize(form, path) for form in ("NFC", "NFD")}) == 1:
-        return path  # nearly all, and without a look at the disk
+    if not _UNUSUAL_PATH.search(path) and len({unicodedata.normalize(form, path) for form in ("NFC", "NFD")}) == 1:
+        return path  # nearly all paths; saves the disk access
     if is_remote(join(root, path)):
         return path.replace("\\", "/")
     if os.path.lexists(join(root, path)):
         return path
-    if _WINDOWS.match(path):
-        raise ValueError(f"{path} is a path of Windows; write paths relative to dataset.root")
+    if _WINDOWS_PATH.match(path):
+        raise ValueError(f"{path} is a Windows path; write paths relative to dataset.root")
     slashes = path.replace("\\ ", " ").replace("\\", "/")
     unescaped = re.sub(r"\\(.)", r"\1", path)
     for spelling in (slashes, unescaped, unquote(path), unquote(slashes), os.path.expanduser(path)):
@@ -217,20 +227,20 @@ def find_spelling(root: str, path: str) -> str:
 
 
 def _refuse_row_numbers(file: str, root: str, entries: Sequence[tuple[int, VideoEntry]]) -> None:
-    """Raise UserError where a table without a header was written with the index of its rows."""
+    """Raise UserError if a table without a header starts each line with a row number."""
     matches = [re.match(rf"(\d{{1,9}}){_SEPARATOR}.", entry.path) for _, entry in entries]
     numbers = [int(match[1]) for match in matches if match]
-    counted = len(entries) > 1 and numbers == list(range(numbers[0], numbers[0] + len(entries))) if numbers else False
+    consecutive = bool(numbers) and numbers == list(range(numbers[0], numbers[0] + len(entries)))
     number, entry = entries[0]
-    if counted and not exists(join(root, entry.path)):
+    if len(entries) > 1 and consecutive and not exists(join(root, entry.path)):
         raise UserError(
-            f"{file}:{number}: each line begins with the number of its row: write the table without them "
+            f"{file}:{number}: each line starts with a row number: write the table without row numbers "
             "(pandas: index=False)"
         )
 
 
 def note_repeats(name: str, entries: Sequence[VideoEntry]) -> list[str]:
-    """Notes on videos that the list `name` has more than once; stretches of one video are as many videos."""
+    """Return notes on videos that the list `name` has more than once; different spans of a video are not repeats."""
     if len({entry.path for entry in entries}) == len(entries):
         return []
     labels: dict[tuple[str, tuple[float, float]], list[int | tuple[int, ...]]] = {}
@@ -245,14 +255,14 @@ def note_repeats(name: str, entries: Sequence[VideoEntry]) -> list[str]:
 
 
 def check_root(root: str) -> None:
-    """Raise UserError where a dataset's folder is missing; a missing remote one shows when its files are read."""
+    """Raise UserError if a dataset's folder is missing. A URL is not checked: reading its files fails instead."""
     if not is_remote(root) and not os.path.isdir(strip_file_scheme(root)):
-        home = " (nothing replaces the ~)" if root.startswith("~") else ""
+        home = " (~ is not expanded)" if root.startswith("~") else ""
         raise UserError(f"dataset.root: no folder {root}{home}; set dataset.root to where the videos are")
 
 
 def read_classes(file: str) -> list[str]:
-    """Class names, one a line, in the order of their labels; none where there is no such file."""
+    """Read class names, one a line, in the order of their labels; returns [] if the file is missing."""
     return [name for line in read_lines(file) if (name := normalize_class_name(line))] if exists(file) else []
 
 

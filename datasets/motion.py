@@ -1,8 +1,9 @@
-"""Motion: an embedded dataset of real mp4 files whose eight classes only motion tells apart.
+"""Motion: a synthetic dataset of mp4 files with eight classes that differ only in motion.
 
-A textured blob over a textured background moves left, right, up or down, turns, or grows or shrinks. At every frame
-of a video its place is uniform over the frame (which wraps round), its angle over the circle and its size over a range
-(past whose end it starts again at the other), in all classes alike: a single frame says nothing about the class.
+A textured blob on a textured background moves left, right, up or down, turns clockwise or counter-clockwise, grows or
+shrinks. In every frame and every class, its position is uniform over the frame (which wraps around), its angle uniform
+over the circle and its size uniform over a range (which wraps around, too). So a single frame has no information about
+the class.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mgvideo.storage.paths import require_local_path
 
 from .decoders import Decoder
 from .lists import video_list
-from .parallel import Progress, parallel, silent
+from .parallel import FileProgress, ignore_progress, parallel_map
 from .video import VideoDataset
 
 CLASSES = (
@@ -47,7 +48,7 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Knobs:
-    """What a Motion dataset is made of, and so how hard it is. Lengths are shares of the frame's height."""
+    """Settings of a Motion dataset, which determine its difficulty. Lengths are fractions of the frame's height."""
 
     train: int = 1024  # videos
     val: int = 256
@@ -56,13 +57,13 @@ class Knobs:
     width: int = 96
     fps: int = 24
     keyframe: int = 12  # frames from one keyframe to the next
-    shapes: int = 1  # blobs in a video, each with another class; with more than one the task is multi-label
-    sizes: tuple[float, float] = (0.26, 0.5)  # of the blob, from its centre to its farthest point
-    speeds: tuple[float, float] = (0.0095, 0.019)  # of a moving blob, per frame
-    turning: float = 1.5  # speed of a turning blob's rim against a moving blob's
-    growth: float = 0.2  # speed of a growing blob's rim against a moving blob's
-    contrast: tuple[float, float] = (0.2, 0.4)  # in brightness, between blob and background
-    texture: tuple[float, float] = (0.03, 0.1)  # strength of the background's and the blob's
+    shapes: int = 1  # blobs in a video, each of a different class; more than one makes the task multi-label
+    sizes: tuple[float, float] = (0.26, 0.5)  # range of the distance from the centre of a blob to its farthest point
+    speeds: tuple[float, float] = (0.0095, 0.019)  # range of the speed of a moving blob, per frame
+    turning: float = 1.5  # speed of a turning blob's rim, relative to `speeds`
+    growth: float = 0.2  # speed of a growing blob's rim, relative to `speeds`
+    contrast: tuple[float, float] = (0.2, 0.4)  # range of the difference in brightness between blob and background
+    texture: tuple[float, float] = (0.03, 0.1)  # strength of the background's and of the blob's texture
     colour: float = 0.1  # strength of tints
     crf: int = 20  # x264's quality: smaller is better
     seed: int = 0
@@ -82,17 +83,19 @@ class Knobs:
 
     @property
     def name(self) -> str:
-        """Name of the folder that these knobs make: other knobs, another folder."""
+        """Name of the dataset's folder, which contains a hash of the settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"{self.train}+{self.val}-{self.frames}x{self.width}x{self.height}-{digest[:8]}"
 
 
-def make_motion(root: str, knobs: Knobs, processes: int | None = None, progress: Progress = silent) -> Path:
-    """Make the dataset under `root` unless it is there, and return its folder.
+def make_motion(
+    root: str, knobs: Knobs, processes: int | None = None, progress: FileProgress = ignore_progress
+) -> Path:
+    """Create the dataset under `root` unless it exists; returns its folder.
 
     The folder holds mp4 files, `train.csv` and `val.csv` (`path label`, several labels joined by `;`), `classes.txt`
-    and `knobs.json`. It appears complete or not at all; of several processes one makes it and the others wait. What
-    a killed one has made is kept.
+    and `knobs.json`. It gets its name when it is complete. If several processes call this, one creates the dataset and
+    the others wait. A repeat continues an interrupted build.
     """
     root = require_local_path("dataset.root", root)
     folder = Path(root) / knobs.name
@@ -109,18 +112,18 @@ def make_motion(root: str, knobs: Knobs, processes: int | None = None, progress:
 
 
 def motion(root: str, knobs: Knobs, split: str, decoder: Decoder | None = None) -> VideoDataset:
-    """Motion's `train` or `val` videos, made first unless they are there; never flipped, which would change labels."""
+    """Return the `train` or `val` videos; creates the files if needed. No flips, because a flip changes the class."""
     return video_list(
         str(make_motion(root, knobs)), f"{split}.csv", multi_label=knobs.shapes > 1, decoder=decoder, flip=False
     )
 
 
-def _build(folder: Path, knobs: Knobs, processes: int | None, progress: Progress) -> None:
+def _build(folder: Path, knobs: Knobs, processes: int | None, progress: FileProgress) -> None:
     jobs = [(split, i) for split, count in (("train", knobs.train), ("val", knobs.val)) for i in range(count)]
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True, exist_ok=True)
     lines = []
-    for line in parallel(partial(_make_video, folder, knobs), jobs, processes):
+    for line in parallel_map(partial(_make_video, folder, knobs), jobs, processes):
         lines.append(line)
         progress(len(lines), len(jobs))
     for split in ("train", "val"):
@@ -131,7 +134,7 @@ def _build(folder: Path, knobs: Knobs, processes: int | None, progress: Progress
 
 
 def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
-    """Write one video, unless it is there, and return its line for the list file."""
+    """Write one video unless it exists; returns its line of the list file."""
     split, index = job
     rng = np.random.default_rng((knobs.seed, split == "val", index))
     others = [c for c in rng.permutation(len(CLASSES)).tolist() if c != index % len(CLASSES)]
@@ -139,7 +142,7 @@ def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
     path = f"{split}/{index:05d}.mp4"
     if not (folder / path).exists():
         part = (folder / path).with_suffix(".part.mp4")
-        write_video(part, draw(labels, knobs, rng), knobs)
+        write_video(part, draw_frames(labels, knobs, rng), knobs)
         part.replace(folder / path)
     return f"{path} {';'.join(map(str, sorted(labels)))}\n"
 
@@ -147,7 +150,7 @@ def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
 def write_video(path: Path, frames: Iterator[NDArray[np.uint8]], knobs: Knobs) -> None:
     """Encode RGB frames `[h, w, 3]` as H.264; the same frames give the same file."""
     with av.open(str(path), "w") as container:
-        # one thread, no macroblock tree: with either, x264's choices differ from run to run
+        # One thread and no macroblock tree, because either makes the output of x264 differ between runs.
         options = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
         options |= {"crf": str(knobs.crf), "g": str(knobs.keyframe)}
         stream: Any = container.add_stream("libx264", rate=knobs.fps, options=options)
@@ -157,14 +160,14 @@ def write_video(path: Path, frames: Iterator[NDArray[np.uint8]], knobs: Knobs) -
         container.mux(stream.encode())
 
 
-def draw(labels: list[int], knobs: Knobs, rng: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
-    """The frames of one video, uint8 RGB `[h, w, 3]`: a blob for each label, later ones in front."""
+def draw_frames(labels: list[int], knobs: Knobs, rng: np.random.Generator) -> Iterator[NDArray[np.uint8]]:
+    """Yield the frames of one video, uint8 RGB `[h, w, 3]`, with a blob for each label; later blobs are in front."""
     h, w = knobs.height, knobs.width
     y, x = np.arange(h, dtype=np.float32), np.arange(w, dtype=np.float32)
     grey = rng.uniform(0.4, 0.6)
     tint = knobs.colour * rng.uniform(-0.5, 0.5, 3)
     background = grey + tint + knobs.texture[0] * _texture(x / h, y[:, None] / h, rng)
-    blobs = [(_sprite(grey, knobs, rng), _path(label, knobs, rng)) for label in labels]
+    blobs = [(_sprite(grey, knobs, rng), _trajectory(label, knobs, rng)) for label in labels]
     for t in range(knobs.frames):
         frame = background.copy()
         for sprite, path in blobs:
@@ -173,37 +176,41 @@ def draw(labels: list[int], knobs: Knobs, rng: np.random.Generator) -> Iterator[
 
 
 def _paint(frame: Array, sprite: Array, cx: float, cy: float, angle: float, size: float) -> None:
-    """Paint a sprite over a frame that wraps round: each pixel sees the nearest image of the centre."""
+    """Paint a sprite RGBA `[n, n, 4]` on a frame `[h, w, 3]` that wraps around.
+
+    `cx`, `cy`: centre as fractions of width and height. `angle` in radians. `size`: distance from the centre to the
+    edge of the sprite as a fraction of the height.
+    """
     h, w, _ = frame.shape
     dx, dy = (np.arange(w) - cx * w + w / 2) % w - w / 2, (np.arange(h) - cy * h + h / 2) % h - h / 2
     columns, rows = np.flatnonzero(abs(dx) < size * h), np.flatnonzero(abs(dy) < size * h)
     dx, dy = dx[columns], dy[rows][:, None]
     middle = (len(sprite) - 1) / 2
     cos, sin = middle / (size * h) * np.cos(angle), middle / (size * h) * np.sin(angle)
-    # the sprite's rim is transparent, so what lies beyond may be clamped to it
+    # The edge of the sprite is transparent, so coordinates beyond it can be clamped.
     u, v = (
-        (place + middle + 0.5).clip(0, len(sprite) - 1).astype(np.intp)
-        for place in (cos * dx + sin * dy, cos * dy - sin * dx)
+        (offset + middle + 0.5).clip(0, len(sprite) - 1).astype(np.intp)
+        for offset in (cos * dx + sin * dy, cos * dy - sin * dx)
     )
-    found, block = sprite[v, u], np.ix_(rows, columns)
-    frame[block] += found[..., 3:] * (found[..., :3] - frame[block])
+    rgba, block = sprite[v, u], np.ix_(rows, columns)
+    frame[block] += rgba[..., 3:] * (rgba[..., :3] - frame[block])
 
 
-def _path(label: int, knobs: Knobs, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Centre x and y (shares of width and height), angle and size at every frame: `[frames, 4]`."""
+def _trajectory(label: int, knobs: Knobs, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return centre x and y (fractions of width and height), angle (radians) and size at each frame: `[frames, 4]`."""
     low, high = knobs.sizes
-    x, y, turn, place = rng.uniform(0, 1, 4)  # place: of the size within its range
+    x, y, turn, size_fraction = rng.uniform(0, 1, 4)  # size_fraction: position of the size in its range
     steps = rng.uniform(*knobs.speeds) * np.arange(knobs.frames)
     dx, dy = VELOCITIES.get(label, (0, 0))
-    rim = low + place * (high - low)
+    rim = low + size_fraction * (high - low)
     angle = 2 * np.pi * turn + TURNS.get(label, 0) * knobs.turning * steps / rim
-    size = low + (place * (high - low) + GROWTHS.get(label, 0) * knobs.growth * steps) % (high - low)
+    size = low + (size_fraction * (high - low) + GROWTHS.get(label, 0) * knobs.growth * steps) % (high - low)
     x, y = x + dx * steps * knobs.height / knobs.width, y + dy * steps
     return np.stack([x + 0 * steps, y + 0 * steps, angle, size], axis=1)
 
 
 def _sprite(grey: float, knobs: Knobs, rng: np.random.Generator) -> Array:
-    """A random blob, RGBA `[n, n, 4]`: a circle whose radius waves, filled with a texture."""
+    """Draw a random blob, float32 RGBA `[n, n, 4]`: a circle with a wavy radius, filled with a texture."""
     n = 2 * knobs.height
     v, u = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
     angle, radius = np.arctan2(v, u), np.hypot(u, v)
@@ -220,7 +227,7 @@ def _sprite(grey: float, knobs: Knobs, rng: np.random.Generator) -> Array:
 
 
 def _texture(x: Array, y: Array, rng: np.random.Generator, waves: int = 6) -> Array:
-    """Smooth colour noise around 0, `[h, w, 3]`: a sum of a few plane waves, mostly of brightness."""
+    """Return smooth colour noise around 0, float32 `[h, w, 3]`: a sum of plane waves, mainly in brightness."""
     angle, length = rng.uniform(0, 2 * np.pi, waves), rng.uniform(0.5, 2, waves)
     phase, colour = rng.uniform(0, 2 * np.pi, waves), 0.7 + 0.3 * rng.uniform(-1, 1, (waves, 3))
     along = x[..., None] * np.cos(angle) + y[..., None] * np.sin(angle)

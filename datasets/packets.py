@@ -1,7 +1,7 @@
-"""What the first bits of compressed packets say: whether decoding may start there, and how many frames come out.
+"""Parse the first bits of compressed packets: whether decoding can start there, and how many frames a packet has.
 
-Containers often say neither: AVI flags wrong keyframes, VP8 stores frames that are never shown, DivX stores two frames
-in one packet, broadcast H.264 stores half a frame in each.
+The flags of containers are not reliable: AVI flags wrong keyframes, VP8 stores frames that are never shown, DivX stores
+two frames in one packet, and broadcast H.264 stores half a frame in each packet.
 """
 
 from __future__ import annotations
@@ -12,28 +12,33 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-OPEN_START, CLOSED_START = 1, 2  # frames that are stored after an open start and shown before it are lost
+# Kinds of packets at which decoding can start. Frames stored after an open start but shown before it are lost.
+OPEN_START, CLOSED_START = 1, 2
 
-MAX_PLACEHOLDER_BYTES = 19  # of an MPEG-4 packet that may stand for a frame stored elsewhere: FFmpeg's own limit
-EMPTY_BYTES = 7  # a packet of no more has no picture in it
+# An MPEG-4 packet up to this size may be a placeholder for a frame stored elsewhere (FFmpeg's limit).
+MAX_PLACEHOLDER_BYTES = 19
+MAX_EMPTY_BYTES = 7  # an MPEG-4 packet up to this size contains no picture
 INTRA, PREDICTED, BIDIRECTIONAL = 0, 1, 2  # types of MPEG-4 pictures
-MPEG_INTRA, MPEG_BIDIRECTIONAL = 1, 3  # of MPEG-1 and MPEG-2 pictures
+MPEG_INTRA, MPEG_BIDIRECTIONAL = 1, 3  # types of MPEG-1 and MPEG-2 pictures
 H264_SLICE, H264_IDR, H264_MESSAGE, H264_PARAMETERS = 1, 5, 6, 7  # types of H.264 units
 H264_RECOVERY_POINT = 6  # a type of message
 H264_CHROMA_PROFILES = {44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244}
 AV1_FRAMES = {3, 6}  # types of AV1 units that begin with a frame's header
 HEVC_BROKEN_LINK, HEVC_IDR, HEVC_RANDOM_ACCESS, HEVC_PICTURE = range(16, 19), range(19, 21), range(16, 22), range(32)
-# codecs without B-frames, each packet a frame; of others than these and those with a parser nothing is known
+# Codecs without B-frames in which each packet is a frame. Other codecs without a parser are not assumed one to one.
 SIMPLE_CODECS = {"ffv1", "png"}
 
 
 class PacketParser:
-    """Reads the packets of one stream in the order in which they are stored, or, unless `needs_all`, its keyframes.
+    """Parses the packets of one stream in storage order.
 
-    `starts`: OPEN_START or CLOSED_START for the number of each packet at which decoding may start. `hidden`: numbers of
-    packets whose frames are never shown. `one_to_one`: each other packet is one frame. `reorders`: some frame is stored
-    before one that is shown earlier; None where packets do not tell. `packed`: FFmpeg's filter `mpeg4_unpack_bframes`
-    makes packets one to one.
+    Attributes:
+        needs_all: Whether `add` needs all packets, or only keyframes.
+        starts: Number of each packet at which decoding can start → OPEN_START or CLOSED_START.
+        hidden: Numbers of packets whose frames are never shown.
+        one_to_one: Whether each packet that is not hidden is one frame.
+        reorders: Whether some frame is stored before a frame that is shown earlier; None: unknown.
+        packed: Whether FFmpeg's filter `mpeg4_unpack_bframes` is needed to make packets one to one.
     """
 
     needs_all = True
@@ -46,12 +51,12 @@ class PacketParser:
         self.one_to_one = one_to_one
 
     def add(self, number: int, packet: Any) -> None:
-        """Read packet `number`. Raises IndexError, StopIteration or ValueError where it makes no sense."""
+        """Parse packet `number`. Raises IndexError, StopIteration or ValueError if it is malformed."""
         raise NotImplementedError
 
 
 class KeyframeParser(PacketParser):
-    """Codecs that show frames in the order in which they are stored, and whose keyframes are flagged rightly."""
+    """Codecs whose storage order is the display order and whose keyframes are flagged correctly."""
 
     needs_all = False
 
@@ -84,11 +89,11 @@ class Mpeg2Parser(PacketParser):
 class Mpeg4Parser(PacketParser):
     """MPEG-4 part 2, as DivX and XviD write it.
 
-    In a packed bitstream a packet may also hold the B-frame that belongs into the next one. That one holds another
-    B-frame, which moves on in turn, or a placeholder.
+    In a packed bitstream, a packet may also hold the B-frame that belongs to the next packet. That packet then holds
+    either another B-frame, which belongs to the packet after it, or a placeholder.
     """
 
-    moved: int | None = None  # type of the frame that belongs into the next packet
+    moved: int | None = None  # type of the frame of the previous packet that belongs to this one
 
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
@@ -96,12 +101,12 @@ class Mpeg4Parser(PacketParser):
         types = [data[match.end()] >> 6 for match in re.finditer(rb"\x00\x00\x01\xb6(?=.)", data, re.DOTALL)]
         moved, small = self.moved, len(data) <= MAX_PLACEHOLDER_BYTES
         if moved is None:
-            # a small packet may say that there is no frame
+            # a small packet may mean that there is no frame
             regular = (len(types) == 1 and not small) or (len(types) == 2 and types[1] == BIDIRECTIONAL)
             self.moved = types[1] if len(types) == 2 else None
-        elif len(data) <= EMPTY_BYTES or (small and types == [PREDICTED]):
+        elif len(data) <= MAX_EMPTY_BYTES or (small and types == [PREDICTED]):
             regular, self.moved = True, None
-        else:  # of other packets than B-frames of some size FFmpeg's filter makes something else than its decoder
+        else:  # FFmpeg's filter and decoder agree only on B-frames that are larger than a placeholder
             regular, self.moved = types == [BIDIRECTIONAL] and not small, BIDIRECTIONAL
         frame = types[0] if moved is None and types else moved
         self.one_to_one &= regular
@@ -114,7 +119,7 @@ class Mpeg4Parser(PacketParser):
 
 
 class H264Parser(PacketParser):
-    """H.264. Where the stream may be interlaced, two packets may be the two fields of one frame."""
+    """H.264. In streams that may be interlaced, two packets may be the two fields of one frame."""
 
     reorders = None
 
@@ -138,7 +143,7 @@ class H264Parser(PacketParser):
                     self.starts[number] = CLOSED_START
                 if self.needs_all:
                     self.one_to_one &= self.slices is not None and not self.slices.is_field(bytes(unit[:20]))
-                return  # what precedes the picture says all
+                return  # only the first slice of the picture is needed
 
     def _read_parameters(self, unit: bytes | None) -> None:
         self.slices = None if unit is None else slice_format(unit)
@@ -146,7 +151,7 @@ class H264Parser(PacketParser):
 
 
 class SliceFormat:
-    """What a sequence parameter set `unit` of H.264 says of the slices that refer to it (ITU-T H.264, 7.3.2.1.1)."""
+    """The format of slices, from a sequence parameter set `unit` of H.264 (ITU-T H.264, 7.3.2.1.1)."""
 
     def __init__(self, unit: bytes) -> None:
         bits = Bits(unit[1:])
@@ -172,7 +177,7 @@ class SliceFormat:
         self.may_be_field = not bits.read(1)
 
     def is_field(self, unit: bytes) -> bool:
-        """Whether a slice, of which `unit` is the beginning, belongs to a field, which is half a frame (7.3.3)."""
+        """Return whether a slice, whose first bytes are `unit`, belongs to a field, i.e. half a frame (7.3.3)."""
         bits = Bits(unit[1:])
         bits.exp_golomb(), bits.exp_golomb(), bits.exp_golomb()  # first macroblock, type, picture parameter set
         bits.read(2 * self.separate_planes + self.frame_number_bits)
@@ -181,11 +186,12 @@ class SliceFormat:
 
 @lru_cache(256)
 def slice_format(unit: bytes) -> SliceFormat:
-    """The format of a parameter set, of which the files of a dataset share a few."""
+    """Parse a parameter set; cached, because the files of a dataset share a few."""
     return SliceFormat(unit)
 
 
 def _skip_scaling_list(bits: Bits, size: int) -> None:
+    """Skip a scaling list of `size` entries (7.3.2.1.1.1)."""
     last = scale = 8
     for _ in range(size):
         if scale:
@@ -195,19 +201,22 @@ def _skip_scaling_list(bits: Bits, size: int) -> None:
 
 
 def _recovers_at_once(unit: bytes) -> bool:
-    """Whether a unit of messages says that from here on frames are right (D.2.8): no I-frame is enough for that."""
-    unit, place = unit.replace(b"\0\0\3", b"\0\0"), 1
-    while place + 2 < len(unit):
+    """Return whether a unit of messages has a recovery point with 0 frames to recovery (D.2.8).
+
+    An I-frame alone does not guarantee that the following frames are decoded correctly.
+    """
+    unit, position = unit.replace(b"\0\0\3", b"\0\0"), 1
+    while position + 2 < len(unit):
         kind, size = 0, 0
-        while unit[place] == 255:
-            kind, place = kind + 255, place + 1
-        kind, place = kind + unit[place], place + 1
-        while unit[place] == 255:
-            size, place = size + 255, place + 1
-        size, place = size + unit[place], place + 1
+        while unit[position] == 255:
+            kind, position = kind + 255, position + 1
+        kind, position = kind + unit[position], position + 1
+        while unit[position] == 255:
+            size, position = size + 255, position + 1
+        size, position = size + unit[position], position + 1
         if kind == H264_RECOVERY_POINT:
-            return Bits(unit[place : place + size]).exp_golomb() == 0
-        place += size
+            return Bits(unit[position : position + size]).exp_golomb() == 0
+        position += size
     return False
 
 
@@ -227,7 +236,7 @@ class HevcParser(PacketParser):
         kind = next(kind for kind in kinds if kind in HEVC_PICTURE)
         if kind in HEVC_RANDOM_ACCESS:
             self.starts[number] = CLOSED_START if kind in HEVC_IDR else OPEN_START
-        # what leads to a broken link inside the stream is not shown
+        # Leading frames of a broken link inside the stream are not shown.
         self.one_to_one &= number == 0 or kind not in HEVC_BROKEN_LINK
 
 
@@ -250,14 +259,14 @@ class Vp9Parser(PacketParser):
         """See `PacketParser.add`."""
         frames = [Bits(frame) for frame in _vp9_frames(bytes(packet))]
         shown, keyframe = 0, False
-        for place, bits in enumerate(frames):
+        for position, bits in enumerate(frames):
             bits.read(2)
             profile = bits.read(1) + 2 * bits.read(1)
             bits.read(profile == 3)
             if bits.read(1):  # shows a frame that was decoded before
                 shown += 1
             else:
-                keyframe |= not bits.read(1) and place == 0
+                keyframe |= not bits.read(1) and position == 0
                 shown += bits.read(1)
         self.one_to_one &= shown < 2
         if not shown:
@@ -267,7 +276,7 @@ class Vp9Parser(PacketParser):
 
 
 def _vp9_frames(data: bytes) -> list[bytes]:
-    """The first bytes of each frame in a packet."""
+    """Return the first two bytes of each frame in a packet."""
     marker = data[-1]
     count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
     index = data[-2 - count * width :]
@@ -283,13 +292,13 @@ class Av1Parser(PacketParser):
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
         shown = 0
-        for place, bits in enumerate(_av1_frames(bytes(packet))):
+        for position, bits in enumerate(_av1_frames(bytes(packet))):
             if bits.read(1):  # shows a frame that was decoded before
                 shown += 1
             else:
                 kind, visible = bits.read(2), bits.read(1)
                 shown += visible
-                if place == 0 and packet.is_keyframe and kind == 0 and visible:
+                if position == 0 and packet.is_keyframe and kind == 0 and visible:
                     self.starts[number] = CLOSED_START
         self.one_to_one &= shown < 2
         if not shown:
@@ -297,46 +306,49 @@ class Av1Parser(PacketParser):
 
 
 def _av1_frames(data: bytes) -> Iterator[Bits]:
-    """The header of each frame in a packet."""
-    place = 0
-    while place < len(data):
-        first = data[place]
-        place += 2 if first & 4 else 1
-        size, shift = len(data) - place, 0
+    """Yield the first bits of each frame header in a packet."""
+    position = 0
+    while position < len(data):
+        first = data[position]
+        position += 2 if first & 4 else 1
+        size, shift = len(data) - position, 0
         if first & 2:
             size = 0
             while True:
-                size |= (data[place] & 127) << shift
-                shift, place = shift + 7, place + 1
-                if data[place - 1] < 128:
+                size |= (data[position] & 127) << shift
+                shift, position = shift + 7, position + 1
+                if data[position - 1] < 128:
                     break
         if first >> 3 & 15 in AV1_FRAMES:
-            yield Bits(data[place : place + 1])
-        place += size
+            yield Bits(data[position : position + 1])
+        position += size
 
 
 class Bits:
-    """Reads bits from the front of some bytes. Raises ValueError at the end."""
+    """Reads bits from the front of `data`. Raises ValueError after the last bit."""
 
     def __init__(self, data: bytes) -> None:
         data = data.replace(b"\0\0\3", b"\0\0")
         self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
 
     def read(self, count: int) -> int:
-        """The next `count` bits as a number."""
+        """Return the next `count` bits as a number."""
         self.left -= count
         if self.left < 0:
             raise ValueError("a header ends early")
         return self.value >> self.left & (1 << count) - 1
 
     def exp_golomb(self) -> int:
-        """The next number, written as H.264 writes most."""
+        """Return the next number, in the Exp-Golomb code of H.264."""
         zeros = self.left - (self.value & (1 << self.left) - 1).bit_length()
         return self.read(2 * zeros + 1) - 1
 
 
 def _units(data: Any, prefix: int) -> Iterator[Any]:
-    """The units of an H.264 or H.265 packet, slices of it: after start codes, or after a length of `prefix` bytes."""
+    """Yield the units of an H.264 or H.265 packet as slices of `data`.
+
+    Each unit follows a start code, or a length of `prefix` bytes if `prefix` is not 0.
+    """
     if not prefix:
         start = None
         for match in re.finditer(rb"\x00\x00\x01(?=.)", data, re.DOTALL):
@@ -346,17 +358,17 @@ def _units(data: Any, prefix: int) -> Iterator[Any]:
         if start is not None:
             yield data[start:]
         return
-    place = 0
-    while place + prefix < len(data):
-        size = int.from_bytes(data[place : place + prefix], "big")
-        place += prefix
+    position = 0
+    while position + prefix < len(data):
+        size = int.from_bytes(data[position : position + prefix], "big")
+        position += prefix
         if size:
-            yield data[place : place + size]
-        place += size
+            yield data[position : position + size]
+        position += size
 
 
 def packet_parser(stream: Any) -> PacketParser:
-    """A parser for the packets of a PyAV video stream, as they are from its beginning."""
+    """Create a parser for the packets of a PyAV video stream, to be read from the beginning."""
     codec, extradata = stream.codec_context.codec, stream.codec_context.extradata
     name = codec.canonical_name
     if name in EXTRADATA_PARSERS:

@@ -1,8 +1,8 @@
-"""A pyramid: every video of a dataset encoded once more at a few sizes, cheap to read a few frames from.
+"""A pyramid: copies of a dataset's videos at a few sizes, from which a few frames can be read fast.
 
-The levels are H.264 with a keyframe every eight frames and nothing that slows decoding down (x264's `fastdecode`, no
-B-frames); each holds every frame of the original. A reader takes the smallest level that leaves its clip no blurrier
-than the base grid may be when read from the original. What was tried and what it gave: docs/benchmarks/data.md.
+Each copy, a level, has every frame of the original, encoded as H.264 with a keyframe every eight frames, x264's
+`fastdecode` and no B-frames. A reader opens the smallest level that is enlarged no more than the base grid enlarges the
+original at the largest short side. For measurements of alternatives, see docs/benchmarks/data.md.
 """
 
 from __future__ import annotations
@@ -26,35 +26,54 @@ from mgvideo.errors import UserError
 from mgvideo.storage.paths import belongs_to, is_remote, join, read_bytes, relative, strip_file_scheme
 
 from .orientation import Orientation
-from .parallel import Progress, parallel, silent
+from .parallel import FileProgress, ignore_progress, parallel_map
 from .pyav import PyAV, PyAVVideo
-from .videofile import DecodeError, Decoder, Video, errors_over
+from .videofile import DecodeError, Decoder, Video, raise_decode_errors
 
-KEYFRAME = 8
-OPTIONS = {"preset": "veryfast", "tune": "fastdecode", "crf": "20", "g": str(KEYFRAME), "bf": "0", "threads": "1"}
-COLOURS = ("colorspace", "color_range", "color_primaries", "color_trc")  # what a decoder has to know of a picture's
-SAMPLE = 16  # videos to encode before saying how much space all will take
+KEYFRAME_INTERVAL = 8  # frames
+OPTIONS = {
+    "preset": "veryfast",
+    "tune": "fastdecode",
+    "crf": "20",
+    "g": str(KEYFRAME_INTERVAL),
+    "bf": "0",
+    "threads": "1",
+}
+# fields of a frame that describe its colours
+COLOUR_FIELDS = ("colorspace", "color_range", "color_primaries", "color_trc")
+SAMPLE_VIDEOS = 16  # number of videos to encode before estimating the size of the pyramid
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What a pyramid is built for: short sides of its levels, and the largest short side that the base grid draws."""
+class PyramidLayout:
+    """Short sides of a pyramid's levels (`sides`), and the largest short side that the base grid draws (`largest`)."""
 
     sides: tuple[int, ...]
     largest: int
 
     @classmethod
-    def of(cls, sizes: Iterable[int], scales: tuple[int, int], original: int) -> Layout:
-        """A level for each crop size of a plan, given the base's jitter and the usual short side of the originals."""
+    def for_sizes(cls, sizes: Iterable[int], scales: tuple[int, int], original: int) -> PyramidLayout:
+        """Return a layout with one level for each crop size of a plan.
+
+        Args:
+            sizes: Crop sizes of the plan.
+            scales: Range of short sides of the base grid (`base.short_side`).
+            original: Usual short side of the original videos.
+        """
         sizes, top = sorted(set(sizes)), min(original, scales[1])
         return cls(tuple(2 * math.ceil(top * size / sizes[-1] / 2) for size in sizes), scales[1])
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """A video in a pyramid's manifest: its short side, frames and bytes, those of its levels, why it has none.
+    """A video in a pyramid's manifest.
 
-    `start`: seconds at which its first frame appears.
+    Attributes:
+        path: Path of the original relative to the dataset's root.
+        short_side, frames, bytes: Of the original.
+        start: Seconds at which the first frame of the original is shown.
+        level_bytes: Size of all levels together.
+        failure: Why the video has no levels; empty if it has.
     """
 
     path: str
@@ -67,7 +86,7 @@ class ManifestRow:
 
 
 class Pyramid:
-    """A decoder that opens a level of the pyramid in `folder` in place of the original under `root`."""
+    """A decoder that opens a level of the pyramid in `folder` instead of the original under `root`."""
 
     def __init__(self, folder: str, root: str, decoder: Decoder) -> None:
         self.folder, self.root, self.decoder = folder, root, decoder
@@ -75,7 +94,7 @@ class Pyramid:
         self.rows = {row.path: row for row in rows if not row.failure}
 
     def open(self, path: str, short_side: int | None = None) -> Video:
-        """See `videofile.Decoder.open`; the level depends on `short_side`, and one that was lost is the original."""
+        """Open the level for `short_side`, or the original if the level is missing; see `videofile.Decoder.open`."""
         file = self.locate(path, short_side)
         if file != path:
             with suppress(DecodeError):
@@ -86,68 +105,79 @@ class Pyramid:
         return self.decoder.open(path, short_side)
 
     def locate(self, path: str, short_side: int | None) -> str:
-        """The file that is read in place of an original for a short side: a level of it, or the original."""
+        """Return the file to read for a short side: a level of the original, or the original itself."""
         name = relative(path, self.root)
         row = self.rows.get(name)
         side = self._side(row.short_side if row else None, short_side)
         return path if side is None else level_path(self.folder, side, name)
 
     def _side(self, original: int | None, drawn: int | None) -> int | None:
-        """The smallest level that is enlarged no more than the base grid enlarges the original at its largest."""
+        """Return the smallest level enlarged no more than the base grid at most enlarges the original, or None."""
         if original is None or drawn is None:
             return None
         needed = drawn * min(1, original / self.layout.largest)
         return next((side for side in self.layout.sides if min(side, original) >= needed), None)
 
 
-def build(
+def encode_pyramid(
     folder: str,
     root: str,
     paths: Sequence[str],
-    layout: Layout,
+    layout: PyramidLayout,
     processes: int | None = None,
-    progress: Progress = silent,
+    progress: FileProgress = ignore_progress,
     estimate: Callable[[int], None] = lambda level_bytes: None,
 ) -> list[ManifestRow]:
-    """Encode the videos `paths` (relative to `root`) and return the manifest's rows; goes on where it was stopped.
+    """Encode the videos `paths` (relative to `root`) and return their rows of the manifest.
 
-    `estimate` is told, once a few videos are done, how many bytes all will take; UserError where there is no room.
-    A video that cannot be encoded keeps its place in the manifest, with the reason.
+    Continues an interrupted build. A video that cannot be encoded has a row with `failure`.
+
+    Args:
+        processes: Number of worker processes; None: one a core.
+        progress: Called with (videos done, videos to do) after each video.
+        estimate: Called once with the estimated bytes of the whole pyramid, after `SAMPLE_VIDEOS` videos.
+
+    Raises:
+        UserError: The folder is a URL, holds another pyramid, cannot be written or is too small, or a path is outside
+            `root`.
     """
     if is_remote(folder):
-        raise UserError(f"{folder}: build the pyramid in a local folder, and copy it there as it is")
-    place = Path(strip_file_scheme(folder))
+        raise UserError(f"{folder}: build the pyramid in a local folder and upload that")
+    local_folder = Path(strip_file_scheme(folder))
     outside = next((path for path in paths if os.path.normpath(path).split(os.sep)[0] in ("", os.pardir)), None)
     if outside is not None:
-        raise UserError(f"{outside} is not under {root}: a pyramid holds what is; set dataset.root to a folder above")
-    place.mkdir(parents=True, exist_ok=True)
-    done = _resume(place, layout)
-    left = sorted({path for path in paths if path not in done})
-    sample = min(SAMPLE, len(left))
-    # those that the estimate is made from stand for all: files that are neighbours are alike
-    left = list(dict.fromkeys([*(left[i * len(left) // sample] for i in range(sample)), *left]))
+        raise UserError(
+            f"{outside} is not under {root}, and a pyramid has only videos under it; set dataset.root to a folder above"
+        )
+    local_folder.mkdir(parents=True, exist_ok=True)
+    done = _resume(local_folder, layout)
+    remaining = sorted({path for path in paths if path not in done})
+    sample = min(SAMPLE_VIDEOS, len(remaining))
+    # Encode an evenly spaced sample first: neighbouring files are similar, so the first ones are a biased sample.
+    spaced = (remaining[i * len(remaining) // sample] for i in range(sample))
+    remaining = list(dict.fromkeys([*spaced, *remaining]))
     encode = partial(encode_video, folder, root, layout)
     with (
-        open(place / "rows.jsonl", "a", encoding="utf-8") as manifest,
-        closing(parallel(encode, left, processes)) as rows,
+        open(local_folder / "rows.jsonl", "a", encoding="utf-8") as manifest,
+        closing(parallel_map(encode, remaining, processes)) as rows,
     ):
         for number, row in enumerate(rows, start=1):
             manifest.write(json.dumps(asdict(row)) + "\n")
             manifest.flush()
             done[row.path] = row
-            progress(number, len(left))
+            progress(number, len(remaining))
             if number == sample:
-                estimate(_check_room(place, root, left, done))
+                estimate(_estimate_bytes(local_folder, root, remaining, done))
     return [done[path] for path in dict.fromkeys(paths)]
 
 
 def level_path(folder: str, side: int, name: str) -> str:
-    """Where a level of a video is: a file or a URL."""
+    """Return the path or URL of a level of a video."""
     return join(folder, f"short{side}/{name}.mp4")
 
 
-def read_manifest(folder: str) -> tuple[Layout, list[ManifestRow]]:
-    """The layout and rows of a pyramid, in a folder or at a URL; raises UserError."""
+def read_manifest(folder: str) -> tuple[PyramidLayout, list[ManifestRow]]:
+    """Read the layout and rows of a pyramid in a folder or at a URL; raises UserError."""
     try:
         layout = json.loads(read_bytes(join(folder, "layout.json")))
         lines = read_bytes(join(folder, "rows.jsonl")).decode("utf-8").splitlines()
@@ -159,14 +189,14 @@ def read_manifest(folder: str) -> tuple[Layout, list[ManifestRow]]:
     for line in lines:
         try:
             row = ManifestRow(**json.loads(line))
-        except ValueError:  # a line that a killed builder did not finish
+        except ValueError:  # an unfinished line of a killed build
             continue
         rows[row.path] = row
-    return Layout(tuple(layout["sides"]), layout["largest"]), list(rows.values())
+    return PyramidLayout(tuple(layout["sides"]), layout["largest"]), list(rows.values())
 
 
-def _resume(folder: Path, layout: Layout) -> dict[str, ManifestRow]:
-    """What is there of a pyramid with this layout; starts its manifest where nothing is."""
+def _resume(folder: Path, layout: PyramidLayout) -> dict[str, ManifestRow]:
+    """Return the finished rows of an interrupted build, or start a new manifest. Raises UserError if layouts differ."""
     if not (folder / "layout.json").exists():
         (folder / "rows.jsonl").touch()
         (folder / "layout.json").write_text(json.dumps(asdict(layout)) + "\n", encoding="utf-8")
@@ -174,34 +204,34 @@ def _resume(folder: Path, layout: Layout) -> dict[str, ManifestRow]:
     old, rows = read_manifest(str(folder))
     if old != layout:
         raise UserError(f"{folder}: holds a pyramid of levels {old.sides}, not {layout.sides}; choose another folder")
-    # rewritten whole, so that what comes next does not continue an unfinished line
+    # Rewrite the manifest, because the next row must not continue an unfinished line.
     part = folder / "rows.jsonl.part"
     part.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
     part.replace(folder / "rows.jsonl")
     return {row.path: row for row in rows if not row.failure}
 
 
-def _check_room(folder: Path, root: str, paths: Sequence[str], done: dict[str, ManifestRow]) -> int:
-    """Bytes that the levels of `paths` will take, from those that are done; raises UserError where there is no room."""
+def _estimate_bytes(folder: Path, root: str, paths: Sequence[str], done: dict[str, ManifestRow]) -> int:
+    """Estimate the bytes of the whole pyramid from finished rows; raises UserError if the disk is too small."""
     rows = [done[path] for path in paths if path in done]
     ratio = sum(row.level_bytes for row in rows) / max(1, sum(row.bytes for row in rows))
-    if is_remote(root):  # not asked of the server for each
+    if is_remote(root):  # saves a request for each file
         size = len(paths) * sum(row.bytes for row in rows) // max(1, len(rows))
     else:
         size = sum(os.path.getsize(file) for path in paths if os.path.isfile(file := join(root, path)))
-    total, made = round(ratio * size), sum(row.level_bytes for row in rows)
+    total, written = round(ratio * size), sum(row.level_bytes for row in rows)
     free = shutil.disk_usage(folder).free
-    if total - made > free:
+    if total - written > free:
         raise UserError(f"{folder}: the pyramid needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     return total
 
 
-def encode_video(folder: str, root: str, layout: Layout, name: str) -> ManifestRow:
-    """Encode and verify all levels of one video, upright; they appear under their names when they are whole."""
+def encode_video(folder: str, root: str, layout: PyramidLayout, name: str) -> ManifestRow:
+    """Encode and verify all levels of one video, upright. Levels get their final names when all are complete."""
     source = join(root, name)
     parts: dict[Path, Path] = {}
     try:
-        with errors_over(source), _errors_over_levels(folder):
+        with raise_decode_errors(source), _raise_folder_errors(folder):
             for side in layout.sides:
                 final = Path(level_path(folder, side, name))
                 final.parent.mkdir(parents=True, exist_ok=True)
@@ -227,39 +257,39 @@ def encode_video(folder: str, root: str, layout: Layout, name: str) -> ManifestR
 
 
 @contextmanager
-def _errors_over_levels(folder: str) -> Iterator[None]:
-    """Turn an OSError over the pyramid's own folder, such as a full disk, into a UserError: no original is at fault."""
+def _raise_folder_errors(folder: str) -> Iterator[None]:
+    """Convert an OSError of the pyramid's folder, such as a full disk, to a UserError: the original is not damaged."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or (
             error.filename is not None and belongs_to(error.filename, strip_file_scheme(folder))
         ):
-            raise UserError(f"cannot write into {folder}: {error.strerror}; a repeat goes on") from error
+            raise UserError(f"cannot write into {folder}: {error.strerror}; repeat the command to continue") from error
         raise
 
 
 def _encode(video: PyAVVideo, targets: Sequence[tuple[Path, int]]) -> None:
-    """Decode once, encode at each short side; frames keep their times."""
+    """Decode a video once and encode it at each short side of `targets`; frames keep their times."""
     with ExitStack() as stack:
         outputs: list[tuple[Any, Any]] = []
-        for time, frame in zip(video.rising_ticks(), video.walk(), strict=True):
+        for time, frame in zip(video.rising_ticks(), video.decode_all(), strict=True):
             if not outputs:
-                outputs = [_output(stack, video, frame, *target) for target in targets]
+                outputs = [_open_output(stack, video, frame, *target) for target in targets]
             for output, encoder in outputs:
                 height, width = video.orientation.size(encoder.height, encoder.width)
                 smaller = frame.reformat(width, height, "yuv420p", interpolation="BICUBIC")
                 if not video.orientation.upright:
-                    smaller = _turned(smaller, video.orientation)
+                    smaller = _rotate(smaller, video.orientation)
                 smaller.pts, smaller.time_base = time, video.stream.time_base
-                smaller.pict_type = av.video.frame.PictureType.NONE  # the encoder chooses its own keyframes
+                smaller.pict_type = av.video.frame.PictureType.NONE  # let the encoder choose the keyframes
                 output.mux(encoder.encode(smaller))
         for output, encoder in outputs:
             output.mux(encoder.encode())
 
 
-def _turned(frame: Any, orientation: Orientation) -> Any:
-    """A `yuv420p` frame as it is shown."""
+def _rotate(frame: Any, orientation: Orientation) -> Any:
+    """Rotate and mirror a `yuv420p` frame for display."""
     h, w = frame.height, frame.width
     planes = np.split(frame.to_ndarray().ravel(), [h * w, h * w * 5 // 4])
     sizes = (h, w), (h // 2, w // 2), (h // 2, w // 2)
@@ -268,15 +298,16 @@ def _turned(frame: Any, orientation: Orientation) -> Any:
     return av.VideoFrame.from_ndarray(joined.reshape(-1, upright[0].shape[1]), format="yuv420p")
 
 
-def _output(stack: ExitStack, video: PyAVVideo, frame: Any, path: Path, short_side: int) -> tuple[Any, Any]:
+def _open_output(stack: ExitStack, video: PyAVVideo, frame: Any, path: Path, short_side: int) -> tuple[Any, Any]:
+    """Open an output file; returns its container and its video stream."""
     output = stack.enter_context(av.open(str(path), "w"))
     encoder: Any = output.add_stream("libx264", rate=video.stream.average_rate or 25, options=OPTIONS)
     scale = short_side / min(frame.height, frame.width)
-    # H.264's colours come in blocks of 2 × 2
+    # H.264 with 4:2:0 chroma needs even sizes.
     height, width = (max(2, 2 * round(side * scale / 2)) for side in (frame.height, frame.width))
     encoder.height, encoder.width = video.orientation.size(height, width)
     encoder.pix_fmt = "yuv420p"
     encoder.codec_context.time_base = video.stream.time_base
-    for field in COLOURS:
+    for field in COLOUR_FIELDS:
         setattr(encoder.codec_context, field, getattr(frame, field))
     return output, encoder

@@ -1,7 +1,7 @@
-"""Which pixels of which frames a request asks for: pure functions of the request and the video's dimensions.
+"""The frames and crops of a clip: pure functions of the request and the video's dimensions.
 
-`choose` draws everything before a file is opened, because decoders may shrink while decoding; `clip_indices` and
-`crop_boxes` turn the draws into places once the video's dimensions are known.
+`draw_clip` draws all random numbers before the file is opened, because the decoder takes the short side. Once the
+video's dimensions are known, `clip_indices` and `crop_boxes` turn the draws into frame indices and crops.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from mgvideo.loading.requests import ClipRequest
 
 from .videofile import Box
 
-SLACK_S = 0.0015  # annotations and files round times: a stretch that begins so shortly before a frame begins with it
+# Annotations and files round times: a span that starts less than this before a frame starts with that frame.
+ROUNDING_TOLERANCE_S = 0.0015
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a dataset's published recipes sample, beside what the grid says."""
+    """Sampling settings of a dataset's published recipes, in addition to the grid."""
 
-    flip: bool = True  # mirror every other training clip
-    inverse_jitter: bool = False  # draw the short side uniformly in its inverse (Charades)
-    segments: bool = False  # one frame of each of as many segments as there are frames (Something-Something)
+    flip: bool = True  # mirror training clips left to right with probability 1/2
+    inverse_jitter: bool = False  # draw the inverse of the short side uniformly (Charades)
+    segments: bool = False  # split the video into one segment a frame, take one frame of each (Something-Something)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The draws for one clip; `start`, `top` and `left` are shares, from 0 to 1, of the room there is."""
+class ClipDraw:
+    """The random draws for one clip; `start`, `top` and `left` are fractions from 0 to 1 of the possible range."""
 
     stride: int
     short_side: int
@@ -40,11 +41,14 @@ class Choice:
     flip: bool
 
 
-def choose(request: ClipRequest, sampling: Sampling) -> Choice:
-    """Draw from the request's seed; for a view there is nothing to draw.
+def draw_clip(request: ClipRequest, sampling: Sampling) -> ClipDraw:
+    """Draw the sampling of a training clip from the request's seed; a test view is deterministic.
 
-    A view takes the lower ends of the grid's ranges; its clips are spaced uniformly from the video's first frame to
-    its last, a single one in the middle. Raises UserError where the crop does not fit.
+    A test view uses the lower ends of the grid's ranges. Its clips are spaced uniformly from the video's first frame to
+    its last; a single clip is in the middle.
+
+    Raises:
+        UserError: The crop is larger than the short side.
     """
     grid, view = request.grid, request.view
     (low, high), strides = grid.scales, grid.strides
@@ -52,75 +56,82 @@ def choose(request: ClipRequest, sampling: Sampling) -> Choice:
         raise UserError(f"grid: a crop of {grid.size} pixels does not fit a short side of {low}; raise base.short_side")
     if view is not None:
         start = view.clip / (view.clips - 1) if view.clips > 1 else 0.5
-        return Choice(strides[0], low, start, 0.5, 0.5, False)
+        return ClipDraw(strides[0], low, start, 0.5, 0.5, False)
     rng = np.random.default_rng(request.seed)
     stride = int(rng.integers(strides[0], strides[1], endpoint=True))
-    uniform, start, top, left, heads = rng.random(5)
+    side, start, top, left, coin = rng.random(5)
     if sampling.inverse_jitter:
-        short_side = round(1 / (1 / high + uniform * (1 / low - 1 / high)))
+        short_side = round(1 / (1 / high + side * (1 / low - 1 / high)))
     else:
-        short_side = low + int(uniform * (high - low + 1))
-    return Choice(stride, short_side, start, top, left, sampling.flip and bool(heads < 0.5))
+        short_side = low + int(side * (high - low + 1))
+    return ClipDraw(stride, short_side, start, top, left, sampling.flip and bool(coin < 0.5))
 
 
 def frame_span(seconds: Sequence[float] | np.ndarray, times: np.ndarray) -> tuple[int, int]:
-    """First frame, and one past the last, of those on display in a stretch of seconds, of which the end is not part.
+    """Return the range of frames, as (first, one past the last), that are shown in `seconds`; the end is exclusive.
 
-    `times`: see `videofile.Video.times`. A stretch that begins after the video has no frames, any other at least one.
+    `times`: see `videofile.Video.times`. The range is empty if the span starts after the video ends. Otherwise it has
+    at least one frame.
     """
     start, end = seconds
     frames = len(times) - 1
     if start <= times[0] and end > times[-1]:
         return 0, frames
-    slack = min(SLACK_S, 0.4 * float(np.median(np.diff(times))))
-    if start > times[-1] - slack:
+    tolerance = min(ROUNDING_TOLERANCE_S, 0.4 * float(np.median(np.diff(times))))
+    if start > times[-1] - tolerance:
         return frames, frames
-    first = max(0, int(np.searchsorted(times[:-1], start + slack, "right")) - 1)
-    return first, max(first + 1, int(np.searchsorted(times[:-1], end - slack)))
+    first = max(0, int(np.searchsorted(times[:-1], start + tolerance, "right")) - 1)
+    return first, max(first + 1, int(np.searchsorted(times[:-1], end - tolerance)))
 
 
-def clip_indices(request: ClipRequest, choice: Choice, sampling: Sampling, first: int, stop: int) -> np.ndarray:
-    """Indices of a clip's frames within frames `first` to `stop` (exclusive): int64 `[frames]`.
+def clip_indices(request: ClipRequest, draw: ClipDraw, sampling: Sampling, first: int, stop: int) -> np.ndarray:
+    """Return the indices of a clip's frames within frames `first` to `stop` (exclusive): int64 `[frames]`.
 
-    Where the stretch is too short for the clip its last frame is repeated, as in PySlowFast.
+    If the clip does not fit, the last frame is repeated, as in PySlowFast.
     """
     frames = request.grid.frames
     if sampling.segments:
         return first + _segment_indices(request, stop - first)
-    span = (frames - 1) * choice.stride + 1
+    span = (frames - 1) * draw.stride + 1
     room = max(stop - first - span, 0)
-    # a random share below 1 reaches each start alike, the share 1 of the last view the last start
-    start = min(int(choice.start * (room + 1)), room)
-    return np.minimum(first + start + np.arange(frames) * choice.stride, stop - 1)
+    # A random fraction is below 1, so each start is equally likely; the last view has 1, hence the min().
+    start = min(int(draw.start * (room + 1)), room)
+    return np.minimum(first + start + np.arange(frames) * draw.stride, stop - 1)
 
 
 def _segment_indices(request: ClipRequest, length: int) -> np.ndarray:
-    """One frame of each segment, at random or, for clip k of K, at (k + ½) / K of it: as PySlowFast, where K is 1.
+    """Return one frame of each segment: a random one, or for test clip k of K the one at (k + ½) / K.
 
-    The stride of the grid has no say: the segments cover the whole video, whatever their number.
+    PySlowFast does the same with K = 1. The segments cover the whole video, so the grid's stride is not used.
     """
     frames, view = request.grid.frames, request.view
     ends = np.round(np.arange(frames + 1) * (length - 1) / frames)
     if view is None:
-        shares = np.random.default_rng((request.seed, frames)).random(frames)
-        return (ends[:-1] + shares * (np.diff(ends) + 1)).astype(np.int64)
+        fractions = np.random.default_rng((request.seed, frames)).random(frames)
+        return (ends[:-1] + fractions * (np.diff(ends) + 1)).astype(np.int64)
     return (ends[:-1] + (view.clip + 0.5) / view.clips * np.diff(ends)).astype(np.int64)
 
 
-def crop_boxes(request: ClipRequest, choice: Choice, height: int, width: int) -> list[Box]:
-    """The squares of a frame that, resized to the grid's size, are its crops: one, or a view's along the longer side.
+def crop_boxes(request: ClipRequest, draw: ClipDraw, height: int, width: int) -> list[Box]:
+    """Return the squares to crop from a frame before resizing them to the grid's size.
 
-    Cropping comes before resizing, so that a crop's side is whole in pixels of the frame: the short side drawn holds
-    to half of such a pixel. At random each place is as likely; a view's crops are spaced evenly, one is the middle.
+    A training clip has one random crop; each position is equally likely. A test view has crops evenly spaced along the
+    longer side; a single one is in the middle. The side of a square is rounded to whole pixels of the frame, so the
+    short side that was drawn is exact to half a pixel of the frame.
     """
-    side = max(1, round(min(height, width) * request.grid.size / choice.short_side))
+    side = max(1, round(min(height, width) * request.grid.size / draw.short_side))
     room = height - side, width - side
     if request.view is None:
-        return [Box(int(choice.top * (room[0] + 1)), int(choice.left * (room[1] + 1)), side, side)]
+        return [Box(int(draw.top * (room[0] + 1)), int(draw.left * (room[1] + 1)), side, side)]
     crops = request.view.crops
-    shares = np.linspace(0, 1, crops) if crops > 1 else [0.5]
-    tall = height > width
+    fractions = np.linspace(0, 1, crops) if crops > 1 else [0.5]
+    is_portrait = height > width
     return [
-        Box(round(room[0] * (share if tall else 0.5)), round(room[1] * (0.5 if tall else share)), side, side)
-        for share in shares
+        Box(
+            round(room[0] * (fraction if is_portrait else 0.5)),
+            round(room[1] * (0.5 if is_portrait else fraction)),
+            side,
+            side,
+        )
+        for fraction in fractions
     ]

@@ -1,4 +1,4 @@
-"""Looking for videos in folders: what counts as a video, what other programs leave behind, and what is passed over."""
+"""Find videos in folders by their extensions; skip hidden files and files that other programs leave behind."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from mgvideo.errors import UserError
 from mgvideo.storage.paths import is_remote, strip_file_scheme
 
-# containers and raw streams that FFmpeg reads, of recorders, phones, cameras, browsers and archives
+# Containers and raw streams that FFmpeg reads.
 _SUFFIXES = """
     264 265 3g2 3gp 3gp2 3gpp amv asf avc avi dav divx dv dvr-ms evo f4v flv gif h264 h265 hevc ivf k3g m1v m2p m2t m2ts
     m2v m4v mj2 mjpeg mjpg mk3d mkv mod mov mp2v mp4 mp4v mpe mpeg mpeg1 mpeg2 mpeg4 mpg mpg2 mpg4 mpv mqv mts mxf nsv
     nut obu ogm ogv ogx qt rm rmvb tod tp trp ts vob webm wmv wtv xvid y4m
 """
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split())
-COMMON_SUFFIXES = ".mp4, .avi, .mov, .mkv, .webm, …"  # for messages; docs/datasets/folder.md has them all
-ANNOTATIONS = {".csv", ".json", ".jsonl", ".md", ".tsv", ".txt"}  # expected at the top of a dataset, beside its videos
-SHOWN = 5  # extensions, names or classes that a note names
+COMMON_SUFFIXES = ".mp4, .avi, .mov, .mkv, .webm, …"  # for messages; the full list is in docs/datasets/folder.md
+ANNOTATIONS = {".csv", ".json", ".jsonl", ".md", ".tsv", ".txt"}  # not reported as skipped at the root of a dataset
+MAX_WORDS = 5  # in a note: extensions, file names or class names
 
-# names of files and folders that no person made, in lower case
+# Lower-case names of files and folders that operating systems and tools create.
 _LEFTOVERS = re.compile(
     "|".join(
         fnmatch.translate(pattern)
@@ -37,55 +37,56 @@ _LEFTOVERS = re.compile(
         )
     )
 )
-_OLD_TRASH = {"RECYCLED", "RECYCLER"}  # of Windows, in capitals; in lower case it may be a class
-_PYRAMID = {"layout.json", "rows.jsonl"}  # the files that make a folder one of this project's pyramids
+_OLD_TRASH = {"RECYCLED", "RECYCLER"}  # of Windows, upper case only: in lower case it may be a class
+_PYRAMID_FILES = {"layout.json", "rows.jsonl"}  # a folder with both is a pyramid (see pyramid.py)
 
 
 @dataclass
 class Scan:
-    """What a walk through a folder found and what it passed over."""
+    """The videos that `scan_folder` found and what it skipped."""
 
     videos: list[str] = field(default_factory=list)  # paths relative to the root, sorted
-    skipped: Counter[str] = field(default_factory=Counter)  # files that are no videos, by extension
-    leftovers: Counter[str] = field(default_factory=Counter)  # of other programs: folders and video files, by name
+    skipped: Counter[str] = field(default_factory=Counter)  # number of other files, by extension
+    leftovers: Counter[str] = field(default_factory=Counter)  # number of folders and videos of other programs, by name
 
     def add(self, other: Scan) -> None:
-        """Take over what another walk found."""
+        """Add the results of another scan."""
         self.videos += other.videos
         self.skipped += other.skipped
         self.leftovers += other.leftovers
 
     def notes(self, place: str) -> list[str]:
-        """Lines on what was passed over in the folder `place`."""
+        """Return notes on what was skipped in the folder `place`."""
         notes = []
         if self.skipped:
-            notes.append(f"{place}: skipped files that are no videos by their extension: {self.extensions()}")
+            notes.append(f"{place}: skipped files without a video extension: {self.extensions()}")
         if self.leftovers:
             names = [f"{name} ({count} times)" if count > 1 else name for name, count in sorted(self.leftovers.items())]
-            notes.append(f"{place}: skipped what other programs left there: {shorten(names, 10)}")
+            notes.append(f"{place}: skipped files of other programs: {shorten(names, 10)}")
         return notes
 
     def extensions(self) -> str:
-        """How many files of which extensions were skipped, the most frequent first."""
+        """Return the counts of skipped files by extension, the most frequent first, as text."""
         return shorten([f"{count} {suffix}" for suffix, count in self.skipped.most_common()])
 
 
-def shorten(words: Iterable[str], shown: int = SHOWN) -> str:
-    """Words joined by commas, and the number of those beyond the first few."""
+def shorten(words: Iterable[str], shown: int = MAX_WORDS) -> str:
+    """Join the first `shown` words by commas and add the number of the others."""
     words = list(words)
     more = [f"and {len(words) - shown} more"] if len(words) > shown else []
     return ", ".join([*words[:shown], *more])
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file or folder of this name is hidden, or was left by an operating system, a NAS or a tool."""
+    """Return whether a name is hidden or belongs to files of an operating system, a NAS or a tool."""
     return name in _OLD_TRASH or _LEFTOVERS.match(name.lower()) is not None
 
 
 def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
-    """Look for videos, known by their extensions, in the folder `top` of `root`, at any depth or not below it.
+    """Find videos by their extensions in the folder `top` of `root`, and in its subfolders if `deep`.
 
-    Raises UserError where a folder cannot be listed, or the root is a URL: not every server lists its files.
+    Raises:
+        UserError: A folder cannot be listed, or `root` is a URL (many servers cannot list files).
     """
     if is_remote(root):
         raise UserError(f"{root}: the files of a URL cannot be listed; name them in a list file (docs/datasets)")
@@ -93,12 +94,12 @@ def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
     start = os.path.join(root, top) if top else root
     scan, seen = Scan(), set()
     for folder, folders, names in os.walk(start, onerror=_refuse, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:  # links may lead in circles
+        real_path = os.path.realpath(folder)
+        if real_path in seen:  # a cycle of symbolic links
             folders.clear()
             continue
-        seen.add(place)
-        if set(names) >= _PYRAMID and (top or folder != start):
+        seen.add(real_path)
+        if set(names) >= _PYRAMID_FILES and (top or folder != start):
             folders.clear()
             scan.leftovers[f"{os.path.relpath(folder, root)}, a pyramid"] += 1
             continue

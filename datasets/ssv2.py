@@ -1,4 +1,4 @@
-"""Something-Something V2: the official JSON files over webm videos."""
+"""Something-Something V2: the official JSON annotations and WebM videos."""
 
 from __future__ import annotations
 
@@ -24,23 +24,26 @@ def ssv2(
     videos: str = "20bn-something-something-v2",
     decoder: Decoder | None = None,
 ) -> VideoDataset:
-    """The videos `root/videos/ID.webm` of an annotation file; labels are its templates, without brackets.
+    """Build a dataset from an annotation file and the videos `root/videos/ID.webm`.
 
-    A clip has a frame of each of as many segments of the video as it has frames, and is never flipped: many labels
-    have a direction. Raises UserError.
+    Class names are the templates of the annotations without brackets. A clip of t frames has one frame of each of t
+    equal segments of the video. Clips are never flipped, because many labels have a direction.
+
+    Raises:
+        UserError: A file cannot be read, or an annotation or label is wrong.
     """
     check_root(root)
-    places = _read_labels(join(root, labels))
-    names = sorted(places, key=places.__getitem__)
+    labels_by_name = _read_labels(join(root, labels))
+    names = sorted(labels_by_name, key=labels_by_name.__getitem__)
     file = join(root, annotations)
     entries = []
-    for place, item in read_records(file):
+    for origin, item in read_records(file):
         if not isinstance(item, dict) or not isinstance(item.get("template"), str) or not _is_id(item.get("id")):
-            raise UserError(f"{place}: expected an id and a template, found {str(item)[:80]}")
+            raise UserError(f"{origin}: expected an id and a template, found {str(item)[:80]}")
         template = normalize_class_name(re.sub(r"[\[\]]", "", item["template"]))
-        if template not in places:
-            raise UserError(f"{place}: {template!r} is not a label of {labels}{suggest_class(template, names)}")
-        entries.append(VideoEntry(os.path.join(videos, f"{item['id']}.webm"), places[template]))
+        if template not in labels_by_name:
+            raise UserError(f"{origin}: {template!r} is not a label of {labels}{suggest_class(template, names)}")
+        entries.append(VideoEntry(os.path.join(videos, f"{item['id']}.webm"), labels_by_name[template]))
     if not entries:
         raise UserError(f"{file}: no videos in the list")
     notes = note_repeats(annotations, entries)
@@ -52,7 +55,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _read_labels(file: str) -> dict[str, int]:
-    """The number of each class in the official file; raises UserError."""
+    """Read class name → label from the official file; raises UserError."""
     numbers = read_json_object(file)
     names = {int(number): normalize_class_name(name) for name, number in numbers.items() if str(number).isdecimal()}
     if sorted(names) != list(range(len(numbers))):

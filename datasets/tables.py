@@ -1,4 +1,4 @@
-"""Reading text files that people and spreadsheets write: lines, tables with a header, JSON records."""
+"""Read text files written by people and spreadsheets: lines, tables with a header, JSON records."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mgvideo.errors import UserError
 from mgvideo.storage.paths import read_bytes
 
 DELIMITERS = ",\t;| "
-MAX_RECORD_LINES = 50  # of a table with free text in some columns
-_MARKS = (
+MAX_RECORD_LINES = 50  # longest record of a table with free text in some columns
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, because it starts with the mark of UTF-16
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_NO_TEXT = {b"PK\x03\x04": "an Excel workbook or a zip archive", b"\x1f\x8b": "a gzip archive"}
+_BINARY_FORMATS = {b"PK\x03\x04": "an Excel workbook or a zip archive", b"\x1f\x8b": "a gzip archive"}
 
 
-_QUOTES = ('""', "''", "``", "“”", "„“", "‘’", "‚‘", "«»")  # of programs, word processors and languages
+_QUOTES = ('""', "''", "``", "“”", "„“", "‘’", "‚‘", "«»")  # pairs in programs, word processors and languages
 
 
 class TableRow(NamedTuple):
@@ -37,22 +37,22 @@ class TableRow(NamedTuple):
 
 
 def strip_quotes(text: str) -> str:
-    """Remove a pair of quotes around all of a text, of any kind."""
+    """Remove all pairs of quotes, of any kind, that enclose the whole text."""
     inner = text[1:-1].strip()
     is_quoted = len(text) > 2 and text[0] + text[-1] in _QUOTES and not {text[0], text[-1]} & set(inner)
     return strip_quotes(inner) if is_quoted and inner else text
 
 
 def read_text(file: str) -> str:
-    """Text of a file in UTF-8, or UTF-16 as spreadsheets write it; raises UserError."""
+    """Read a text file in UTF-8, UTF-16 or UTF-32; raises UserError."""
     try:
         data = read_bytes(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    kind = next((kind for start, kind in _NO_TEXT.items() if data.startswith(start)), None)
+    kind = next((kind for start, kind in _BINARY_FORMATS.items() if data.startswith(start)), None)
     if kind:
         raise UserError(f"{file}: is {kind}, not text; save the table as CSV in UTF-8")
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None) or _guess(data)
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), None) or _guess_encoding(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -60,12 +60,12 @@ def read_text(file: str) -> str:
         raise UserError(f"{file}:{number}: is not a UTF-8 text file; save it as UTF-8") from None
     if "\0" in text:
         number = text.count("\n", 0, text.index("\0")) + 1
-        raise UserError(f"{file}:{number}: holds a NUL byte: the file is damaged, or no text")
-    return text.lstrip("\ufeff")  # where two programs set a mark
+        raise UserError(f"{file}:{number}: holds a NUL byte: the file is damaged or not text")
+    return text.lstrip("\ufeff")  # a second byte order mark
 
 
-def _guess(data: bytes) -> str:
-    """UTF-8, or UTF-16 without a mark: every other byte of ASCII text is then zero."""
+def _guess_encoding(data: bytes) -> str:
+    """Guess UTF-8 or UTF-16 for a file without a byte order mark: in UTF-16, every other byte of ASCII text is zero."""
     even, odd = data[:1024:2], data[1:1024:2]
     if len(data) % 2 == 0 and 2 * odd.count(0) > len(odd) and not even.count(0):
         return "utf-16-le"
@@ -73,12 +73,12 @@ def _guess(data: bytes) -> str:
 
 
 def read_lines(file: str) -> list[str]:
-    """Lines of a text file without their ends, whichever system wrote them; raises UserError."""
+    """Read the lines of a text file without line ends (`\\n`, `\\r\\n` or `\\r`); raises UserError."""
     return [line.rstrip("\n") for line in io.StringIO(read_text(file), newline=None)]
 
 
 def delimiter_of(header: str, required: Sequence[str]) -> str | None:
-    """The delimiter with which a line is a header with the required columns, in any order and case; None: none."""
+    """Return the delimiter that splits `header` into the required columns, in any order and case, or None."""
     for delimiter in DELIMITERS:
         with suppress(csv.Error):
             if set(_columns(header, delimiter)) >= set(required):
@@ -95,20 +95,20 @@ def _dialect(delimiter: str) -> dict[str, Any]:
 
 
 def is_header(lines: Sequence[str], required: Sequence[str]) -> bool:
-    """Whether the first line that is neither empty nor a comment is a header with the required columns."""
-    start = _start(lines)
+    """Return whether the first line that is neither empty nor a comment is a header with the required columns."""
+    start = _header_index(lines)
     return start < len(lines) and delimiter_of(lines[start], required) is not None
 
 
-def _start(lines: Sequence[str]) -> int:
-    """Index of the header."""
+def _header_index(lines: Sequence[str]) -> int:
+    """Return the index of the first line that is neither empty nor a comment."""
     return next((i for i, line in enumerate(lines) if line.strip() and not is_remark(line)), len(lines))
 
 
 def is_remark(line: str) -> bool:
-    """Whether a line is a comment, `#` alone or before a space, or names the delimiter for Excel (`sep=;`).
+    """Return whether a line is a comment or Excel's delimiter line (`sep=;`).
 
-    The name of a file may begin with `#`.
+    A comment is `#` alone or followed by a space, because a file name may start with `#`.
     """
     text = line.strip()
     return (text[:1] == "#" and not text[1:2].strip()) or (len(text) == 5 and text.lower().startswith("sep="))
@@ -117,24 +117,29 @@ def is_remark(line: str) -> bool:
 def read_table(
     file: str, lines: Sequence[str], required: Sequence[str], exact: Sequence[str] | None = None
 ) -> Iterator[TableRow]:
-    """Yield the rows of a table with a header: commas, tabs, semicolons, bars or spaces between quoted or plain fields.
+    """Yield the rows of a table with a header.
 
-    Fields are stripped; those that a row lacks at its end are missing. A row is one line, unless `exact` names the
-    columns that are not free text: the others may then hold line ends and stray quotes.
+    Commas, tabs, semicolons, bars or spaces separate the fields, which may be quoted. Fields are stripped of spaces. If
+    a row ends early, its last fields are missing from `TableRow.fields`.
+
+    Args:
+        exact: The columns that are not free text. If given, the other columns may contain line ends and unbalanced
+            quotes. If None, each row is one line.
 
     Raises:
-        UserError: no header with the required columns, quotes that are not closed, more fields than the header has.
+        UserError: The header lacks a required column or repeats one, quotes are not closed, or a row has more fields
+            than the header.
     """
-    start = _start(lines)
+    start = _header_index(lines)
     header = lines[start] if start < len(lines) else ""
     delimiter = delimiter_of(header, required)
     if delimiter is None:
         expected = " and ".join(required)
         raise UserError(f"{file}:{start + 1}: expected a header with {expected}, found {header.strip()[:80]!r}")
     columns = _columns(header, delimiter)
-    twice = next((name for name in columns if name and columns.count(name) > 1), None)
-    if twice:
-        raise UserError(f"{file}:{start + 1}: the header has two columns {twice}")
+    repeated = next((name for name in columns if name and columns.count(name) > 1), None)
+    if repeated:
+        raise UserError(f"{file}:{start + 1}: the header has two columns {repeated}")
     end = start + 1
     while end < len(lines):
         start = end
@@ -151,16 +156,16 @@ def read_table(
 def _record(
     file: str, lines: Sequence[str], start: int, delimiter: str, columns: int, free_text: bool
 ) -> tuple[list[str], int]:
-    """Fields of the record that begins at a line, and the index of the line after it."""
+    """Parse the record that starts at line `start`; returns its fields and the index of the line after it."""
     for end in range(start + 1, min(start + (MAX_RECORD_LINES if free_text else 1), len(lines)) + 1):
         fields = _parse(lines[start:end], delimiter)
         if fields is not None:
             break
     else:
-        end, found = start + 1, repr(lines[start].strip()[:80])
+        end, line = start + 1, repr(lines[start].strip()[:80])
         fields = _parse(lines[start:end], delimiter, strict=False) if free_text else None
         if fields is None or len(fields) != columns:
-            raise UserError(f"{file}:{start + 1}: quotes are not closed, or text follows the closing ones: {found}")
+            raise UserError(f"{file}:{start + 1}: quotes are not closed, or text follows the closing ones: {line}")
     while len(fields) > columns and not fields[-1].strip():
         fields.pop()
     if len(fields) > columns:
@@ -172,7 +177,7 @@ def _record(
 
 
 def _parse(lines: Sequence[str], delimiter: str, strict: bool = True) -> list[str] | None:
-    """Fields of one record; None: its quotes are not closed, or text, other than spaces, follows closing ones."""
+    """Parse one record; returns None if its quotes are not closed or text other than spaces follows closing quotes."""
     options = {**_dialect(delimiter), "strict": strict}
     with suppress(csv.Error):
         return next(csv.reader([f"{line}\n" for line in lines], **options))
@@ -183,7 +188,7 @@ def _parse(lines: Sequence[str], delimiter: str, strict: bool = True) -> list[st
 
 
 class _RepeatedKeyError(Exception):
-    """A JSON object has a key twice, of which only one could count."""
+    """Raised for a JSON object with a repeated key, of which Python would keep only the last."""
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -212,15 +217,15 @@ def read_records(file: str) -> Iterator[tuple[str, Any]]:
             except _RepeatedKeyError as error:
                 raise UserError(f"{file}:{number}: {error}") from None
             except (ValueError, RecursionError):
-                found = repr(line.strip()[:80])
+                text = repr(line.strip()[:80])
                 raise UserError(
-                    f"{file}:{number}: is not JSON: {found}; expected an object a line, or one list of objects"
+                    f"{file}:{number}: is not JSON: {text}; expected an object a line, or one list of objects"
                 ) from None
             yield f"{file}:{number}", value
 
 
 def _items(file: str, text: str) -> Iterator[tuple[str, Any]]:
-    """The items of a JSON list, each with its place."""
+    """Yield the items of a JSON list with their places (`file:3: item 2`)."""
     space = re.compile(r"\s*")
     position, line, number = text.index("["), 1 + text.count("\n", 0, text.index("[")), 0
     while text[position : position + 1] in ("[", ","):
@@ -245,7 +250,7 @@ def _items(file: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def read_json_object(file: str) -> dict[str, Any]:
-    """Content of a JSON file that holds one object; raises UserError."""
+    """Read a JSON file that holds one object; raises UserError."""
     try:
         content = _DECODER.decode(read_text(file))
     except _RepeatedKeyError as error:
@@ -253,7 +258,7 @@ def read_json_object(file: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: is not JSON: {error.msg}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{file}: holds JSON with numbers or nesting beyond all bounds") from None
+        raise UserError(f"{file}: JSON numbers are too long or nesting is too deep") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object")
     return content

@@ -26,7 +26,10 @@ def ucf101(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> VideoDataset:
-    """Fold 1 to 3: `root/splits/trainlist01.txt` and `testlist01.txt` over `root/videos/CLASS/*.avi`; UserError."""
+    """Build UCF101 from the lists `root/splits/trainlist01.txt` and `testlist01.txt` and `root/videos/CLASS/*.avi`.
+
+    `fold` is 1 to 3. `split` is train, test or val, which is the same as test. Raises UserError.
+    """
     check_root(root)
     folder = os.path.join(root, splits)
     file = os.path.join(folder, f"{_official(split)}list{fold:02d}.txt")
@@ -52,7 +55,7 @@ def ucf101(
 
 
 def _parse_line(line: str) -> tuple[str, int | None]:
-    """Path and label, from 1, of a line of a training list, or the path alone of a testing list; raises ValueError."""
+    """Parse a line of a list: returns the path and the label (from 1), or None in a test list; raises ValueError."""
     text = line.strip().replace("\\", "/")
     if os.path.splitext(text)[1].lower() in VIDEO_SUFFIXES:
         return text, None
@@ -63,7 +66,7 @@ def _parse_line(line: str) -> tuple[str, int | None]:
 
 
 def _read_class_index(file: str) -> list[str]:
-    """Class names in the order of their numbers, which count from 1, in lines `number name`; raises UserError."""
+    """Read class names from lines `number name`, ordered by number (from 1); raises UserError."""
     names: dict[int, str] = {}
     for number, line in enumerate(read_lines(file), start=1):
         if line.strip():
@@ -85,28 +88,31 @@ def hmdb51(
     decoder: Decoder | None = None,
     flip: bool = True,
 ) -> VideoDataset:
-    """Fold 1 to 3: `root/splits/CLASS_test_split1.txt` over `root/videos/CLASS/*.avi`; raises UserError."""
+    """Build HMDB51 from the lists `root/splits/CLASS_test_split1.txt` and `root/videos/CLASS/*.avi`.
+
+    `fold` is 1 to 3. `split` is train, test or val, which is the same as test. Raises UserError.
+    """
     check_root(root)
     suffix = f"_test_split{fold}.txt"
     files = sorted(file for file in (Path(root) / splits).glob(f"*{suffix}") if not is_leftover(file.name))
     if not files:
         raise UserError(f"{os.path.join(root, splits)}: no files *{suffix}; unpack test_train_splits.rar there")
-    wanted = {"train": "1", "test": "2"}[_official(split)]
+    split_code = {"train": "1", "test": "2"}[_official(split)]
     names = [normalize_class_name(file.name.removesuffix(suffix)) for file in files]
     index_classes(names, os.path.join(root, splits))
     entries = []
-    for place, file in enumerate(files):
+    for label, file in enumerate(files):
         for number, line in enumerate(read_lines(str(file)), start=1):
             fields = line.split()
             if fields and (len(fields) != 2 or fields[1] not in ("0", "1", "2")):
                 raise UserError(f"{file}:{number}: expected 'name.avi 0|1|2', found {line[:80]!r}")
-            if fields and fields[1] == wanted:
-                entries.append(VideoEntry(os.path.join(videos, file.name.removesuffix(suffix), fields[0]), place))
+            if fields and fields[1] == split_code:
+                entries.append(VideoEntry(os.path.join(videos, file.name.removesuffix(suffix), fields[0]), label))
     if not entries:
         raise UserError(f"{os.path.join(root, splits)}: no {split} videos in fold {fold}")
     return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), note_repeats(splits, entries))
 
 
 def _official(split: str) -> str:
-    """These datasets have no validation videos: `val` is their test split."""
+    """Map `val` to `test`, because these datasets have no validation split."""
     return "test" if split == "val" else split

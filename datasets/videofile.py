@@ -1,4 +1,4 @@
-"""An open video file: what every decoder offers, and how it says what is wrong with a file."""
+"""The interface of decoders and open videos, and the error that they raise."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class DecodeError(Exception):
-    """A video that cannot be read: `path` and `reason`."""
+    """Raised when a video cannot be read; `path` names it and `reason` says why."""
 
     def __init__(self, path: str, reason: str) -> None:
-        # a name that is not UTF-8 must not end the run that writes it down
+        # Escape names that are not UTF-8, so that they can be written to logs.
         path, reason = (os.fsencode(text).decode("utf-8", "backslashreplace") for text in (path, reason))
         super().__init__(path, reason)
         self.path, self.reason = path, reason
@@ -32,23 +32,27 @@ class DecodeError(Exception):
 
 
 class Box(NamedTuple):
-    """A part of a frame, in pixels."""
+    """A rectangle of a frame, in pixels."""
 
     top: int
     left: int
     height: int
     width: int
 
-    def of(self, frames: Any) -> Any:
-        """This part of frames `[..., h, w, 3]`: a view."""
+    def crop(self, frames: Any) -> Any:
+        """Return a view of this rectangle of frames `[..., h, w, 3]`."""
         return frames[..., self.top : self.top + self.height, self.left : self.left + self.width, :]
 
 
 class Video(ABC):
-    """An open video, a context manager: `frames` frames, read at `height` × `width`.
+    """An open video and a context manager.
 
-    `times`: seconds at which each frame appears, and at which the last one disappears, on a player's clock: float64
-    `[frames + 1]`, never falling.
+    Attributes:
+        path: The file or URL that errors name.
+        frames: Number of frames.
+        height, width: Size at which frames are read, in pixels.
+        times: Seconds at which a player shows each frame, then the end of the last frame: float64 `[frames + 1]`,
+            non-decreasing.
     """
 
     path: str
@@ -58,26 +62,27 @@ class Video(ABC):
     times: np.ndarray
 
     def read(self, indices: Sequence[int] | np.ndarray, box: Box | None = None) -> Tensor:
-        """Frames `indices` (any order, repeats allowed), or a box of them: uint8 RGB `[n, height, width, 3]`.
+        """Read frames `indices` (any order, repeats allowed), or a box of them: uint8 RGB `[n, height, width, 3]`.
 
-        Raises DecodeError.
+        Raises:
+            DecodeError: The frames cannot be decoded.
         """
         box = box or Box(0, 0, self.height, self.width)
-        wanted, places = np.asarray(indices), None
-        if (wanted[1:] <= wanted[:-1]).any():
-            wanted, places = np.unique(wanted, return_inverse=True)
-        with errors_over(self.path):
-            frames = self._read(wanted, box)
-        if frames.shape != (len(wanted), box.height, box.width, 3):
-            raise DecodeError(self.path, "changes its size on the way")
-        return frames if places is None else frames[torch.from_numpy(places)]
+        rising, positions = np.asarray(indices), None
+        if (rising[1:] <= rising[:-1]).any():
+            rising, positions = np.unique(rising, return_inverse=True)
+        with raise_decode_errors(self.path):
+            frames = self._read(rising, box)
+        if frames.shape != (len(rising), box.height, box.width, 3):
+            raise DecodeError(self.path, "the frame size changes within the video")
+        return frames if positions is None else frames[torch.from_numpy(positions)]
 
     @abstractmethod
     def _read(self, indices: np.ndarray, box: Box) -> Tensor:
-        """As `read`; `indices` rise and do not repeat."""
+        """Implement `read` for strictly increasing `indices`."""
 
     def close(self) -> None:  # noqa: B027
-        """Release the file, where dropping the object would not do it at once."""
+        """Release the file. Videos that hold no resources need not override this."""
 
     def __enter__(self) -> Self:
         return self
@@ -87,19 +92,22 @@ class Video(ABC):
 
 
 class Decoder(Protocol):
-    """A video library. Holds no open file, so that it may travel to a worker process."""
+    """Opens videos. Holds no open file, so it can be pickled and sent to a worker process."""
 
     def open(self, path: str, short_side: int | None = None) -> Video:
-        """Open a file; raises DecodeError.
+        """Open a file.
 
-        Frames of three times `short_side` or more are shrunk to it while decoding. Below that, cropping whole frames
-        and resizing what is left costs less: on one core, 32 frames of 340 × 256 for a crop of 224, 3.5 ms instead of
-        9 (decord) or 15 (PyAV).
+        Frames whose short side is at least 3 × `short_side` are shrunk to `short_side` while decoding. Smaller frames
+        keep their size, because cropping before resizing is faster: on one core, 32 frames of 340 × 256 for a crop of
+        224 take 3.5 ms instead of 9 (decord) or 15 (PyAV).
+
+        Raises:
+            DecodeError: The file cannot be opened as a video.
         """
 
 
 def read_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
-    """Height and width to read frames at, see `Decoder.open`."""
+    """Return the height and width at which frames are read, see `Decoder.open`."""
     if short_side is None or min(height, width) < 3 * short_side:
         return height, width
     if height < width:
@@ -108,14 +116,14 @@ def read_size(height: int, width: int, short_side: int | None) -> tuple[int, int
 
 
 @contextmanager
-def errors_over(path: str) -> Iterator[None]:
-    """Turn whatever a library raises over a file into a DecodeError; damaged ones meet with all kinds of errors."""
+def raise_decode_errors(path: str) -> Iterator[None]:
+    """Convert exceptions other than UserError to DecodeError: libraries raise many types for damaged files."""
     try:
         yield
     except (DecodeError, UserError):
         raise
     except Exception as error:
-        # FFmpeg's errors, of several kinds, have the words alone there, without path and number
+        # strerror of FFmpeg's errors holds the message without path and error number.
         raise DecodeError(path, getattr(error, "strerror", None) or _first_line(error)) from None
 
 
@@ -124,12 +132,12 @@ def _first_line(error: Exception) -> str:
 
 
 def check_file(path: str, local: str | None = None) -> None:
-    """Raise DecodeError where there is no file to decode: libraries say less, and some hang on a pipe.
+    """Raise DecodeError if `path` is missing, empty or not a regular file.
 
-    `local` is the copy to look at where the path is a URL.
+    The messages of video libraries say less, and some libraries hang on a pipe. For a URL, `local` is the local copy.
     """
     local = local or path
-    with errors_over(path):
+    with raise_decode_errors(path):
         os.stat(local)
         if not os.path.isfile(local):
             raise DecodeError(path, "not a file")

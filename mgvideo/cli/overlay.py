@@ -45,7 +45,7 @@ def rewrite_video(source: str, target: Path, paint: FrameFunction) -> None:
     try:
         with PyAV().open(source) as video, av.open(str(part), "w") as output:
             encoder: Any = None
-            for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.walk(), strict=True)):
+            for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.decode_all(), strict=True)):
                 upright = video.orientation.apply(frame.to_ndarray(format="rgb24"))
                 painted = paint(np.ascontiguousarray(upright), number)
                 encoder = encoder or _add_encoder(output, video.stream, painted)

@@ -18,11 +18,19 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from mgvideo.datasets.check import Finding, broken_share, check, listed, repeated, summary, write_findings
+from mgvideo.datasets.check import (
+    Finding,
+    broken_share,
+    check,
+    count_problems,
+    find_repeats,
+    list_lines,
+    write_findings,
+)
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import Layout, ManifestRow, build
+from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
@@ -145,7 +153,7 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
         all(type(dataset.decoder) is type(first.decoder) for dataset in datasets.values()),
         "one split of the dataset is videos, the other images: check each by itself, with split=train and split=val",
     )
-    lines = [line for part, dataset in datasets.items() for line in listed(dataset, part)]
+    lines = [line for part, dataset in datasets.items() for line in list_lines(dataset, part)]
     classes: dict[str, set[str]] = {}
     for line in lines:
         classes.setdefault(line.path, set()).update(line.classes)
@@ -158,9 +166,9 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
             problems = check(
                 list(classes), min_frames, options.fully, options.processes, progress, journal, first.decoder
             )
-        findings = repeated(lines) + problems
+        findings = find_repeats(lines) + problems
         write_findings(options.out, findings)
-        table = summary(findings, classes)
+        table = count_problems(findings, classes)
         file = f"{os.path.splitext(options.out)[0]}_classes.csv"
         _write_classes(file, table, Counter(name for names in classes.values() for name in names))
         os.remove(journal)
@@ -219,7 +227,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
     root = cfg.dataset.root
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}
-    layout = Layout.of(sizes, plan.base.short_side, _short_side(paths))
+    layout = PyramidLayout.for_sizes(sizes, plan.base.short_side, _short_side(paths))
     print(
         f"levels with short sides of {', '.join(map(str, layout.sides))} pixels "
         f"for {len(paths)} videos in {options.out}"
@@ -230,7 +238,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
 
     names = [relative(path, root) for path in paths]
     with ProgressLog("pyramid") as progress:
-        rows = build(str(options.out), root, names, layout, options.processes, progress, estimate)
+        rows = encode_pyramid(str(options.out), root, names, layout, options.processes, progress, estimate)
     _print_rows(rows, cfg.dataset.max_bad_fraction)
     print(f"train with dataset.pyramid={options.out}")
 
@@ -291,7 +299,7 @@ def write_lists(options: ListKeys, cfg: DictConfig) -> None:
 
 def _list_lines(dataset: VideoDataset) -> list[str]:
     """Return a line for each video that exists."""
-    if dataset.labels.ndim != 1 or dataset.timed:
+    if dataset.labels.ndim != 1 or dataset.has_spans:
         raise UserError(
             "a list holds one label per video and no times, but this dataset has more: use it without a list"
         )

@@ -19,8 +19,8 @@ from mgvideo.cli.benchmark.loader import read_keys, run
 from mgvideo.cli.build import build_plan
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
-from mgvideo.datasets.pyramid import Layout, build
-from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
+from mgvideo.datasets.pyramid import PyramidLayout, encode_pyramid
+from mgvideo.datasets.timing import DECODE_FUNCTIONS, STAGES, Clock, DecodeOnlyDataset, TimedDataset, TimedDecoder
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest
 from mgvideo.plan.forecast import predict_phase_times, read_benchmark
@@ -33,7 +33,7 @@ GRID = Grid(4, 24, (1, 3), (28, 40))
 def pyramid(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> str:
     folder = str(tmp_path_factory.mktemp("pyramid"))
     names = [str(path.relative_to(motion_root)) for path in Path(motion_root).rglob("train/0000*.mp4")]
-    build(folder, motion_root, names, Layout((20, 40), 40), 1)
+    encode_pyramid(folder, motion_root, names, PyramidLayout((20, 40), 40), 1)
     return folder
 
 
@@ -93,7 +93,7 @@ def test_decode_only_reads_the_located_file(motion_root: str, name: str) -> None
         requests.append((path, short_side))
         return path
 
-    sample = DecodeOnly(dataset, DECODE[name], locate, clock)[ClipRequest(3, GRID, 1)]
+    sample = DecodeOnlyDataset(dataset, DECODE_FUNCTIONS[name], locate, clock)[ClipRequest(3, GRID, 1)]
     assert requests[0][0] == dataset.path(3)
     assert 28 <= requests[0][1] <= 40
     assert sample.index == 3

@@ -261,7 +261,7 @@ def test_something_something_clips_are_sampled_by_segments(
     torch.testing.assert_close(heats[0].maps, heats[1].maps)
     assert [(heat.starts, heat.span) for heat in heats] == [([0], 20)] * 2, "one window covers the whole video"
     with PyAV().open(str(videos / "00001.mp4")) as video:
-        clip = resize(Box(0, 8, 48, 48).of(video.read(SEGMENTS)), 32)
+        clip = resize(Box(0, 8, 48, 48).crop(video.read(SEGMENTS)), 32)
     model = r2plus1d_small(5, width=4)
     model.load_state_dict(torch.load(foreign))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fixtures that the dataset tests share."""
+"""Shared fixtures of the dataset tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run program over a dataset with everything that may be wrong with a file: what it names, and what it does not."""
+"""Test the run program with all kinds of bad video files: which ones it reports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUN = [
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """Files by what they are: `good` and `bad` ones to train on, `missing` ones to test on; lists of them all."""
+    """Write `good` and `bad` training files, `missing` validation files and lists; returns kind → name → path."""
     root = tmp_path_factory.mktemp("bad")
     good = {f"plain {i}": write_video(root / f"train/plain {i}.mp4", options={"g": "12"}) for i in range(PLAIN)}
     good |= write_odd_files(root / "train")
@@ -37,27 +37,27 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
     bad = create_bad_files(root / "train")
     forbidden = write_video(root / "train/forbidden.mp4")
     forbidden.chmod(0)
-    (good if os.access(forbidden, os.R_OK) else bad)["forbidden"] = forbidden  # root may read anything
+    (good if os.access(forbidden, os.R_OK) else bad)["forbidden"] = forbidden  # root can read every file
     missing = create_bad_files(root / "val")
     twice = [good["plain 0"], good["av1"], bad["text"]]
-    for name, listed in (
+    for name, videos in (
         ("train", [*good.values(), *bad.values(), *twice]),
         ("val", [*good.values(), *missing.values()]),
     ):
-        lines = [f"{path.relative_to(root)} {label % 8}\n" for label, path in enumerate(listed)]
+        lines = [f"{path.relative_to(root)} {label % 8}\n" for label, path in enumerate(videos)]
         (root / f"{name}.csv").write_text("".join(lines))
     return {"root": {"": root}, "good": good, "bad": bad, "missing": missing}
 
 
-def named(folder: Path, root: Path, top: str) -> dict[str, str]:
-    """The paths in bad_videos.csv that lie under a folder of the dataset, and the reasons given."""
+def read_reported(folder: Path, root: Path, top: str) -> dict[str, str]:
+    """Read bad_videos.csv; returns path → reason for the paths under a folder of the dataset."""
     with open(folder / "bad_videos.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {row["path"]: row["reason"] for row in rows if Path(row["path"]).is_relative_to(root / top)}
 
 
 @pytest.mark.parametrize("decoder", ["pyav", DECORD, "torchcodec"])
-def test_training_survives_every_file_and_names_the_bad_ones(
+def test_training_survives_all_bad_files_and_reports_them(
     paths: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
 ) -> None:
     if decoder == "torchcodec":
@@ -69,14 +69,16 @@ def test_training_survives_every_file_and_names_the_bad_ones(
     root = paths["root"][""]
     more = [f"dataset.root={root}", f"decoder={decoder}", "dataset.max_bad_fraction=1", "output_dir=out"]
     main([*RUN, *more, "base.epochs=4", "base.lr_milestones=[2]"])
-    found = named(tmp_path / "out", root, "train")
-    assert set(found) == {str(path) for path in paths["bad"].values()}
-    assert all(found.values()), "each with a reason"
-    lost = named(tmp_path / "out", root, "val")
+    reported = read_reported(tmp_path / "out", root, "train")
+    assert set(reported) == {str(path) for path in paths["bad"].values()}
+    assert all(reported.values()), "each with a reason"
+    lost = read_reported(tmp_path / "out", root, "val")
     assert set(lost) == {str(path) for path in paths["missing"].values()}
     report = (tmp_path / "out/report.md").read_text()
-    told = [line for line in report.splitlines() if line.startswith("- bad video, counted as wrong: ")]
-    assert sorted(told) == sorted(f"- bad video, counted as wrong: {path}: {reason}" for path, reason in lost.items())
+    reported_lines = [line for line in report.splitlines() if line.startswith("- bad video, counted as wrong: ")]
+    assert sorted(reported_lines) == sorted(
+        f"- bad video, counted as wrong: {path}: {reason}" for path, reason in lost.items()
+    )
 
 
 @pytest.mark.parametrize("decoder", ["pyav", DECORD])
@@ -114,4 +116,4 @@ def test_too_many_bad_videos_end_the_run_with_one_line(
     monkeypatch.chdir(tmp_path)
     line = error_line(main, [*RUN, f"dataset.root={paths['root']['']}", "decoder=pyav", "output_dir=out"], capsys)
     assert "clips could not be read, more than dataset.max_bad_fraction=0.05: see out/bad_videos.csv" in line
-    assert len(named(tmp_path / "out", paths["root"][""], "train")) > 3
+    assert len(read_reported(tmp_path / "out", paths["root"][""], "train")) > 3

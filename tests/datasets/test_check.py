@@ -1,4 +1,4 @@
-"""Checking files: what is wrong with each, in words, and in numbers per class."""
+"""Test checking files: the problems of each file and their counts by class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from videos import numbered_frame, write_video
 
 from mgvideo.datasets import check as check_module
-from mgvideo.datasets.check import Line, broken_share, check, repeated, summary, write_findings
+from mgvideo.datasets.check import ListLine, broken_share, check, count_problems, find_repeats, write_findings
 from mgvideo.datasets.decoders import PyAV, Video
 from mgvideo.datasets.frames import FrameFolders
 from mgvideo.errors import UserError
@@ -22,7 +22,7 @@ from mgvideo.errors import UserError
 
 @pytest.fixture
 def paths(tmp_path: Path) -> dict[str, str]:
-    """One file of each kind."""
+    """Create one file for each problem."""
     faststart = write_video(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})
     data = faststart.read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: int(len(data) * 0.6)])
@@ -47,30 +47,30 @@ ODDITIES = {
 
 
 @pytest.mark.parametrize("fully", [True, False])
-def test_what_is_not_read_as_people_may_expect_is_named(fully: bool) -> None:
-    found: dict[str, list[str]] = {name: [] for name in NUMBERS}
+def test_check_reports_unusual_files(fully: bool) -> None:
+    findings: dict[str, list[str]] = {name: [] for name in NUMBERS}
     for finding in check([str(FIELD / name) for name in NUMBERS], fully=fully, processes=1):
-        found[Path(finding.path).name].append(finding.problem)
+        findings[Path(finding.path).name].append(finding.problem)
         assert finding.reason
-    assert {name: problems for name, problems in found.items() if problems} == ODDITIES
+    assert {name: problems for name, problems in findings.items() if problems} == ODDITIES
 
 
-def test_pixels_that_are_no_squares_and_halves_of_frames_are_named(tmp_path: Path) -> None:
+def test_check_reports_stretched_and_interlaced_videos(tmp_path: Path) -> None:
     wide = write_video(tmp_path / "wide.mp4", options={"x264-params": "sar=16/11"})
     halves = write_fields(tmp_path / "halves.ts", 10)
-    found = check([str(wide), str(halves)], processes=1)
-    assert [(Path(finding.path).name, finding.problem) for finding in found] == [
+    findings = check([str(wide), str(halves)], processes=1)
+    assert [(Path(finding.path).name, finding.problem) for finding in findings] == [
         ("wide.mp4", "stretched"),
         ("halves.ts", "slow"),
         ("halves.ts", "interlaced"),
     ]
-    assert "16:11" in found[0].reason
+    assert "16:11" in findings[0].reason
     with PyAV().open(str(wide)) as video:
         assert (video.height, video.width) == (60, 80), "as they are stored"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_each_problem_is_named(paths: dict[str, str], processes: int) -> None:
+def test_check_reports_each_problem(paths: dict[str, str], processes: int) -> None:
     calls: list[tuple[int, int]] = []
     listed = [*paths.values(), paths["whole.mp4"]]
     findings = check(listed, 8, processes=processes, progress=lambda done, total: calls.append((done, total)))
@@ -86,39 +86,39 @@ def test_each_problem_is_named(paths: dict[str, str], processes: int) -> None:
     assert broken_share(findings, 7) == pytest.approx(3 / 7)
 
 
-def test_a_quick_look_reads_the_ends_and_the_middle(paths: dict[str, str]) -> None:
+def test_quick_check_reads_first_middle_and_last_frame(paths: dict[str, str]) -> None:
     assert [finding.problem for finding in check([paths["whole.mp4"], paths["cut.mp4"]], fully=False, processes=1)] == [
         "unreadable"
     ]
 
 
-def test_findings_are_written_and_counted_per_class(paths: dict[str, str], tmp_path: Path) -> None:
+def test_write_findings_and_count_problems_per_class(paths: dict[str, str], tmp_path: Path) -> None:
     findings = check([paths["text.mp4"], paths["gone.mp4"], paths["short.mp4"]], 8, processes=1)
     write_findings(str(tmp_path / "bad.csv"), findings)
     rows = list(csv.DictReader((tmp_path / "bad.csv").open()))
     assert [(row["path"], row["problem"]) for row in rows] == [(f.path, f.problem) for f in findings]
     classes = {paths["text.mp4"]: ["run", "sit"], paths["gone.mp4"]: ["walk"], paths["short.mp4"]: ["run"]}
-    table = summary(findings, classes)
+    table = count_problems(findings, classes)
     assert table[""] == {"unreadable": 1, "missing": 1, "too short": 1}
     assert table["run"] == {"unreadable": 1, "too short": 1}
     assert table["sit"] == {"unreadable": 1}
 
 
-def test_lines_that_repeat_or_contradict_each_other_are_named() -> None:
+def test_find_repeats() -> None:
     lines = [
-        *(Line("twice.mp4", "train", ("run",)), Line("twice.mp4", "train", ("run",))),
-        *(Line("both.mp4", "train", ("run", "sit")), Line("both.mp4", "val", ("walk",))),
-        *(Line("cut.mp4", "train", ("run",), (0, 2)), Line("cut.mp4", "train", ("walk",), (2, 4))),
-        Line("once.mp4", "train", ("run",)),
+        *(ListLine("twice.mp4", "train", ("run",)), ListLine("twice.mp4", "train", ("run",))),
+        *(ListLine("both.mp4", "train", ("run", "sit")), ListLine("both.mp4", "val", ("walk",))),
+        *(ListLine("cut.mp4", "train", ("run",), (0, 2)), ListLine("cut.mp4", "train", ("walk",), (2, 4))),
+        ListLine("once.mp4", "train", ("run",)),
     ]
-    assert [(finding.path, finding.problem, finding.reason) for finding in repeated(lines)] == [
+    assert [(finding.path, finding.problem, finding.reason) for finding in find_repeats(lines)] == [
         ("twice.mp4", "duplicate", "listed 2 times in train"),
         ("both.mp4", "conflicting labels", "run; sit or walk"),
         ("both.mp4", "overlap", "listed in train and val"),
     ]
 
 
-def test_folders_of_images_are_checked_as_such(tmp_path: Path) -> None:
+def test_check_folders_of_images(tmp_path: Path) -> None:
     for name in ("whole", "cut", "short"):
         (tmp_path / name).mkdir()
         for i in range(2 if name == "short" else 4):
@@ -127,8 +127,8 @@ def test_folders_of_images_are_checked_as_such(tmp_path: Path) -> None:
     last.write_bytes(last.read_bytes()[:60])
     (tmp_path / "empty").mkdir()
     paths = [str(tmp_path / name) for name in ("whole", "cut", "short", "empty", "gone")]
-    found = check(paths, 3, processes=1, decoder=FrameFolders(24))
-    assert [(Path(finding.path).name, finding.problem) for finding in found] == [
+    findings = check(paths, 3, processes=1, decoder=FrameFolders(24))
+    assert [(Path(finding.path).name, finding.problem) for finding in findings] == [
         ("cut", "unreadable"),
         ("short", "too short"),
         ("empty", "unreadable"),
@@ -136,7 +136,7 @@ def test_folders_of_images_are_checked_as_such(tmp_path: Path) -> None:
     ]
 
 
-def test_a_repeat_looks_again_at_what_may_have_been_mended(paths: dict[str, str], tmp_path: Path) -> None:
+def test_repeated_check_reads_broken_files_again(paths: dict[str, str], tmp_path: Path) -> None:
     journal = str(tmp_path / "journal")
 
     def problems() -> list[str]:
@@ -148,7 +148,7 @@ def test_a_repeat_looks_again_at_what_may_have_been_mended(paths: dict[str, str]
     assert problems() == ["variable frame rate"]
 
 
-def test_a_check_killed_while_it_starts_keeps_what_was_found(
+def test_check_killed_at_start_keeps_the_journal(
     paths: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     journal = tmp_path / "journal"
@@ -168,7 +168,7 @@ def test_a_check_killed_while_it_starts_keeps_what_was_found(
 
 
 class Crashing(PyAV):
-    """Dies over one file, as a library may."""
+    """A decoder that crashes its process at one file."""
 
     def open(self, path: str, short_side: int | None = None) -> Video:  # type: ignore[override]
         if path.endswith("text.mp4"):
@@ -176,6 +176,6 @@ class Crashing(PyAV):
         return super().open(path, short_side)
 
 
-def test_a_file_that_kills_a_worker_is_named(paths: dict[str, str]) -> None:
+def test_error_names_a_file_that_kills_a_worker(paths: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"a worker process died at .*text\.mp4.*out of memory, or a file that crashes"):
         check(list(paths.values()), 8, processes=2, decoder=Crashing())

@@ -1,4 +1,4 @@
-"""Names of classes: one spelling for what is one name, a line for names that look alike."""
+"""Test class names: one spelling for each name, an error for names that look alike."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from mgvideo.errors import UserError
         ("\tjump  high\u00a0", "jump high"),
         ("jump\u00a0high", "jump high"),
         ("cafe\u0301", "caf\u00e9"),
-        ("\u1112\u1161\u11ab", "\ud55c"),  # Hangul as macOS writes it
+        ("\u1112\u1161\u11ab", "\ud55c"),  # decomposed Hangul, as macOS writes it
         ("\ufeffju\u200bmp\u00ad", "jump"),
         ("\u202ejump\u202c", "jump"),
         ("\u3000跳ぶ\u3000", "跳ぶ"),
         ("می\u200cخواهم\u200c", "می\u200cخواهم"),  # the joiner inside a Persian word is part of its spelling
         ("caf\udce9", "caf\\xe9"),
         ("bell\x07", "bell"),
-        ('"jump"', "jump"),  # as Kinetics' table of classes has some
+        ('"jump"', "jump"),  # quoted, as some names in Kinetics' list of classes
         ("“jump”", "jump"),
         ("'jump' and 'run'", "'jump' and 'run'"),
         ("shooting, basketball", "shooting, basketball"),
     ],
 )
-def test_variants_have_one_spelling(written: str, name: str) -> None:
+def test_variants_of_a_name_have_one_spelling(written: str, name: str) -> None:
     assert normalize_class_name(written) == name
     assert normalize_class_name(name) == name
 
 
-def test_variants_of_a_name_are_one_class_and_noted() -> None:
+def test_variants_of_a_name_are_one_class_with_a_note() -> None:
     places = {"cafe\u0301": "train.csv:2", "jump": "train.csv:3", "caf\u00e9": "val.csv:5", "jump ": "val.csv:9"}
     classes, notes = unify_class_names(places)
     assert classes == {"cafe\u0301": "caf\u00e9", "caf\u00e9": "caf\u00e9", "jump": "jump", "jump ": "jump"}
@@ -61,14 +61,14 @@ def test_variants_of_a_name_are_one_class_and_noted() -> None:
         ("ab\u200cc", "abc"),
     ],
 )
-def test_names_that_look_alike_are_refused_with_their_places(one: str, other: str) -> None:
+def test_look_alike_names_error_names_both_origins(one: str, other: str) -> None:
     with pytest.raises(UserError, match=r"^b\.csv:7: class .* looks like .* of a\.csv:2: use one name for one class"):
         unify_class_names({one: "a.csv:2", "other": "a.csv:3", other: "b.csv:7"})
     with pytest.raises(UserError, match=r"classes\.txt: classes 0 and 2, .* look alike"):
         index_classes([one, "other", other], "classes.txt")
 
 
-def test_a_letter_of_another_alphabet_is_shown_by_its_code() -> None:
+def test_error_shows_letters_of_other_alphabets_as_codes() -> None:
     with pytest.raises(UserError, match=r"class '\\u0441ar' looks like 'car'"):
         unify_class_names({"car": "a", "\u0441ar": "b"})
 
@@ -76,21 +76,21 @@ def test_a_letter_of_another_alphabet_is_shown_by_its_code() -> None:
 @pytest.mark.parametrize(
     "names", [["-1", "1"], ["a", "b"], ["pêche", "péché"], ["up", "u p"], ["1.0", "10"], ["a1", "a01"]]
 )
-def test_names_that_are_easy_to_tell_apart_stay_apart(names: list[str]) -> None:
+def test_different_names_stay_different_classes(names: list[str]) -> None:
     assert sorted(set(unify_class_names(dict.fromkeys(names, "a"))[0].values())) == sorted(names)
     assert index_classes(names, "a") == {name: label for label, name in enumerate(names)}
 
 
-def test_empty_names_and_names_that_join_others_are_refused() -> None:
+def test_empty_and_joined_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"a\.csv:4: the class name '\\u200b ' is empty"):
         unify_class_names({"\u200b ": "a.csv:4"})
     places = {"jump": "a.csv:2", "walk": "a.csv:3", "jump; walk": "a.csv:4", "shooting, basketball": "a.csv:5"}
-    with pytest.raises(UserError, match=r"a\.csv:4: 'jump; walk' is several classes"):
+    with pytest.raises(UserError, match=r"a\.csv:4: 'jump; walk' joins several classes"):
         unify_class_names(places)
     del places["jump; walk"]
     assert unify_class_names(places)[0]["shooting, basketball"] == "shooting, basketball"
 
 
-def test_an_unknown_name_finds_the_known_one_that_it_looks_like() -> None:
+def test_unknown_name_error_suggests_a_look_alike() -> None:
     assert suggest_class("Playing_Harp", ["abseiling", "playing harp"]) == "; 'playing harp' looks like it"
     assert suggest_class("flying", ["abseiling"]) == ""

@@ -1,4 +1,4 @@
-"""The dataset and decoder configs, composed and instantiated as the command line does."""
+"""Test the dataset and decoder configs, composed and instantiated like the command line does."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_kinetics_reads_its_lists(tmp_path: Path, name: str, classes: int) -> No
 
 
 @pytest.mark.parametrize(("name", "sampled"), [("charades", "inverse_jitter"), ("ssv2", "segments")])
-def test_published_recipes_sample_in_their_own_ways(tmp_path: Path, name: str, sampled: str) -> None:
+def test_published_recipes_set_the_sampling(tmp_path: Path, name: str, sampled: str) -> None:
     (tmp_path / "Charades_v1_train.csv").write_text("id,actions\nAAAAA,c001 0 1\n")
     (tmp_path / "something-something-v2-labels.json").write_text('{"Holding something": "0"}')
     (tmp_path / "something-something-v2-train.json").write_text('[{"id": "1", "template": "Holding [something]"}]')
@@ -56,7 +56,7 @@ def test_official_splits_are_chosen_by_fold(tmp_path: Path, name: str, classes: 
         instantiate(cfg.val, decoder=PyAV())
 
 
-def test_folder_counts_its_classes(tmp_path: Path) -> None:
+def test_folder_config_sets_the_number_of_classes(tmp_path: Path) -> None:
     for name in ("run", "walk"):
         for i in range(5):
             write_video(tmp_path / name / f"{i}.mp4", frames=4)
@@ -67,7 +67,7 @@ def test_folder_counts_its_classes(tmp_path: Path) -> None:
     assert train[ClipRequest(7, GRID, 0)].clip.shape == (4, 32, 32, 3)
 
 
-def test_motion_offers_the_default_knobs(tmp_path: Path) -> None:
+def test_motion_config_has_the_default_knobs(tmp_path: Path) -> None:
     cfg = composed("+dataset=motion").dataset
     assert instantiate(cfg.knobs).name == Knobs().name
     small = [f"dataset.root={tmp_path}", "dataset.knobs.train=4", "dataset.knobs.val=2", "dataset.knobs.frames=8"]
@@ -79,6 +79,6 @@ def test_motion_offers_the_default_knobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [DECORD, "pyav"])
-def test_a_decoder_is_chosen_by_name(name: str) -> None:
+def test_decoder_is_selected_by_name(name: str) -> None:
     kind = {"decord": Decord, "pyav": PyAV}[name]
     assert isinstance(instantiate(composed(f"+decoder={name}").decoder), kind)

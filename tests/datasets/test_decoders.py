@@ -1,4 +1,4 @@
-"""Decoders: the same exact frames from each, whatever the file, and a clear reason where there are none."""
+"""Test decoders: all return the same exact frames, and errors give the reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @each_decoder
 @pytest.mark.parametrize("name", FILES)
-def test_every_index_gives_its_own_frame(files: dict[str, str], name: str, decoder: Decoder) -> None:
+def test_every_index_returns_its_frame(files: dict[str, str], name: str, decoder: Decoder) -> None:
     count = FILES[name].get("frames", 40)
     shuffled = random.Random(0).choices(range(count), k=12)
     for indices in (list(range(count)), [count - 1], shuffled, [count // 2] * 3, list(range(count // 3, count, 5))):
@@ -68,7 +68,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @each_decoder
-def test_a_rotated_video_comes_upright(tmp_path: Path, decoder: Decoder) -> None:
+def test_rotated_video_is_upright(tmp_path: Path, decoder: Decoder) -> None:
     upright = str(write_video(tmp_path / "upright.mp4", frames=5))
     turned = str(write_rotated(tmp_path / "turned.mp4", frames=5))
     with decoder.open(upright, 12) as video:
@@ -92,7 +92,7 @@ REASONS = {
 
 
 @each_decoder
-def test_what_is_no_video_says_why(tmp_path: Path, decoder: Decoder) -> None:
+def test_non_video_error_gives_the_reason(tmp_path: Path, decoder: Decoder) -> None:
     for name, path in create_bad_files(tmp_path).items():
         with pytest.raises(DecodeError, match=REASONS[name]) as caught:
             decoder.open(str(path), 32)
@@ -101,20 +101,20 @@ def test_what_is_no_video_says_why(tmp_path: Path, decoder: Decoder) -> None:
 
 
 @each_decoder
-def test_a_forbidden_file_says_so(tmp_path: Path, decoder: Decoder) -> None:
+def test_forbidden_file_error_gives_the_reason(tmp_path: Path, decoder: Decoder) -> None:
     path = write_video(tmp_path / "secret.mp4", frames=2)
     path.chmod(0)
     user = os.geteuid()
     try:
         if user == 0:
-            os.seteuid(65534)  # root may read anything, nobody may not
+            os.seteuid(65534)  # root can read every file, the user nobody cannot
         with pytest.raises(DecodeError, match="Permission denied"):
             decoder.open(str(path))
     finally:
         os.seteuid(user)
 
 
-def test_flipped_bytes_are_a_bad_video_and_nothing_worse(tmp_path: Path) -> None:
+def test_flipped_bytes_raise_only_decode_error(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "whole.mp4", frames=12, options={"g": "6"}).read_bytes()
     rng, damaged, reasons = np.random.default_rng(0), tmp_path / "damaged.mp4", []
     for _ in range(200):
@@ -131,7 +131,7 @@ def test_flipped_bytes_are_a_bad_video_and_nothing_worse(tmp_path: Path) -> None
     assert all(reasons)
 
 
-def test_a_name_that_is_not_utf8_can_be_written_down(tmp_path: Path) -> None:
+def test_error_of_a_non_utf8_name_can_be_written(tmp_path: Path) -> None:
     name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")
     Path(name).write_bytes(b"")
     with pytest.raises(DecodeError) as caught:
@@ -140,7 +140,7 @@ def test_a_name_that_is_not_utf8_can_be_written_down(tmp_path: Path) -> None:
 
 
 @each_decoder
-def test_a_video_cut_short_gives_what_it_has_and_an_error_beyond(tmp_path: Path, decoder: Decoder) -> None:
+def test_truncated_video_returns_its_frames_and_fails_beyond(tmp_path: Path, decoder: Decoder) -> None:
     whole = write_video(tmp_path / "whole.mp4", options={"g": "10", "movflags": "faststart"})
     data = whole.read_bytes()
     cut = tmp_path / "cut.mp4"
@@ -150,10 +150,10 @@ def test_a_video_cut_short_gives_what_it_has_and_an_error_beyond(tmp_path: Path,
 
 
 @each_decoder
-def test_descriptors_stay_few(tmp_path: Path, decoder: Decoder) -> None:
+def test_file_descriptors_do_not_leak(tmp_path: Path, decoder: Decoder) -> None:
     good, bad = write_video(tmp_path / "a.mp4", frames=10), create_bad_files(tmp_path)
     gc.collect()
-    gc.disable()  # nothing may wait for a collection
+    gc.disable()  # descriptors must be closed without garbage collection
     try:
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(10):
@@ -174,7 +174,7 @@ class MallInfo(ctypes.Structure):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc before 2.33 counts in 32 bits")
-def test_a_reading_leaves_no_memory_behind(tmp_path: Path) -> None:
+def test_reading_does_not_leak_memory(tmp_path: Path) -> None:
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = MallInfo
     path = str(write_video(tmp_path / "a.mp4", frames=40))
@@ -184,8 +184,8 @@ def test_a_reading_leaves_no_memory_behind(tmp_path: Path) -> None:
             with PyAV().open(path, 24) as video:
                 video.read([20, 5, 12])
         gc.collect()
-        found = mallinfo()
-        return found.used + found.mapped
+        info = mallinfo()
+        return info.used + info.mapped
 
     before = used_after(100)
     assert (used_after(500) - before) / 500 < 100, "bytes a reading: a demultiplexing that is left open keeps 160"

@@ -1,4 +1,4 @@
-"""Folders and tables of people's own videos: what is read, and one clear line for what cannot be."""
+"""Test custom datasets from folders and tables: accepted layouts and one-line errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def paths(root: Path, split: str, **options: object) -> list[str]:
     return [Path(dataset.path(i)).relative_to(root).as_posix() for i in range(len(dataset))]
 
 
-def test_a_folder_per_class_in_train_and_val(tmp_path: Path) -> None:
+def test_class_folders_in_train_and_val(tmp_path: Path) -> None:
     tree(
         tmp_path,
         "train/run/a.mp4",
@@ -46,7 +46,7 @@ def test_a_folder_per_class_in_train_and_val(tmp_path: Path) -> None:
     assert video_folder(str(tmp_path), "train").labels.tolist() == [0, 0, 1]
 
 
-def test_a_folder_per_class_alone_is_split_alike_every_time(tmp_path: Path) -> None:
+def test_holding_out_is_deterministic(tmp_path: Path) -> None:
     tree(tmp_path, *(f"{name}/{i}.mp4" for name in ("run", "walk") for i in range(10)), "rare/0.mp4")
     train, val = paths(tmp_path, "train"), paths(tmp_path, "val")
     assert (len(train), len(val)) == (17, 4)
@@ -58,7 +58,7 @@ def test_a_folder_per_class_alone_is_split_alike_every_time(tmp_path: Path) -> N
     assert len(paths(tmp_path, "val", val_share=0.5)) == 10
 
 
-def test_tables_name_classes_and_stretches(tmp_path: Path) -> None:
+def test_tables_with_classes_and_spans(tmp_path: Path) -> None:
     write_video(tmp_path / "a b.mp4", frames=100, fps=25)
     (tmp_path / "train.csv").write_text('path,label,start,end\n"a b.mp4",run,1,2\na b.mp4,walk,,\n')
     (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 3.96}\n')
@@ -75,7 +75,7 @@ def test_tables_name_classes_and_stretches(tmp_path: Path) -> None:
     (tmp_path / "val.jsonl").write_text('{"path": "a b.mp4", "label": "run", "start": 4}\n')
     request = ClipRequest(0, grid, 0, View(0, 1, 1))
     (failure,) = video_folder(str(tmp_path), "val")[request].failures
-    assert failure.reason == "ends before 4 s, where its stretch begins"
+    assert failure.reason == "ends before 4 s, where its span starts"
 
 
 def crop(dataset: VideoDataset, place: int, grid: Grid) -> torch.Tensor:
@@ -94,13 +94,13 @@ def crop(dataset: VideoDataset, place: int, grid: Grid) -> torch.Tensor:
         ("train.csv", "path,label\n", r"no videos for train"),
     ],
 )
-def test_a_bad_table_is_refused_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_bad_table_error_names_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         video_folder(str(tmp_path), "train")
 
 
-def test_an_unusable_folder_says_what_was_expected(tmp_path: Path) -> None:
+def test_unusable_folder_error_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.root: no folder"):
         video_folder(str(tmp_path / "gone"), "train")
     with pytest.raises(UserError, match=r"no videos for train; expected a folder of videos \(\.mp4, .*\) per class"):
@@ -116,7 +116,7 @@ def both(root: Path, **options: Any) -> tuple[VideoDataset, VideoDataset]:
     return tuple(video_folder(str(root), split, **options) for split in ("train", "val"))  # type: ignore[return-value]
 
 
-def test_what_other_programs_left_is_no_data(tmp_path: Path) -> None:
+def test_files_of_other_programs_are_skipped(tmp_path: Path) -> None:
     tree(tmp_path, *(f"{name}/{i}.mp4" for name in ("run", "walk") for i in range(5)), "run/@eaDir/0.mp4/t.mp4")
     tree(
         tmp_path, "__MACOSX/run/._0.mp4", "@eaDir/x.mp4", "run/._0.mp4", "walk/.AppleDouble/0.mp4", ".Trash-1000/x.mp4"
@@ -126,11 +126,11 @@ def test_what_other_programs_left_is_no_data(tmp_path: Path) -> None:
     assert train.class_names == val.class_names == ["run", "walk"]
     assert (len(train), len(val)) == (8, 2)
     (note,) = train.notes
-    assert "skipped what other programs left there: " in note
+    assert "skipped files of other programs: " in note
     assert "__MACOSX" in note
 
 
-def test_classes_of_recorders_and_phones_are_read_and_skipped_files_named(tmp_path: Path) -> None:
+def test_all_video_extensions_are_read_and_skipped_files_noted(tmp_path: Path) -> None:
     for name, (kind, codec) in {
         "a.MTS": ("mpegts", "libx264"),
         "b.m2ts": ("mpegts", "libx264"),
@@ -156,32 +156,33 @@ def test_classes_of_recorders_and_phones_are_read_and_skipped_files_named(tmp_pa
         clip = dataset[ClipRequest(index, grid, 0)].clip
         assert [read_number(frame) for frame in clip] == list(range(6))
     notes = "\n".join(dataset.notes)
-    assert "videos in no folder of a class, and not read: a.mp4" in notes
-    assert "folders without videos, which are no classes: empty (1 without extension), exotic (2 .xyz)" in notes
-    assert "skipped files that are no videos by their extension: 2 .xyz, 1 without extension, 1 .jpg" in notes
+    assert "not read, because in no class folder: a.mp4" in notes
+    assert "folders without videos, not counted as classes: empty (1 without extension), exotic (2 .xyz)" in notes
+    assert "skipped files without a video extension: 2 .xyz, 1 without extension, 1 .jpg" in notes
 
 
 @pytest.mark.parametrize(
-    ("paths", "found"),
+    ("paths", "listed_files"),
     [
         (["run/a.xyz"], "run (1 .xyz)"),
-        (["a.mp4", "b.mp4"], "videos in no folder of a class, and not read: a.mp4, b.mp4"),
-        (["train/a.mp4", "val/b.mp4"], "train: videos in no folder of a class, and not read: train/a.mp4"),
+        (["a.mp4", "b.mp4"], "not read, because in no class folder: a.mp4, b.mp4"),
+        (["train/a.mp4", "val/b.mp4"], "train: not read, because in no class folder: train/a.mp4"),
         (["train/run/a.xyz", "val/run/b.mp4"], "expected a folder of videos per class in train; .*run (1 .xyz)"),
     ],
 )
-def test_no_videos_says_what_is_there(tmp_path: Path, paths: list[str], found: str) -> None:
+def test_no_videos_error_names_the_files(tmp_path: Path, paths: list[str], listed_files: str) -> None:
     tree(tmp_path, *paths)
     with pytest.raises(
-        UserError, match=f"no videos for train; .*{found.replace('(', chr(92) + '(').replace(')', chr(92) + ')')}"
+        UserError,
+        match=f"no videos for train; .*{listed_files.replace('(', chr(92) + '(').replace(')', chr(92) + ')')}",
     ):
         video_folder(str(tmp_path), "train")
 
 
-def test_one_video_a_class_says_that_none_can_be_held_out(tmp_path: Path) -> None:
+def test_one_video_a_class_cannot_be_held_out(tmp_path: Path) -> None:
     tree(tmp_path, "run/a.mp4", "walk/b.mp4", "sit/c.mp4")
     assert len(video_folder(str(tmp_path), "train")) == 3
-    message = r"no videos for val; each class has one video, and none to hold out \(run, sit, walk\): add videos"
+    message = r"no videos for val; each class has one video and none to hold out \(run, sit, walk\): add videos"
     with pytest.raises(UserError, match=message):
         video_folder(str(tmp_path), "val")
     tree(tmp_path, "run/d.mp4")
@@ -194,7 +195,7 @@ def test_one_video_a_class_says_that_none_can_be_held_out(tmp_path: Path) -> Non
     assert sorted(val.labels) == sorted(train.labels) == [0, 1, 2], "two videos: one on each side"
 
 
-def test_one_spelling_of_folders_is_one_class(tmp_path: Path) -> None:
+def test_spellings_of_a_folder_are_one_class(tmp_path: Path) -> None:
     tree(tmp_path, "train/cafe\u0301/a.mp4", "train/jump /b.mp4", "val/caf\u00e9/c.mp4", "val/jump/d.mp4")
     train, val = both(tmp_path)
     assert train.class_names == ["caf\u00e9", "jump"]
@@ -205,7 +206,7 @@ def test_one_spelling_of_folders_is_one_class(tmp_path: Path) -> None:
         video_folder(str(tmp_path), "train")
 
 
-def test_the_same_videos_are_held_out_whatever_the_system_that_wrote_their_names(tmp_path: Path) -> None:
+def test_held_out_videos_do_not_depend_on_unicode_form(tmp_path: Path) -> None:
     for form in ("NFC", "NFD"):
         names = [unicodedata.normalize(form, f"café/é{i}.mp4") for i in range(10)]
         tree(tmp_path / form, *names)
@@ -215,7 +216,7 @@ def test_the_same_videos_are_held_out_whatever_the_system_that_wrote_their_names
     assert composed == decomposed
 
 
-def test_spellings_of_one_class_are_held_out_together(tmp_path: Path) -> None:
+def test_spellings_of_a_class_are_held_out_together(tmp_path: Path) -> None:
     tree(
         tmp_path,
         *(f"jump/{i}.mp4" for i in range(5)),
@@ -228,7 +229,7 @@ def test_spellings_of_one_class_are_held_out_together(tmp_path: Path) -> None:
     assert train.class_names == ["jump", "walk"]
 
 
-def test_a_folder_name_that_is_not_utf8_is_a_class(tmp_path: Path) -> None:
+def test_non_utf8_folder_name_is_a_class(tmp_path: Path) -> None:
     tree(tmp_path, "caf\udce9/a.mp4", "run/b.mp4")
     assert video_folder(str(tmp_path), "train").class_names == ["caf\\xe9", "run"]
 
@@ -237,7 +238,7 @@ def test_a_folder_name_that_is_not_utf8_is_a_class(tmp_path: Path) -> None:
     ("train", "val"),
     [("Train", "Val"), ("TRAINING", "validation"), ("train_set", "Valid"), ("train", "test"), ("Train videos", "eval")],
 )
-def test_splits_are_known_by_their_usual_names(tmp_path: Path, train: str, val: str) -> None:
+def test_usual_names_of_splits_are_recognised(tmp_path: Path, train: str, val: str) -> None:
     tree(tmp_path, f"{train}/run/a.mp4", f"{train}/walk/b.mp4", f"{val}/run/c.mp4", f"{val}/walk/d.mp4")
     datasets = both(tmp_path)
     assert [dataset.class_names for dataset in datasets] == [["run", "walk"]] * 2
@@ -247,7 +248,7 @@ def test_splits_are_known_by_their_usual_names(tmp_path: Path, train: str, val: 
     assert datasets[0].notes == notes
 
 
-def test_names_of_splits() -> None:
+def test_split_of() -> None:
     assert [split_of(name) for name in ("Train", "valid", "VALIDATION", "test-set", "train ", "eval")] == [
         *("train", "val", "val", "test", "train", "val")
     ]
@@ -261,29 +262,29 @@ def test_names_of_splits() -> None:
         (("val", "valid", "train"), "val and valid are both val videos"),
         (
             ("train", "bus", "car"),
-            r"folders of splits \(train\) beside folders of classes \(bus, car\): move the classes into train/",
+            r"split folders \(train\) beside class folders \(bus, car\): move the classes into train/",
         ),
-        (("train_256", "val_256"), "train_256 and val_256 look like folders of splits"),
-        (("01 Train", "02 Test", "x"), "01 Train and 02 Test look like folders of splits"),
+        (("train_256", "val_256"), "train_256 and val_256 look like split folders"),
+        (("01 Train", "02 Test", "x"), "01 Train and 02 Test look like split folders"),
         (("kinetics-train", "kinetics-validation"), "rename them to train and val"),
-        (("test", "jump"), r"folders of splits \(test\) beside folders of classes \(jump\)"),
+        (("test", "jump"), r"split folders \(test\) beside class folders \(jump\)"),
         (
             ("run/train", "run/val", "walk/train"),
-            "run: holds train and val, folders of splits, where a class is expected",
+            "run: holds train and val, split folders, where a class folder is expected",
         ),
         (
             ("data/Train/run", "data/Test/run"),
-            "data: holds Test and Train, folders of splits, .*: set dataset.root to it",
+            "data: holds Test and Train, split folders, .*: set dataset.root to it",
         ),
     ],
 )
-def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path: Path, folders: list[str], message: str) -> None:
+def test_ambiguous_folders_are_refused(tmp_path: Path, folders: list[str], message: str) -> None:
     tree(tmp_path, *(f"{folder}/x/a.mp4" for folder in folders))
     with pytest.raises(UserError, match=message):
         video_folder(str(tmp_path), "train")
 
 
-def test_folders_beside_splits_are_noted_where_they_hold_videos(tmp_path: Path) -> None:
+def test_videos_outside_split_folders_are_noted(tmp_path: Path) -> None:
     tree(
         tmp_path,
         "train/run/a.mp4",
@@ -297,11 +298,11 @@ def test_folders_beside_splits_are_noted_where_they_hold_videos(tmp_path: Path) 
     tree(tmp_path, "raw/x.mp4", "test/run/y.mp4", "z.mp4")
     assert video_folder(str(tmp_path), "train").notes == [
         f"{tmp_path}: test is not read",
-        f"{tmp_path}: outside the folders of splits, and not read: raw, z.mp4",
+        f"{tmp_path}: not read, because outside the split folders: raw, z.mp4",
     ]
 
 
-def test_a_pyramid_beside_classes_are_no_class(tmp_path: Path) -> None:
+def test_pyramid_beside_classes_is_not_a_class(tmp_path: Path) -> None:
     tree(tmp_path, *(f"{name}/{i}.mp4" for name in ("run", "walk") for i in range(2)))
     tree(tmp_path, "levels/layout.json", "levels/rows.jsonl", "levels/short64/run/0.mp4.mp4")
     dataset = video_folder(str(tmp_path), "train")
@@ -309,17 +310,17 @@ def test_a_pyramid_beside_classes_are_no_class(tmp_path: Path) -> None:
     assert any("levels, a pyramid" in note for note in dataset.notes)
 
 
-def test_one_class_alone_is_noted(tmp_path: Path) -> None:
+def test_single_class_is_noted(tmp_path: Path) -> None:
     tree(tmp_path, "videos/run/a.mp4", "videos/run/b.mp4", "videos/walk/c.mp4", "videos/walk/d.mp4")
     (note,) = video_folder(str(tmp_path), "train").notes
-    assert "one class alone, videos: is dataset.root the folder that holds a folder per class?" in note
+    assert "only one class, videos: is dataset.root the folder that holds a folder per class?" in note
 
 
 # tables
 
 
 def table(root: Path, text: str, name: str = "train.csv") -> tuple[list[str], list[str]]:
-    """Paths and classes that a table lists."""
+    """Write a table and return the paths and classes that are read from it."""
     (root / name).write_text(text)
     dataset = video_folder(str(root), "train")
     classes = [dataset.class_names[label] for label in dataset.labels]
@@ -337,18 +338,18 @@ def table(root: Path, text: str, name: str = "train.csv") -> tuple[list[str], li
         ("train.json", '[{"path": "a, b.mp4", "label": "jump"},\n {"path": "c.mp4", "label": "walk"}]'),
     ],
 )
-def test_tables_of_many_programs(tmp_path: Path, name: str, text: str) -> None:
+def test_tables_written_by_many_programs(tmp_path: Path, name: str, text: str) -> None:
     assert table(tmp_path, text, name) == (["a, b.mp4", "c.mp4"], ["jump", "walk"])
 
 
-def test_numbers_are_names_in_one_spelling(tmp_path: Path) -> None:
+def test_numbers_are_class_names_with_one_spelling(tmp_path: Path) -> None:
     assert table(tmp_path, "path,label\na.mp4,3.0\nb.mp4,3\n")[1] == ["3", "3"]
     (tmp_path / "train.csv").unlink()
     rows = ({"path": f"{label}.mp4", "label": label} for label in (3, 3.0, "3"))
     assert table(tmp_path, "\n".join(map(json.dumps, rows)), "train.jsonl")[1] == ["3", "3", "3"]
 
 
-def test_seconds_of_a_table(tmp_path: Path) -> None:
+def test_seconds_in_a_table(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("path;label;start;end\na.mp4;run;1,5;2,25\na.mp4;run;;2.5\n")
     dataset = video_folder(str(tmp_path), "train")
     assert [dataset.entry(i).span for i in range(2)] == [(1.5, 2.25), (0, 2.5)]
@@ -364,7 +365,7 @@ def test_seconds_of_a_table(tmp_path: Path) -> None:
         ("train.csv", "path,label\na.mp4,\"('x', 'y')\"\n", r"train\.csv:2: expected one label, a name, found"),
         ("train.csv", "path,label\na.mp4,nan\n", r"train\.csv:2: expected one label, a name, found 'nan'"),
         ("train.csv", "path,label\na.mp4,\"['x', 'y']\"\n", r"train\.csv:2: expected one label, a name, found"),
-        ("train.csv", "path,label\na.mp4,run\nb.mp4,walk\nc.mp4,run;walk\n", r"train\.csv:4: 'run;walk' is several"),
+        ("train.csv", "path,label\na.mp4,run\nb.mp4,walk\nc.mp4,run;walk\n", r"train\.csv:4: 'run;walk' joins several"),
         ("train.csv", "path,label,start\na.mp4,run,nan\n", r"train\.csv:2: expected 0 <= start < end"),
         ("train.csv", "path,label,end\na.mp4,run,0\n", r"train\.csv:2: expected 0 <= start < end"),
         (
@@ -372,7 +373,7 @@ def test_seconds_of_a_table(tmp_path: Path) -> None:
             "path,label,start\na.mp4,run,00:01:12\n",
             r"train\.csv:2: start and end must be seconds, found '00",
         ),
-        ("train.csv", "path,label\nC:\\a.mp4,run\n", r"train\.csv:2: .* is a path of Windows"),
+        ("train.csv", "path,label\nC:\\a.mp4,run\n", r"train\.csv:2: .* is a Windows path"),
         ("train.csv", "a.mp4 0\n", r"train\.csv:1: expected a header with path and label, found 'a\.mp4 0'"),
         ("train.csv", "path,label\n\u200b.mp4, \u200b\n", r"train\.csv:2: the class name .* is empty"),
         (
@@ -404,14 +405,12 @@ def test_seconds_of_a_table(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_table_that_may_mean_several_things_is_refused_by_its_line(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
+def test_ambiguous_table_error_names_the_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         table(tmp_path, text, name)
 
 
-def test_tables_of_one_split_must_be_one(tmp_path: Path) -> None:
+def test_two_tables_of_one_split_are_refused(tmp_path: Path) -> None:
     for name in ("train.csv", "val.csv", "train.jsonl"):
         (tmp_path / name).write_text("path,label\na.mp4,run\n")
     with pytest.raises(UserError, match=r"train\.csv and train\.jsonl are both train videos: keep one of them"):
@@ -425,7 +424,7 @@ def test_tables_of_one_split_must_be_one(tmp_path: Path) -> None:
         video_folder(str(tmp_path), "val")
 
 
-def test_tables_note_what_splits_share_and_lack(tmp_path: Path) -> None:
+def test_shared_videos_and_missing_classes_are_noted(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("path,label\na.mp4,run\nb.mp4,walk\nb.mp4,run\n")
     (tmp_path / "val.csv").write_text("path,label\na.mp4,run\nc.mp4,sit\n")
     train, val = both(tmp_path)

@@ -1,4 +1,4 @@
-"""Decoded frames on disk: the same pixels, decoded once, and never more than there is room for."""
+"""Test the frame cache: same pixels, decoded once, within the size limit."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ GRID = Grid(4, 24, (1, 3), (28, 40))
 
 
 class Counting(PyAV):
-    """PyAV that counts what it opens."""
+    """A PyAV decoder that records the files that it opens."""
 
     opened = 0
 
@@ -33,29 +33,29 @@ class Counting(PyAV):
 
 def test_clips_are_the_same_and_each_file_is_decoded_once(tmp_path: Path, motion_root: str) -> None:
     plain, counting = motion(motion_root, KNOBS, "train", PyAV()), Counting()
-    kept = motion(motion_root, KNOBS, "train", FrameCache(str(tmp_path / "kept"), counting, 1))
+    cached = motion(motion_root, KNOBS, "train", FrameCache(str(tmp_path / "cached"), counting, 1))
     requests = [ClipRequest(i % 3, GRID, seed) for i, seed in enumerate(range(12))]
     requests += [ClipRequest(i, GRID, 0, View(1, 2, 3)) for i in range(3)]
     for request in requests:
-        ours, theirs = kept[request], plain[request]
+        ours, theirs = cached[request], plain[request]
         assert ours.clip.equal(theirs.clip)
         assert ours.label.equal(theirs.label)
     assert counting.opened == 3
 
 
-def test_times_are_kept(tmp_path: Path) -> None:
+def test_times_are_cached(tmp_path: Path) -> None:
     cache, path = FrameCache(str(tmp_path), PyAV(), 1), str(FIELD / "vfr.mp4")
     with PyAV().open(path) as video:
         times = video.times
     for _ in range(2):
-        with cache.open(path) as kept:
-            assert np.array_equal(kept.times, times)
-            assert kept.read([3]).shape == (1, 72, 192, 3)
+        with cache.open(path) as cached:
+            assert np.array_equal(cached.times, times)
+            assert cached.read([3]).shape == (1, 72, 192, 3)
 
 
-def test_a_replaced_file_is_decoded_anew(tmp_path: Path, motion_root: str) -> None:
+def test_replaced_file_is_decoded_again(tmp_path: Path, motion_root: str) -> None:
     dataset, counting = motion(motion_root, KNOBS, "train", PyAV()), Counting()
-    cache, video = FrameCache(str(tmp_path / "kept"), counting, 1), tmp_path / "video.mp4"
+    cache, video = FrameCache(str(tmp_path / "cached"), counting, 1), tmp_path / "video.mp4"
     frames = []
     for index in range(2):
         shutil.copyfile(dataset.path(index), video)
@@ -66,44 +66,44 @@ def test_a_replaced_file_is_decoded_anew(tmp_path: Path, motion_root: str) -> No
     assert not frames[0].equal(frames[1])
 
 
-def test_what_does_not_fit_is_decoded_each_time(tmp_path: Path, motion_root: str) -> None:
+def test_videos_that_do_not_fit_are_decoded_each_time(tmp_path: Path, motion_root: str) -> None:
     counting = Counting()
     one = KNOBS.frames * KNOBS.height * KNOBS.width * 3
-    dataset = motion(motion_root, KNOBS, "train", FrameCache(str(tmp_path / "kept"), counting, 1.5 * one / 2**30))
+    dataset = motion(motion_root, KNOBS, "train", FrameCache(str(tmp_path / "cached"), counting, 1.5 * one / 2**30))
     plain = motion(motion_root, KNOBS, "train", PyAV())
     for _ in range(2):
         for index in (0, 1):
             request = ClipRequest(index, GRID, 5)
             assert dataset[request].clip.equal(plain[request].clip)
     assert counting.opened == 3, "the first once, the second twice"
-    assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) < 1.5 * one
+    assert sum(path.stat().st_size for path in (tmp_path / "cached").iterdir()) < 1.5 * one
 
 
-def test_bad_files_and_folders_are_told(tmp_path: Path) -> None:
-    cache = FrameCache(str(tmp_path / "kept"), PyAV(), 1)
+def test_bad_files_and_folders_raise_errors(tmp_path: Path) -> None:
+    cache = FrameCache(str(tmp_path / "cached"), PyAV(), 1)
     (tmp_path / "text.mp4").write_text("no video")
     for name in ("text.mp4", "missing.mp4"):
         with pytest.raises(DecodeError, match=name):
             cache.open(str(tmp_path / name))
-    assert not list((tmp_path / "kept").iterdir())
+    assert not list((tmp_path / "cached").iterdir())
     with pytest.raises(UserError, match=r"dataset\.frame_cache"):
-        FrameCache(str(tmp_path / "text.mp4" / "kept"), PyAV(), 1)
+        FrameCache(str(tmp_path / "text.mp4" / "cached"), PyAV(), 1)
 
 
-def test_kept_frames_that_are_not_all_there_are_decoded_anew(tmp_path: Path, motion_root: str) -> None:
+def test_incomplete_cache_files_are_decoded_again(tmp_path: Path, motion_root: str) -> None:
     dataset, counting = motion(motion_root, KNOBS, "train", PyAV()), Counting()
-    cache = FrameCache(str(tmp_path / "kept"), counting, 1)
+    cache = FrameCache(str(tmp_path / "cached"), counting, 1)
     frames = []
     for length in (None, 1000, 7, 0):
-        for kept in (tmp_path / "kept").iterdir():
-            os.truncate(kept, length or 0)
+        for cached in (tmp_path / "cached").iterdir():
+            os.truncate(cached, length or 0)
         with cache.open(dataset.path(0)) as video:
             frames.append(video.read(np.arange(4)))
     assert counting.opened == 4
     assert all(each.equal(frames[0]) for each in frames)
 
 
-def test_what_a_killed_process_left_half_written_is_cleared(tmp_path: Path) -> None:
+def test_unfinished_files_of_killed_processes_are_deleted(tmp_path: Path) -> None:
     for name, age in (("tmpold", 7200), ("tmpnew", 0)):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)

@@ -1,4 +1,4 @@
-"""Which frames a file has: those that people see, in their order, however they are stored."""
+"""Test frame tables: the displayed frames in display order for every kind of storage."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shown(video: Any, indices: Sequence[int], bits: int = BITS) -> list[int]:
 
 @each_decoder
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_file_as_people_have_them_gives_each_of_its_frames(name: str, decoder: Decoder) -> None:
+def test_every_frame_of_typical_files_is_read(name: str, decoder: Decoder) -> None:
     numbers = NUMBERS[name]
     with decoder.open(str(FIELD / name)) as video:
         assert video.frames == len(numbers)
@@ -43,7 +43,7 @@ def test_a_file_as_people_have_them_gives_each_of_its_frames(name: str, decoder:
             assert shown(video, indices) == [numbers[index] for index in indices]
 
 
-def test_frames_are_the_same_however_they_are_reached() -> None:
+def test_frames_do_not_depend_on_the_reading_order() -> None:
     for name in NUMBERS:
         with PyAV().open(str(FIELD / name)) as video:
             frames = video.read(range(video.frames))
@@ -52,14 +52,14 @@ def test_frames_are_the_same_however_they_are_reached() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".ts", ".mkv", ".mp4", ".h264"])
-def test_two_packets_may_be_the_fields_of_one_frame(tmp_path: Path, suffix: str) -> None:
+def test_two_packets_can_be_fields_of_one_frame(tmp_path: Path, suffix: str) -> None:
     with PyAV().open(str(write_fields(tmp_path / f"fields{suffix}", 20))) as video:
         assert video.frames == 20
         assert shown(video, range(20), 8) == list(range(20))
         assert shown(video, [13], 8) == [13]
 
 
-# seconds and frames of each stretch of `src_g30.mp4` that an edit list shows; None: nothing for that long
+# (seconds, first frame of `src_g30.mp4`) of each entry of an edit list; None: an empty edit
 EDITS = {
     "cut at both ends": [(1.0, 33)],
     "twice the same": [(0.6, 10), (0.6, 10)],
@@ -93,14 +93,14 @@ def edited(path: Path, edits: Sequence[tuple[float, int | None]]) -> Path:
 
 
 def decoded(path: Path) -> list[int]:
-    """What FFmpeg makes of a file from its beginning to its end."""
+    """Decode a whole file with FFmpeg; returns the numbers of its frames."""
     with av.open(str(path)) as container:
         return [read_number(frame.to_ndarray(format="rgb24"), BITS) for frame in container.decode(video=0)]
 
 
 @each_decoder
 @pytest.mark.parametrize("name", EDITS)
-def test_edit_lists_say_what_is_shown(tmp_path: Path, name: str, decoder: Decoder) -> None:
+def test_edit_lists_select_the_displayed_frames(tmp_path: Path, name: str, decoder: Decoder) -> None:
     path = edited(tmp_path / "edited.mp4", EDITS[name])
     numbers = decoded(path)
     firsts = [first for _, first in EDITS[name] if first is not None]
@@ -113,7 +113,7 @@ def test_edit_lists_say_what_is_shown(tmp_path: Path, name: str, decoder: Decode
 
 
 @each_decoder
-def test_a_recording_that_was_resumed_starts_its_times_over(tmp_path: Path, decoder: Decoder) -> None:
+def test_times_of_a_resumed_recording_are_reset(tmp_path: Path, decoder: Decoder) -> None:
     for suffix, options in ((".ts", {}), (".mkv", {}), (".mkv", {"cluster_time_limit": "200"})):
         parts = [
             write_video(tmp_path / f"{n}{suffix}", n, options={"g": "10", "bf": "2"}, picture=later(n))
@@ -150,7 +150,7 @@ def write_streams(path: Path, *streams: Iterator[Any], sizes: Sequence[tuple[int
 
 @each_decoder
 @pytest.mark.parametrize("suffix", [".mkv", ".mov", ".avi"])
-def test_a_picture_beside_a_video_is_not_read(tmp_path: Path, suffix: str, decoder: Decoder) -> None:
+def test_cover_picture_is_not_read(tmp_path: Path, suffix: str, decoder: Decoder) -> None:
     streams = iter([255]), iter(range(20))
     path = write_streams(
         tmp_path / f"cover{suffix}", *streams, sizes=[(240, 320), (60, 80)], codecs=["mjpeg", "libx264"]
@@ -161,7 +161,7 @@ def test_a_picture_beside_a_video_is_not_read(tmp_path: Path, suffix: str, decod
 
 
 @each_decoder
-def test_of_two_videos_the_larger_is_read_by_all(tmp_path: Path, decoder: Decoder) -> None:
+def test_every_decoder_reads_the_larger_of_two_streams(tmp_path: Path, decoder: Decoder) -> None:
     streams = iter(range(20)), iter(range(100, 120))
     path = write_streams(tmp_path / "two.avi", *streams, sizes=[(60, 80), (120, 160)], codecs=["libx264"] * 2)
     with decoder.open(str(path)) as video:
@@ -169,7 +169,7 @@ def test_of_two_videos_the_larger_is_read_by_all(tmp_path: Path, decoder: Decode
         assert shown(video, [3, 17], 8) == [103, 117]
 
 
-def test_lost_packets_of_a_broadcast_cost_no_more_than_their_frames(tmp_path: Path) -> None:
+def test_lost_packets_lose_only_their_own_frames(tmp_path: Path) -> None:
     content = write_video(tmp_path / "whole.ts", 60, options={"g": "15", "bf": "2"}).read_bytes()
     middle = len(content) // 188 // 2
     path = tmp_path / "lost.ts"
@@ -183,7 +183,7 @@ def test_lost_packets_of_a_broadcast_cost_no_more_than_their_frames(tmp_path: Pa
             assert torch.equal(video.read([index])[0], frames[index])
 
 
-def test_what_precedes_the_first_keyframe_is_not_there(tmp_path: Path) -> None:
+def test_frames_before_the_first_keyframe_are_left_out(tmp_path: Path) -> None:
     content = write_video(tmp_path / "whole.ts", 60, options={"g": "20", "bf": "2", "sc_threshold": "0"}).read_bytes()
     tables, rest = content[: 188 * 3], content[188 * (len(content) // 188 // 6) :]
     path = tmp_path / "tuned_in.ts"
@@ -192,8 +192,8 @@ def test_what_precedes_the_first_keyframe_is_not_there(tmp_path: Path) -> None:
         assert shown(video, range(video.frames), 8) == list(range(20, 60))
 
 
-def test_ordinary_files_are_read_by_their_times() -> None:
-    """Others are decoded from a farther place, or whole, which takes longer."""
+def test_ordinary_files_have_tables_by_time() -> None:
+    """Other tables are slower: decoding starts farther away or at the beginning."""
     by_time = {
         "src_g30.mp4",
         "vfr.mp4",
@@ -213,6 +213,6 @@ def test_ordinary_files_are_read_by_their_times() -> None:
             assert len(video.table.starts) > 1, "decoding may start at several places"
 
 
-def test_a_file_that_shows_nothing_is_a_bad_video(tmp_path: Path) -> None:
+def test_file_without_displayed_frames_raises_decode_error(tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match=r"nothing\.mp4: no frame"):
         PyAV().open(str(edited(tmp_path / "nothing.mp4", [(1.0, None)])))

@@ -1,4 +1,4 @@
-"""List files: what is read, and one clear line for what cannot be."""
+"""Test list files: accepted formats and one-line errors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from mgvideo.datasets.lists import list_line, parse_line, video_list
 from mgvideo.errors import UserError
 
 
-def listed(root: Path, text: str, **options: object) -> list[tuple[str, int]]:
+def read_list_text(root: Path, text: str, **options: object) -> list[tuple[str, int]]:
     (root / "list.csv").write_text(text)
     dataset = video_list(str(root), "list.csv", **options)  # type: ignore[arg-type]
     return [(Path(dataset.path(i)).relative_to(root).as_posix(), int(dataset.labels[i])) for i in range(len(dataset))]
 
 
-def test_the_last_separator_counts(tmp_path: Path) -> None:
+def test_path_ends_at_the_last_separator(tmp_path: Path) -> None:
     text = "a b/c d.mp4 3\nx,y.mp4,1\n\nt\tab.mp4\t0\r\nwide,  2\nü/視頻.mp4 2"
     expected = [("a b/c d.mp4", 3), ("x,y.mp4", 1), ("t\tab.mp4", 0), ("wide", 2), ("ü/視頻.mp4", 2)]
-    assert listed(tmp_path, text) == expected
+    assert read_list_text(tmp_path, text) == expected
 
 
-def test_classes_are_named_by_their_file_or_counted(tmp_path: Path) -> None:
+def test_class_names_come_from_the_file_or_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("a.mp4 0\nb.mp4 4\n")
     assert video_list(str(tmp_path), "list.csv").class_names == ["0", "1", "2", "3", "4"]
     assert len(video_list(str(tmp_path), "list.csv", num_classes=7).class_names) == 7
@@ -43,17 +43,17 @@ def test_classes_are_named_by_their_file_or_counted(tmp_path: Path) -> None:
         ("a.mp4 0;9\n", {"num_classes": 3, "multi_label": True}, r"label \(0, 9\) is not in 0 to 2"),
     ],
 )
-def test_a_bad_list_is_refused_with_its_line(tmp_path: Path, text: str, options: dict, message: str) -> None:
+def test_bad_list_error_names_the_line(tmp_path: Path, text: str, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        listed(tmp_path, text, **options)
+        read_list_text(tmp_path, text, **options)
 
 
-def test_marks_and_line_ends_of_other_programs_are_no_part_of_a_path(tmp_path: Path) -> None:
+def test_byte_order_marks_and_line_ends_are_not_part_of_a_path(tmp_path: Path) -> None:
     text = "\ufeffa.mp4 0\r\nb\u2028c.mp4 1\r\n"
-    assert listed(tmp_path, text) == [("a.mp4", 0), ("b\u2028c.mp4", 1)]
+    assert read_list_text(tmp_path, text) == [("a.mp4", 0), ("b\u2028c.mp4", 1)]
 
 
-def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
+def test_missing_folder_and_file_errors_name_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset\.root: no folder .*gone; set dataset\.root"):
         video_list(str(tmp_path / "gone"), "list.csv")
     with pytest.raises(UserError, match=r"list\.csv: cannot be read: No such file"):
@@ -63,7 +63,7 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
         video_list(str(tmp_path), "list.csv")
     (tmp_path / "classes.txt").write_text("one\ntwo\n")
     with pytest.raises(UserError, match="2 names for 3 classes"):
-        listed(tmp_path, "a.mp4 0\n", num_classes=3)
+        read_list_text(tmp_path, "a.mp4 0\n", num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
         ("https://host/a.mp4?sign=a,b 3", "https://host/a.mp4?sign=a,b", (3,)),
     ],
 )
-def test_a_line_is_a_path_and_labels(line: str, path: str, labels: tuple[int, ...]) -> None:
+def test_parse_line(line: str, path: str, labels: tuple[int, ...]) -> None:
     assert parse_line(line) == (path, labels)
 
 
@@ -125,16 +125,16 @@ def test_a_line_is_a_path_and_labels(line: str, path: str, labels: tuple[int, ..
         ("x.mp4 0 train", "label '0 train' is not a number"),
         ("0 x.mp4", r"label 'x\.mp4' is not a number"),
         ('{"path": "x.mp4", "label": 0}', "is not a number"),
-        (r"C:\videos\x.mp4 0", r"is a path of Windows; write paths relative to dataset\.root"),
-        (r"\\nas\videos\x.mp4 0", "is a path of Windows"),
+        (r"C:\videos\x.mp4 0", r"is a Windows path; write paths relative to dataset\.root"),
+        (r"\\nas\videos\x.mp4 0", "is a Windows path"),
     ],
 )
-def test_a_line_that_may_mean_several_things_is_refused_by_its_number(tmp_path: Path, line: str, reason: str) -> None:
+def test_ambiguous_line_error_names_the_line(tmp_path: Path, line: str, reason: str) -> None:
     with pytest.raises(UserError, match=rf"list\.csv:3: .*{reason}"):
-        listed(tmp_path, f"a.mp4 0\n\n{line}\nb.mp4 0\n")
+        read_list_text(tmp_path, f"a.mp4 0\n\n{line}\nb.mp4 0\n")
 
 
-def test_several_labels_are_read_where_the_task_has_them(tmp_path: Path) -> None:
+def test_multi_label_lists(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("a.mp4 0,2\nb.mp4 1;2\nc.mp4\t1\n")
     dataset = video_list(str(tmp_path), "list.csv", multi_label=True)
     assert [dataset.entry(i).label for i in range(3)] == [(0, 2), (1, 2), (1,)]
@@ -151,27 +151,29 @@ def test_several_labels_are_read_where_the_task_has_them(tmp_path: Path) -> None
         "sep=;\nx.mp4;0\ny z.mp4;1",
     ],
 )
-def test_headers_and_comments_are_no_videos(tmp_path: Path, text: str) -> None:
-    assert listed(tmp_path, text) == [("x.mp4", 0), ("y z.mp4", 1)]
+def test_headers_and_comments_are_skipped(tmp_path: Path, text: str) -> None:
+    assert read_list_text(tmp_path, text) == [("x.mp4", 0), ("y z.mp4", 1)]
     (tmp_path / "list.csv").write_bytes(f"\ufeff{text}\n".replace("\n", "\r\n").encode("utf-16-le"))
     assert len(video_list(str(tmp_path), "list.csv")) == 2, "as Excel writes it"
 
 
-def test_a_row_without_a_path_is_refused(tmp_path: Path) -> None:
+def test_row_without_a_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"list\.csv:3: it has no path"):
-        listed(tmp_path, "label,path\n0,x.mp4\n1\n")
+        read_list_text(tmp_path, "label,path\n0,x.mp4\n1\n")
 
 
-def test_a_path_may_begin_with_a_hash(tmp_path: Path) -> None:
-    assert listed(tmp_path, "#20_Rhythm_clap.avi 1\n#no label, a comment\n# x.avi 1\n") == [("#20_Rhythm_clap.avi", 1)]
+def test_path_may_start_with_a_hash(tmp_path: Path) -> None:
+    assert read_list_text(tmp_path, "#20_Rhythm_clap.avi 1\n#no label, a comment\n# x.avi 1\n") == [
+        ("#20_Rhythm_clap.avi", 1)
+    ]
 
 
-def test_row_numbers_in_front_are_refused(tmp_path: Path) -> None:
+def test_row_numbers_at_line_starts_are_refused(tmp_path: Path) -> None:
     for text in ("0,x.mp4,3\n1,y.mp4,4\n", "7 x.mp4 3\n8 y.mp4 4\n"):
-        with pytest.raises(UserError, match=r"list\.csv:1: each line begins with the number of its row.*index=False"):
-            listed(tmp_path, text)
+        with pytest.raises(UserError, match=r"list\.csv:1: each line starts with a row number.*index=False"):
+            read_list_text(tmp_path, text)
     (tmp_path / "7 x.mp4").touch()
-    assert listed(tmp_path, text) == [("7 x.mp4", 3), ("8 y.mp4", 4)], "names of files that are there"
+    assert read_list_text(tmp_path, text) == [("7 x.mp4", 3), ("8 y.mp4", 4)], "names of files that are there"
 
 
 @pytest.mark.parametrize(
@@ -187,20 +189,20 @@ def test_row_numbers_in_front_are_refused(tmp_path: Path) -> None:
         ("100%25.mp4", "100%25.mp4"),
     ],
 )
-def test_a_path_is_found_under_the_spelling_it_has_on_disk(tmp_path: Path, written: str, on_disk: str) -> None:
+def test_find_spelling_returns_the_spelling_on_disk(tmp_path: Path, written: str, on_disk: str) -> None:
     (tmp_path / on_disk).parent.mkdir(exist_ok=True)
     (tmp_path / on_disk).touch()
-    assert listed(tmp_path, f'"{written}" 0') == [(on_disk, 0)]
+    assert read_list_text(tmp_path, f'"{written}" 0') == [(on_disk, 0)]
 
 
-def test_a_path_that_is_not_there_keeps_its_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert listed(tmp_path, "caf\u00e9%20x.mp4 0\na\\b.mp4 1") == [("caf\u00e9%20x.mp4", 0), ("a/b.mp4", 1)]
+def test_find_spelling_keeps_missing_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_list_text(tmp_path, "caf\u00e9%20x.mp4 0\na\\b.mp4 1") == [("caf\u00e9%20x.mp4", 0), ("a/b.mp4", 1)]
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x.mp4").touch()
-    assert listed(tmp_path, "~/x.mp4 0") == [("x.mp4", 0)]
+    assert read_list_text(tmp_path, "~/x.mp4 0") == [("x.mp4", 0)]
 
 
-def test_videos_that_are_listed_twice_are_noted(tmp_path: Path) -> None:
+def test_repeated_videos_are_noted(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("a.mp4 0\nb.mp4 0\na.mp4 1\nb.mp4 0\nc.mp4 1\n")
     dataset = video_list(str(tmp_path), "list.csv")
     assert len(dataset) == 5
@@ -212,8 +214,8 @@ def test_videos_that_are_listed_twice_are_noted(tmp_path: Path) -> None:
     assert video_list(str(tmp_path), "list.csv").notes[1:] == ["classes.txt: names of several classes look alike: jump"]
 
 
-def test_a_home_folder_that_no_shell_replaced_is_explained() -> None:
-    with pytest.raises(UserError, match=r"no folder ~/videos \(nothing replaces the ~\)"):
+def test_unexpanded_home_folder_error_explains_it() -> None:
+    with pytest.raises(UserError, match=r"no folder ~/videos \(~ is not expanded\)"):
         video_list("~/videos", "list.csv")
 
 
@@ -236,5 +238,5 @@ def test_a_home_folder_that_no_shell_replaced_is_explained() -> None:
         'a"',
     ],
 )
-def test_lines_that_are_written_are_read_again(tmp_path: Path, path: str) -> None:
-    assert listed(tmp_path, list_line(path, 3)) == [(path, 3)]
+def test_list_line_round_trip(tmp_path: Path, path: str) -> None:
+    assert read_list_text(tmp_path, list_line(path, 3)) == [(path, 3)]

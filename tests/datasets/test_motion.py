@@ -1,4 +1,4 @@
-"""Motion: real files, made once and alike, whose frames say nothing about their class."""
+"""Test Motion: deterministic files, and single frames without information about the class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgvideo.datasets.motion import CLASSES, Knobs, draw, make_motion, motion
+from mgvideo.datasets.motion import CLASSES, Knobs, draw_frames, make_motion, motion
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest
 from mgvideo.plan.plan import Grid
@@ -22,23 +22,23 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_motion_is_made_once_and_alike(tmp_path: Path) -> None:
+def test_motion_is_created_once_and_deterministic(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         first, second = pool.map(make_motion, [str(tmp_path / "a")] * 2, [SMALL] * 2, [1, 2])
     assert first == second
-    made = files(first)
-    assert made == files(make_motion(str(tmp_path / "b"), SMALL, processes=1))
-    assert sorted(made) == sorted(
+    contents = files(first)
+    assert contents == files(make_motion(str(tmp_path / "b"), SMALL, processes=1))
+    assert sorted(contents) == sorted(
         ["classes.txt", "knobs.json", "train.csv", "val.csv"]
         + [f"train/{i:05d}.mp4" for i in range(16)]
         + [f"val/{i:05d}.mp4" for i in range(8)]
     )
     other = make_motion(str(tmp_path / "a"), Knobs(train=2, val=1, frames=4, height=32, width=48), processes=1)
     assert other != first
-    assert files(first) == made, "other knobs must leave the first dataset alone"
+    assert files(first) == contents, "other knobs must leave the first dataset alone"
 
 
-def test_motion_reads_as_a_dataset(tmp_path: Path) -> None:
+def test_motion_is_a_dataset(tmp_path: Path) -> None:
     make_motion(str(tmp_path), SMALL, processes=1)
     train, val = (motion(str(tmp_path), SMALL, split) for split in ("train", "val"))
     assert (len(train), len(val), train.class_names) == (16, 8, list(CLASSES))
@@ -55,16 +55,16 @@ def test_two_shapes_have_two_labels(tmp_path: Path) -> None:
     assert dataset.labels.any(0).all()
 
 
-def test_each_class_moves_as_its_name_says() -> None:
-    """The blob's centre, size and the turn of its outline, measured in pixels between two frames."""
+def test_each_class_moves_like_its_name() -> None:
+    """Compare the first frame, moved like each class, with the last frame."""
     knobs = Knobs(frames=9, height=64, width=96, colour=0, texture=(0, 0), sizes=(0.2, 0.3))
     for label, name in enumerate(CLASSES):
-        votes = [_looks_like(list(draw([label], knobs, np.random.default_rng((label, i))))) for i in range(12)]
+        votes = [_looks_like(list(draw_frames([label], knobs, np.random.default_rng((label, i))))) for i in range(12)]
         assert votes.count(label) > 6, f"{name}: {votes}"
 
 
 def _looks_like(frames: list[np.ndarray]) -> int:
-    """The class whose motion takes the first frame nearest to the last."""
+    """Return the class whose motion makes the first frame most similar to the last."""
     first, last = (frame.astype(float).mean(-1) for frame in (frames[0], frames[-1]))
     mask = abs(first - np.median(first)) > 10
     errors = [abs(_moved(first, mask, label) - last).mean() for label in range(8)]
@@ -72,9 +72,9 @@ def _looks_like(frames: list[np.ndarray]) -> int:
 
 
 def _moved(frame: np.ndarray, mask: np.ndarray, label: int) -> np.ndarray:
-    """The frame after eight frames of a class's motion at about the middle speed, by nearest neighbours."""
+    """Move a frame like a class for eight frames at about the middle speed, with nearest-neighbour sampling."""
     h, w = frame.shape
-    # the blob may lie across the border: its centre is the circular mean of its pixels
+    # the blob may wrap around the border, so its centre is the circular mean of its pixels
     rows, columns = np.nonzero(mask)
     cy, cx = (np.angle(np.exp(2j * np.pi * p / n).mean()) / (2 * np.pi) * n for p, n in ((rows, h), (columns, w)))
     y, x = np.mgrid[:h, :w].astype(float)
@@ -88,12 +88,12 @@ def _moved(frame: np.ndarray, mask: np.ndarray, label: int) -> np.ndarray:
     return frame[np.round(dy + cy).astype(int) % h, np.round(dx + cx).astype(int) % w]
 
 
-def test_no_single_frame_gives_the_class_away() -> None:
-    """A ridge classifier on hand-made features of one frame stays near chance, 12.5 %, on drawings it has not seen."""
+def test_single_frames_do_not_reveal_the_class() -> None:
+    """A ridge classifier on hand-made features of one frame stays near chance (12.5 %) on unseen videos."""
     knobs = Knobs(frames=12, height=32, width=48)
     rng = np.random.default_rng(0)
     labels = np.arange(1600) % 8
-    frames = [next(islice(draw([int(label)], knobs, rng), int(rng.integers(12)), None)) for label in labels]
+    frames = [next(islice(draw_frames([int(label)], knobs, rng), int(rng.integers(12)), None)) for label in labels]
     features = np.stack([_features(frame) for frame in frames])
     features = (features - features.mean(0)) / (features.std(0) + 1e-6)
     train, test = slice(0, 1200), slice(1200, None)
@@ -104,7 +104,7 @@ def test_no_single_frame_gives_the_class_away() -> None:
 
 
 def _features(frame: np.ndarray) -> np.ndarray:
-    """Brightness at 8 × 12 places, of the frame and of the blob's mask, the blob's area and spread, colour means."""
+    """Return features: 8 × 12 brightness values of the frame and of the blob's mask; its area, spread, colours."""
     grey = frame.astype(float).mean(-1)
     mask = abs(grey - np.median(grey)) > 15
     grids = [a.reshape(8, 4, 12, 4).mean((1, 3)).ravel() for a in (grey, mask)]
@@ -120,6 +120,6 @@ def _features(frame: np.ndarray) -> np.ndarray:
         ({"train": 0}, "at least 1"),
     ],
 )
-def test_impossible_knobs_are_refused(change: dict, message: str) -> None:
+def test_invalid_knobs_are_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Knobs(**change)

@@ -1,4 +1,4 @@
-"""Display matrices: whatever a file asks for, pictures come as people see them, everywhere."""
+"""Test display matrices: all readers return pictures as a player shows them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from videos import write_video
 from mgvideo.cli.overlay import annotate_video
 from mgvideo.datasets.check import check
 from mgvideo.datasets.decoders import Decoder, PyAV
-from mgvideo.datasets.orientation import from_matrix
-from mgvideo.datasets.pyramid import Layout, Pyramid, build
+from mgvideo.datasets.orientation import orientation_from_matrix
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid
 
-# a b c d of the matrix that shows pixel (x, y) at (a x + c y, b x + d y)
+# entries a b c d of matrices that display pixel (x, y) at (a x + c y, b x + d y)
 SYMMETRIES = {
     "as stored": (1, 0, 0, 1),
     "half turn": (-1, 0, 0, -1),
@@ -33,7 +33,7 @@ each_symmetry = pytest.mark.parametrize("matrix", SYMMETRIES.values(), ids=SYMME
 
 
 def write_shown(path: Path, matrix: tuple[float, float, float, float], **options: int) -> Path:
-    """Write a video whose file asks for its pictures to be shown by a matrix."""
+    """Write a video with a display matrix."""
     content = bytearray(write_video(path, **options).read_bytes())
     a, b, c, d = (round(65536 * value) for value in matrix)
     place = content.index(b"tkhd") + 4 + 40
@@ -43,7 +43,7 @@ def write_shown(path: Path, matrix: tuple[float, float, float, float], **options
 
 
 def as_shown(frames: torch.Tensor, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """Frames `[t, h, w, 3]` as stored, each pixel moved to where the matrix shows it."""
+    """Move each pixel of stored frames `[t, h, w, 3]` to its displayed position."""
     a, b, c, d = matrix
     y, x = np.mgrid[: frames.shape[1], : frames.shape[2]]
     columns, rows = a * x + c * y, b * x + d * y
@@ -60,7 +60,7 @@ def frames_of(path: str, decoder: Decoder | None = None, short_side: int | None 
 
 @each_symmetry
 @pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
-def test_clips_come_as_people_see_them(tmp_path: Path, matrix: tuple[int, int, int, int], decoder: Decoder) -> None:
+def test_clips_are_upright(tmp_path: Path, matrix: tuple[int, int, int, int], decoder: Decoder) -> None:
     stored = frames_of(str(write_video(tmp_path / "stored.mp4", frames=4)))
     shown = str(write_shown(tmp_path / "shown.mp4", matrix, frames=4))
     assert np.array_equal(frames_of(shown), as_shown(stored, matrix))
@@ -69,11 +69,11 @@ def test_clips_come_as_people_see_them(tmp_path: Path, matrix: tuple[int, int, i
 
 
 @each_symmetry
-def test_levels_and_drawn_videos_come_as_people_see_them(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
+def test_pyramid_levels_and_overlays_are_upright(tmp_path: Path, matrix: tuple[int, int, int, int]) -> None:
     root, folder = tmp_path / "root", str(tmp_path / "pyramid")
     path = str(write_shown(root / "shown.mp4", matrix, frames=4, height=80, width=120))
     shown = frames_of(path).numpy().astype(float)
-    (row,) = build(folder, str(root), ["shown.mp4"], Layout((80,), 80), processes=1)
+    (row,) = encode_pyramid(folder, str(root), ["shown.mp4"], PyramidLayout((80,), 80), processes=1)
     assert not row.failure
     level = frames_of(path, Pyramid(folder, str(root), PyAV()), 80).numpy().astype(float)
     assert psnr(level, shown) > 32
@@ -86,8 +86,8 @@ def matrix_bytes(a: float, b: float, c: float, d: float) -> bytes:
     return struct.pack("=9i", *(round(65536 * value) for value in (a, b, 0, c, d, 0, 0, 0, 16384)))
 
 
-def test_degrees_and_mirrors_are_named() -> None:
-    named = {name: from_matrix(matrix_bytes(*matrix)) for name, matrix in SYMMETRIES.items()}
+def test_degrees_and_mirrored() -> None:
+    named = {name: orientation_from_matrix(matrix_bytes(*matrix)) for name, matrix in SYMMETRIES.items()}
     assert {name: (turn.degrees, turn.mirrored) for name, turn in named.items()} == {
         "as stored": (0, False),
         "half turn": (180, False),
@@ -102,18 +102,16 @@ def test_degrees_and_mirrors_are_named() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "nearest"), [(10, 0), (80, 90), (100, 90), (-170, 180), (-95, 270)])
-def test_another_angle_becomes_the_nearest_quarter_turn_and_check_says_so(
-    tmp_path: Path, degrees: int, nearest: int
-) -> None:
+def test_other_angle_is_rounded_to_a_quarter_turn_and_reported(tmp_path: Path, degrees: int, nearest: int) -> None:
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = from_matrix(matrix_bytes(cos, -sin, sin, cos))
+    turn = orientation_from_matrix(matrix_bytes(cos, -sin, sin, cos))
     assert (turn.degrees, turn.mirrored, turn.exact) == (nearest, False, False)
     path = str(write_shown(tmp_path / "shown.mp4", (cos, -sin, sin, cos), frames=3))
     (finding,) = check([path], processes=1)
     assert finding.problem == "rotated"
-    assert "nearest to what its file asks for" in finding.reason
+    assert "rounded to a quarter turn" in finding.reason
 
 
-def test_no_matrix_and_an_empty_one_leave_pictures_as_they_are() -> None:
-    assert from_matrix(bytes(36)).upright
-    assert from_matrix(matrix_bytes(2, 0, 0, 1.5)).upright, "a scale is no turn"
+def test_missing_and_empty_matrices_are_upright() -> None:
+    assert orientation_from_matrix(bytes(36)).upright
+    assert orientation_from_matrix(matrix_bytes(2, 0, 0, 1.5)).upright, "a scale is no turn"

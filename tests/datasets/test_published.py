@@ -1,4 +1,4 @@
-"""The published datasets, from annotations as they are distributed."""
+"""Test the published datasets with annotations in their official formats."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_kinetics_finds_the_clips_of_an_official_csv(tmp_path: Path) -> None:
     assert dataset[ClipRequest(1, GRID, 0)].clip.shape == (4, 60, 60, 3)
 
 
-def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
+def test_kinetics_selects_a_split_of_a_combined_csv(tmp_path: Path) -> None:
     rows = ["label,youtube_id,time_start,time_end,split"]
     for i, split in enumerate(("train", "validate", "val", "test", "")):
         write_video(tmp_path / f"v{i}.mp4", frames=2)
@@ -77,11 +77,11 @@ def test_kinetics_takes_a_split_of_one_csv_with_all(tmp_path: Path) -> None:
     assert len(of(None)) == 5
     assert of("val").labels.tolist() == [1, 2, 4], "numbered alike in each"
     (tmp_path / "all.csv").write_text("\n".join(rows[:3]))
-    with pytest.raises(UserError, match=r"all\.csv: no clips of split=test, but of train, val; choose one of them"):
+    with pytest.raises(UserError, match=r"all\.csv: no clips of split=test, only of train, val; choose one of them"):
         kinetics(str(tmp_path), "all.csv", num_classes=2, split="test")
 
 
-def test_kinetics_passes_over_leftovers_and_names_what_it_skips(tmp_path: Path) -> None:
+def test_kinetics_skips_leftovers_and_notes_skipped_files(tmp_path: Path) -> None:
     write_video(tmp_path / "harp/aaa-bbb_ccc_000010_000020.mp4", frames=8)
     (tmp_path / "harp/ddd_000000_000010.MTS").touch()
     for name in ("._eee_000007_000017.mp4", "@eaDir/eee_000007_000017.mp4", "eee_000007_000017.mp4.part"):
@@ -92,12 +92,12 @@ def test_kinetics_passes_over_leftovers_and_names_what_it_skips(tmp_path: Path) 
     assert paths(dataset, tmp_path) == ["harp/aaa-bbb_ccc_000010_000020.mp4", "harp/ddd_000000_000010.MTS"]
     assert dataset.notes == [
         f"train.csv: 2 of 4 clips are not under {tmp_path} and left out",
-        f"{tmp_path}: skipped files that are no videos by their extension: 1 .part",
-        f"{tmp_path}: skipped what other programs left there: ._*, @eaDir",
+        f"{tmp_path}: skipped files without a video extension: 1 .part",
+        f"{tmp_path}: skipped files of other programs: ._*, @eaDir",
     ]
 
 
-def test_kinetics_takes_spellings_of_a_class_as_one(tmp_path: Path) -> None:
+def test_kinetics_merges_spellings_of_a_class(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").touch()
     text = "\ufefflabel;youtube_id;time_start;time_end\r\n\r\ncafe\u0301\u00a0bar ;a;0;10\r\ncaf\u00e9 bar;a;0;10\r\n"
     (tmp_path / "train.csv").write_bytes(text.encode("utf-16"))
@@ -115,7 +115,7 @@ def test_kinetics_takes_spellings_of_a_class_as_one(tmp_path: Path) -> None:
         kinetics(str(tmp_path), "train.csv", num_classes=2)
 
 
-def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
+def test_kinetics_reads_a_list_file(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("train/a.mp4 1\nb.mp4 0\n")
     dataset = kinetics(str(tmp_path), "train.csv", num_classes=2)
     assert (paths(dataset, tmp_path), dataset.labels.tolist()) == (["train/a.mp4", "b.mp4"], [1, 0])
@@ -125,7 +125,7 @@ def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
     ("text", "classes", "message"),
     [
         (KINETICS, 400, r"train\.csv: 3 classes, not 400"),
-        (KINETICS, 3, r"none of its 4 clips is under .*expected, say, aaa-bbb_ccc_000010_000020\.mp4"),
+        (KINETICS, 3, r"none of its 4 clips is under .*expected, for example, aaa-bbb_ccc_000010_000020\.mp4"),
         (KINETICS + ",fff,1,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
         (KINETICS + "abseiling,fff,soon,2,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
         (KINETICS + "abseiling,fff,1,,train\n", 3, r"train\.csv:6: expected label,youtube_id"),
@@ -136,7 +136,7 @@ def test_kinetics_reads_a_path_label_list_too(tmp_path: Path) -> None:
         (KINETICS + "Abseiling,fff,1,2,train\n", 4, r"train\.csv:6: class 'Abseiling' looks like 'abseiling' of .*:5"),
     ],
 )
-def test_kinetics_refuses_what_it_cannot_use(tmp_path: Path, text: str, classes: int, message: str) -> None:
+def test_kinetics_refuses_bad_annotations(tmp_path: Path, text: str, classes: int, message: str) -> None:
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         kinetics(str(tmp_path), "train.csv", num_classes=classes)
@@ -151,7 +151,7 @@ BBBBB,HR43,Kitchen,6,7,Yes,text,,,,4.00
 FRAMES = "original_vido_id video_id frame_id path labels"
 
 
-def test_charades_keeps_free_text_and_swallows_no_row(tmp_path: Path) -> None:
+def test_charades_free_text_loses_no_row(tmp_path: Path) -> None:
     text = 'id,script,actions\nAAAAA,"He says ""hi"",\nand sits",c001 0 1\nBBBBB,"Hi" he says,c002 0 1;\n'
     (tmp_path / "train.csv").write_text(text)
     dataset = charades(str(tmp_path), "train.csv")
@@ -161,7 +161,7 @@ def test_charades_keeps_free_text_and_swallows_no_row(tmp_path: Path) -> None:
         charades(str(tmp_path), "train.csv")
 
 
-def test_charades_frames_that_macos_left_are_no_frames(tmp_path: Path) -> None:
+def test_charades_skips_files_of_macos(tmp_path: Path) -> None:
     (tmp_path / "frames/AAAAA").mkdir(parents=True)
     for i in range(4):
         Image.fromarray(numbered_frame(i, 80, 80)).save(tmp_path / f"frames/AAAAA/{i}.png")
@@ -178,7 +178,7 @@ def hot(label: torch.Tensor) -> list[int]:
     return label.nonzero().flatten().tolist()
 
 
-def test_charades_labels_a_clip_by_what_it_shows(tmp_path: Path) -> None:
+def test_charades_clip_has_the_labels_of_its_actions(tmp_path: Path) -> None:
     write_video(tmp_path / "Charades_v1_480/AAAAA.mp4", frames=100, fps=25, height=80)
     write_video(tmp_path / "Charades_v1_480/BBBBB.mp4", frames=100, fps=25, height=80)
     classes = "".join(f"c{i:03d} Doing thing {i}\n" for i in range(157))
@@ -242,7 +242,7 @@ def test_charades_reads_frame_lists(tmp_path: Path) -> None:
         ("id,actions\nAAAAA,c001 0 1,c002 0 1\n", r"train\.csv:2: 3 fields where the header has 2"),
     ],
 )
-def test_charades_refuses_what_it_cannot_use(tmp_path: Path, text: str, message: str) -> None:
+def test_charades_refuses_bad_annotations(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         charades(str(tmp_path), "train.csv")
@@ -261,7 +261,7 @@ ITEM = {
 }
 
 
-def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> None:
+def test_ssv2_samples_segments_and_never_flips(tmp_path: Path) -> None:
     write_video(
         tmp_path / "webm/78687.webm", frames=41, height=80, codec="libvpx-vp9", options={"deadline": "realtime"}
     )
@@ -288,13 +288,13 @@ def test_ssv2_takes_a_frame_of_each_segment_and_never_flips(tmp_path: Path) -> N
         ({}, LABELS, r"train\.json:1: expected an id and a template"),
     ],
 )
-def test_ssv2_refuses_what_it_cannot_use(tmp_path: Path, items: Any, labels: dict, message: str) -> None:
+def test_ssv2_refuses_bad_annotations(tmp_path: Path, items: Any, labels: dict, message: str) -> None:
     something(tmp_path, items, labels)
     with pytest.raises(UserError, match=message):
         ssv2(str(tmp_path), "train.json", labels="labels.json")
 
 
-def test_ssv2_compares_labels_in_one_spelling(tmp_path: Path) -> None:
+def test_ssv2_normalises_labels(tmp_path: Path) -> None:
     something(tmp_path, [{"id": 7, "template": "Holding\u00a0[cafe\u0301] "}], {"Holding caf\u00e9": "0"})
     dataset = ssv2(str(tmp_path), "train.json", labels="labels.json")
     assert (dataset.class_names, dataset.labels.tolist()) == (["Holding caf\u00e9"], [0])
@@ -326,7 +326,7 @@ UCF = "ucfTrainTestlist"
         ("1 A\n2 a\n", "A/v.avi 1\n", r"classInd\.txt: classes 0 and 1, 'A' and 'a', look alike"),
     ],
 )
-def test_ucf101_reads_what_is_meant_or_names_the_line(
+def test_ucf101_reads_variants_of_lines_or_names_the_line(
     tmp_path: Path, index: str, lines: str, message: str | None
 ) -> None:
     files(tmp_path, **{f"{UCF}__classInd.txt": index, f"{UCF}__trainlist01.txt": lines})

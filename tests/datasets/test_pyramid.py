@@ -1,4 +1,4 @@
-"""Pyramids: the same frames, smaller, in the file that suits the clip."""
+"""Test pyramids: levels have the same frames, and readers open the right level."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from videos import read_number, write_rotated, write_video
 from mgvideo.datasets import pyramid as pyramid_module
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.lists import video_list
-from mgvideo.datasets.pyramid import Layout, Pyramid, build, level_path
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid, level_path
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
 
-LAYOUT = Layout(sides=(40, 60, 80), largest=100)
+LAYOUT = PyramidLayout(sides=(40, 60, 80), largest=100)
 PATHS = ["deep/a.mp4", "b frames.mkv", "late.mp4", "odd.mp4"]
 
 
@@ -37,17 +37,19 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pyramid(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pyramid")
-    build(str(folder), str(originals), PATHS, LAYOUT, processes=1)
+    encode_pyramid(str(folder), str(originals), PATHS, LAYOUT, processes=1)
     return folder
 
 
-def test_layouts_follow_a_plan() -> None:
-    assert Layout.of([224, 158, 112, 224], (256, 320), original=256) == Layout((128, 182, 256), 320)
-    assert Layout.of([224, 158, 112], (256, 320), original=1080).sides == (160, 226, 320)
+def test_layout_for_sizes_of_a_plan() -> None:
+    assert PyramidLayout.for_sizes([224, 158, 112, 224], (256, 320), original=256) == PyramidLayout(
+        (128, 182, 256), 320
+    )
+    assert PyramidLayout.for_sizes([224, 158, 112], (256, 320), original=1080).sides == (160, 226, 320)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, name: str) -> None:
+def test_levels_have_every_frame_at_their_size(originals: Path, pyramid: Path, name: str) -> None:
     with PyAV().open(str(originals / name)) as video:
         short, times = min(video.height, video.width), video.times
     for side in LAYOUT.sides:
@@ -65,12 +67,12 @@ def test_levels_hold_every_frame_at_their_size(originals: Path, pyramid: Path, n
         ("deep/a.mp4", 50, 40),  # an original of 80 is enlarged 1.25 times for the base's 100
         ("deep/a.mp4", 51, 60),
         ("deep/a.mp4", 100, 80),
-        ("odd.mp4", 100, 60),  # all there is
+        ("odd.mp4", 100, 60),  # the largest level
         ("deep/a.mp4", 101, None),
         ("gone.mp4", 40, None),
     ],
 )
-def test_a_reader_takes_the_smallest_level_that_is_sharp_enough(
+def test_reader_opens_the_smallest_sharp_level(
     originals: Path, pyramid: Path, name: str, drawn: int, side: int | None
 ) -> None:
     opened = []
@@ -86,7 +88,7 @@ def test_a_reader_takes_the_smallest_level_that_is_sharp_enough(
 
 
 @pytest.mark.parametrize("decoder", [PyAV(), Decord()])
-def test_clips_show_the_same_with_a_pyramid(originals: Path, pyramid: Path, decoder: PyAV | Decord) -> None:
+def test_clips_are_the_same_with_a_pyramid(originals: Path, pyramid: Path, decoder: PyAV | Decord) -> None:
     plain = video_list(str(originals), "list.csv", decoder=decoder, flip=False)
     fast = video_list(str(originals), "list.csv", decoder=Pyramid(str(pyramid), str(originals), decoder), flip=False)
     grid = Grid(6, 40, (2, 5), (40, 56))
@@ -102,7 +104,7 @@ FULL = {"color_range": 2}
 
 
 def vivid(number: int, height: int, width: int) -> np.ndarray:
-    """A frame of one strong colour: those that BT.709 and BT.601 differ in."""
+    """Draw a frame in one strong colour, which BT.709 and BT.601 convert differently."""
     return np.full((height, width, 3), [(220, 30, 30), (30, 200, 30), (30, 30, 220), (245, 245, 245)][number], np.uint8)
 
 
@@ -118,7 +120,7 @@ def test_colours_are_the_same_with_a_pyramid(
     name = "a.mp4"
     written = {"pix_fmt": pix_fmt, "options": {"crf": "5"}, "colours": colours, "picture": vivid}
     write_video(tmp_path / "root" / name, 4, 100, 150, **written)  # type: ignore[arg-type]
-    build(folder, root, [name], Layout(sides=(100,), largest=100), processes=1)
+    encode_pyramid(folder, root, [name], PyramidLayout(sides=(100,), largest=100), processes=1)
     pictures = []
     for opener in (decoder, Pyramid(folder, root, decoder)):
         with opener.open(str(tmp_path / "root" / name), 100) as video:
@@ -133,7 +135,7 @@ def test_levels_of_a_rotated_video_are_upright(tmp_path: Path) -> None:
     root, folder = tmp_path / "root", str(tmp_path / "pyramid")
     root.mkdir()
     write_rotated(root / "a.mp4", height=80, width=120)
-    (row,) = build(folder, str(root), ["a.mp4"], LAYOUT, processes=1)
+    (row,) = encode_pyramid(folder, str(root), ["a.mp4"], LAYOUT, processes=1)
     assert (row.failure, row.short_side) == ("", 80)
     with (
         Pyramid(folder, str(root), PyAV()).open(str(root / "a.mp4"), 40) as level,
@@ -144,14 +146,14 @@ def test_levels_of_a_rotated_video_are_upright(tmp_path: Path) -> None:
     assert (small - large[:, ::2, ::2]).abs().mean() < 8
 
 
-def test_a_level_that_was_lost_is_read_from_the_original(originals: Path, pyramid: Path, tmp_path: Path) -> None:
+def test_missing_level_is_read_from_the_original(originals: Path, pyramid: Path, tmp_path: Path) -> None:
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     Path(level_path(str(tmp_path), 40, "deep/a.mp4")).unlink()
     with Pyramid(str(tmp_path), str(originals), PyAV()).open(str(originals / "deep/a.mp4"), 40) as video:
         assert min(video.height, video.width) == 80
 
 
-def test_the_estimate_is_made_from_videos_of_all_folders(originals: Path, tmp_path: Path) -> None:
+def test_estimate_samples_all_folders(originals: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     for name in ("a", "b"):
         (root / name).mkdir(parents=True)
@@ -159,29 +161,31 @@ def test_the_estimate_is_made_from_videos_of_all_folders(originals: Path, tmp_pa
             (root / name / f"{i}.mp4").symlink_to(originals / "deep/a.mp4" if name == "a" else originals / "odd.mp4")
     names = [f"{name}/{i}.mp4" for name in ("a", "b") for i in range(16)]
     estimates: list[int] = []
-    rows = build(
+    rows = encode_pyramid(
         str(tmp_path / "pyramid"), str(root), [*names, names[0]], LAYOUT, processes=1, estimate=estimates.append
     )
     assert [row.path for row in rows] == names, "once each"
     assert estimates == [pytest.approx(sum(row.level_bytes for row in rows), rel=0.001)]
 
 
-def test_building_goes_on_where_it_was_killed(originals: Path, pyramid: Path, tmp_path: Path) -> None:
+def test_killed_build_continues(originals: Path, pyramid: Path, tmp_path: Path) -> None:
     shutil.copytree(pyramid, tmp_path, dirs_exist_ok=True)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20])
-    kept = Path(level_path(str(tmp_path), 40, json.loads(lines[0])["path"]))
-    before = kept.stat().st_mtime_ns
+    finished_level = Path(level_path(str(tmp_path), 40, json.loads(lines[0])["path"]))
+    before = finished_level.stat().st_mtime_ns
     calls: list[tuple[int, int]] = []
-    rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total)))
+    rows = encode_pyramid(
+        str(tmp_path), str(originals), PATHS, LAYOUT, 1, lambda done, total: calls.append((done, total))
+    )
     assert calls == [(1, 2), (2, 2)]
-    assert kept.stat().st_mtime_ns == before
+    assert finished_level.stat().st_mtime_ns == before
     assert [(row.path, row.frames, row.failure) for row in rows] == [(path, 40, "") for path in PATHS]
     with pytest.raises(UserError, match=r"holds a pyramid of levels \(40, 60, 80\), not \(30,\)"):
-        build(str(tmp_path), str(originals), PATHS, Layout((30,), 100))
+        encode_pyramid(str(tmp_path), str(originals), PATHS, PyramidLayout((30,), 100))
 
 
-def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: Path, tmp_path: Path) -> None:
+def test_video_that_cannot_be_encoded_is_reported_and_read_from_the_original(originals: Path, tmp_path: Path) -> None:
     whole = (originals / "deep/a.mp4").read_bytes()
     root = tmp_path / "root"
     root.mkdir()
@@ -189,36 +193,36 @@ def test_what_cannot_be_encoded_is_named_and_read_from_the_original(originals: P
     (root / "whole.mp4").write_bytes(whole)
     estimates: list[int] = []
     folder = tmp_path / "pyramid"
-    rows = build(str(folder), str(root), ["cut.mp4", "gone.mp4", "whole.mp4"], LAYOUT, 2, estimate=estimates.append)
+    rows = encode_pyramid(
+        str(folder), str(root), ["cut.mp4", "gone.mp4", "whole.mp4"], LAYOUT, 2, estimate=estimates.append
+    )
     assert [bool(row.failure) for row in rows] == [True, True, False]
     assert "No such file" in rows[1].failure
-    made = sum(Path(level_path(str(folder), side, "whole.mp4")).stat().st_size for side in LAYOUT.sides)
-    assert rows[2].level_bytes == made
-    assert estimates[0] == pytest.approx(made * (len(whole) + 400) / len(whole), rel=0.01)
+    written_bytes = sum(Path(level_path(str(folder), side, "whole.mp4")).stat().st_size for side in LAYOUT.sides)
+    assert rows[2].level_bytes == written_bytes
+    assert estimates[0] == pytest.approx(written_bytes * (len(whole) + 400) / len(whole), rel=0.01)
     assert {path.name for path in folder.rglob("*.mp4")} == {"whole.mp4.mp4"}
     with Pyramid(str(folder), str(root), PyAV()).open(str(root / "whole.mp4"), 40) as video:
         assert min(video.height, video.width) == 40
 
 
-def test_whatever_a_library_raises_over_a_video_is_a_failure(
-    originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_library_error_is_a_failure_row(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(source: str, targets: object) -> None:
         raise AttributeError("'NoneType' object has no attribute 'thread_count'")
 
     monkeypatch.setattr(pyramid_module, "_encode", encode)
-    rows = build(str(tmp_path), str(originals), PATHS, LAYOUT, processes=1)
+    rows = encode_pyramid(str(tmp_path), str(originals), PATHS, LAYOUT, processes=1)
     assert {row.failure for row in rows} == {"'NoneType' object has no attribute 'thread_count'"}
 
 
-def test_a_folder_without_a_pyramid_says_so(tmp_path: Path) -> None:
+def test_folder_without_a_pyramid_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no pyramid in .*; build it with tools/prepare_data\.py"):
         Pyramid(str(tmp_path), str(tmp_path), PyAV())
 
 
-def test_a_folder_that_cannot_be_written_is_no_fault_of_the_videos(originals: Path, tmp_path: Path) -> None:
-    build(str(tmp_path), str(originals), PATHS[:1], LAYOUT, processes=1)
+def test_unwritable_folder_raises_user_error(originals: Path, tmp_path: Path) -> None:
+    encode_pyramid(str(tmp_path), str(originals), PATHS[:1], LAYOUT, processes=1)
     shutil.rmtree(tmp_path / "short60")
     (tmp_path / "short60").touch()
-    with pytest.raises(UserError, match=rf"^cannot write into {tmp_path}: .*; a repeat goes on"):
-        build(str(tmp_path), str(originals), PATHS[1:2], LAYOUT, processes=1)
+    with pytest.raises(UserError, match=rf"^cannot write into {tmp_path}: .*; repeat the command to continue"):
+        encode_pyramid(str(tmp_path), str(originals), PATHS[1:2], LAYOUT, processes=1)

@@ -1,4 +1,4 @@
-"""Walks through folders: every video is found, nothing that other programs left is, and what is skipped is counted."""
+"""Test scanning folders: find all videos, skip files of other programs, count skipped files."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", LEFTOVERS)
-def test_names_that_no_person_gave_are_leftovers(name: str) -> None:
+def test_files_of_other_programs_are_leftovers(name: str) -> None:
     assert is_leftover(name)
     assert is_leftover(name.swapcase())
     assert is_leftover("RECYCLER")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_people_are_not(name: str) -> None:
+def test_similar_names_of_users_are_not_leftovers(name: str) -> None:
     assert not is_leftover(name)
 
 
-def test_leftovers_are_no_videos_and_are_named(tmp_path: Path) -> None:
+def test_leftovers_are_skipped_and_noted(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "._a.mp4", "deep/b.mov", "deep/._b.mov", "deep/.hidden.mp4", "Thumbs.db", ".DS_Store")
     for folder in ("__MACOSX", "@eaDir/a.mp4", "deep/@eaDir", ".AppleDouble", "deep/.ipynb_checkpoints", "lost+found"):
         touch(tmp_path, f"{folder}/x.mp4")
@@ -60,10 +60,10 @@ def test_leftovers_are_no_videos_and_are_named(tmp_path: Path) -> None:
         **{"._*": 2, "hidden files": 1},
     }
     (note,) = scan.notes("here")
-    assert note.startswith("here: skipped what other programs left there: .AppleDouble, ._* (2 times), ")
+    assert note.startswith("here: skipped files of other programs: .AppleDouble, ._* (2 times), ")
 
 
-def test_a_leftover_that_cannot_be_listed_is_not_looked_into(tmp_path: Path) -> None:
+def test_unreadable_leftover_folder_is_skipped(tmp_path: Path) -> None:
     touch(tmp_path, "a.mp4", "lost+found/x.mp4")
     (tmp_path / "lost+found").chmod(0)
     try:
@@ -72,7 +72,7 @@ def test_a_leftover_that_cannot_be_listed_is_not_looked_into(tmp_path: Path) -> 
         (tmp_path / "lost+found").chmod(0o755)
 
 
-def test_every_extension_of_a_video_counts_in_any_case(tmp_path: Path) -> None:
+def test_every_video_extension_is_recognised_in_any_case(tmp_path: Path) -> None:
     names = [f"{i}{suffix.upper() if i % 2 else suffix}" for i, suffix in enumerate(sorted(VIDEO_SUFFIXES))]
     touch(tmp_path, *names)
     scan = scan_folder(str(tmp_path))
@@ -82,24 +82,24 @@ def test_every_extension_of_a_video_counts_in_any_case(tmp_path: Path) -> None:
     assert {f".{name}" for name in common.split()} <= VIDEO_SUFFIXES
 
 
-def test_what_is_skipped_is_counted_by_extension(tmp_path: Path) -> None:
+def test_skipped_files_are_counted_by_extension(tmp_path: Path) -> None:
     touch(tmp_path, "train.csv", "classes.txt", "run/a.mp4", "run/b.xyz", "run/c.XYZ", "run/d.jpg", "run/README")
     scan = scan_folder(str(tmp_path))
     assert scan.skipped == {".xyz": 2, ".jpg": 1, "without extension": 1}, "annotations at the top are expected"
     (note,) = scan.notes("here")
-    assert note == ("here: skipped files that are no videos by their extension: 2 .xyz, 1 .jpg, 1 without extension")
+    assert note == ("here: skipped files without a video extension: 2 .xyz, 1 .jpg, 1 without extension")
     touch(tmp_path, *(f"run/x.{name}" for name in "abcdef"))
     assert scan_folder(str(tmp_path)).extensions().endswith(", and 4 more")
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed_without_cycles(tmp_path: Path) -> None:
     touch(tmp_path, "elsewhere/a.mp4", "root/b.mp4")
     (tmp_path / "root/there").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root/circle").symlink_to(tmp_path / "root")
     assert scan_folder(str(tmp_path / "root")).videos == ["b.mp4", "there/a.mp4"]
 
 
-def test_a_pyramid_inside_is_not_searched_but_may_be_named(tmp_path: Path) -> None:
+def test_nested_pyramid_is_skipped_unless_it_is_the_root(tmp_path: Path) -> None:
     touch(tmp_path, "run/a.mp4", "levels/layout.json", "levels/rows.jsonl", "levels/short64/run/a.mp4.mp4")
     scan = scan_folder(str(tmp_path))
     assert scan.videos == ["run/a.mp4"]
@@ -107,13 +107,13 @@ def test_a_pyramid_inside_is_not_searched_but_may_be_named(tmp_path: Path) -> No
     assert scan_folder(str(tmp_path / "levels")).videos == ["short64/run/a.mp4.mp4"]
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+def test_unreadable_folder_error_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone: this folder cannot be listed: No such file"):
         scan_folder(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="the files of a URL cannot be listed"):
         scan_folder("https://host/videos")
 
 
-def test_long_lists_are_shortened() -> None:
+def test_shorten_long_lists() -> None:
     assert shorten("abc") == "a, b, c"
     assert shorten("abcdefg") == "a, b, c, d, e, and 2 more"

@@ -1,4 +1,4 @@
-"""Seconds in tables and labels: they mean what a player's clock shows, whatever the frame rate."""
+"""Test seconds in tables and labels: they are a player's times at every frame rate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mgvideo.datasets.charades import charades
 from mgvideo.datasets.decoders import Decoder, PyAV
 from mgvideo.datasets.folder import video_folder
 from mgvideo.datasets.frame_cache import FrameCache
-from mgvideo.datasets.pyramid import Layout, Pyramid, build
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
 
@@ -37,7 +37,7 @@ STRETCHES = [
 
 
 def numbers(root: Path, path: Path, start: float, end: float, decoder: Decoder, frames: int) -> list[int]:
-    """What the frames of a stretch show, of a table of this one line."""
+    """Read a clip of a span, listed in a table with one line; returns the numbers that its frames show."""
     for name in ("train", "val"):
         (root / f"{name}.csv").write_text(f"path,label,start,end\n{path},a,{start},{end}\n{path},b,{start},{end}\n")
     dataset = video_folder(str(root), "train", decoder=decoder)
@@ -49,15 +49,15 @@ def numbers(root: Path, path: Path, start: float, end: float, decoder: Decoder, 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
 @pytest.mark.parametrize(("name", "start", "end", "first", "last"), STRETCHES)
-def test_a_stretch_has_the_frames_that_are_shown_in_it(
+def test_span_has_the_frames_displayed_in_it(
     tmp_path: Path, decoder: Decoder, name: str, start: float, end: float, first: int, last: int
 ) -> None:
     shown = numbers(tmp_path, FIELD / name, start, end, decoder, last - first + 2)
     assert shown == [*range(first, last + 1), last], "where it is too short its last frame is repeated"
 
 
-def test_a_stretch_near_the_end_of_a_recording_is_read(tmp_path: Path) -> None:
-    """A browser wrote that 30 frames a second come; 26 do."""
+def test_span_near_the_end_of_a_recording_is_read(tmp_path: Path) -> None:
+    """The header, written by a browser, gives 30 frames a second; the file has 26."""
     with PyAV().open(str(FIELD / "recorder_live.webm")) as video:
         late = float(video.times[-1]) - 0.2
     assert late > 100 / 30
@@ -66,7 +66,7 @@ def test_a_stretch_near_the_end_of_a_recording_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
-def test_levels_and_kept_frames_have_the_times_of_their_originals(tmp_path: Path, decoder: Decoder) -> None:
+def test_pyramid_levels_and_cached_frames_keep_their_times(tmp_path: Path, decoder: Decoder) -> None:
     names = [
         "vfr.mp4",
         "cut_g30.mp4",
@@ -78,15 +78,15 @@ def test_levels_and_kept_frames_have_the_times_of_their_originals(tmp_path: Path
         "vp8.webm",
     ]
     folder = str(tmp_path / "pyramid")
-    rows = build(folder, str(FIELD), names, Layout((36,), 36), processes=1)
+    rows = encode_pyramid(folder, str(FIELD), names, PyramidLayout((36,), 36), processes=1)
     assert [row.failure for row in rows] == [""] * len(names)
-    pyramid, cache = Pyramid(folder, str(FIELD), decoder), FrameCache(str(tmp_path / "kept"), decoder, 1)
+    pyramid, cache = Pyramid(folder, str(FIELD), decoder), FrameCache(str(tmp_path / "cached"), decoder, 1)
     for name in names:
         path = str(FIELD / name)
-        with PyAV().open(path) as video, pyramid.open(path, 36) as level, cache.open(path) as kept:
+        with PyAV().open(path) as video, pyramid.open(path, 36) as level, cache.open(path) as cached:
             assert level.path != path
             assert level.times == pytest.approx(video.times, abs=0.002), name
-            assert np.array_equal(kept.times, video.times)
+            assert np.array_equal(cached.times, video.times)
             shown = [read_number(frame, BITS) for frame in level.read(range(level.frames))]
         assert shown == NUMBERS[name]
 
@@ -112,18 +112,18 @@ def write_with_sound(path: Path, delay: float, frames: int = 20) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
-def test_seconds_count_from_where_the_sound_begins(tmp_path: Path, suffix: str) -> None:
+def test_seconds_count_from_the_start_of_the_audio(tmp_path: Path, suffix: str) -> None:
     for delay in (0.0, 0.7):
         with PyAV().open(str(write_with_sound(tmp_path / f"a{suffix}", delay))) as video:
-            # what an encoder puts before the first sound is no part of the clock but in MPEG-TS, where it is heard
+            # encoder priming before time 0 is not played, except in MPEG-TS
             assert video.times[0] == pytest.approx(delay, abs=0.08 if suffix == ".ts" else 0.002)
             assert video.times[-1] - video.times[0] == pytest.approx(2, abs=0.002)
 
 
-def test_actions_of_charades_are_those_that_a_clip_shows(tmp_path: Path) -> None:
+def test_charades_actions_match_the_seconds_of_a_clip(tmp_path: Path) -> None:
     (tmp_path / "Charades_v1_480").mkdir()
     (tmp_path / "Charades_v1_480/A.mp4").symlink_to(FIELD / "vfr.mp4")
-    # the first half of the file's time has a fifth of its frames
+    # the first half of the video's duration has a fifth of its frames
     (tmp_path / "train.csv").write_text("id,actions\nA,c001 0.0 1.95;c002 2.0 4.0\n")
     dataset = charades(str(tmp_path), "train.csv", decoder=PyAV())
     labels = {}

@@ -1,4 +1,4 @@
-"""Text files as people and programs write them: encodings, delimiters, quotes, JSON."""
+"""Test reading text files: encodings, delimiters, quotes, JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXT = "path,label\na.mp4,jump\nü.mp4,walk\n"
     "encoding",
     ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8 crlf", "utf-8 cr", "utf-16 crlf"],
 )
-def test_text_is_read_in_the_encodings_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
+def test_read_lines_accepts_encodings_of_spreadsheets(tmp_path: Path, encoding: str) -> None:
     name, _, ends = encoding.partition(" ")
     text = TEXT.replace("\n", {"crlf": "\r\n", "cr": "\r"}.get(ends, "\n"))
     (tmp_path / "a.csv").write_bytes(text.encode(name))
@@ -33,7 +33,7 @@ def test_text_is_read_in_the_encodings_of_spreadsheets(tmp_path: Path, encoding:
         (b"\x1f\x8bxyz", r"a\.csv: is a gzip archive, not text"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+def test_binary_files_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "a.csv").write_bytes(data)
     with pytest.raises(UserError, match=message):
         read_lines(str(tmp_path / "a.csv"))
@@ -59,12 +59,12 @@ def rows(text: str, **options: Any) -> list[tuple[int, dict[str, str]]]:
         'index,path,label\n0,"a, b.mp4",jump',
     ],
 )
-def test_delimiters_quotes_and_headers_of_many_programs(text: str) -> None:
+def test_read_table_accepts_delimiters_quotes_and_headers_of_many_programs(text: str) -> None:
     ((_, row),) = rows(text)
     assert {name: row[name] for name in ("path", "label")} == {"path": "a, b.mp4", "label": "jump"}
 
 
-def test_rows_know_their_lines_and_may_lack_their_last_fields() -> None:
+def test_rows_have_line_numbers_and_may_end_early() -> None:
     assert rows('path,label,start\n\na.mp4,jump\n# x\n"it ""s"".mp4",walk,3') == [
         (3, {"path": "a.mp4", "label": "jump"}),
         (5, {"path": 'it "s".mp4', "label": "walk", "start": "3"}),
@@ -90,12 +90,12 @@ BROKEN = "quotes are not closed, or text follows the closing ones"
         ("", r"a\.csv:1: expected a header with path and label, found ''|a\.csv:2"),
     ],
 )
-def test_a_broken_table_is_refused_with_its_line(text: str, message: str) -> None:
+def test_broken_table_error_names_the_line(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         rows(text)
 
 
-def test_free_text_may_hold_line_ends_and_stray_quotes_and_swallows_no_row() -> None:
+def test_free_text_with_line_ends_and_stray_quotes_loses_no_row() -> None:
     header = "path,text,label"
     exact = ("path", "label")
     table = f'{header}\na,"one\ntwo, ""three""",x\nb,"said" he,y\nc,z,z'
@@ -109,7 +109,7 @@ def test_free_text_may_hold_line_ends_and_stray_quotes_and_swallows_no_row() -> 
             rows(text, exact=exact)
 
 
-def test_a_header_is_known_by_its_columns() -> None:
+def test_header_is_recognised_by_its_columns() -> None:
     assert is_header(["", "# x", "PATH;Label"], ("path", "label"))
     assert not is_header(["a.mp4 0"], ("path", "label"))
     assert not is_header([], ("path", "label"))
@@ -120,7 +120,7 @@ def records(folder: Path, text: str) -> list[tuple[str, Any]]:
     return [(place.removeprefix(f"{folder}/"), item) for place, item in read_records(str(folder / "a.json"))]
 
 
-def test_records_are_one_a_line_or_one_list(tmp_path: Path) -> None:
+def test_read_records_accepts_one_value_a_line_or_one_list(tmp_path: Path) -> None:
     assert records(tmp_path, '{"a": 1}\n\n{"a": 2}\n') == [("a.json:1", {"a": 1}), ("a.json:3", {"a": 2})]
     text = '\n[\n  {"a": 1},\n  {\n    "a": [2]\n  }, 3\n]\n'
     assert records(tmp_path, text) == [
@@ -145,12 +145,12 @@ def test_records_are_one_a_line_or_one_list(tmp_path: Path) -> None:
         ("[" * 100_000, r"a\.json:1: item 1 is not JSON"),
     ],
 )
-def test_broken_json_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+def test_broken_json_error_names_the_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         records(tmp_path, text)
 
 
-def test_a_json_object_is_expected_where_one_is(tmp_path: Path) -> None:
+def test_read_json_object_refuses_other_values(tmp_path: Path) -> None:
     for text, message in (
         ("[1]", "expected a JSON object"),
         ('{"a":\n x}', r":2: is not JSON"),

@@ -1,4 +1,4 @@
-"""A dataset as the trainer uses it: requests in, uint8 clips out."""
+"""Test VideoDataset: clip requests to uint8 clips."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def clip_bytes(root: str, request: ClipRequest) -> bytes:
     return video_list(root, "list.csv")[request].clip.numpy().tobytes()
 
 
-def test_a_clip_is_what_the_request_asks_for(root: Path) -> None:
+def test_clip_matches_the_request(root: Path) -> None:
     dataset = video_list(str(root), "list.csv", num_classes=3)
     sample = dataset[ClipRequest(index=4, grid=GRID, seed=7)]
     assert sample.clip.shape == (4, 32, 32, 3)
@@ -37,8 +37,8 @@ def test_the_same_request_gives_the_same_clip_in_any_process(root: Path) -> None
     requests = [ClipRequest(index=i, grid=GRID, seed=100 + i) for i in range(3)]
     here = [clip_bytes(str(root), request) for request in requests]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        there = pool.starmap(clip_bytes, [(str(root), request) for request in requests])
-    assert here == there
+        in_other_processes = pool.starmap(clip_bytes, [(str(root), request) for request in requests])
+    assert here == in_other_processes
     assert len(set(here)) == 3
     assert clip_bytes(str(root), ClipRequest(index=0, grid=GRID, seed=101)) != here[0]
 
@@ -57,7 +57,7 @@ def test_views_are_spaced_from_the_first_frame_to_the_last(root: Path) -> None:
 
 @pytest.fixture
 def broken(root: Path, tmp_path: Path) -> Path:
-    """The dataset with its second video cut short and its third one missing."""
+    """Copy the dataset, truncate its second video and delete its third."""
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     video = tmp_path / "clips/video 1.mp4"
     video.write_bytes(video.read_bytes()[:500])
@@ -66,7 +66,7 @@ def broken(root: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("decoder", [Decord(), PyAV()])
-def test_training_substitutes_a_broken_video_from_the_requests_seed(broken: Path, decoder: Decord | PyAV) -> None:
+def test_substitute_for_a_broken_video_depends_only_on_the_seed(broken: Path, decoder: Decord | PyAV) -> None:
     dataset = video_list(str(broken), "list.csv", decoder=decoder)
     samples = [dataset[ClipRequest(2, GRID, seed)] for seed in range(8)]
     assert {sample.failures[0].reason for sample in samples} == {"No such file or directory"}
@@ -78,7 +78,7 @@ def test_training_substitutes_a_broken_video_from_the_requests_seed(broken: Path
     assert (again.index, again.failures) == (samples[3].index, samples[3].failures)
 
 
-def test_testing_reports_a_broken_video_and_keeps_its_place(broken: Path) -> None:
+def test_view_of_a_broken_video_is_black_and_reported(broken: Path) -> None:
     sample = video_list(str(broken), "list.csv")[ClipRequest(1, GRID, 0, View(0, 1, 3))]
     assert (sample.index, sample.label.item()) == (1, 1)
     assert sample.clip.shape == (3, 4, 32, 32, 3)
@@ -88,7 +88,7 @@ def test_testing_reports_a_broken_video_and_keeps_its_place(broken: Path) -> Non
     assert "moov" in failure.reason or "Invalid data" in failure.reason
 
 
-def test_nothing_readable_is_an_error_for_people(tmp_path: Path) -> None:
+def test_no_readable_video_raises_user_error(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("gone.mp4 0\n")
     with pytest.raises(UserError, match=r"10 videos in a row cannot be read.*gone\.mp4: No such file"):
         video_list(str(tmp_path), "list.csv")[ClipRequest(0, GRID, 0)]
@@ -109,7 +109,7 @@ def test_flip_mirrors_half_of_the_clips_or_none(tmp_path: Path) -> None:
     )
 
 
-def test_a_list_may_hold_several_labels_a_video(root: Path, tmp_path: Path) -> None:
+def test_multi_label_dataset(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     (tmp_path / "list.csv").write_text("clips/video 0.mp4 0;2\nclips/video 1.mp4 1\n")
     dataset = video_list(str(tmp_path), "list.csv", multi_label=True)
@@ -118,7 +118,7 @@ def test_a_list_may_hold_several_labels_a_video(root: Path, tmp_path: Path) -> N
     assert label.tolist() == [1, 0, 1]
 
 
-def test_a_fingerprint_follows_the_list_and_not_its_place(root: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_the_list_and_not_the_root(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     before = video_list(str(root), "list.csv").fingerprint()
     assert video_list(str(tmp_path), "list.csv").fingerprint() == before

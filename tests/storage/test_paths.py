@@ -18,7 +18,7 @@ from mgvideo.datasets.folder import video_folder
 from mgvideo.datasets.kinetics import kinetics
 from mgvideo.datasets.lists import video_list
 from mgvideo.datasets.motion import make_motion
-from mgvideo.datasets.pyramid import Layout, Pyramid, build
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
@@ -136,7 +136,7 @@ def test_a_dataset_at_a_url_equals_the_local_one(
     shutil.copytree(make_motion(motion_root, KNOBS), folder / "motion")
     (folder / "motion/train/00001.mp4").unlink()
     names = ["train/00000.mp4", "train/00002.mp4"]
-    build(str(folder / "pyramid"), str(folder / "motion"), names, Layout((20, 40), 40), 1)
+    encode_pyramid(str(folder / "pyramid"), str(folder / "motion"), names, PyramidLayout((20, 40), 40), 1)
     local, remote = (
         video_list(root, "train.csv", decoder=Pyramid(pyramid, root, decoder))
         for root, pyramid in (

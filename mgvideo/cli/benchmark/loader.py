@@ -21,7 +21,7 @@ from mgvideo.cli.progress import ProgressLog
 from mgvideo.cli.schema import key
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.pyramid import Pyramid
-from mgvideo.datasets.timing import DECODE, STAGES, Clock, DecodeOnly, TimedDataset, TimedDecoder
+from mgvideo.datasets.timing import DECODE_FUNCTIONS, STAGES, Clock, DecodeOnlyDataset, TimedDataset, TimedDecoder
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.loading.loader import Batch, Loader, LoaderOptions, collate
 from mgvideo.loading.requests import BatchRequest, ClipRequest, Sample
@@ -152,7 +152,9 @@ def measure_all(
                     )
                     measure_loader(loader, requests, clock, options.seconds, case.loader[grid.name])
                     clock = Clock(loader_settings.num_workers)
-                    decode_only = DecodeOnly(dataset, DECODE[case.decoder], pyramid.locate if pyramid else None, clock)
+                    decode_only = DecodeOnlyDataset(
+                        dataset, DECODE_FUNCTIONS[case.decoder], pyramid.locate if pyramid else None, clock
+                    )
                     measure_loader(
                         Loader(decode_only, loader_settings), requests, clock, options.seconds, case.bare[grid.name]
                     )
