@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
-if (
-    os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda"
-):  # only tests/gpu use a GPU, so that all other tests run the same code everywhere
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # set before torch is imported, and inherited by the processes that tests start
-    )
+# Only tests/gpu use a GPU, so that all other tests run the same code everywhere. The variable is set before torch is
+# imported, and inherited by the processes that tests start.
+if os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# A shell that starts a job in the background ignores SIGINT in it; programs that tests start must not inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from training import KNOBS

@@ -45,7 +45,7 @@ class _NalUnit:
 
 
 def field_packets(frames: int) -> list[bytes]:
-    """Encode numbered_frame frames of 128 × 32 pixels as uncompressed H.264.
+    """Encode numbered frames of 128 × 32 pixels as uncompressed H.264.
 
     Every frame has two packets: the upper field, then the lower one.
     """

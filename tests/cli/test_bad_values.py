@@ -67,13 +67,8 @@ GROUP_VALUES = [
     ),
     *("dataset.task=x", "dataset.max_bad_fraction=x", "dataset.max_bad_fraction=-1", "dataset.frame_cache_gib=x"),
     *("dataset.frame_cache_gib=-1", "dataset.num_classes=x", "dataset.num_classes=0", "dataset.num_classes=9"),
-    *("dataset.pyramid=7", "dataset.pyramid=/nowhere", "dataset.frame_cache=7", "dataset.frame_cache=/proc/none"),
-    *(
-        "dataset.root=7",
-        "dataset.knobs.train=x",
-        "dataset.knobs.crf=x",
-        "dataset.knobs.turning=x",
-    ),
+    *("dataset.pyramid=7", "dataset.pyramid=/nowhere", "dataset.frame_cache=/proc/none"),
+    *("dataset.knobs.train=x", "dataset.knobs.crf=x", "dataset.knobs.turning=x"),
     *("dataset.train.split=7", "dataset.val.split=7", "dataset=kinetics400 dataset.train.flip=x"),
     *("dataset=folder dataset.train.val_share=x", "dataset=hmdb51 dataset.train.fold=x"),
 ]

@@ -36,7 +36,7 @@ def train_until_signal(rank: int, folder: Path, motion_root: str) -> None:
     with handle_signals(), distributed.process_group(timeout_s=60):
         defer_signals()
         trainer = tiny_trainer(folder / "run", motion_root, tiny_plan())
-        trainer.checkpoints.written = lambda: delay_rank_0("written")
+        trainer.checkpoints.on_write = lambda: delay_rank_0("written")
         os.kill(os.getpid(), signal.SIGUSR1)
         with pytest.raises(Stopped) as stop:
             trainer.train()

@@ -22,7 +22,7 @@ import pytest
 import torch
 from faults import overrides
 from refusals import error_line
-from training import KNOBS, ROOT, SERVED, TINY, end_state, metrics
+from training import KNOBS, PRELOADED_MODULES, ROOT, TINY, end_state, metrics
 from videos import needs_decord
 
 from mgvideo.cli.run import main
@@ -88,7 +88,7 @@ def test_run_killed_while_writing_a_checkpoint_resumes_from_the_previous_one(
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
     checkpoints = Checkpoints(tmp_path / "out/checkpoints")
     steps = Checkpoints(whole / "checkpoints").steps()
-    start_fork_server(SERVED)
+    start_fork_server(PRELOADED_MODULES)
     moments = [("fsync", steps[2], ".pt.tmp"), ("replace", steps[5], ".pt")]  # half written; written but not renamed
     for call, step, suffix in moments:
         arguments = (call, f"step_{step:08d}{suffix}", run)

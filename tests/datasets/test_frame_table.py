@@ -133,7 +133,7 @@ def later(first: int) -> Any:
 
 
 def write_streams(path: Path, *streams: Iterator[Any], sizes: Sequence[tuple[int, int]], codecs: Sequence[str]) -> Path:
-    """Write several video streams, each of numbered_frame frames."""
+    """Write several video streams, each of numbered frames."""
     with av.open(str(path), "w") as container:
         outputs: list[Any] = []
         for codec, (height, width) in zip(codecs, sizes, strict=True):

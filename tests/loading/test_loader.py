@@ -186,7 +186,7 @@ def print_worker_error(motion_root: str, method: str, fault: str, timeout: float
     dataset = motion(motion_root, KNOBS, "train", PyAV())
     if method == "forkserver":  # start the server first, which may take longer than the timeout
         load_all(Loader(dataset, LoaderOptions(1, start_method=method)).load_steps(requests, range(1)))
-    faulty_dataset = Faulty(dataset, fault, rank=0, after=7, once=None, given=None)
+    faulty_dataset = Faulty(dataset, fault, rank=0, after=7, once=None, required_file=None)
     options = LoaderOptions(1, start_method=method, timeout=timeout)
     try:
         load_all(Loader(faulty_dataset, options).load_steps(requests, range(10)))
