@@ -9,13 +9,14 @@ import signal
 # imported, and inherited by the processes that tests start.
 if os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# A shell that starts a job in the background ignores SIGINT in it; programs that tests start must not inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from training import KNOBS
 
 from mgvideo.datasets.motion import make_motion
+
+# A shell that starts a job in the background ignores SIGINT in it; programs that tests start must not inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ def test_times_are_predicted_from_a_benchmark(tmp_path: Path, capsys: pytest.Cap
     benchmark.write_text(json.dumps({"step_seconds": {"16x64": 1.0}, "clips_per_second": {"16x64": 4.0}, "workers": 2}))
     text = run_show(["videos=160", "gpus=1", f"benchmark={benchmark}"], ["schedule=baseline"], capsys)
     assert "predicted training time: 13:20 min" in text  # 200 steps of 16 clips at 4 clips a second
-    assert "waits 75% of its time for data: 4.0× as many workers a GPU (8 instead of 2)" in text
+    assert "waits 75% of its time for data: use 4.0× as many workers per GPU (8 instead of 2)" in text
 
 
 def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
