@@ -53,7 +53,7 @@ def test_signal_during_validation_repeats_only_the_validation(
     whole: Path, motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out"]
-    ask = overrides("ask", "val", rank=0, after=5, once="asked")
+    ask = overrides("sigterm", "val", rank=0, after=5, once="asked")
     line = error_line(main, [*run, *ask], capsys, 128 + signal.SIGTERM)
     stopped = int(line.split("continue from step ")[1])
     assert stopped == min(metrics(whole, "val_top1")), "the step of the first validation"
@@ -203,7 +203,7 @@ def test_new_run_in_a_used_folder_archives_old_checkpoints_and_resumes_its_own(
     shutil.copytree(whole, "out", symlinks=True)
     torch.save({"model": r2plus1d_small(8, width=4).state_dict()}, "weights.pt")
     run = [*RUN, f"dataset.root={motion_root}", "output_dir=out", "resume=never", "init_from=weights.pt"]
-    error_line(main, [*run, *overrides("ask", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
+    error_line(main, [*run, *overrides("sigterm", rank=0, after=80, once="asked")], capsys, 128 + signal.SIGTERM)
     before, checkpoints = Checkpoints(whole / "checkpoints").steps(), Checkpoints(tmp_path / "out/checkpoints")
     assert Checkpoints(checkpoints.folder / "aside_1").steps() == before
     stopped = checkpoints.steps()[-1]
