@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ from typing import Any, TypeVar
 from mgvideo.cpu.resources import cpu_count
 from mgvideo.distributed.signals import block_signals
 from mgvideo.errors import UserError
+from mgvideo.loading.workers import exit_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,7 +76,7 @@ def parallel_map(
 def _initialize_worker(busy: Any) -> None:
     global _busy
     _busy = busy
-    _end_with_parent()
+    exit_with_parent()
 
 
 def _work_on(work: Callable[[Item], Result], index: int, item: Item) -> Result:
@@ -86,15 +85,3 @@ def _work_on(work: Callable[[Item], Result], index: int, item: Item) -> Result:
     result = work(item)
     _busy[index] = False
     return result
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent process dies; otherwise the workers of a killed program would hang."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -123,15 +123,20 @@ def init_worker(low_priority: bool, cpus: frozenset[int], _: int) -> None:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)  # several workers decode in parallel, each on one thread
     keep_freed_memory()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()
 
 
-def _exit_with_parent() -> None:
-    """Exit when the training process dies.
+def exit_with_parent() -> None:
+    """Exit this worker when the process that started it dies. A thread waits for that. No effect in a main process.
 
-    torch's own check watches the parent PID, which here is the fork server and stays alive.
+    torch's own check watches the parent PID, which under a fork server is the server's and stays alive.
     """
     parent = parent_process()
-    if parent is not None:
+    if parent is None:
+        return
+
+    def wait() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
