@@ -16,7 +16,7 @@ from mgvideo.loading.workers import start_fork_server
 from .terminal import restart_in_utf8_mode, terminal
 
 # OpenMP threads that wait spin briefly, because most waits are short, and then sleep, because loader workers need the
-# cores: docs/benchmarks/speed.md. Set this before importing torch.
+# cores: docs/notes/speed.md. Set this before importing torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # The grids of a plan need tensors of different sizes, which fragment GPU memory if its segments have a fixed size.

@@ -97,20 +97,21 @@ def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[li
     overrides = [*parsed.overrides, *rest]
     flags = [word for word in arguments if word not in overrides]
     if parsed.config_dir is not None:
-        flags, overrides = _config_dir_as_override(flags, overrides, parsed.config_dir)
+        overrides = [_search_path_override(parsed.config_dir, overrides), *overrides]
     return flags, overrides, parsed
 
 
-def _config_dir_as_override(flags: list[str], overrides: list[str], folder: str) -> tuple[list[str], list[str]]:
-    """Replace the flag `--config-dir` by an override of `hydra.searchpath`, which Hydra's compose API also accepts."""
+def _search_path_override(folder: str, overrides: Sequence[str]) -> str:
+    """Return the override that adds the folder of `--config-dir` where configs are composed without Hydra's flags.
+
+    Raises:
+        UserError: The folder does not exist, or `overrides` set `hydra.searchpath` too.
+    """
     if not Path(folder).is_dir():
         raise UserError(f"--config-dir {folder}: there is no such folder")
     if any(_key_of(override) == "hydra.searchpath" for override in overrides):
         raise UserError("give --config-dir or hydra.searchpath=[FOLDER, …], not both")
-    start = next(i for i, word in enumerate(flags) if word.partition("=")[0] in ("--config-dir", "-cd"))
-    words = 1 if "=" in flags[start] else 2
-    path = str(Path(folder).absolute()).replace("'", "\\'")
-    return [*flags[:start], *flags[start + words :]], [f"hydra.searchpath=['file://{path}']", *overrides]
+    return f"hydra.searchpath=[{values.quote(f'file://{Path(folder).absolute()}')}]"
 
 
 def quote_texts(config_name: str, overrides: Sequence[str], multirun: bool = False) -> list[str]:
@@ -276,9 +277,8 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     rest = [override for override in overrides if _key_of(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    unset = {
-        key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)
-    }  # keys that no recipe sets
+    # keys that no recipe sets
+    unset = {key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}
     messages = []
     if scales_lr and not unset & {"batch_size", "lr"}:
         base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)

@@ -141,9 +141,7 @@ def is_video(word: str) -> bool:
 
 def _help() -> str:
     lines = ["Print the top classes of videos: python tools/predict.py VIDEO… ckpt=PATH [key=value] …", ""]
-    lines += [
-        "A VIDEO is a file, a URL, or a folder, which stands for all videos below it. Exit code 1: a video failed."
-    ]
+    lines += ["A VIDEO is a file, a URL, or a folder with videos at any depth. Exit code 1: a video failed."]
     return "\n".join([*lines, *HELP, "", *keys.describe(PredictKeys)])
 
 
@@ -160,7 +158,7 @@ def read_keys(overrides: Sequence[str]) -> PredictKeys:
 
 
 def find_videos(words: Sequence[str]) -> dict[str, str]:
-    """Map the path of each video to its name below `out`. A folder stands for all videos below it."""
+    """Map the path of each video to its name below `out`. A folder adds all videos below it."""
     require(bool(words), "no video given: python tools/predict.py VIDEO… ckpt=PATH")
     videos: dict[str, str] = {}
     for word in map(strip_file_scheme, words):

@@ -94,9 +94,7 @@ class Trainer:
         )  # fmt: skip
         self.request_sync = RequestSync(self._requested_action)
         self.last_save_time_s = time.monotonic()
-        self.known_failures: set[DecodeFailure] = set(
-            logger.listed_failures
-        )  # validation failures that are already logged
+        self.known_failures: set[DecodeFailure] = set(logger.listed_failures)  # of validation, already logged
         self.running_metrics = RunningMetrics()
         self._loaded_metrics: dict[str, Any] | None = None  # state of the running metrics, from a checkpoint
         self.profiler = Profiler(logger.folder / "profile", options.profile)

@@ -74,7 +74,9 @@ def config_folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("flag", ["--config-dir {}", "--config-dir={}", "-cd {}", "hydra.searchpath=['file://{}']"])
+@pytest.mark.parametrize(
+    "flag", ["--config-dir {}", "--config-dir={}", "--config-d {}", "-cd {}", "hydra.searchpath=['file://{}']"]
+)
 def test_config_folders_outside_the_checkout_are_searched(
     flag: str, config_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

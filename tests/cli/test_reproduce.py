@@ -120,7 +120,7 @@ def test_an_invalid_table_gives_a_one_line_error(change: dict, message: str) -> 
     [
         (["table=schedule"], "table=schedule does not exist; choose one of ablations"),
         (["table=published"], "no preset=motion: choose one of kinetics"),
-        (["table=schedules", "base.batch_sise=3"], "did you mean base.batch_size?"),
+        (["table=schedules", "base.batchh=3"], "did you mean base.batch_size?"),
         (["table=schedules", "schedule=long"], "every cell of table schedules sets schedule itself"),
         (["table=schedules", "seed=3"], "give seeds=[…] instead"),
         (["table=schedules", "cells=[baselin]"], "has no baselin; choose from baseline"),
