@@ -27,7 +27,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from mgvideo.cpu.resources import available_cpus, cpu_count, set_cpu_affinity
 from mgvideo.distributed.process_group import limit_threads
 from mgvideo.distributed.watchdog import RankError
-from mgvideo.errors import UserError
+from mgvideo.errors import UserError, print_error
 from mgvideo.plan.schedules import scale_lr
 
 from . import values
@@ -136,8 +136,7 @@ class exit_on_user_error:  # noqa: N801  a context manager, read as a phrase
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         message = explain(error)
         if message is not None:
-            rank = os.environ.get("RANK")
-            print(f"error: {message}" if rank in (None, "0") else f"error (rank {rank}): {message}", file=sys.stderr)
+            print_error(message, os.environ.get("RANK") or 0)
             raise SystemExit(
                 2 if isinstance(error, UserError | HydraException | OmegaConfBaseException) else 1
             ) from None

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from mgvideo.errors import UserError
+from mgvideo.errors import UserError, print_error
 
 from .signals import Stopped, received_signal
 
@@ -109,7 +109,7 @@ class Watchdog(threading.Thread):
                     text = f"the rendezvous store does not answer ({_first_line(error)})"
                     self.failure = RankFailure(0, "unreachable", text)
             elif grace == 0:
-                print(f"error (rank {self.rank}): {self.failure}", file=sys.stderr, flush=True)
+                print_error(self.failure, self.rank)
                 os._exit(1)
             else:
                 grace -= 1
