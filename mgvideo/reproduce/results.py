@@ -55,7 +55,7 @@ class ReportRow:
 
     @property
     def trained(self) -> bool:
-        """Whether there are outcomes and all of them trained."""
+        """Whether the cell has results and every run trained its network, rather than only testing weights."""
         return bool(self.outcomes) and all(outcome.trained for outcome in self.outcomes)
 
     @property
