@@ -205,9 +205,9 @@ def _skip_scaling_list(bits: Bits, size: int) -> None:
 
 
 def _recovers_at_once(unit: bytes) -> bool:
-    """Return whether a unit of messages has a recovery point with 0 frames to recovery (D.2.8).
+    """Return whether a unit of messages says that decoding can start here: a recovery point of 0 frames (D.2.8).
 
-    An I-frame alone does not guarantee that the following frames are decoded correctly.
+    Without it, frames after an I-frame may depend on frames before it.
     """
     unit, position = unit.replace(b"\0\0\3", b"\0\0"), 1
     # A message is a type, a size and its content. Type and size are sums of bytes; all bytes but the last are 255.

@@ -129,7 +129,7 @@ def _option_key_table(keys_by_option: Mapping[str, Mapping[str, YamlKey]], with_
 
 
 def _values_text(values: Mapping[str, str], num_options: int) -> str:
-    """Describe the value of a key by option. If all options have the key, its most frequent value lists none."""
+    """List the values of a key with the options that have them. The most frequent one omits them if all have it."""
     parts = []
     for rank, (value, _) in enumerate(Counter(values.values()).most_common()):
         shown = "required" if value == "???" else _code(value)
