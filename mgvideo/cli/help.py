@@ -90,8 +90,14 @@ def format_value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def in_brackets(value: Any) -> str:
+    """Return a config value in brackets, as help texts show defaults; a list has its own."""
+    text = format_value(value)
+    return text if isinstance(value, list) else f"[{text}]"
+
+
 def _line(name: str, text: str, value: Any) -> str:
-    shown = "" if value == "???" else f"[{format_value(value)}]"
+    shown = "" if value == "???" else in_brackets(value)
     return f"      {name:<28} {' '.join(part for part in (text, shown) if part)}"
 
 

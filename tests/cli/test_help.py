@@ -20,6 +20,7 @@ def test_help_lists_the_keys_of_the_default_options(capsys: pytest.CaptureFixtur
     lines = help_lines(capsys)
     assert "optimizer.weight_decay L2 penalty [0.0001]" in lines
     assert "model.dropout dropout probability before the last linear layer [0.0]" in lines
+    assert "normalize.mean mean per channel, for pixels in 0–1 [0.45, 0.45, 0.45]" in lines
     assert any(line.startswith("dataset.frame_cache folder for decoded frames") for line in lines)
     assert any(line.endswith("both ends [scaled]") for line in lines), "the value is the recipe's, not the file's"
     assert not any(line.startswith(("model.depth", "model._target_", "dataset.train.root")) for line in lines)
