@@ -63,7 +63,7 @@ def make_train_step(
     settings = {"micro_batch_clips": 10**6, "compile": "off", **options}
     return TrainStep(
         network, plan, SingleLabel(), sgd(network, 0.1), seed=0, normalize=normalize, precision=precision,
-        on_progress=lambda *_: None, **settings,  # type: ignore[arg-type]
+        **settings,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
