@@ -191,7 +191,7 @@ def _explain_torch_errors(position: Position) -> Iterator[None]:
 
 
 def _explain_torch_error(error: Exception, position: Position) -> Exception:
-    """Return a UserError for an error of torch that a config key avoids, otherwise the error itself."""
+    """Return a UserError that names the config key to change, or the error itself if no key avoids it."""
     if is_out_of_memory(error):
         return UserError(
             f"out of memory {position}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"

@@ -152,7 +152,7 @@ class Plan:
 
     base: Base
     schedule: str  # name of the schedule: baseline, short, long or multigrid
-    dataset_size: int  # training clips
+    dataset_size: int  # number of training videos
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = ()  # warnings to print before the run starts, one line each
 

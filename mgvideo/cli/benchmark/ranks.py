@@ -68,7 +68,7 @@ class Collective(NamedTuple):
     name: str
     ranks: int  # in its process group
     dtype: str
-    values: int  # sent by this rank; for new_group: its first rank
+    values: int  # number of values that this rank sends; for `new_group`: the first rank of the group
 
 
 class CollectiveLog(TorchDispatchMode):

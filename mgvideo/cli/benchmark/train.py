@@ -206,7 +206,10 @@ def time_steps(trainer: Trainer, first_batches: dict[str, Batch]) -> list[tuple[
 
 
 def time_bare_loop(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float]:
-    """Time minimal steps: transfer; normalise, forward, loss and backward by micro-batch; optimizer."""
+    """Return the seconds of the steps of a minimal training loop, all on the same batch.
+
+    A step copies the batch to the device, runs forward and backward for each micro-batch, and steps the optimizer.
+    """
     train_step, device, clips = trainer.train_step, trainer.device, len(batch.labels)
     model, plan, grid = train_step.model.train(), train_step.plan, batch.clips.shape[1:4].numel()
     limit = max(1, train_step.micro_batch_clips * plan.base.num_frames * plan.base.crop_size**2 // grid)
