@@ -94,6 +94,15 @@ class BaseKeys:
 
 
 @dataclass
+class RecipeKeys:
+    """Values of a recipe for keys of schedule and optimizer, whose YAML files refer to them; override those keys."""
+
+    jitter: str = key("paper", "schedule.jitter of short, long and multigrid", choices=("paper", "scaled"))
+    round_epochs: bool = key(True, "schedule.round_epochs of short, long and multigrid")
+    weight_decay: float = key(1e-4, "optimizer.weight_decay of sgd", least=0)
+
+
+@dataclass
 class TrainKeys:
     """Training: micro-batches, logging, validation, precise BN and profiling."""
 
@@ -181,6 +190,7 @@ class RunKeys:
     optimizer: Any = MISSING
     decoder: Any = MISSING
     base: BaseKeys = key(BaseKeys, "")
+    recipe: RecipeKeys = key(RecipeKeys, "")
     train: TrainKeys = key(TrainKeys, "")
     test: TestKeys = key(TestKeys, "")
     loader: LoaderKeys = key(LoaderKeys, "")
