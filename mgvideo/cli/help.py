@@ -10,7 +10,7 @@ import mgvideo.configs
 
 from .schema import RunKeys
 
-GROUPS = ("experiment", "model", "dataset", "schedule", "optimizer", "decoder", "launcher")
+GROUPS = ("experiment", "model", "dataset", "recipe", "schedule", "optimizer", "decoder", "launcher")
 
 
 def group_options() -> dict[str, list[str]]:
@@ -37,7 +37,7 @@ def help_text(config_name: str, description: str) -> str:
         "Usage: … [group=option] [key=value] …   for example",
         "  python tools/run_net.py model=i3d_r50 dataset=kinetics400 dataset.root=/data/k400 schedule=multigrid",
         "",
-        "Groups",
+        "Groups (recipe: by default that which the dataset's file names, else finetune)",
     ]
     for group, options in group_options().items():
         lines += [

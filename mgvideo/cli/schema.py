@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
 
+OmegaConf.register_new_resolver(  # on import, because a submitit job imports this module but does not call register()
+    "experiment_folder", lambda name: "" if name is None else f"{str(name).replace('/', '-')}/", replace=True
+)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 
