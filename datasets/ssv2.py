@@ -22,12 +22,14 @@ def ssv2(
     annotations: str,
     labels: str = "something-something-v2-labels.json",
     videos: str = "20bn-something-something-v2",
+    segments: bool = True,
     decoder: Decoder | None = None,
 ) -> VideoDataset:
     """Build a dataset from an annotation file and the videos `root/videos/ID.webm`.
 
-    Class names are the templates of the annotations without brackets. A clip of t frames has one frame of each of t
-    equal segments of the video. Clips are never flipped, because many labels have a direction.
+    Class names are the templates of the annotations without brackets. With `segments`, a clip of t frames has one frame
+    of each of t equal segments of the video, else frames at the grid's stride. Clips are never flipped, because many
+    labels have a direction.
 
     Raises:
         UserError: A file cannot be read, or an annotation or label is wrong.
@@ -47,7 +49,7 @@ def ssv2(
     if not entries:
         raise UserError(f"{file}: no videos in the list")
     notes = note_repeats(annotations, entries)
-    return VideoDataset(root, entries, names, decoder, Sampling(flip=False, segments=True), notes)
+    return VideoDataset(root, entries, names, decoder, Sampling(flip=False, segments=segments), notes)
 
 
 def _is_id(value: Any) -> bool:

@@ -252,6 +252,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.chdir(tmp_path)
     Path("measured.json").write_text(benchmark_json())
     write_extensions()
+    monkeypatch.syspath_prepend("my_parts")  # the page sets PYTHONPATH
     return Programs(monkeypatch)
 
 

@@ -23,7 +23,6 @@ from mgvideo.cli.groups import DatasetKeys
 from mgvideo.cli.help import GROUPS, group_options
 from mgvideo.cli.schema import RunKeys
 from mgvideo.datasets.motion import Knobs
-from mgvideo.plan.schedules import Schedule
 
 SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
 PROGRAM_KEYS = [
@@ -41,9 +40,7 @@ def known_keys() -> frozenset[str]:
         group = path.relative_to(ROOT / "configs").parts[0]
         if group in RunKeys.__dataclass_fields__:
             keys |= {*app.flat_keys(OmegaConf.load(path), f"{group}.")}
-    keys |= {f"dataset.{each.name}" for each in fields(DatasetKeys)} | {
-        f"schedule.{each.name}" for each in fields(Schedule)
-    }
+    keys |= {f"dataset.{each.name}" for each in fields(DatasetKeys)}
     for program in PROGRAM_KEYS:
         keys |= {each.name for each in fields(program)}
     return frozenset(keys)

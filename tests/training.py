@@ -36,8 +36,8 @@ from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import Loader, LoaderOptions
 from mgvideo.loading.workers import start_fork_server
 from mgvideo.models.small import r2plus1d_small
+from mgvideo.plan import schedules
 from mgvideo.plan.plan import Base, Grid, Plan
-from mgvideo.plan.schedules import Schedule, make_plan
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 from mgvideo.tracking.run_logger import RunLogger
 
@@ -70,9 +70,8 @@ BASE = Base(
 
 def tiny_plan(schedule: str = "multigrid", **base: object) -> Plan:
     """Make a plan of a few steps in several phases."""
-    long, short = schedule in ("long", "multigrid"), schedule in ("short", "multigrid")
-    shape = Schedule(schedule, long, short, 1.0 if schedule == "baseline" else 1.5, round_epochs=False, min_size=16)
-    return make_plan(replace(BASE, **base), shape, KNOBS.train)  # type: ignore[arg-type]
+    make_plan = getattr(schedules, schedule)
+    return make_plan(replace(BASE, **base), KNOBS.train, round_epochs=False, min_size=16)  # type: ignore[arg-type]
 
 
 def tiny_trainer(

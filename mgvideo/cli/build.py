@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import LoaderOptions
 from mgvideo.loading.shared_memory import BatchSizes, check_shared_memory_space
 from mgvideo.plan.plan import Base, Grid, Plan, require
-from mgvideo.plan.schedules import Schedule, make_plan
+from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
 
 from .app import flat_keys
@@ -100,8 +101,26 @@ def build_decoder(cfg: DictConfig) -> Any:
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
     """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos."""
     base: Any = OmegaConf.to_container(cfg.base, resolve=True)
-    schedule: Schedule = instantiate(cfg.schedule)
-    return make_plan(Base(**base), schedule, dataset_size)
+    plan = build_schedule(cfg)(Base(**base), dataset_size)
+    require(isinstance(plan, Plan), f"schedule: {cfg.schedule._target_} returned no Plan but {type(plan).__name__}")
+    return plan
+
+
+def build_schedule(cfg: DictConfig) -> Schedule:
+    """Build the schedule, a callable `(base, dataset_size) → Plan`.
+
+    Raises:
+        UserError: The keys of `schedule` are not the arguments of its function.
+    """
+    schedule = instantiate(cfg.schedule)
+    target = cfg.schedule._target_
+    require(callable(schedule), f"schedule: {target} returned no function: add _partial_: true to the schedule's YAML")
+    function, keys = getattr(schedule, "func", schedule), getattr(schedule, "keywords", {})  # of a functools.partial
+    try:
+        inspect.signature(function).bind(None, 0, **keys)
+    except TypeError as error:
+        raise UserError(f"schedule: {target}: {error}; change the keys of the schedule's YAML") from error
+    return schedule
 
 
 def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = True) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Check the keys of model, dataset, optimizer and decoder against the types that the targets of their YAML declare."""
+"""Check the keys of the config groups against the types that the targets of their YAML declare."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DatasetKeys:
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Check the types of the groups' keys, before anything is built. `Schedule` checks its own.
+    """Check the types of the groups' keys, before anything is built.
 
     Raises:
         UserError: Names the first key with a value of the wrong type, and the right type.
@@ -49,7 +49,7 @@ def check_groups(cfg: DictConfig) -> None:
     for entry in fields(DatasetKeys):
         if entry.name in cfg.dataset and not OmegaConf.is_missing(cfg.dataset, entry.name):
             check_value(f"dataset.{entry.name}", cfg.dataset[entry.name], entry.metadata["limits"])
-    for group in ("model", "dataset", "optimizer", "decoder"):
+    for group in ("model", "dataset", "schedule", "optimizer", "decoder"):
         for name, node in _targets(group, cfg[group]):
             _check_types(name, node)
 

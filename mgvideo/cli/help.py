@@ -45,7 +45,7 @@ def help_text(description: str, cfg: DictConfig) -> str:
         "Usage: … [group=option] [key=value] …   for example",
         "  python tools/run_net.py model=i3d_r50 dataset=kinetics400 dataset.root=/data/k400 schedule=multigrid",
         "",
-        "Groups",
+        "Groups (recipe: by default that which the dataset's file names, else finetune)",
     ]
     for group, options in group_options().items():
         lines += [
@@ -121,10 +121,11 @@ def _search_folders(cfg: DictConfig) -> list[Path]:
 
 
 def _raw_value(cfg: DictConfig, name: str) -> Any:
-    """Return the value of a key without resolving references to other keys; `???` if it is not set."""
+    """Return the value of a key, resolved only if it is a value of the recipe; `???` if it is not set."""
     parent_name, _, key = name.rpartition(".")
     parent: Any = OmegaConf.select(cfg, parent_name)
     node = parent._get_node(key) if isinstance(parent, DictConfig) else None
     if isinstance(node, DictConfig | ListConfig) and not (node._is_none() or node._is_interpolation()):
         return OmegaConf.to_container(node, resolve=False)
-    return "???" if node is None else node._value()
+    value = "???" if node is None else node._value()
+    return OmegaConf.select(cfg, name) if str(value).startswith("${recipe.") else value

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from inspect import signature
 from typing import TextIO
 
 import torch
@@ -22,13 +23,13 @@ from mgvideo.errors import UserError
 from mgvideo.plan.forecast import Benchmark, predict_phase_times, read_benchmark, suggest_loader_changes
 from mgvideo.plan.json_format import plan_to_json
 from mgvideo.plan.plan import Grid, Plan, require
-from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
+from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid, short
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
-from .build import build_plan, require_dataset_keys, unset_dataset_key
+from .build import build_plan, build_schedule, require_dataset_keys, unset_dataset_key
 from .schema import key
 
 DEFAULT_GPUS = 8  # if this machine has none; the number in the published recipes
@@ -84,7 +85,7 @@ def show(options: PlanKeys, cfg: DictConfig) -> None:
         if options.format == "png":
             from mgvideo.plan.figure import draw_plans  # imports matplotlib
 
-            draw_plans(variants(plan, instantiate(cfg.schedule)), options.out)
+            draw_plans(variants(plan, build_schedule(cfg)), options.out)
             _print_notes(plan, sys.stdout)
         else:
             with open(options.out, "w", encoding="utf-8") as file:
@@ -145,10 +146,18 @@ def _benchmark(options: PlanKeys, plan: Plan) -> Benchmark | None:
 
 
 def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
-    """Return four plans: the baseline, the short cycle alone, the long cycle alone, and both."""
-    cycles = (("short", False, True), ("long", True, False), ("multigrid", True, True))
-    schedules = (replace(schedule, name=name, long=long, short=short) for name, long, short in cycles)
-    return [baseline_of(plan), *(make_plan(plan.base, variant, plan.dataset_size) for variant in schedules)]
+    """Return the plans to draw below each other, the baseline first.
+
+    For a schedule of the paper these are all four, with the keys that they share with it; for another it is its own.
+    """
+    keys = getattr(schedule, "keywords", {})
+    if getattr(schedule, "func", schedule) not in (baseline, short, long, multigrid):
+        return [baseline_of(plan), plan]
+    plans = [baseline_of(plan)]
+    for function in (short, long, multigrid):
+        shared = keys.keys() & signature(function).parameters.keys() - {"name"}
+        plans.append(function(plan.base, plan.dataset_size, **{key: keys[key] for key in shared}))
+    return plans
 
 
 def train_videos(cfg: DictConfig) -> tuple[int, tuple[str, ...]]:

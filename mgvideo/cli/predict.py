@@ -75,8 +75,8 @@ class Predictor:
 
     @property
     def samples_segments(self) -> bool:
-        """Whether a clip takes one frame from each segment of the video, as for Something-Something."""
-        return self.trained.cfg.dataset.val._target_.endswith(".ssv2")
+        """Whether a clip takes one frame from each segment of the video: the key `segments` of the dataset's split."""
+        return bool(self.trained.cfg.dataset.val.get("segments", False))
 
     @cached_property
     def task(self) -> Any:

@@ -43,7 +43,12 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
         "task": cfg.dataset.task,
         "num_classes": data.classes,
         "pyramid": cfg.dataset.get("pyramid") is not None,
-        **{f"{split}.flip": cfg.dataset[split].flip for split in splits if "flip" in cfg.dataset[split]},
+        **{
+            f"{split}.{name}": cfg.dataset[split][name]
+            for split in splits
+            for name in ("flip", "segments")
+            if name in cfg.dataset[split]
+        },
         **{f"{split}.videos": len(getattr(data, split)) for split in splits},
         **{f"{split}.fingerprint": getattr(data, split).fingerprint() for split in splits},
     }

@@ -216,7 +216,8 @@ def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Pre
     choices: Any = HydraConfig.get().runtime.choices
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
     logger.print_line(
-        f"{choices.model} on {choices.dataset}, schedule {plan.schedule}{ranks}; run folder {cfg.output_dir}"
+        f"{choices.model} on {choices.dataset}, recipe {choices.recipe}, schedule {plan.schedule}{ranks}; "
+        f"run folder {cfg.output_dir}"
     )
     logger.print_renderable(make_plan_table(plan, gpus=world_size()))
     for note in dict.fromkeys((*plan.notes, *data.train.notes, *data.val.notes)):

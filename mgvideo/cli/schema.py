@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
 
+OmegaConf.register_new_resolver(  # on import, because a submitit job imports this module but does not call register()
+    "experiment_folder", lambda name: "" if name is None else f"{str(name).replace('/', '-')}/", replace=True
+)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 
@@ -91,6 +94,15 @@ class BaseKeys:
     warmup_epochs: float = key(0.0, "epochs of linear warm-up")
     warmup_lr: float = key(0.0, "LR at the start of warm-up")
     lr_policy: str = key("step", "LR schedule: step or cosine")
+
+
+@dataclass
+class RecipeKeys:
+    """Values of a recipe for keys of schedule and optimizer, whose YAML files refer to them; override those keys."""
+
+    jitter: str = key("paper", "schedule.jitter of short, long and multigrid", choices=("paper", "scaled"))
+    round_epochs: bool = key(True, "schedule.round_epochs of short, long and multigrid")
+    weight_decay: float = key(1e-4, "optimizer.weight_decay of sgd", least=0)
 
 
 @dataclass
@@ -181,6 +193,7 @@ class RunKeys:
     optimizer: Any = MISSING
     decoder: Any = MISSING
     base: BaseKeys = key(BaseKeys, "")
+    recipe: RecipeKeys = key(RecipeKeys, "")
     train: TrainKeys = key(TrainKeys, "")
     test: TestKeys = key(TestKeys, "")
     loader: LoaderKeys = key(LoaderKeys, "")

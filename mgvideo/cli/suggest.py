@@ -166,8 +166,10 @@ def suggestion(word: str, keys: Iterable[str], program_keys: Sequence[str] = ())
 
     `program_keys` are the keys of the program besides those of a run. They take precedence over other projects' names.
     """
-    keys, typed = list(keys), word
+    typed = word
     word = word.lower().replace("-", "_").lstrip("_")
+    is_of_recipe = word.startswith("recipe.")  # else suggest the keys that refer to those of a recipe
+    keys = [key for key in keys if is_of_recipe or not key.startswith("recipe.")]
     last = word.rpartition(".")[2]
     close = difflib.get_close_matches(word, program_keys, n=1, cutoff=_MIN_SIMILARITY)
     if close:

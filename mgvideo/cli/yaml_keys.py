@@ -1,7 +1,8 @@
 """Read keys, values and comments of YAML files in the config groups, for `--help` and docs/configuration.md.
 
 The comment of a key is at the end of its line, or else in the lines directly above it. A key without a comment takes
-the one of the file or mapping that it overrides: one that `defaults` names, or one that `<<` merges.
+the one of the file or mapping that it overrides: one that `defaults` names, or one that `<<` merges; or else the one
+that the same key has in another option of the group.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import yaml
 import mgvideo.configs
 
 CONFIGS = Path(mgvideo.configs.__file__).parent
-HIDDEN_KEYS = ("_target_", "_convert_", "defaults", "name")  # not for users to set
+HIDDEN_KEYS = ("_target_", "_convert_", "_partial_", "defaults", "name")  # not for users to set
 GLOBAL_PACKAGE = "# @package _global_"  # first line of an option whose keys have no prefix
 _REFERENCE = re.compile(r"""["']?\$\{[\w.]+\}["']?""")  # a value that is only that of another key
 
@@ -64,7 +65,13 @@ def read_option_keys(option: str, folders: Sequence[Path] = (CONFIGS,)) -> dict[
     if file is None:
         return {}
     is_global = file.read_text(encoding="utf-8").startswith(GLOBAL_PACKAGE)
-    keys = _read_with_defaults(file, "" if is_global else f"{option.split('/')[0]}.", folders)
+    prefix = "" if is_global else f"{option.split('/')[0]}."
+    keys = _read_with_defaults(file, prefix, folders)
+    if not all(key.comment for key in keys.values()):
+        for sibling in sorted(file.parent.glob("*.yaml")):
+            for name, key in read_file_keys(sibling, prefix).items():
+                if name in keys and not keys[name].comment:
+                    keys[name] = replace(keys[name], comment=key.comment)
     return {name: key for name, key in keys.items() if key.comment or not _REFERENCE.fullmatch(key.value)}
 
 
@@ -105,7 +112,9 @@ def _read_mapping(node: yaml.MappingNode, prefix: str, text: str) -> dict[str, Y
             own |= _read_mapping(value_node, f"{name}.", text)
         elif key_node.value not in HIDDEN_KEYS:
             start, end = value_node.start_mark.index, value_node.end_mark.index
-            own[name] = YamlKey(name, text[start:end].strip(), _comment(text, key_node.start_mark, end))
+            is_folded = isinstance(value_node, yaml.ScalarNode) and "\n" in text[start:end].strip()
+            value = value_node.value if is_folded else text[start:end].strip()
+            own[name] = YamlKey(name, value, _comment(text, key_node.start_mark, end))
     return _override(base, own)
 
 

@@ -88,6 +88,28 @@ def test_config_folders_outside_the_checkout_are_searched(
     assert list(cfg.base.lr_milestones) == [24, 36], "the recipe still scales with base.epochs"
 
 
+@pytest.mark.parametrize(
+    ("defaults", "choice", "lr"),
+    [
+        ("", [], 0.025),
+        ("", ["recipe=kinetics"], 0.1),
+        ("defaults: [_self_, override /recipe@_global_.recipe: charades]\n", [], 0.0375),
+        ("defaults: [_self_, override /recipe@_global_.recipe: charades]\n", ["recipe=mine"], 7),
+    ],
+)
+def test_a_dataset_outside_the_checkout_has_the_default_recipe_or_names_another(
+    defaults: str, choice: list[str], lr: float, config_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for group, text in {
+        "dataset": f"{defaults}name: mine\ntask: single_label\nnum_classes: 3\nroot: /data\n",
+        "recipe": "# @package _global_\ndefaults: [finetune, _self_]\nbase: {lr: 7}\n",
+    }.items():
+        (config_folder / group).mkdir()
+        (config_folder / group / "mine.yaml").write_text(text)
+    main(["--config-dir", str(config_folder), "dataset=mine", *choice, "--cfg", "job"])
+    assert OmegaConf.create(capsys.readouterr().out).base.lr == lr
+
+
 def test_the_same_command_searches_the_same_config_folder(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     search_path = f"hydra.searchpath=['file://{config_folder}']"
     monkeypatch.setattr(HydraConfig, "get", lambda: compose_config("run", [search_path, "model=mine"]).hydra)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from training import TINY
@@ -29,6 +30,55 @@ def compose_run(*overrides: str) -> DictConfig:
 def resolve_group(cfg: DictConfig, name: str) -> DictConfig:
     """Return one group of a config with all interpolations resolved."""
     return OmegaConf.create({name: OmegaConf.to_container(cfg[name], resolve=True)})[name]
+
+
+def run_keys(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys of a composed run, without those of Hydra and the output folder."""
+    keys: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"]))
+    return keys | {"output_dir": None}
+
+
+@pytest.mark.parametrize(
+    ("groups", "experiment"),
+    [
+        ([], "motion"),
+        (["model=slowfast_8x8_r50", "dataset=kinetics400"], "kinetics/slowfast_8x8_r50"),
+        (["model=slowfast_16x8_r50", "dataset=charades"], "charades/slowfast_16x8_r50"),
+        (["dataset=ssv2", "model=slowfast_16x8_r50"], "ssv2/slowfast_16x8_r50"),
+    ],
+)
+def test_groups_alone_inherit_no_values_of_another_experiment(groups: list[str], experiment: str) -> None:
+    cfg = compose_run(*groups)
+    assert cfg.hydra.runtime.choices.experiment is None
+    assert run_keys(cfg) == run_keys(compose_run(f"experiment={experiment}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        ([], "runs/motion/slowfast_small_multigrid_seed0"),
+        (["dataset=ucf101", "model=i3d_r50", "schedule=long", "seed=3"], "runs/ucf101/i3d_r50_long_seed3"),
+        (["experiment=kinetics/slow_r50"], "runs/kinetics400/kinetics-slow_r50/slow_r50_multigrid_seed0"),
+    ],
+)
+def test_default_output_folder_names_the_experiment(overrides: list[str], folder: str) -> None:
+    cfg = compose_config("run", overrides)
+    HydraConfig.instance().set_config(cfg)
+    assert cfg.output_dir == folder
+
+
+RECIPES = {
+    "kinetics400": "kinetics", "kinetics600": "kinetics", "kinetics700": "kinetics", "charades": "charades",
+    "ssv2": "ssv2", "motion": "motion", "ucf101": "finetune", "hmdb51": "finetune", "folder": "finetune",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", OPTIONS["dataset"])
+def test_dataset_chooses_its_recipe_and_the_command_another(dataset: str) -> None:
+    cfg = compose_run(f"dataset={dataset}")
+    assert cfg.hydra.runtime.choices.recipe == RECIPES[dataset]
+    for choice in (["recipe=ssv2", f"dataset={dataset}"], [f"dataset={dataset}", "recipe=ssv2"]):
+        assert compose_run(*choice).base == compose_run("dataset=ssv2").base
 
 
 @pytest.mark.parametrize("model", OPTIONS["model"])

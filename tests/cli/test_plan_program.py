@@ -234,3 +234,59 @@ def test_the_recipe_scales_with_batch_size_and_epochs(
     lines = printed.err.splitlines()
     assert len(lines) == len(starts)
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+@pytest.fixture
+def schedule_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder outside the checkout with a function that is a schedule, and YAML files for it."""
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "own_schedules.py").write_text(
+        "from mgvideo.plan.drafts import PhaseDraft, make_plan, make_slots\n"
+        "def one_phase(base, dataset_size, end: float):\n"
+        "    return make_plan('one_phase', base, dataset_size, [PhaseDraft(0, make_slots(base), 1, end)])\n"
+        "def no_plan(base, dataset_size):\n"
+        "    return []\n"
+    )
+    for name, keys in {
+        "one_phase": "_target_: own_schedules.one_phase\n_partial_: true\nend: 5",
+        "misspelt": "_target_: own_schedules.one_phase\n_partial_: true\nend: 5\nends: 5",
+        "incomplete": "_target_: own_schedules.one_phase\n_partial_: true",
+        "not_partial": "_target_: own_schedules.one_phase\nend: 5",
+        "no_plan": "_target_: own_schedules.no_plan\n_partial_: true",
+        "misspelt_variation": "defaults: [baseline]\njiter: scaled",
+    }.items():
+        (tmp_path / f"schedule/{name}.yaml").write_text(f"{keys}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_schedules", raising=False)
+    return tmp_path
+
+
+def test_a_schedule_outside_the_checkout_makes_the_plan(
+    schedule_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--config-dir", str(schedule_folder), "schedule=one_phase", "schedule.end=6", "videos=1024", "gpus=1"]
+    main([*command, "format=json"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["schedule"], result["max_epoch"], len(result["phases"])) == ("one_phase", 6, 1)
+    main([*command, "format=png", f"out={schedule_folder / 'plan.png'}"])
+    assert (schedule_folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule=misspelt"], "error: schedule: own_schedules.one_phase: got an unexpected keyword argument 'ends'"),
+        (["schedule=misspelt_variation"], "error: schedule: mgvideo.plan.schedules.baseline: got an unexpected"),
+        (["schedule=incomplete"], "error: schedule: own_schedules.one_phase: missing a required argument: 'end'"),
+        (["schedule=not_partial"], "error: schedule: "),
+        (["schedule=no_plan"], "error: schedule: own_schedules.no_plan returned no Plan but list"),
+        (["schedule=baseline", "schedule.jitter=scaled"], "error: schedule.jitter is not a key of this config"),
+        (["schedule=short", "schedule.fine_tune=true"], "error: schedule.fine_tune is not a key of this config"),
+        (["schedule=long", "schedule.long_factors=[[2,1]]"], "error: schedule.long_factors: [2, 1]: give pairs"),
+    ],
+)
+def test_wrong_keys_of_a_schedule_are_one_line(
+    arguments: list[str], message: str, schedule_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--config-dir", str(schedule_folder), *arguments, "videos=1024", "gpus=1"]
+    assert error_line(main, command, capsys).startswith(message)

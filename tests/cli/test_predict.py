@@ -269,6 +269,10 @@ def test_something_something_clips_are_sampled_by_segments(
     scores = {c["label"]: c["score"] for c in entry["classes"]}
     expected = dict(enumerate(logits.softmax(0).tolist()))
     assert scores == pytest.approx(expected, abs=1e-5)
+    (at_stride,) = run_predict(
+        [videos / "00001.mp4", f"ckpt={foreign}", *network, "dataset.val.segments=false"], capsys
+    )
+    assert at_stride != entry, "the key of the dataset decides, not its name"
 
 
 @pytest.mark.parametrize("source", ["caffe2", "pyslowfast", "pytorchvideo"])

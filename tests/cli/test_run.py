@@ -74,6 +74,23 @@ def test_finished_run_is_tested_again_without_training(
     assert "2 ranks" in tested["hardware"]
 
 
+def test_run_on_a_dataset_outside_the_checkout_prints_its_recipe(tmp_path: Path, motion_root: str) -> None:
+    """The dataset's YAML names no recipe, so it has the default one."""
+    (tmp_path / "configs/dataset").mkdir(parents=True)
+    knobs = ", ".join(f"{name}: {getattr(KNOBS, name)}" for name in ("train", "val", "frames", "height", "width"))
+    split = "{_target_: mgvideo.datasets.motion.motion, root: '${dataset.root}', knobs: '${dataset.knobs}', split: %s}"
+    (tmp_path / "configs/dataset/mine.yaml").write_text(
+        "name: mine\ntask: single_label\nnum_classes: 8\nroot: ???\nmax_bad_fraction: 0.05\n"
+        f"knobs: {{_target_: mgvideo.datasets.motion.Knobs, {knobs}}}\n"
+        f"train: {split % 'train'}\nval: {split % 'val'}\n"
+    )
+    tiny = [word for word in TINY if "knobs" not in word]
+    command = ["--config-dir=configs", "dataset=mine", f"dataset.root={motion_root}", *tiny, "output_dir=out"]
+    result = run_program(*command, "train.enable=false", "test.enable=false", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "r2plus1d_small on mine, recipe finetune, schedule multigrid; run folder out" in result.stdout
+
+
 def _no_such_folder(folder: Path) -> list[str]:
     return ["dataset=kinetics400", f"dataset.root={folder}/nowhere"]
 

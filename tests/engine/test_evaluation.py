@@ -15,7 +15,7 @@ from mgvideo.engine import evaluation
 from mgvideo.engine.trainer import Trainer
 from mgvideo.layers.dropout import ClipDropout
 from mgvideo.loading.requests import ClipRequest, Sample
-from mgvideo.plan.schedules import Schedule, baseline_of, make_plan
+from mgvideo.plan.schedules import baseline_of, multigrid
 
 
 class RecordingDataset:
@@ -95,6 +95,6 @@ def test_a_signal_during_precise_bn_leaves_the_statistics_unchanged(
 
 @pytest.mark.parametrize(("group", "groups"), [(4, 8), (8, 4), (16, 2)])
 def test_bn_groups_are_as_large_as_in_training(group: int, groups: int) -> None:
-    schedule = Schedule("multigrid", True, True, round_epochs=False, min_size=16, bn_group=group)
-    plan = make_plan(replace(BASE, batch_size=32), schedule, KNOBS.train)
+    base = replace(BASE, batch_size=32)
+    plan = multigrid(base, KNOBS.train, round_epochs=False, min_size=16, bn_group=group)
     assert baseline_of(plan).phases[0].bn_groups == plan.phases[-1].bn_groups == groups

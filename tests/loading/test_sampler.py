@@ -9,20 +9,19 @@ import pytest
 from mgvideo.loading import sampler
 from mgvideo.loading.requests import ClipRequest
 from mgvideo.loading.sampler import ClipSampler, shuffled_videos
+from mgvideo.plan import schedules
 from mgvideo.plan.plan import Base, Plan
-from mgvideo.plan.schedules import Schedule, make_plan
 
 BASE = Base(
     batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1,
     lr_milestones=(6, 9), gamma=0.1, warmup_epochs=0.5, warmup_lr=0.01,
 )  # fmt: skip
 SIZE = 100  # no batch size divides it, so passes over the dataset end inside batches
-SCHEDULES = {"baseline": (False, False), "short": (False, True), "long": (True, False), "multigrid": (True, True)}
+SCHEDULES = ("baseline", "short", "long", "multigrid")
 
 
 def make_test_plan(name: str = "multigrid") -> Plan:
-    long, short = SCHEDULES[name]
-    return make_plan(BASE, Schedule(name, long, short, round_epochs=False), SIZE)
+    return getattr(schedules, name)(BASE, SIZE, epoch_factor=1.5, round_epochs=False)
 
 
 def clips(step: int, seed: int = 3, rank: int = 0, world_size: int = 1) -> list[ClipRequest]:
@@ -77,7 +76,7 @@ def test_cost_of_a_shard_does_not_depend_on_the_number_of_ranks(monkeypatch: pyt
     costs = []
     for world_size in (8, 128, 1024):
         base = Base(**{**vars(BASE), "batch_size": 8 * world_size, "short_side": (64, 72)})
-        plan = make_plan(base, Schedule("long", True, False, round_epochs=False), 240_000)
+        plan = schedules.long(base, 240_000, round_epochs=False)
         num_words = 0
         shard = ClipSampler(plan, 240_000, 0).shard(1, world_size - 1, world_size)
         assert len(shard.clips) == 8 * plan.slot(1).batch // base.batch_size

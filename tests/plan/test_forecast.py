@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from recipes import CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SCHEDULES
+from recipes import CHARADES, KINETICS, KINETICS_CLIPS, SCHEDULES
 
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import (
@@ -20,9 +20,9 @@ from mgvideo.plan.forecast import (
     total_cost,
 )
 from mgvideo.plan.plan import Plan
-from mgvideo.plan.schedules import BASELINE, make_plan
+from mgvideo.plan.schedules import Schedule, baseline, multigrid
 
-PLAN = make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS)
+PLAN = multigrid(KINETICS, KINETICS_CLIPS)
 
 
 def table_for_all_grids(plan: Plan, value: float) -> dict[str, float]:
@@ -30,16 +30,16 @@ def table_for_all_grids(plan: Plan, value: float) -> dict[str, float]:
 
 
 def test_cost_counts_every_step() -> None:
-    plan = make_plan(CHARADES, MULTIGRID, 1000)
+    plan = multigrid(CHARADES, 1000)
     steps = (plan.slot(step) for step in range(plan.steps))
     assert total_cost(plan.phases) == sum(slot.batch * slot.grid.volume for slot in steps)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda schedule: schedule.name)
-def test_saving_in_pixels_follows_steps(schedule: object) -> None:
-    plan, baseline = make_plan(KINETICS, schedule, KINETICS_CLIPS), make_plan(KINETICS, BASELINE, KINETICS_CLIPS)
-    saving = baseline.steps / plan.steps
-    assert total_cost(baseline.phases) / total_cost(plan.phases) == pytest.approx(saving, rel=0.02)
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda schedule: schedule.__name__)
+def test_saving_in_pixels_follows_steps(schedule: Schedule) -> None:
+    plan, recipe = schedule(KINETICS, KINETICS_CLIPS), baseline(KINETICS, KINETICS_CLIPS)
+    saving = recipe.steps / plan.steps
+    assert total_cost(recipe.phases) / total_cost(plan.phases) == pytest.approx(saving, rel=0.02)
     assert saving > 1.5
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mgvideo.plan.json_format import plan_to_json
 from mgvideo.plan.plan import Base, Plan
-from mgvideo.plan.schedules import Schedule, make_plan
+from mgvideo.plan.schedules import multigrid, short
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data/schedules.json").read_text())
 
@@ -30,7 +30,9 @@ def make_case_plan(case: dict[str, Any]) -> Plan:
         warmup_epochs=recipe["warmup_epochs"],
         warmup_lr=recipe["warmup_start_lr"],
     )
-    return make_plan(base, Schedule("golden", case["long_cycle"], case["short_cycle"], case["epoch_factor"]), 240_000)
+    assert case["short_cycle"]
+    schedule = multigrid if case["long_cycle"] else short
+    return schedule(base, 240_000, name="golden", epoch_factor=case["epoch_factor"])
 
 
 def select_keys(value: Any, template: Any) -> Any:

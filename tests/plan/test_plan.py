@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from recipes import MULTIGRID, SMALL
+from recipes import SMALL
 
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Base, Plan
-from mgvideo.plan.schedules import make_plan
+from mgvideo.plan.schedules import multigrid
 
-PLAN = make_plan(SMALL, replace(MULTIGRID, round_epochs=False), 1000)
+PLAN = multigrid(SMALL, 1000, round_epochs=False)
 
 
 def test_steps_cycle_through_slots_and_phases_are_consecutive() -> None:

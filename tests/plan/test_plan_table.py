@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from recipes import CHARADES, KINETICS, KINETICS_CLIPS, MULTIGRID, SCHEDULES, SSV2
+from recipes import CHARADES, KINETICS, KINETICS_CLIPS, SCHEDULES, SSV2
 from rich.console import Console, RenderableType
 
 from mgvideo.plan.figure import draw_plans
 from mgvideo.plan.forecast import Benchmark, predict_phase_times
 from mgvideo.plan.plan import Base
-from mgvideo.plan.schedules import make_plan
+from mgvideo.plan.schedules import multigrid
 from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 
 
@@ -25,7 +25,7 @@ def render(table: RenderableType) -> str:
 
 @pytest.mark.parametrize("base", [KINETICS, CHARADES, SSV2], ids=["kinetics", "charades", "something"])
 def test_the_widest_table_fits_120_columns_without_cut_cells(base: Base) -> None:
-    plan = make_plan(base, MULTIGRID, KINETICS_CLIPS)
+    plan = multigrid(base, KINETICS_CLIPS)
     seconds = {slot.grid.name: 0.5 for phase in plan.phases for slot in phase.slots}
     text = render(make_plan_table(plan, 8, times=predict_phase_times(plan, 8, Benchmark(seconds))))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
@@ -33,7 +33,7 @@ def test_the_widest_table_fits_120_columns_without_cut_cells(base: Base) -> None
 
 
 def test_a_row_of_the_plan_table() -> None:
-    text = render(make_plan_table(make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS), 8))
+    text = render(make_plan_table(multigrid(KINETICS, KINETICS_CLIPS), 8))
     row = next(line for line in text.splitlines() if "110–142" in line)
     cells = [
         "3",
@@ -57,7 +57,7 @@ def test_a_row_of_the_plan_table() -> None:
 
 
 def test_a_row_of_the_loader_demand_table() -> None:
-    plan = make_plan(KINETICS, MULTIGRID, KINETICS_CLIPS)
+    plan = multigrid(KINETICS, KINETICS_CLIPS)
     names = {slot.grid.name for phase in plan.phases for slot in phase.slots}
     benchmark = Benchmark(dict.fromkeys(names, 0.5), dict.fromkeys(names, 100.0))
     rows = render(make_loader_demand_table(plan, 8, benchmark)).splitlines()
@@ -69,7 +69,7 @@ def test_a_row_of_the_loader_demand_table() -> None:
 def test_the_figure_is_a_small_png_with_many_colours(tmp_path: Path) -> None:
 
     path = tmp_path / "plan.png"
-    draw_plans([make_plan(KINETICS, schedule, KINETICS_CLIPS) for schedule in SCHEDULES], path)
+    draw_plans([schedule(KINETICS, KINETICS_CLIPS) for schedule in SCHEDULES], path)
     with Image.open(path) as image:
         assert image.width >= 1000
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50

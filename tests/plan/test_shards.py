@@ -1,23 +1,25 @@
 """How ranks split global batches."""
 
+from collections.abc import Callable
+
 import pytest
+from recipes import SCHEDULES
 
 from mgvideo.errors import UserError
-from mgvideo.plan.plan import Base
-from mgvideo.plan.schedules import Schedule, make_plan
+from mgvideo.plan.plan import Base, Plan
+from mgvideo.plan.schedules import baseline
 from mgvideo.plan.shards import check_shards, shard_batch
 
 BASE = Base(
     batch_size=16, num_frames=16, crop_size=64, frame_stride=2, short_side=(72, 84), epochs=10, lr=0.1,
     lr_milestones=(6, 9), gamma=0.1, warmup_epochs=0.5, warmup_lr=0.01,
 )  # fmt: skip
-SCHEDULES = {"baseline": (False, False), "short": (False, True), "long": (True, False), "multigrid": (True, True)}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_shards_of_all_ranks_are_the_global_batch_in_order(name: str, world_size: int) -> None:
-    for phase in make_plan(BASE, Schedule(name, *SCHEDULES[name], round_epochs=False), 100).phases:
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
+def test_shards_of_all_ranks_are_the_global_batch_in_order(schedule: Callable[..., Plan], world_size: int) -> None:
+    for phase in schedule(BASE, 100, round_epochs=False).phases:
         for slot in phase.slots:
             shards = [shard_batch(slot.batch, phase.bn_groups, rank, world_size) for rank in range(world_size)]
             clips = [clip for shard in shards for clip in range(shard.start, shard.stop)]
@@ -49,4 +51,4 @@ def test_ranks_that_cannot_share_a_group_raise() -> None:
     with pytest.raises(UserError, match="use 8 ranks"):
         shard_batch(8, 1, 0, 9)
     with pytest.raises(UserError, match="use 2 ranks"):
-        check_shards(make_plan(BASE, Schedule("baseline"), 100), 3)
+        check_shards(baseline(BASE, 100), 3)

@@ -8,17 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.table import Table
 
 from mgvideo.cli import keys
 from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
-from mgvideo.cli.build import build_plan
+from mgvideo.cli.build import build_plan, build_schedule
 from mgvideo.cli.schema import key
 from mgvideo.loading.sampler import ClipSampler
 from mgvideo.plan.plan import Plan, require
-from mgvideo.plan.schedules import make_plan
 
 
 @dataclass
@@ -71,12 +69,12 @@ def run(options: Keys, cfg: DictConfig) -> None:
 
 def measure(options: Keys, cfg: DictConfig) -> Iterator[SamplerCost]:
     """Yield a row for each number of ranks: at the same global batch, then at the same clips per rank."""
-    plan, schedule = build_plan(cfg, options.videos), instantiate(cfg.schedule)
+    plan, schedule = build_plan(cfg, options.videos), build_schedule(cfg)
     multiplier = plan.phases[0].slots[0].batch // plan.base.batch_size
     same_batch = [(ranks, options.batch) for ranks in options.ranks]
     same_clips = [(ranks, max(1, options.clips * ranks // multiplier)) for ranks in options.ranks]
     for ranks, batch in [*same_batch, *same_clips]:
-        yield cost(make_plan(replace(plan.base, batch_size=batch), schedule, options.videos), ranks, options.steps)
+        yield cost(schedule(replace(plan.base, batch_size=batch), options.videos), ranks, options.steps)
 
 
 def cost(plan: Plan, ranks: int, steps: int) -> SamplerCost:
