@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mgvideo.errors import UserError
+from mgvideo.storage.files import replace_when_complete
 from mgvideo.storage.paths import require_local_path
 
 from .decoders import Decoder
@@ -141,9 +142,8 @@ def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
     labels = [index % len(CLASSES), *others[: knobs.shapes - 1]]
     path = f"{split}/{index:05d}.mp4"
     if not (folder / path).exists():
-        part = (folder / path).with_suffix(".part.mp4")
-        write_video(part, draw_frames(labels, knobs, rng), knobs)
-        part.replace(folder / path)
+        with replace_when_complete(folder / path) as part:
+            write_video(part, draw_frames(labels, knobs, rng), knobs)
     return f"{path} {';'.join(map(str, sorted(labels)))}\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from mgvideo.engine.precision import Normalize
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import SlowFast
 from mgvideo.plan.plan import require
+from mgvideo.storage.files import replace_when_complete
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
@@ -121,16 +121,11 @@ def read_keys(overrides: Sequence[str]) -> ExportKeys:
 def run(options: ExportKeys, overrides: Sequence[str]) -> None:
     """Export to a temporary file, check it, and rename it to `out`. Nothing is left behind if that fails."""
     out = Path(str(options.out))
-    part = out.with_name(f".{out.stem}.part{out.suffix}")
-    try:
-        with explain_write_errors("out", out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+    with explain_write_errors("out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_complete(out) as part:
             part.touch()  # fail now, not after minutes of tracing, if the folder is not writable
             export(options, overrides, part)
-            part.replace(out)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def export(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,8 @@ from mgvideo.distributed.signals import raise_if_stopped, received_signal
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan, require
-from mgvideo.storage.checkpoints import Checkpoints, write_atomic
+from mgvideo.storage.checkpoints import Checkpoints, describe_differences
+from mgvideo.storage.files import parse_json_lines, write_atomic
 from mgvideo.tracking.run_logger import Eta
 
 from .help import group_options
@@ -57,7 +57,8 @@ class Job:
         """List the keys in which an earlier run in this folder differs, as `KEY was OLD, is NEW`."""
         old = _read_json(self.folder / "cell.json")
         new = json.loads(json.dumps(self.recipe))
-        return [f"{key} was {old[key]}, is {new[key]}" for key in new if key in old and old[key] != new[key]]
+        shared = old.keys() & new.keys()
+        return describe_differences({key: old[key] for key in shared}, {key: new[key] for key in shared})
 
     def is_finished(self) -> bool:
         """Return whether the folder holds a report of this recipe."""
@@ -127,8 +128,8 @@ class RunProgress:
             file.seek(self.position)
             while (line := file.readline()).endswith("\n"):
                 self.position = file.tell()
-                with suppress(ValueError):
-                    self._add_record(json.loads(line))
+                for record in parse_json_lines([line]):
+                    self._add_record(record)
 
     def _add_record(self, record: dict[str, Any]) -> None:
         score = next((f"{key[4:]} {value:.1f}" for key, value in record.items() if key.startswith("val_")), None)

@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 
 from mgvideo.datasets.pyav import PyAV
 from mgvideo.errors import UserError
+from mgvideo.storage.files import replace_when_complete
 
 Frame = NDArray[np.uint8]  # RGB [h, w, 3]
 FrameFunction = Callable[[Frame, int], Frame]  # (frame, frame number) → the frame to write instead
@@ -41,21 +42,16 @@ def rewrite_video(source: str, target: Path, paint: FrameFunction) -> None:
         OSError: the target cannot be written.
         av.FFmpegError: the frames cannot be encoded.
     """
-    part = target.with_name(f".{target.name}.part.mp4")
-    try:
-        with PyAV().open(source) as video, av.open(str(part), "w") as output:
-            encoder: Any = None
-            for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.decode_all(), strict=True)):
-                upright = video.orientation.apply(frame.to_ndarray(format="rgb24"))
-                painted = paint(np.ascontiguousarray(upright), number)
-                encoder = encoder or _add_encoder(output, video.stream, painted)
-                new = av.VideoFrame.from_ndarray(painted, format="rgb24")
-                new.pts, new.time_base = time, video.stream.time_base
-                output.mux(encoder.encode(new))
-            output.mux(encoder.encode())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replace_when_complete(target) as part, PyAV().open(source) as video, av.open(str(part), "w") as output:
+        encoder: Any = None
+        for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.decode_all(), strict=True)):
+            upright = video.orientation.apply(frame.to_ndarray(format="rgb24"))
+            painted = paint(np.ascontiguousarray(upright), number)
+            encoder = encoder or _add_encoder(output, video.stream, painted)
+            new = av.VideoFrame.from_ndarray(painted, format="rgb24")
+            new.pts, new.time_base = time, video.stream.time_base
+            output.mux(encoder.encode(new))
+        output.mux(encoder.encode())
 
 
 def _add_encoder(output: Any, stream: Any, frame: Frame) -> Any:

@@ -21,7 +21,7 @@ from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
-from mgvideo.storage.checkpoints import write_atomic
+from mgvideo.storage.files import write_atomic
 
 from . import app, keys, prices
 from .build import require_dataset_keys

@@ -34,7 +34,8 @@ from mgvideo.plan.plan import Grid, Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_plan_table
-from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder, write_atomic
+from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder
+from mgvideo.storage.files import write_atomic
 from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
 from mgvideo.tracking.report import Report, describe_hardware

@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from mgvideo.errors import UserError
 
+from .files import write_atomic
 from .paths import is_remote, read_bytes
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)\.pt")
@@ -40,26 +41,6 @@ def _to_cpu(item: Any) -> Any:
     if isinstance(item, list | tuple):
         return type(item)(_to_cpu(value) for value in item)
     return item
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file atomically: even after a power failure it exists complete or not at all. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; the previous file is intact") from error
 
 
 def _digest_file(path: Path) -> Path:
