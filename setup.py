@@ -29,6 +29,7 @@ setup(
         "torchvision>=0.26",
         "fvcore",
         "iopath",
+        "filelock>=4",
         "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",  # no other builds for Python 3.10
         "hydra-core>=1.3",
         "tensorboard",

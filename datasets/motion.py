@@ -8,7 +8,6 @@ the class.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import av
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from mgvideo.errors import UserError
@@ -103,8 +103,7 @@ def make_motion(
     if folder.is_dir():
         return folder
     Path(root).mkdir(parents=True, exist_ok=True)
-    with open(Path(root) / f".{knobs.name}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(Path(root) / f".{knobs.name}.lock"):
         if not folder.is_dir():
             part = folder.with_name(f".{knobs.name}.part")
             _build(part, knobs, processes, progress)
