@@ -27,7 +27,6 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
-        "fvcore",
         "iopath",
         "filelock>=4",
         "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",  # no other builds for Python 3.10
@@ -49,6 +48,7 @@ setup(
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"),
             *("boto3", "moto[s3]", "flask", "flask-cors"),  # an S3 server for the tests
+            "fvcore",  # what the tests compare FLOPs and precise BN with
         ],
     },
 )

@@ -43,7 +43,7 @@ from . import app, keys
 from .build import build_normalize, build_plan, loader_options
 from .schema import key
 
-PACKAGES = ("torchvision", "torchmetrics", "hydra-core", "omegaconf", "fvcore", "iopath", "av", "decord", "torchcodec")
+PACKAGES = ("torchvision", "torchmetrics", "hydra-core", "omegaconf", "iopath", "av", "decord", "torchcodec")
 NETWORKS = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")  # of configs/model
 MIN_OPEN_FILES = 4096  # loader workers, checkpoints and sockets may need as many; 1,024 is a common limit
 MIN_DISK_GIB = 10  # with less free space, checkpoints and decoded frames may not fit
