@@ -29,7 +29,9 @@ setup(
         "torchvision>=0.26",
         "iopath",
         "filelock>=4",
-        "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",  # no other builds for Python 3.10
+        # decord has no other wheels for Linux or current macOS. decord2 3.4 has, but torchcodec crashes on AV1 where it
+        # was loaded before: its libdav1d replaces that of FFmpeg. PyAV, the default decoder, has wheels for all.
+        "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "hydra-core>=1.3",
         "tensorboard",
         "av>=17",
