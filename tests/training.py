@@ -35,7 +35,7 @@ from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import Loader, LoaderOptions
 from mgvideo.loading.workers import start_fork_server
 from mgvideo.models.small import r2plus1d_small
-from mgvideo.plan.plan import Base, Grid, Plan
+from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import Schedule, make_plan
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 from mgvideo.tracking.run_logger import RunLogger
@@ -95,8 +95,7 @@ def tiny_trainer(
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, dtype)
     loader_options = LoaderOptions(num_workers=workers)
     train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loader_options) for split in ("train", "val"))
-    side = plan.base.crop_size
-    views = Views(Grid(plan.base.num_frames, side, (2, 2), (side, side)))
+    views = Views.of_size(plan.base.num_frames, 2, plan.base.crop_size)
     settings = {"micro_batch_clips": 1000, "log_every": 2, "precise_bn_clips": 0, **options}
     return Trainer(
         model,

@@ -41,7 +41,7 @@ from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch, Loader, LoaderOptions
 from mgvideo.loading.requests import ClipRequest, Sample
-from mgvideo.plan.plan import Grid, Plan, require
+from mgvideo.plan.plan import Plan, require
 from mgvideo.plan.shards import check_shards, shard_batch
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.run_logger import RunLogger
@@ -282,9 +282,7 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
     model, task, normalize = build_model(cfg, precision), TASKS[cfg.dataset.task](), build_normalize(cfg, precision)
     classes = cfg.dataset.num_classes
     base = plan.base
-    views = Views(
-        Grid(base.num_frames, base.crop_size, (base.frame_stride, base.frame_stride), (base.crop_size, base.crop_size))
-    )
+    views = Views.of_size(base.num_frames, base.frame_stride, base.crop_size)
     evaluator = Evaluator(blank_loader(2 * dist.get_world_size(), task, classes), task, classes, normalize, precision)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
