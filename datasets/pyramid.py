@@ -21,6 +21,7 @@ from typing import Any
 
 import av
 import numpy as np
+from rich.filesize import decimal
 
 from mgvideo.errors import UserError
 from mgvideo.storage.files import parse_json_lines, replace_when_complete
@@ -216,7 +217,7 @@ def _estimate_bytes(folder: Path, root: str, paths: Sequence[str], done: dict[st
     total, written = round(ratio * size), sum(row.level_bytes for row in rows)
     free = shutil.disk_usage(folder).free
     if total - written > free:
-        raise UserError(f"{folder}: the pyramid needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise UserError(f"{folder}: the pyramid needs {decimal(total)}, {decimal(free)} are free")
     return total
 
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -213,7 +214,7 @@ def print_summary(options: ExportKeys, trained: Trained, example: Tensor, size: 
     mean, std = list(cfg.normalize.mean), list(cfg.normalize.std)
     pixels = "uint8 RGB" if options.normalize else f"float32 RGB in 0–1, minus mean {mean}, divided by std {std}"
     scores = "softmax" if cfg.dataset.task == "single_label" else "sigmoid"
-    print(f"{options.out}: {size / 1e6:.1f} MB")
+    print(f"{options.out}: {decimal(size)}")
     print(f"  input clips [{', '.join(shape)}]: {pixels}; frames at stride {cfg.base.frame_stride}")
     print(f"  output logits [{shape[0]}, {trained.classes}], before the {scores}")
     if options.dynamic and not any_frames:

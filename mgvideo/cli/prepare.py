@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from mgvideo.datasets.check import (
@@ -234,7 +235,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
     )
 
     def estimate(level_bytes: int) -> None:
-        print(f"the levels of the remaining videos will take about {_size(level_bytes)}", flush=True)
+        print(f"the levels of the remaining videos will take about {decimal(level_bytes)}", flush=True)
 
     names = [relative(path, root) for path in paths]
     with ProgressLog("pyramid") as progress:
@@ -261,19 +262,14 @@ def _print_rows(rows: Sequence[ManifestRow], allowed: float) -> None:
     failed = [row for row in rows if row.failure]
     before, levels = sum(row.bytes for row in rows), sum(row.level_bytes for row in rows)
     print(
-        f"{len(rows) - len(failed)} videos: {_size(levels)} beside {_size(before)} of originals "
-        f"({levels / max(1, before):.2f} times), {_size(before + levels)} in all"
+        f"{len(rows) - len(failed)} videos: {decimal(levels)} beside {decimal(before)} of originals "
+        f"({levels / max(1, before):.2f} times), {decimal(before + levels)} in all"
     )
     if failed:
         print(f"{len(failed)} will be read from the original file, for example {failed[0].path}: {failed[0].failure}")
     if len(failed) > allowed * len(rows):
         print(f"error: that is more than dataset.max_bad_fraction={allowed}", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _size(count: int) -> str:
-    power = next((power for power in (4, 3, 2, 1) if count >= 1000**power), 0)
-    return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def write_lists(options: ListKeys, cfg: DictConfig) -> None:
@@ -329,7 +325,7 @@ def make_videos(options: MotionKeys, cfg: DictConfig) -> None:
     with ProgressLog("motion") as progress:
         folder = make_motion(cfg.dataset.root, instantiate(cfg.dataset.knobs), options.processes, progress)
     files = list(folder.rglob("*.mp4"))
-    print(f"{folder}: {len(files)} videos, {_size(sum(file.stat().st_size for file in files))}")
+    print(f"{folder}: {len(files)} videos, {decimal(sum(file.stat().st_size for file in files))}")
     lists = f"dataset=kinetics400 dataset.root={folder} dataset.num_classes={cfg.dataset.num_classes}"
     print(f"read it with {lists} dataset.train.flip=false")
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from mgvideo.distributed.signals import Stopped, handle_signals, raise_if_stopped
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import read_benchmark
-from mgvideo.plan.formatting import format_duration
+from mgvideo.plan.formatting import format_duration, shorten
 from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import render_page
@@ -198,8 +198,7 @@ class Reproduction:
                 launcher_overrides(job, self.options.launcher, self.queue)
             differences = [line for line in job.recipe_differences() if not line.startswith("test.")]
             if differences:
-                more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-                problem = f"{job.folder} holds a run of another recipe: {'; '.join(differences[:3])}{more}"
+                problem = f"{job.folder} holds a run of another recipe: {shorten(differences, 3, '; ')}"
                 raise UserError(f"{problem}. Give another out=FOLDER, or remove that folder")
 
     def _dependencies_first(self) -> list[Job]:
