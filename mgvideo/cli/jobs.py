@@ -22,8 +22,8 @@ from mgvideo.storage.files import parse_json_lines, write_atomic
 from mgvideo.tracking.run_logger import Eta
 
 from .help import group_options
-from .tables import TableEntry, merge_overrides, override_key
-from .values import quote
+from .tables import TableEntry, merge_overrides
+from .values import override_key, quote
 
 LOG_NAME = "run.log"  # file in a run's folder with its stdout and stderr
 LAUNCHER = "hydra.launcher"  # config node of the launcher's keys
