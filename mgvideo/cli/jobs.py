@@ -19,6 +19,7 @@ from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan, require
 from mgvideo.storage.checkpoints import Checkpoints, describe_differences
 from mgvideo.storage.files import parse_json_lines, write_atomic
+from mgvideo.storage.paths import explain_write_errors
 from mgvideo.tracking.run_logger import Eta
 
 from .help import group_options
@@ -70,11 +71,9 @@ class Job:
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
+        with explain_write_errors("out", self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "report.json").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into out={self.out}: {error.strerror}") from error
         write_atomic(self.folder / "cell.json", json.dumps(self.recipe, indent=1).encode())
 
     def initial_weights(self) -> list[str]:

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 from mgvideo.datasets.pyav import PyAV
 from mgvideo.errors import UserError
 from mgvideo.storage.files import replace_when_complete
+from mgvideo.storage.paths import explain_write_errors
 
 Frame = NDArray[np.uint8]  # RGB [h, w, 3]
 FrameFunction = Callable[[Frame, int], Frame]  # (frame, frame number) → the frame to write instead
@@ -164,9 +165,7 @@ def choose_output_paths(videos: dict[str, str], folder: Path) -> dict[str, Path]
         if overwrites:
             raise UserError(f"out={folder}: {target} is one of the videos; give another folder")
         targets[path] = target
-    try:
+    with explain_write_errors("out", folder):
         for parent in {target.parent for target in targets.values()}:
             parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write out={folder}: {error.strerror}") from error
     return targets

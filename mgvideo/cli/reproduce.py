@@ -22,6 +22,7 @@ from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
 from mgvideo.storage.files import write_atomic
+from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys, prices
 from .build import require_dataset_keys
@@ -185,10 +186,8 @@ class Reproduction:
         if not self.chosen:
             reasons = "; ".join(dict.fromkeys(e.skip_reason for e in self.entries if e.skip_reason))
             raise UserError(f"no cell of table {self.table.name} can run: {reasons}; give weights=FOLDER with it")
-        try:
+        with explain_write_errors("out", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into out={self.folder}: {error.strerror}") from error
         for entry in self.entries:
             if any(job.entry is entry for job in self.chosen):
                 require_dataset_keys(entry.config)
