@@ -57,7 +57,7 @@ LOADER_MEASUREMENT_S = 3.0
 class DoctorKeys:
     """Keys of this program, besides the keys of a run."""
 
-    format: str = key("table", "table or json")
+    format: str = key("table", "table or json", choices=("table", "json"))
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,6 @@ def main(arguments: Sequence[str]) -> None:
     own_overrides, run_overrides = keys.split(DoctorKeys, arguments)
     with app.exit_on_user_error():
         options = keys.read(DoctorKeys, own_overrides)
-        if options.format not in ("table", "json"):
-            raise UserError(f"format={options.format}: choose table or json")
     intro = "Check this machine before training. Exit code 1 if a check fails. Takes the keys of a run, and:"
     text = "\n".join([intro, "", *keys.describe(DoctorKeys)])
     app.main("run", text, partial(run, options), run_overrides, keys.names(DoctorKeys))

@@ -38,10 +38,12 @@ class ExportKeys:
         None, "a checkpoint, a run's folder (best checkpoint, else newest), or weights as in init_from"
     )
     out: str | None = key(None, "file to write: NAME.pt2 or NAME.onnx")
-    format: str | None = key(None, "torch (torch.export) or onnx; null: by the suffix of out")
-    frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run")
-    size: int | None = key(None, "height and width of a clip; null: base.crop_size")
-    batch: int = key(1, "clips in a batch")
+    format: str | None = key(
+        None, "torch (torch.export) or onnx; null: by the suffix of out", choices=tuple(SUFFIXES.values())
+    )
+    frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run", least=1)
+    size: int | None = key(None, "height and width of a clip; null: base.crop_size", least=1)
+    batch: int = key(1, "clips in a batch", least=1)
     dynamic: bool = key(
         False,
         "accept any batch, height and width, and any number of frames (not SlowFast); the values above are examples",
@@ -104,16 +106,12 @@ def read_keys(overrides: Sequence[str]) -> ExportKeys:
     if options.out is None:
         raise UserError("out is not set: add out=NAME.pt2 or out=NAME.onnx to the command")
     suffix_format = SUFFIXES.get(Path(options.out).suffix)
-    require(options.format in (None, *SUFFIXES.values()), f"format={options.format}: choose torch or onnx")
     require(suffix_format is not None, f"out={options.out}: name it NAME.pt2 (torch) or NAME.onnx")
     require(
         options.format in (None, suffix_format),
         f"out={options.out}: format={options.format} requires another suffix: .pt2 for torch, .onnx for onnx",
     )
     options.format = suffix_format
-    for name in ("frames", "size", "batch"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"{name}={value}: give a whole number from 1 up")
     missing = [name for name in ONNX_PACKAGES if options.format == "onnx" and find_spec(name) is None]
     require(not missing, f"format=onnx requires {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
     return options

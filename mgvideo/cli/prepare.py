@@ -53,16 +53,16 @@ SAMPLED_FILES = 32  # files whose median short side is taken for the whole datas
 class CheckKeys:
     """Keys of `prepare check`."""
 
-    split: str = key("both", "train, val or both")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     fully: bool = key(True, "decode every frame; false: only the first, middle and last")
     min_frames: int | None = key(
-        None, "videos with fewer frames are too short; null: what a clip of the base grid needs"
+        None, "videos with fewer frames are too short; null: what a clip of the base grid needs", least=1
     )
     max_broken: float | None = key(
         None, "exit with 1 if a larger share of files is missing or unreadable; null: dataset.max_bad_fraction"
     )
     out: str = key("check.csv", "file for the problems, one per line; OUT_classes.csv counts them by class")
-    processes: int | None = key(None, "files checked at a time; null: one per core")
+    processes: int | None = key(None, "files checked at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -70,8 +70,8 @@ class PyramidKeys:
     """Keys of `prepare pyramid`."""
 
     out: str | None = key(None, "folder to build in, for dataset.pyramid; a stopped build resumes")
-    split: str = key("both", "train, val or both")
-    processes: int | None = key(None, "files encoded at a time; null: one per core")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
+    processes: int | None = key(None, "files encoded at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -79,15 +79,15 @@ class ListKeys:
     """Keys of `prepare list`."""
 
     out: str | None = key(None, "folder for train.csv, val.csv (path label) and classes.txt")
-    split: str = key("both", "train, val or both")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
 
 
 @dataclass
 class MotionKeys:
     """Keys of `prepare motion`."""
 
-    like: str = key("motion", "motion, or kinetics: " + " ".join(KINETICS))
-    processes: int | None = key(None, "files made at a time; null: one per core")
+    like: str = key("motion", "motion, or kinetics: " + " ".join(KINETICS), choices=("motion", "kinetics"))
+    processes: int | None = key(None, "files made at a time; null: one per core", least=1)
 
 
 class Command(NamedTuple):
@@ -130,16 +130,10 @@ def _usage() -> str:
 def read_keys(kind: type, overrides: Sequence[str]) -> Any:
     """Read and check the keys of a sub-command. Raises UserError for an invalid value."""
     options: Any = keys.read(kind, overrides)
-    split, processes = getattr(options, "split", "both"), getattr(options, "processes", None)
-    require(split in SPLITS, f"split={split}: choose one of {', '.join(SPLITS)}")
-    require(processes is None or processes >= 1, f"processes={processes}: give a whole number from 1 up")
     require(getattr(options, "out", "") is not None, "out is not set: add out=FOLDER to the command")
-    if isinstance(options, MotionKeys):
-        require(options.like in ("motion", "kinetics"), f"like={options.like}: choose motion or kinetics")
     if isinstance(options, CheckKeys):
-        share, min_frames = options.max_broken, options.min_frames
+        share = options.max_broken
         require(share is None or 0 <= share <= 1, f"max_broken={share}: give a share from 0 to 1")
-        require(min_frames is None or min_frames >= 1, f"min_frames={min_frames}: give a whole number from 1 up")
     return options
 
 

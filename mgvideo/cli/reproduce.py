@@ -54,12 +54,12 @@ class ReproduceKeys:
     out: str | None = key(
         None, "folder of runs and reports, shared by the tables of a preset; null: runs/tables/PRESET"
     )
-    processes: int | None = key(None, "processes of a run, one per GPU; null: those of the preset")
+    processes: int | None = key(None, "processes of a run, one per GPU; null: those of the preset", least=1)
     launcher: str | None = key(
         None, "a Hydra launcher, such as slurm: runs all cells at once, the seeds of a cell as one sweep"
     )
     weights: str | None = key(None, "folder of released weights, with the file names that the table lists")
-    gpus: int = key(8, "with benchmark: number of GPUs to predict times for")
+    gpus: int = key(8, "with benchmark: number of GPUs to predict times for", least=1)
     cells: list[str] | None = key(None, "cells to run, such as [baseline,multigrid]; null: all")
     benchmark: str | None = key(None, "JSON of measured step times, as for mgvideo plan: adds times to --list")
 
@@ -74,7 +74,6 @@ def main(arguments: Sequence[str]) -> None:
             ReproduceKeys, [argument for argument in arguments if argument != "--list"]
         )
         options, run_overrides = keys.read(ReproduceKeys, own_overrides), app.quote_texts("run", run_overrides)
-        require(options.processes is None or options.processes >= 1, f"processes={options.processes}: give 1 or more")
         require(
             options.seeds is None or len(set(options.seeds)) == len(options.seeds) > 0, "seeds: give different numbers"
         )

@@ -49,7 +49,7 @@ class Keys:
     """Keys of this program, besides the keys of a run."""
 
     sections: list[str] = key([], "sections: doctor, steps, train, grids, layers, compile, multigrid; empty: all")
-    minutes: float = key(9.0, "minutes for all sections together")
+    minutes: float = key(9.0, "minutes for all sections together", above=0)
     out: str = key("gpu_check", "folder for results: a JSON or text file per section, and log.txt")
 
 
@@ -65,9 +65,7 @@ def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     from mgvideo.cli import keys
 
-    options = keys.read(Keys, overrides)
-    require(options.minutes > 0, f"minutes={options.minutes}: give a number above 0")
-    return options
+    return keys.read(Keys, overrides)
 
 
 def run(options: Keys, cfg: DictConfig) -> None:
