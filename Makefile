@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 TABLES ?= schedules tradeoff generality ablations
 
-.PHONY: train test test-all test-gpu reproduce bench lint format clean
+.PHONY: train test test-all test-gpu reproduce bench docs lint format clean
 .DEFAULT_GOAL := train
 
 train: $(READY)  ## train the default run: Motion, small SlowFast, long + short multigrid
@@ -27,6 +27,9 @@ reproduce: $(READY)  ## run the paper's tables on Motion: hours on 2 cores; TABL
 bench: $(READY)  ## time a step at each grid of the default plan, then the trainer: minutes on an otherwise idle machine
 	$(BIN)/python tools/benchmark.py step
 	$(BIN)/python tools/benchmark.py train
+
+docs: $(READY)  ## write docs/configuration.md from the schema and the YAML files of the config groups
+	$(BIN)/python -m mgvideo.cli.configuration_page
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -226,7 +226,7 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
             simple = not left_out and closed == keyframes
             table = _table_by_time(parser, pts, seeks, shown, discarded, simple)
         elif not discarded:
-            table = _table_by_number(parser, pts if timed else dts, dts, shown)
+            table = _table_in_decoding_order(parser, pts if timed else dts, dts, shown)
     if table is None:
         no_times = container.format.name in NO_DISPLAY_TIME_FORMATS
         table = _count_frames(path, local, stream.index, sorted(set(dts) - {None}) if no_times else None)
@@ -270,10 +270,13 @@ def _table_by_time(
     return FrameTable(ticks, ticks, tuple(starts), by_time=True, simple=simple)
 
 
-def _table_by_number(
+def _table_in_decoding_order(
     parser: PacketParser, pts: Sequence[Any], dts: Sequence[Any], shown: Sequence[int]
 ) -> FrameTable | None:
-    """Build the table of a stream without correct display times, in decoding order; returns None if that is wrong."""
+    """Build the table of a stream without correct display times, whose frames are numbered in decoding order.
+
+    Returns None if decoding order need not be display order.
+    """
     stamps, times = [dts[i] for i in shown], [pts[i] for i in shown]
     if None in stamps or parser.starts[0] == OPEN_START or any(b <= a for a, b in pairwise(stamps)):
         return None

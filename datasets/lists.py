@@ -24,15 +24,20 @@ from .video import VideoDataset, VideoEntry
 COLUMNS = ("path", "label")  # required columns of a list with a header
 _SEPARATOR = r"[\s,;|]+"
 _LABEL = re.compile(r"(\d{1,9})(?:\.0*)?")  # pandas writes whole numbers as 3.0 where a column has gaps
+# "a b.mp4" 0, where "" inside the quotes is a quote → path, separator, labels
 _QUOTED = re.compile(rf'"((?:[^"]|"")+)"(?:({_SEPARATOR})(.*))?')
 _QUOTE_CHARACTERS = "\"'`“”„‘’‚«»"
+# 'a b.mp4' 0 or „a b.mp4“ 0 → path with its quotes, separator, labels
 _QUOTED_BY_OTHER_MARKS = re.compile(
     rf"([^\w\s][^{_QUOTE_CHARACTERS}]+[{_QUOTE_CHARACTERS}])({_SEPARATOR})([{_QUOTE_CHARACTERS}]?\d.*)"
 )
+# a b.mp4 0 → path up to the last video extension, separator, labels
 _SUFFIXED = re.compile(
     rf"(.*\.(?:{'|'.join(re.escape(suffix[1:]) for suffix in VIDEO_SUFFIXES)}))({_SEPARATOR})([^/\\]*)", re.IGNORECASE
 )
+# a/b 0, or a/b ; 0 (groups 4 to 6), without a video extension → path, last separator, label
 _LAST_SEPARATOR = re.compile(r"(.*[^\s,|])([\s,|]+)(\S+)|(.*[^\s;])(\s*;\s*)(\S+)")
+# a path that may be spelled differently on disk: with \, %20, ~ or C:
 _UNUSUAL_PATH = re.compile(r"\\|%[0-9A-Fa-f]{2}|^~|^[A-Za-z]:")
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 

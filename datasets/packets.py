@@ -70,7 +70,7 @@ class MicrosoftParser(PacketParser):
 
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
-        if memoryview(packet)[0] >> 6 == INTRA:
+        if memoryview(packet)[0] >> 6 == INTRA:  # the first two bits are the type of the picture
             self.starts[number] = CLOSED_START
 
 
@@ -80,6 +80,7 @@ class Mpeg2Parser(PacketParser):
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
         data = bytes(packet)
+        # A picture header is the start code 00 00 01 00, a 10-bit number in display order, and a 3-bit type.
         kind = data[data.index(b"\0\0\1\0") + 5] >> 3 & 7
         self.reorders = self.reorders or kind == MPEG_BIDIRECTIONAL
         if kind == MPEG_INTRA:
@@ -98,6 +99,7 @@ class Mpeg4Parser(PacketParser):
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
         data = bytes(packet)
+        # The start code of a picture is 00 00 01 B6; the two bits after it are the type.
         types = [data[match.end()] >> 6 for match in re.finditer(rb"\x00\x00\x01\xb6(?=.)", data, re.DOTALL)]
         moved, small = self.moved, len(data) <= MAX_PLACEHOLDER_BYTES
         if moved is None:
@@ -126,6 +128,8 @@ class H264Parser(PacketParser):
     def __init__(self, extradata: bytes | None) -> None:
         super().__init__()
         extradata = extradata or b""
+        # In MP4 and Matroska the extradata starts with a byte 1. Byte 4 then holds the size of the length before each
+        # unit, byte 5 the number of parameter sets, which follow. Elsewhere, units follow start codes.
         self.prefix = (extradata[4] & 3) + 1 if extradata[:1] == b"\1" else 0
         units = islice(_units(extradata[6:], 2), extradata[5] & 31) if self.prefix else _units(extradata, 0)
         self._read_parameters(next((unit for unit in units if unit[0] & 31 == H264_PARAMETERS), None))
@@ -133,7 +137,7 @@ class H264Parser(PacketParser):
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
         for unit in _units(memoryview(packet), self.prefix):
-            kind = unit[0] & 31
+            kind = unit[0] & 31  # the lower 5 bits of a unit's first byte are its type
             if kind == H264_PARAMETERS:
                 self._read_parameters(bytes(unit))
             elif kind == H264_MESSAGE and _recovers_at_once(bytes(unit)):
@@ -166,7 +170,7 @@ class SliceFormat:
                     if bits.read(1):
                         _skip_scaling_list(bits, 16 if number < 6 else 64)
         self.frame_number_bits = bits.exp_golomb() + 4
-        order = bits.exp_golomb()
+        order = bits.exp_golomb()  # how the display order is coded; the fields that follow depend on it
         if order == 0:
             bits.exp_golomb()
         elif order == 1:
@@ -174,7 +178,7 @@ class SliceFormat:
             for _ in range(bits.exp_golomb()):
                 bits.exp_golomb()
         bits.exp_golomb(), bits.read(1), bits.exp_golomb(), bits.exp_golomb()  # references, gaps, width, height
-        self.may_be_field = not bits.read(1)
+        self.may_be_field = not bits.read(1)  # the flag says that all pictures are whole frames
 
     def is_field(self, unit: bytes) -> bool:
         """Return whether a slice, whose first bytes are `unit`, belongs to a field, i.e. half a frame (7.3.3)."""
@@ -201,11 +205,12 @@ def _skip_scaling_list(bits: Bits, size: int) -> None:
 
 
 def _recovers_at_once(unit: bytes) -> bool:
-    """Return whether a unit of messages has a recovery point with 0 frames to recovery (D.2.8).
+    """Return whether a unit of messages says that decoding can start here: a recovery point of 0 frames (D.2.8).
 
-    An I-frame alone does not guarantee that the following frames are decoded correctly.
+    Without it, frames after an I-frame may depend on frames before it.
     """
     unit, position = unit.replace(b"\0\0\3", b"\0\0"), 1
+    # A message is a type, a size and its content. Type and size are sums of bytes; all bytes but the last are 255.
     while position + 2 < len(unit):
         kind, size = 0, 0
         while unit[position] == 255:
@@ -228,10 +233,12 @@ class HevcParser(PacketParser):
 
     def __init__(self, extradata: bytes | None) -> None:
         super().__init__()
+        # As in H.264, but byte 21 holds the size of the length before each unit.
         self.prefix = (extradata[21] & 3) + 1 if extradata and extradata[0] == 1 else 0
 
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
+        # Bits 1 to 6 of a unit's first byte are its type.
         kinds = (unit[0] >> 1 & 63 for unit in _units(memoryview(packet), self.prefix))
         kind = next(kind for kind in kinds if kind in HEVC_PICTURE)
         if kind in HEVC_RANDOM_ACCESS:
@@ -245,7 +252,7 @@ class Vp8Parser(PacketParser):
 
     def add(self, number: int, packet: Any) -> None:
         """See `PacketParser.add`."""
-        first = memoryview(packet)[0]
+        first = memoryview(packet)[0]  # bit 4: the frame is shown; bit 0: the frame depends on others
         if not first >> 4 & 1:
             self.hidden.add(number)
         if not first & 1:
@@ -260,14 +267,14 @@ class Vp9Parser(PacketParser):
         frames = [Bits(frame) for frame in _vp9_frames(bytes(packet))]
         shown, keyframe = 0, False
         for position, bits in enumerate(frames):
-            bits.read(2)
-            profile = bits.read(1) + 2 * bits.read(1)
-            bits.read(profile == 3)
+            bits.read(2)  # marker of a frame
+            profile = bits.read(1) + 2 * bits.read(1)  # the lower bit is stored first
+            bits.read(profile == 3)  # a reserved bit, only in this profile
             if bits.read(1):  # shows a frame that was decoded before
                 shown += 1
             else:
-                keyframe |= not bits.read(1) and position == 0
-                shown += bits.read(1)
+                keyframe |= not bits.read(1) and position == 0  # 0: keyframe
+                shown += bits.read(1)  # 1: shown
         self.one_to_one &= shown < 2
         if not shown:
             self.hidden.add(number)
@@ -277,6 +284,8 @@ class Vp9Parser(PacketParser):
 
 def _vp9_frames(data: bytes) -> list[bytes]:
     """Return the first two bytes of each frame in a packet."""
+    # A packet of several frames ends with an index: marker, sizes of the frames, marker. The bits of the marker are
+    # 110, the number of bytes of a size minus 1 (2 bits), the number of frames minus 1 (3 bits).
     marker = data[-1]
     count, width = (marker & 7) + 1, (marker >> 3 & 3) + 1
     index = data[-2 - count * width :]
@@ -309,6 +318,8 @@ def _av1_frames(data: bytes) -> Iterator[Bits]:
     """Yield the first bits of each frame header in a packet."""
     position = 0
     while position < len(data):
+        # First byte of a unit: bits 3 to 6 are its type, bit 2 says that another header byte follows, bit 1 that a size
+        # follows. The size has 7 bits in each byte, the lowest first; the highest bit says that another byte follows.
         first = data[position]
         position += 2 if first & 4 else 1
         size, shift = len(data) - position, 0
@@ -328,6 +339,7 @@ class Bits:
     """Reads bits from the front of `data`. Raises ValueError after the last bit."""
 
     def __init__(self, data: bytes) -> None:
+        # Encoders insert a byte 3 after two zero bytes, so that no start code occurs inside a unit.
         data = data.replace(b"\0\0\3", b"\0\0")
         self.value, self.left = int.from_bytes(data, "big"), 8 * len(data)
 
@@ -339,7 +351,7 @@ class Bits:
         return self.value >> self.left & (1 << count) - 1
 
     def exp_golomb(self) -> int:
-        """Return the next number, in the Exp-Golomb code of H.264."""
+        """Return the next number n in the Exp-Golomb code of H.264: k zero bits, then the k + 1 bits of n + 1."""
         zeros = self.left - (self.value & (1 << self.left) - 1).bit_length()
         return self.read(2 * zeros + 1) - 1
 

@@ -16,7 +16,7 @@ from mgvideo.loading.requests import ClipRequest
 
 from .videofile import Box
 
-# Annotations and files round times: a span that starts less than this before a frame starts with that frame.
+# Times in annotations and files are rounded. If a span starts less than this before a frame, it starts with that frame.
 ROUNDING_TOLERANCE_S = 0.0015
 
 

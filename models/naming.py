@@ -78,7 +78,7 @@ def pytorchvideo_rules(model: nn.Module) -> Rules:
             rules.append((rf"^{name}\.{part}\.block(\d+)\.", rf"blocks.{i}{branches[name]}.res_blocks.\1."))
             rules.append((rf"^{name}\.{part}\.", rf"blocks.{i}{branches[name]}."))
             parts = i + 1
-    head = parts if len(pathways) == 1 else parts + 1  # with two pathways, the pooling is a separate part
+    head = parts if len(pathways) == 1 else parts + 1  # PyTorchVideo numbers SlowFast's pooling separately
     return [
         *rules,
         (r"^fusions\.(\d)\.conv", r"blocks.\1.multipathway_fusion.conv_fast_to_slow"),

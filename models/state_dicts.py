@@ -198,7 +198,7 @@ def _fill(copy: WeightsCopy, model: nn.Module, checkpoint_tensors: Mapping[str, 
 
 
 def _fill_head(copy: WeightsCopy, model: nn.Module, checkpoint_tensors: Mapping[str, Tensor]) -> set[str]:
-    """Add the head to a copy, also from outside its prefix, and set `num_classes`, `head_note` and `keeps_own_head`.
+    """Find the head of a copy of the weights, which may lie outside its prefix, and set the fields about the head.
 
     Returns:
         The names of the network's head tensors if the network keeps its own head, else an empty set.

@@ -29,6 +29,7 @@ from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.optimizers import sgd
 from mgvideo.engine.precision import Normalize, choose_precision
 from mgvideo.engine.tasks import SingleLabel
+from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.layers.dropout import convert_clip_dropout
@@ -96,16 +97,24 @@ def tiny_trainer(
     loader_options = LoaderOptions(num_workers=workers)
     train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loader_options) for split in ("train", "val"))
     views = Views.of_size(plan.base.num_frames, 2, plan.base.crop_size)
-    settings = {"micro_batch_clips": 1000, "log_every": 2, "precise_bn_clips": 0, **options}
+    step_options: dict[str, Any] = {"micro_batch_clips": 1000}
+    step_options |= {
+        key: options.pop(key) for key in ("micro_batch_clips", "compile", "hang_timeout") if key in options
+    }
+    settings = {"log_every": 2, "precise_bn_clips": 0, **options}
+    optimizer = sgd(model, plan.base.lr)
     return Trainer(
-        model,
-        plan,
-        SingleLabel(),
-        sgd(model, plan.base.lr),
+        TrainStep(
+            model,
+            plan,
+            SingleLabel(),
+            optimizer,
+            seed=seed,
+            normalize=normalize,
+            precision=precision,
+            **step_options,
+        ),
         train,
-        seed=seed,
-        normalize=normalize,
-        precision=precision,
         options=TrainOptions(**settings),  # type: ignore[arg-type]
         logger=RunLogger(folder, plan, active=rank() == 0),
         checkpoints=Checkpoints(folder / "checkpoints"),

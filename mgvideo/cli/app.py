@@ -53,7 +53,8 @@ def main(
     register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # full tracebacks for bugs; user errors become one line below
     if {"-h", "--help"} & set(arguments):
-        print(help_text(config_name, description))
+        with exit_on_user_error():
+            print(help_text(description, _config_for_help(config_name, arguments, more_keys)))
         return
     with exit_on_user_error():
         flags, overrides, parsed = _flags_and_overrides(config_name, arguments)
@@ -76,6 +77,13 @@ def main(
     sys.argv = [sys.argv[0], *flags, *overrides]
     with exit_on_user_error():
         hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(run_task)()
+
+
+def _config_for_help(config_name: str, arguments: Sequence[str], more_keys: Sequence[str]) -> DictConfig:
+    """Compose the config whose keys `--help` lists, with Hydra's own keys; for a sweep, that of the defaults."""
+    _, overrides, parsed = _flags_and_overrides(config_name, arguments)
+    chosen = [] if parsed.multirun else quote_texts(config_name, overrides)
+    return check(config_name, chosen, more_keys, with_hydra=True)
 
 
 def _flags_and_overrides(config_name: str, arguments: Sequence[str]) -> tuple[list[str], list[str], Namespace]:

@@ -314,7 +314,7 @@ def _model(name: str) -> nn.Module:
 def check_networks(machine: Machine) -> Iterator[CheckResult]:
     """Check that loss and weights stay finite in training steps of a small network of each family."""
     for name in NETWORKS:
-        step = _Step(machine, name)
+        step = _SmallTraining(machine, name)
         finite = step(4, 8, 64)
         text = f"a training step of 4 clips of 8×64²: {1e3 * step.seconds:.0f} ms"
         if finite:
@@ -323,7 +323,7 @@ def check_networks(machine: Machine) -> Iterator[CheckResult]:
             yield CheckResult(name, "failure", "loss or weights are not finite", "try precision=fp32")
 
 
-class _Step:
+class _SmallTraining:
     """Training steps of a small network, without the trainer. `seconds` is the time of the last step."""
 
     def __init__(self, machine: Machine, name: str) -> None:
@@ -357,7 +357,7 @@ class _Step:
 def check_loader_speed(machine: Machine) -> Iterator[CheckResult]:
     """Compare clips per second of the loader, on a small real dataset, and of the training step, on the base grid."""
     base, batch = machine.plan.base, machine.plan.base.batch_size
-    step = _Step(machine, "slowfast_small")
+    step = _SmallTraining(machine, "slowfast_small")
     step(batch, base.num_frames, base.crop_size)
     trained, loaded = batch / step.seconds, _loader_rate(machine)
     slow = loaded < trained

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mgvideo.errors import UserError
 from mgvideo.storage.paths import require_local_path
 
+from .help import in_brackets
 from .schema import check_value
 from .values import declares_text, read_dotlist
 
@@ -57,10 +58,5 @@ def describe(keys_class: type) -> list[str]:
     defaults = keys_class()
     width = max(10, *(len(f.name) for f in fields(keys_class)))
     return [
-        f"  {f.name:<{width}} {f.metadata['help']} [{_format_default(getattr(defaults, f.name))}]"
-        for f in fields(keys_class)
+        f"  {f.name:<{width}} {f.metadata['help']} {in_brackets(getattr(defaults, f.name))}" for f in fields(keys_class)
     ]
-
-
-def _format_default(default: object) -> str:
-    return "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)

@@ -21,12 +21,13 @@ from torch import nn
 from mgvideo.distributed.collectives import rank, world_size
 from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
-from mgvideo.distributed.watchdog import LEAVING, position, report_position
+from mgvideo.distributed.watchdog import LEAVING, Position
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
 from mgvideo.engine.precision import Precision, choose_precision
 from mgvideo.engine.tasks import SingleLabel
+from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Loader, explain_dead_worker
@@ -75,7 +76,8 @@ def run(cfg: DictConfig) -> None:
     """Train and test as a composed config says. Every rank calls this."""
     check_values(cfg)
     check_groups(cfg)
-    with handle_signals(), process_group() as device:
+    position = Position()
+    with handle_signals(), process_group(position) as device:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -89,7 +91,7 @@ def run(cfg: DictConfig) -> None:
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
         checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
-        with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints):
+        with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, load_init_from=path is None)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
@@ -108,7 +110,7 @@ def run(cfg: DictConfig) -> None:
                 for warning in [*filter(None, [precision.warning]), *faults, *warnings, *differences]:
                     logger.print_line(f"warning: {warning}")
                 print_summary(cfg, logger, plan, precision, data)
-                trainer = build_trainer(cfg, model, plan, data, precision, logger, checkpoints, state)
+                trainer = build_trainer(cfg, model, plan, data, precision, logger, checkpoints, position, state)
                 if state:
                     trainer.load(state)
                     logger.print_line(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
@@ -147,20 +149,20 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explain_errors(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
+def explain_errors(cfg: DictConfig, checkpoints: Checkpoints, position: Position) -> Iterator[None]:
     """Print a line if a signal stops the run; raise UserError for a non-finite loss, disk, memory and workers.
 
     The message for a non-finite loss includes the command that continues with half the learning rate.
     """
     try:
-        with _explain_torch_errors():
+        with _explain_torch_errors(position):
             yield
     except NonFiniteError as error:
         raise UserError(
             f"{error}. To continue with half the learning rate: {lower_lr_command(cfg, checkpoints)}"
         ) from error
     except Stopped as stop:
-        report_position(LEAVING)
+        position.report(LEAVING)
         checkpoints.wait()
         if rank() == 0:
             step = max(checkpoints.steps(), default=0)
@@ -176,24 +178,24 @@ def explain_errors(cfg: DictConfig, checkpoints: Checkpoints) -> Iterator[None]:
 
 
 @contextmanager
-def _explain_torch_errors() -> Iterator[None]:
+def _explain_torch_errors(position: Position) -> Iterator[None]:
     """Raise a clearer error in place of torch's for a dead worker, memory, or a non-deterministic operation."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch's signal handler raises it for a dead worker
         clear_error = explain_dead_worker(error)
         if clear_error is error:
-            clear_error = _explain_torch_error(error)
+            clear_error = _explain_torch_error(error, position)
         if clear_error is error:
             raise
         raise clear_error from error
 
 
-def _explain_torch_error(error: Exception) -> Exception:
-    """Return a UserError for an error of torch that a config key avoids, otherwise the error itself."""
+def _explain_torch_error(error: Exception, position: Position) -> Exception:
+    """Return a UserError that names the config key to change, or the error itself if no key avoids it."""
     if is_out_of_memory(error):
         return UserError(
-            f"out of memory {position()}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
+            f"out of memory {position}: lower train.micro_batch_clips, or choose a smaller model or base.crop_size"
         )
     text = str(error).splitlines()[0] if str(error) else ""
     if "use_deterministic_algorithms" in text:
@@ -231,9 +233,10 @@ def build_trainer(
     precision: Precision,
     logger: RunLogger,
     checkpoints: Checkpoints,
+    position: Position,
     state: dict[str, Any] | None = None,
 ) -> Trainer:
-    """Build the trainer with its loaders, optimizer and validation."""
+    """Build the trainer with its training step, loaders and validation."""
     options = loader_options(cfg)
     for warning in check_shared_memory(cfg, plan, options):
         logger.print_line(f"warning: {warning}")
@@ -255,25 +258,29 @@ def build_trainer(
     evaluator = Evaluator(
         Loader(data.val, options, pin), data.task, data.classes, normalize, precision, cfg.test.batch_size
     )
-    return Trainer(
+    train_step = TrainStep(
         model,
         plan,
         data.task,
         instantiate(cfg.optimizer, model, lr=base.lr),
-        loader,
         seed=cfg.seed,
         normalize=normalize,
         precision=precision,
+        micro_batch_clips=max_clips,
+        compile=cfg.compile,
+        position=position,
+        hang_timeout=cfg.hang_timeout,
+    )
+    return Trainer(
+        train_step,
+        loader,
         options=TrainOptions(
-            micro_batch_clips=max_clips,
             log_every=cfg.train.log_every,
             evals_per_phase=cfg.train.evals_per_phase,
             precise_bn_clips=cfg.train.precise_bn_clips,
             checkpoint_every=cfg.checkpoint.every_steps,
             checkpoint_minutes=cfg.checkpoint.every_minutes,
             max_bad_fraction=cfg.dataset.max_bad_fraction,
-            hang_timeout=cfg.hang_timeout,
-            compile=cfg.compile,
             profile=cfg.train.profile,
         ),
         logger=logger,
@@ -289,7 +296,9 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
     base, options = trainer.plan.base, cfg.test
     views = Views.of_size(base.num_frames, base.frame_stride, options.crop_size, options.num_clips, options.num_crops)
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin_memory)
-    evaluator = Evaluator(loader, data.task, data.classes, trainer.normalize, trainer.precision, cfg.test.batch_size)
+    evaluator = Evaluator(
+        loader, data.task, data.classes, trainer.train_step.normalize, trainer.train_step.precision, cfg.test.batch_size
+    )
     started = time.perf_counter()
     logger.print_line(f"testing {len(data.val)} videos, {views.num_clips} clips × {views.num_crops} crops")
     report_progress = trainer.progress_callback("testing", -1)
@@ -299,7 +308,7 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
         logger.show_test_progress(done, total)
 
     result = evaluator(trainer.model, views, on_progress)
-    report_position("after the test")
+    trainer.train_step.position.report("after the test")
     logger.stop_progress()
     metrics = data.task.metrics(result.scores, result.labels)
     if rank() != 0:

@@ -1,13 +1,9 @@
-"""Collective operations. Each also works in a single process that has joined no process group.
-
-`bn_process_group` caches the process groups that it creates for the whole process.
-"""
+"""Collective operations. Each also works in a single process that has joined no process group."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
 import torch
@@ -87,10 +83,20 @@ def rank_memory() -> int:
     return memory_share(resources, gather_objects(resources))
 
 
-@cache
-def bn_process_group(size: int) -> Any:
-    """Return this rank's ProcessGroup of `size` consecutive ranks, None for size 1. All ranks call this together."""
-    if size == 1:
-        return None
-    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
-    return groups[rank() // size]
+class Subgroups:
+    """Process groups of consecutive ranks, each created when it is first needed. All ranks use it together."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, dist.ProcessGroup] = {}
+
+    def of_size(self, size: int) -> dist.ProcessGroup | None:
+        """Return the group of `size` ranks that this rank belongs to, None for size 1.
+
+        Raises:
+            ValueError: the number of ranks is not a multiple of `size`.
+        """
+        if size == 1:
+            return None
+        if size not in self._groups:
+            self._groups[size], _ = dist.new_subgroups(size)
+        return self._groups[size]

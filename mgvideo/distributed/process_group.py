@@ -22,7 +22,7 @@ from mgvideo.errors import UserError
 from .collectives import rank_cpus
 from .launch import choose_gpu, launched_number, ranks_from_slurm, visible_gpus
 from .signals import Stopped, defer_signals, raise_on_signal, requeue
-from .watchdog import LEAVING, Watchdog, report_position
+from .watchdog import LEAVING, Position, Watchdog
 
 LEAVE_TIMEOUT_S = 15.0  # for which a rank that leaves waits for others, which may hang
 
@@ -33,12 +33,13 @@ def local_rank() -> int:
 
 
 @contextmanager
-def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
+def process_group(position: Position | None = None, timeout_s: float = 600.0) -> Iterator[torch.device]:
     """Yield the device of this process, inside a process group if a launcher (torchrun or srun) started several.
 
     Inside, a signal raises Stopped. If that ends the block, the SLURM job is requeued.
 
     Args:
+        position: the block reports to it what this rank does, for the watchdog and its messages.
         timeout_s: seconds for the ranks to meet, and torch's timeout of each collective operation.
 
     Raises:
@@ -46,7 +47,8 @@ def process_group(timeout_s: float = 600.0) -> Iterator[torch.device]:
     """
     ranks_from_slurm()
     single = launched_number("WORLD_SIZE", "1") == 1
-    with _single_process() if single else _multi_process(timedelta(seconds=timeout_s)) as device:
+    timeout = timedelta(seconds=timeout_s)
+    with _single_process() if single else _multi_process(position or Position(), timeout) as device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         limit_threads(rank_cpus())
@@ -64,7 +66,7 @@ def _single_process() -> Iterator[torch.device]:
 
 
 @contextmanager
-def _multi_process(timeout: timedelta) -> Iterator[torch.device]:
+def _multi_process(position: Position, timeout: timedelta) -> Iterator[torch.device]:
     """Join the ranks and run a watchdog; inside, a signal that arrives before `raise_on_signal` is deferred.
 
     Raises:
@@ -72,7 +74,7 @@ def _multi_process(timeout: timedelta) -> Iterator[torch.device]:
     """
     store, number, size = _rendezvous(timeout)
     store = dist.PrefixStore(_fresh_store_prefix(store, number, size, timeout), store)
-    watchdog = Watchdog(store.clone(), number, size)
+    watchdog = Watchdog(store.clone(), number, size, position)
     watchdog.start()
     failed = True
     try:
@@ -163,7 +165,7 @@ def _leave(stop: Stopped, watchdog: Watchdog, store: dist.Store) -> None:
 
     Rank 0 requeues, and not after a failure.
     """
-    report_position(LEAVING)
+    watchdog.position.report(LEAVING)
     if watchdog.rank == 0:
         _meet(store, "stopped", watchdog)
         if watchdog.failure is None:

@@ -3,8 +3,6 @@
 Once a second every rank's watchdog writes a heartbeat to the rendezvous store, with the position of its main thread.
 It then checks the store for a failure, and checks the heartbeat of the next rank. So all ranks notice a dead rank on
 any backend, long before a collective operation times out.
-
-The position of the main thread is process-wide state, held by the module variable `_position`.
 """
 
 from __future__ import annotations
@@ -49,42 +47,43 @@ class RankError(Exception):
 
 
 @dataclass
-class _Position:
+class _Report:
     where: str = "before the first step"
     order: tuple[int, ...] = (-1,)  # (step, part of the step, …)
     limit: float | None = None  # heartbeats (about seconds) that the main thread may stay here; None: no limit
     heartbeats: int = 0  # since the main thread reported this position
 
 
-_position = _Position()
+class Position:
+    """The position of the main thread in the run. The main thread reports it, and the watchdog thread reads it."""
 
+    def __init__(self) -> None:
+        self.last_report = _Report()
 
-def report_position(where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -> None:
-    """Set the position of the main thread.
+    def report(self, where: str, order: tuple[int, ...] = (-1,), limit: float | None = None) -> None:
+        """Set the position.
 
-    Args:
-        where: the position in words, for error messages.
-        order: (step, part of the step, …); the ranks with the smallest order hold up the others.
-        limit: seconds in which the main thread should report another position; None for no limit.
-    """
-    global _position
-    _position = _Position(where, order, limit)
+        Args:
+            where: the position in words, for error messages.
+            order: (step, part of the step, …); the ranks with the smallest order hold up the others.
+            limit: seconds in which the main thread should report another position; None for no limit.
+        """
+        self.last_report = _Report(where, order, limit)
 
-
-def position() -> str:
-    """Return the position of the main thread, in the words given to `report_position`."""
-    return _position.where
+    def __str__(self) -> str:
+        return self.last_report.where
 
 
 class Watchdog(threading.Thread):
-    """The watchdog thread of this rank.
+    """The watchdog thread of this rank, whose main thread reports to `position`.
 
     `store` is a client of the rendezvous store for this thread alone: the main thread may block in its own client.
     `failure` is the first failure of the run, None before there is one.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, position: Position) -> None:
         super().__init__(name="watchdog", daemon=True)
+        self.position = position
         self.store = dist.PrefixStore("watchdog", store)
         self.rank, self.size = rank, size
         self.failure: RankFailure | None = None
@@ -116,7 +115,7 @@ class Watchdog(threading.Thread):
 
     def _check_heartbeats(self) -> None:
         """Write this rank's heartbeat, then check for a posted failure, for a dead next rank and for a hanging rank."""
-        current = _position
+        current = self.position.last_report
         current.heartbeats += 1
         self._heartbeats += 1
         heartbeat = [self._heartbeats, current.where, current.order, current.limit, current.heartbeats]
@@ -180,7 +179,7 @@ class Watchdog(threading.Thread):
         first = self.failure
         if first is None:
             with suppress(RuntimeError):
-                first = self.post(RankFailure(self.rank, _position.where, f"{_kind(error)}{_first_line(error)}"))
+                first = self.post(RankFailure(self.rank, str(self.position), f"{_kind(error)}{_first_line(error)}"))
         if first is None or first.rank == self.rank:
             return error
         return RankError(str(first))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mgvideo.distributed.collectives import all_reduce, bn_process_group, gather_objects, rank, world_size
+from mgvideo.distributed.collectives import all_reduce, gather_objects, rank, world_size
 from mgvideo.distributed.signals import raise_if_stopped
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_for_clips
@@ -23,6 +23,7 @@ from mgvideo.plan.plan import Grid
 from .micro_batches import explain_out_of_memory, split_into_micro_batches
 from .precision import Normalize, Precision
 from .tasks import Task
+from .train_step import TrainStep
 
 # Called with (number of batches done, number of batches, whether this rank waits for the next batch or for other ranks)
 ProgressCallback = Callable[[int, int, bool], None]
@@ -121,20 +122,18 @@ class Evaluator:
 
 
 def precise_bn(
-    model: nn.Module,
+    train_step: TrainStep,
     loader: Loader,
     sampler: ClipSampler,
     batches: int,
-    normalize: Normalize,
-    precision: Precision,
-    micro_batch_clips: int,
     progress_callback: ProgressCallback = lambda *_: None,
 ) -> None:
     """Replace BN's running statistics with the exact ones of the sampler's first `batches` global batches.
 
     Every BN group of every batch has the same weight, and all ranks get the same statistics. A rank runs at most
-    `micro_batch_clips` clips at once. An exception leaves the running statistics unchanged.
+    `train_step.micro_batch_clips` clips at once. An exception leaves the running statistics unchanged.
     """
+    model, normalize, precision = train_step.model, train_step.normalize, train_step.precision
     if not any(isinstance(module, GroupBatchNorm3d) for module in model.modules()):
         return
     requests = partial(sampler.shard, rank=rank(), world_size=world_size())
@@ -145,9 +144,12 @@ def precise_bn(
             raise_if_stopped()
             shard = batch.shard
             assert shard is not None, "the sampler's batches carry their shard"
-            group, seed = bn_process_group(len(shard.ranks)), random_seed(sampler.seed, Stream.DROPOUT, done)
+            group, seed = (
+                train_step.subgroups.of_size(len(shard.ranks)),
+                random_seed(sampler.seed, Stream.DROPOUT, done),
+            )
             clips = batch.clips.to(precision.device, non_blocking=True)
-            for start, stop, groups in split_into_micro_batches(shard, micro_batch_clips):
+            for start, stop, groups in split_into_micro_batches(shard, train_step.micro_batch_clips):
                 progress_callback(done, batches, False)
                 set_bn_groups(model, groups, group)
                 torch.manual_seed(seed)

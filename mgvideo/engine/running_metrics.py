@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mgvideo.distributed.collectives import gather_objects, rank
+from mgvideo.loading.loader import Batch
 from mgvideo.loading.requests import DecodeFailure
 
 
@@ -56,6 +57,15 @@ class RunningMetrics:
     bad_clips: int = 0  # those of them whose video could not be read, each counted once even with several substitutes
     wait_s: float = 0.0  # seconds that this rank waited for batches
     failures: list[DecodeFailure] = field(default_factory=list)
+
+    def add(self, loss: Tensor, batch: Batch, global_batch_size: int) -> None:
+        """Add a training step: its loss, a scalar on the device, and this rank's batch."""
+        self.loss = loss.double() if self.loss is None else self.loss + loss
+        self.steps += 1
+        self.clips += global_batch_size
+        self.clips_read += len(batch.labels)
+        self.failures += batch.failures
+        self.bad_clips += batch.bad_clips
 
     def state(self) -> dict[str, Any]:
         """Return plain values combined over ranks, so that a resumed run logs the same as one that was not stopped.

@@ -30,6 +30,12 @@ class Task(Protocol):
         A video that could not be read has NaN scores and counts as wrong.
         """
 
+    def per_class(self, scores: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+        """Return the name and the value `[classes]`, in percent, of the result of each class; NaN without videos."""
+
+    def chance(self, labels: Tensor, classes: int) -> float:
+        """Return the value of metric `best`, in percent, that guessing reaches."""
+
 
 class SingleLabel:
     """One class a video: cross-entropy, softmax averaged over views, top-1 and top-5 accuracy."""
@@ -50,10 +56,24 @@ class SingleLabel:
         return logits.softmax(1)
 
     def metrics(self, scores: Tensor, labels: Tensor) -> dict[str, float]:
-        """Return the top-1 and top-5 accuracy. With up to 5 classes, every video that was read is a top-5 hit."""
-        top = scores.topk(min(5, scores.shape[1])).indices
+        """Return the top-1 accuracy, and the top-5 accuracy if there are more than five classes."""
+        classes = scores.shape[1]
+        top = scores.topk(min(5, classes)).indices
         hits = (top == labels[:, None]) & ~scores.isnan().any(1, keepdim=True)
-        return {"top1": 100 * hits[:, :1].any(1).float().mean().item(), "top5": 100 * hits.any(1).float().mean().item()}
+        metrics = {"top1": 100 * hits[:, :1].any(1).float().mean().item()}
+        if classes > 5:
+            metrics["top5"] = 100 * hits.any(1).float().mean().item()
+        return metrics
+
+    def per_class(self, scores: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+        """Return the top-1 accuracy of each class; a video that could not be read counts as wrong."""
+        videos = labels.bincount(minlength=scores.shape[1])
+        hits = self.confusion(scores, labels).diagonal()
+        return "top1", 100 * hits.double() / videos  # 0 / 0 is NaN
+
+    def chance(self, labels: Tensor, classes: int) -> float:
+        """Return the top-1 accuracy of naming the most frequent class for every video."""
+        return 100 * labels.bincount(minlength=classes).max().item() / max(1, len(labels))
 
     def confusion(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Return the counts `[true class, predicted class]`, without the videos that could not be read."""
@@ -86,13 +106,27 @@ class MultiLabel:
 
         Leaves out videos without any label, as the official evaluation of Charades does.
         """
+        precisions = self.per_class(scores, labels)[1]
+        precisions = precisions[~precisions.isnan()]
+        return {"map": precisions.mean().item() if len(precisions) else 0.0}
+
+    def per_class(self, scores: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+        """Return the average precision of each class, without the videos that have no label at all."""
         from torchmetrics.functional.classification import binary_average_precision  # takes a second to import
 
         labelled = labels.any(1)
         scores, labels = scores[labelled].nan_to_num(0), labels[labelled].long()
-        classes_with_positives = labels.any(0).nonzero().flatten().tolist()
-        precisions = [binary_average_precision(scores[:, c], labels[:, c]).item() for c in classes_with_positives]
-        return {"map": 100 * sum(precisions) / max(1, len(precisions))}
+        precisions = torch.full((labels.shape[1],), float("nan"), dtype=torch.float64)
+        for c in labels.any(0).nonzero().flatten().tolist():
+            precisions[c] = 100 * binary_average_precision(scores[:, c], labels[:, c]).item()
+        return "average_precision", precisions
+
+    def chance(self, labels: Tensor, classes: int) -> float:
+        """Return the mean average precision of random scores: the mean share of positives over classes with any."""
+        labelled = labels[labels.any(1)]
+        shares = labelled.float().mean(0) if len(labelled) else labelled.new_zeros(classes)
+        shares = shares[shares > 0]
+        return 100 * shares.mean().item() if len(shares) else 0.0
 
 
 TASKS: dict[str, type[Task]] = {"single_label": SingleLabel, "multi_label": MultiLabel}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from inspect import signature
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mgvideo.distributed.collectives import bn_process_group, world_size
+from mgvideo.distributed.collectives import Subgroups, world_size
+from mgvideo.distributed.watchdog import Position
 from mgvideo.layers.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_for_clips
 from mgvideo.loading.loader import Batch
@@ -34,12 +34,14 @@ class TrainStep:
         model: on its device, converted by `convert_group_batchnorm`.
         micro_batch_clips: number of clips of the base grid that a rank runs at once at most.
         compile: "off", or a mode of torch.compile.
-        on_progress: called as `on_progress(step, activity, part, has_time_limit)` before each forward and backward;
-            `part` counts them within the step. A slot's first step has no time limit, as it may compile for minutes.
+        position: each forward and backward is reported to it before it runs.
+        hang_timeout: seconds that this rank may take for one part of a step; 0: no limit. A slot's first step has no
+            limit, because it may compile for minutes.
 
     Attributes:
         bad_step: the first step whose loss or gradients were not finite, -1 if there is none; int64 scalar on the
             device, so that the host need not wait for it.
+        subgroups: process groups of the ranks that share a BN group.
         wrapped_model: the model inside DDP (with several ranks) and torch.compile (unless it is off).
     """
 
@@ -54,12 +56,15 @@ class TrainStep:
         normalize: Normalize,
         precision: Precision,
         micro_batch_clips: int,
-        compile: str,
-        on_progress: Callable[[int, str, int, bool], None],
+        compile: str = "off",
+        position: Position | None = None,
+        hang_timeout: float = 0.0,
     ) -> None:
         self.model, self.plan, self.task, self.optimizer = model, plan, task, optimizer
         self.seed, self.normalize, self.precision = seed, normalize, precision
-        self.micro_batch_clips, self.compile, self.on_progress = micro_batch_clips, compile, on_progress
+        self.micro_batch_clips, self.compile = micro_batch_clips, compile
+        self.position, self.hang_timeout = position or Position(), hang_timeout
+        self.subgroups = Subgroups()
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
@@ -95,9 +100,14 @@ class TrainStep:
             self._update(step, total)
         return total
 
+    def report_position(self, step: int, activity: str, part: int, has_time_limit: bool) -> None:
+        """Report what this rank does during a step; `part` orders the activities of the step."""
+        limit = self.hang_timeout if has_time_limit and self.hang_timeout else None
+        self.position.report(f"at {self.plan.describe(step)}, {activity}", (step, part), limit)
+
     def _explain_out_of_memory(self, step: int, shard: BatchShard) -> str:
         """Say where memory ran out, and which config key to lower."""
-        grid, phase = self.plan.slot(step).grid, self.plan.phases.index(self.plan.phase(step))
+        grid = self.plan.slot(step).grid
         micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(grid))
         clips = max(stop - start for start, stop, _ in micro_batches)
         lower = suggest_micro_batch_clips(clips, grid, self.plan.base)
@@ -105,8 +115,7 @@ class TrainStep:
             advice = "choose a smaller model, base.crop_size or base.num_frames, or precision=bf16"
         else:
             advice = f"try train.micro_batch_clips={lower} (now {self.micro_batch_clips})"
-        place = f"at step {step} (phase {phase + 1}, {grid.frames}×{grid.size}²)"
-        return f"{place}, where this rank runs {clips} clips at once: {advice}"
+        return f"at {self.plan.describe(step)}, where this rank runs {clips} clips at once: {advice}"
 
     def _clips_per_micro_batch(self, grid: Grid) -> int:
         """Return how many clips of a grid to run at once."""
@@ -129,7 +138,7 @@ class TrainStep:
         """Accumulate the gradients of the mean loss over the global batch; return this rank's part of that loss."""
         slot = self.plan.slot(step)
         micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(slot.grid))
-        group = bn_process_group(len(shard.ranks))
+        group = self.subgroups.of_size(len(shard.ranks))
         total = torch.zeros((), device=self.device)
         # The seed of dropout depends on the run's seed and the step, not on the rank. So all ranks draw the same
         # numbers, and a resumed run needs no generator state.
@@ -142,7 +151,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
             for i, (start, stop, groups) in enumerate(micro_batches):
-                self.on_progress(step, "forward", 2 * i + 1, has_time_limit)
+                self.report_position(step, "forward", 2 * i + 1, has_time_limit)
                 set_bn_groups(self.model, groups, group)
                 torch.manual_seed(seed)
                 with ExitStack() as stack:
@@ -154,7 +163,7 @@ class TrainStep:
                     with self.precision.autocast():
                         logits = self.wrapped_model(pixels)
                     loss = self.task.loss(logits.to(pixels.dtype), labels[start:stop]) / shard.batch
-                    self.on_progress(step, "backward", 2 * i + 2, has_time_limit)
+                    self.report_position(step, "backward", 2 * i + 2, has_time_limit)
                     # The loss is already a part of the mean over the global batch, so gradients must be summed over
                     # ranks. DDP averages them: undo that.
                     self.scaler.scale(loss * world_size()).backward()

@@ -12,18 +12,15 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from mgvideo.distributed.collectives import RequestSync, barrier, gather_objects, rank, world_size
 from mgvideo.distributed.signals import Stopped, received_signal
-from mgvideo.distributed.watchdog import report_position
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.loading.requests import DecodeFailure
 from mgvideo.loading.sampler import ClipSampler
-from mgvideo.plan.plan import Phase, Plan
+from mgvideo.plan.plan import Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.profiler import Profiler
@@ -31,9 +28,7 @@ from mgvideo.tracking.run_logger import RunLogger
 
 from .evaluation import Evaluator, ProgressCallback, Views, precise_bn
 from .optimizers import load_optimizer_state
-from .precision import Normalize, Precision
 from .running_metrics import RunningMetrics, TrainProgress
-from .tasks import Task
 from .train_step import TrainStep
 
 _CONTINUE, _SAVE, _STOP = range(3)  # actions after a step that a rank can request; the largest request wins
@@ -44,54 +39,41 @@ _END_OF_STEP = 1 << 30  # the last part of a step, after those of all micro-batc
 class TrainOptions:
     """Intervals, limits and modes of a training run."""
 
-    micro_batch_clips: int  # clips of the base grid that a rank runs at once at most
     log_every: int = 10  # steps
     evals_per_phase: int = 1
     precise_bn_clips: int = 12_800  # 0: no precise BN
     checkpoint_every: int = 0  # steps, besides the end of each phase; 0: only there
     checkpoint_minutes: float = 0.0  # 0: never by time
     max_bad_fraction: float = 0.05  # fraction of the clips read that may fail before the run ends
-    hang_timeout: float = 45.0  # seconds that a rank may take for one part of a step; 0: no limit
-    compile: str = "off"  # or a mode of torch.compile
     profile: int = 0  # steps to trace
 
 
 class Trainer:
-    """Trains a model along a plan.
+    """Runs a training step for every step of a plan: loads batches, logs, saves checkpoints and evaluates.
 
     All ranks build the same trainer.
 
     Args:
-        model: on its device, with `GroupBatchNorm3d` layers.
+        loader: of the training dataset.
         validate: the evaluator and the views to evaluate at; None to never evaluate.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        plan: Plan,
-        task: Task,
-        optimizer: Optimizer,
+        train_step: TrainStep,
         loader: Loader,
         *,
-        seed: int,
-        normalize: Normalize,
-        precision: Precision,
         options: TrainOptions,
         logger: RunLogger,
         checkpoints: Checkpoints,
         validate: tuple[Evaluator, Views] | None = None,
     ) -> None:
-        self.model, self.plan, self.task, self.optimizer, self.loader = model, plan, task, optimizer, loader
-        self.seed, self.normalize, self.precision, self.options = seed, normalize, precision, options
+        self.train_step, self.loader, self.options = train_step, loader, options
         self.logger, self.checkpoints, self.validate = logger, checkpoints, validate
-        self.sampler = ClipSampler(plan, len(loader.dataset), seed)
+        self.model, self.plan, self.optimizer = train_step.model, train_step.plan, train_step.optimizer
+        self.sampler = ClipSampler(self.plan, len(loader.dataset), train_step.seed)
         self.progress = TrainProgress()
-        self.device = precision.device
-        self.train_step = TrainStep(
-            model, plan, task, optimizer, seed=seed, normalize=normalize, precision=precision,
-            micro_batch_clips=options.micro_batch_clips, compile=options.compile, on_progress=self._report_position,
-        )  # fmt: skip
+        self.device = train_step.device
         self.request_sync = RequestSync(self._requested_action)
         self.last_save_time_s = time.monotonic()
         self.known_failures: set[DecodeFailure] = set(logger.listed_failures)  # of validation, already logged
@@ -108,7 +90,7 @@ class Trainer:
             "progress": dict(vars(self.progress)),
             "window": self.running_metrics.state() if self.running_metrics.steps else None,
             "plan": self.plan.to_json(),
-            "micro_batch_clips": {"ranks": world_size(), "clips": self.options.micro_batch_clips},
+            "micro_batch_clips": {"ranks": world_size(), "clips": self.train_step.micro_batch_clips},
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -146,33 +128,21 @@ class Trainer:
             self.profiler.stop()  # writes the trace even if the run stops early
         self.logger.stop_progress()
         self.checkpoints.wait()
-        report_position("after training")
+        self.train_step.position.report("after training")
 
     def _run_steps(self, evaluations: set[int]) -> None:
         start = self.progress.step
-        batches = self._open_batches(start)
-        phase: Phase | None = None
         loaded, self._loaded_metrics = self._loaded_metrics, None
         self.running_metrics = RunningMetrics.resumed(loaded, self.device) if loaded else RunningMetrics()
         self.logger.start_progress(start)
-        for step in range(start, self.plan.steps):
-            self.request_sync.start()
-            self._report_position(step, "waiting for a batch", 0, self.loader.options.num_workers == 0)
-            wait_start = time.perf_counter()
-            batch = next(batches)
-            self.running_metrics.wait_s += time.perf_counter() - wait_start
-            if phase is not self.plan.phase(step):
-                phase = self.plan.phase(step)
-                if step == phase.steps[0]:
-                    self.logger.log_clips(step, self.plan.phases.index(phase), batch.clips)
-            self.step(step, batch)
+        for step, batch in self._batches(start):
+            loss = self.train_step(step, batch)
+            self.running_metrics.add(loss, batch, self.plan.slot(step).batch)
             step_end = self.progress.step = step + 1
-            request = self.request_sync.wait()
-            self._report_position(step, "logging and writing a checkpoint", _END_OF_STEP, False)
-            self.profiler.step()  # may write a trace
-            evaluate, phase_ends = step_end in evaluations, step_end == phase.steps[1]
+            request = self._end_step(step)
+            evaluate, phase_ends = step_end in evaluations, step_end == self.plan.phase(step).steps[1]
             if phase_ends or evaluate or step_end % self.options.log_every == 0:
-                self._log(phase)
+                self._log()
             every = self.options.checkpoint_every
             if phase_ends or evaluate or request != _CONTINUE or (every and step_end % every == 0):
                 self._save()
@@ -180,6 +150,33 @@ class Trainer:
                 self._stop()
             if evaluate:
                 self._evaluate()
+
+    def _batches(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Yield the steps of the plan from `start` on, each with this rank's batch.
+
+        Each phase has its own DataLoader. Before it waits for a batch, it starts to exchange the ranks' requests.
+        """
+        requests = partial(self.sampler.shard, rank=rank(), world_size=world_size())
+        phase_steps = [range(max(start, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > start]
+        batches = self.loader.load_phases(requests, phase_steps)
+        loads_here = self.loader.options.num_workers == 0  # loader workers have their own time limit
+        for step in range(start, self.plan.steps):
+            self.request_sync.start()
+            self.train_step.report_position(step, "waiting for a batch", 0, loads_here)
+            wait_start = time.perf_counter()
+            batch = next(batches)
+            self.running_metrics.wait_s += time.perf_counter() - wait_start
+            phase = self.plan.phase(step)
+            if step == phase.steps[0]:
+                self.logger.log_clips(step, phase.index, batch.clips)
+            yield step, batch
+
+    def _end_step(self, step: int) -> int:
+        """Return the largest request of all ranks after a step."""
+        request = self.request_sync.wait()
+        self.train_step.report_position(step, "logging and writing a checkpoint", _END_OF_STEP, False)
+        self.profiler.step()  # may write a trace
+        return request
 
     def _requested_action(self) -> int:
         """Return the action that this rank requests after the step: to continue, to save a checkpoint, or to stop."""
@@ -195,31 +192,11 @@ class Trainer:
         barrier()  # when one rank exits, launchers kill the rest, also rank 0 while it writes the checkpoint
         raise Stopped(received_signal() or signal.SIGTERM)
 
-    def _report_position(self, step: int, activity: str, part: int, has_time_limit: bool) -> None:
-        """Report to the watchdog what this rank does; `part` orders the activities of a step."""
-        limit = self.options.hang_timeout if has_time_limit and self.options.hang_timeout else None
-        phase = self.plan.phases.index(self.plan.phase(step))
-        report_position(
-            f"at step {step} (phase {phase + 1}, {_grid_name(self.plan, step)}), {activity}", (step, part), limit
-        )
-
-    def step(self, step: int, batch: Batch) -> None:
-        """Take optimizer step number `step` on this rank's `batch`, and add it to the running metrics."""
-        loss = self.train_step(step, batch)
-        metrics = self.running_metrics
-        metrics.loss = loss.double() if metrics.loss is None else metrics.loss + loss
-        metrics.steps += 1
-        metrics.clips += self.plan.slot(step).batch
-        metrics.clips_read += len(batch.labels)
-        metrics.failures += batch.failures
-        metrics.bad_clips += batch.bad_clips
-
     def _check_finite(self) -> None:
         """Raise NonFiniteError on all ranks if the loss or gradients of a step were not finite on any of them."""
         bad_step = min((step for step in gather_objects(int(self.train_step.bad_step)) if step >= 0), default=None)
         if bad_step is None:
             return
-        phase = self.plan.phases.index(self.plan.phase(bad_step))
         with suppress(UserError):  # the last checkpoint may not be on disk yet
             self.checkpoints.wait()
         steps = self.checkpoints.steps()
@@ -227,17 +204,11 @@ class Trainer:
             f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "no checkpoint was taken"
         )
         raise NonFiniteError(
-            f"loss or gradients are not finite at step {bad_step} (phase {phase + 1}, "
-            f"{_grid_name(self.plan, bad_step)}, lr {self.plan.lr(bad_step):.4g}): the step was not taken; {last_good}"
+            f"loss or gradients are not finite at {self.plan.describe(bad_step)} with LR "
+            f"{self.plan.lr(bad_step):.4g}: the step was not taken; {last_good}"
         )
 
-    def _open_batches(self, step: int) -> Iterator[Batch]:
-        """Yield this rank's batches from `step` on; each phase has its own DataLoader."""
-        requests = partial(self.sampler.shard, rank=rank(), world_size=world_size())
-        phase_steps = [range(max(step, p.steps[0]), p.steps[1]) for p in self.plan.phases if p.steps[1] > step]
-        return self.loader.load_phases(requests, phase_steps)
-
-    def _log(self, phase: Phase) -> None:
+    def _log(self) -> None:
         """Log the running metrics over all ranks, and reset them. Waits for the device.
 
         Raises:
@@ -256,7 +227,7 @@ class Trainer:
         self.progress.clips += sum(clips_read)
         self.progress.bad += sum(bad_clips)
         slot = self.plan.slot(step - 1)
-        index = self.plan.phases.index(phase)
+        index = self.plan.phase(step - 1).index
         self.logger.eta.add(index, elapsed, metrics.steps)
         cuda = self.device.type == "cuda"
         self.logger.log_train_step(
@@ -297,16 +268,17 @@ class Trainer:
         step = self.progress.step
         self.precise_bn()
         result = evaluator(self.model, views, self.progress_callback("validating", -2))
-        report_position(f"after step {step}, recording its evaluation", (step, -1))
-        metrics = self.task.metrics(result.scores, result.labels)
+        self.train_step.position.report(f"after step {step}, recording its evaluation", (step, -1))
+        task = self.train_step.task
+        metrics = task.metrics(result.scores, result.labels)
         self.logger.log_validation(step, self.progress.seconds, metrics)
         new_failures = [failure for failure in result.failures if failure not in self.known_failures]
         if new_failures:
             self.logger.log_failures(step, new_failures)
             self.known_failures.update(new_failures)
-        is_best = metrics[self.task.best] > self.progress.best
+        is_best = metrics[task.best] > self.progress.best
         if is_best:
-            self.progress.best, self.progress.best_step = metrics[self.task.best], step
+            self.progress.best, self.progress.best_step = metrics[task.best], step
         self.progress.evaluated = step
         self._save(is_best)
         self.running_metrics = RunningMetrics()  # evaluation does not count as training time
@@ -316,13 +288,13 @@ class Trainer:
 
         `part` is below 0 and orders the activities that follow a step.
         """
-        step, timeout_s = self.progress.step, self.options.hang_timeout or None
+        step, timeout_s, position = self.progress.step, self.train_step.hang_timeout or None, self.train_step.position
         loads_here = self.loader.options.num_workers == 0  # loader workers have their own time limit
 
         def on_progress(batches_done: int, batches: int, waiting: bool) -> None:
             has_time_limit = not waiting or (loads_here and batches_done < batches)
             where = f"after step {step}, {activity}, batch {batches_done} of {batches}"
-            report_position(where, (step, part, batches_done), timeout_s if has_time_limit else None)
+            position.report(where, (step, part, batches_done), timeout_s if has_time_limit else None)
 
         return on_progress
 
@@ -336,12 +308,9 @@ class Trainer:
         if not clips:
             return
         plan, videos = baseline_of(self.plan), len(self.loader.dataset)
-        sampler = ClipSampler(plan, videos, random_seed(self.seed, Stream.PRECISE_BN, self.progress.step))
+        sampler = ClipSampler(plan, videos, random_seed(self.train_step.seed, Stream.PRECISE_BN, self.progress.step))
         batches = max(1, min(clips, videos) // plan.base.batch_size)
-        precise_bn(
-            self.model, self.loader, sampler, batches, self.normalize, self.precision, self.options.micro_batch_clips,
-            self.progress_callback("in precise BN", -3),
-        )  # fmt: skip
+        precise_bn(self.train_step, self.loader, sampler, batches, self.progress_callback("in precise BN", -3))
 
     def _save(self, is_best: bool = False) -> None:
         """Write a checkpoint in the background, after flushing the log, which then reaches at least as far."""
@@ -360,11 +329,6 @@ def _evaluation_steps(plan: Plan, per_phase: int) -> set[int]:
         first, stop = phase.steps
         points |= {first + round((i + 1) * (stop - first) / per_phase) for i in range(per_phase)}
     return points
-
-
-def _grid_name(plan: Plan, step: int) -> str:
-    grid = plan.slot(step).grid
-    return f"{grid.frames}×{grid.size}²"
 
 
 def _peak_gib(device: torch.device) -> float:

@@ -64,7 +64,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
     def _normalise(self, input: Tensor) -> Tensor:
         """Normalise `[n, channels, t · h, w]`.
 
-        This view of a channels_last_3d tensor is channels_last, for which alone CUDA has fast kernels.
+        CUDA has fast kernels for channels_last only, and this view of a channels_last_3d tensor is channels_last.
         """
         single_group = self.groups == 1 and self.process_group is None
         if not self.training or (single_group and not self.deferring):

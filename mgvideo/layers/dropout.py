@@ -43,7 +43,7 @@ class ClipMask(nn.Module):
         return input * self._keep_mask(input) / (1 - self.p)
 
     def _mask_shape(self, shape: Sequence[int]) -> Sequence[int]:
-        """Return the shape of the mask of a row of `shape`; the mask broadcasts over dimensions of size 1."""
+        """Return the shape of the mask for one clip with features of `shape`; dimensions of size 1 share one draw."""
         return shape
 
     def _keep_mask(self, input: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def _is_stochastic_depth(module: nn.Module) -> bool:
 
 
 def _replacement_advice(module: nn.Module) -> str | None:
-    """Return what to use instead of a layer that draws random numbers and cannot be converted, or None."""
+    """For a layer whose random numbers cannot be drawn per clip, return what to use instead; None for other layers."""
     if isinstance(module, ClipMask):
         return None
     if _is_stochastic_depth(module):

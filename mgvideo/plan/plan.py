@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -116,6 +116,7 @@ class Phase:
     bn_groups: int  # number of BN groups that the global batch of every slot is split into
     epochs: tuple[float, float]  # start, end
     steps: tuple[int, int]  # first step, one past the last
+    index: int = field(default=0, kw_only=True)  # place among the plan's phases, from 0; `Plan` sets it
 
     @property
     def num_steps(self) -> int:
@@ -151,9 +152,13 @@ class Plan:
 
     base: Base
     schedule: str  # name of the schedule: baseline, short, long or multigrid
-    dataset_size: int  # training clips
+    dataset_size: int  # number of training videos
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = ()  # warnings to print before the run starts, one line each
+
+    def __post_init__(self) -> None:
+        phases = tuple(replace(phase, index=index) for index, phase in enumerate(self.phases))
+        object.__setattr__(self, "phases", phases)
 
     @property
     def steps(self) -> int:
@@ -178,6 +183,12 @@ class Plan:
     def slot(self, step: int) -> Slot:
         """Return the grid and the global batch size of a step."""
         return self.phase(step).slot(step)
+
+    def describe(self, step: int) -> str:
+        """Return a step with its phase, counted from 1, and its grid, for messages: `step 3 (phase 1, 8×32²)`."""
+        phase = self.phase(step)
+        grid = phase.slot(step).grid
+        return f"step {step} (phase {phase.index + 1}, {grid.frames}×{grid.size}²)"
 
     def epoch(self, step: int) -> float:
         """Return the epoch at the start of a step. For `step == self.steps` it is the end of the run."""
@@ -234,7 +245,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for `json.dump`. `Plan.from_json` converts it back to an equal plan."""
-        return asdict(self)
+        data = asdict(self)
+        for phase in data["phases"]:
+            del phase["index"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Plan:

@@ -76,7 +76,7 @@ def _make_table(title: str) -> Table:
 
 
 def _set_full_width(table: Table) -> Table:
-    """Set the width at which no cell is cut. In a log file rich assumes 80 columns and would cut cells."""
+    """Make the table as wide as its content. In a log file, rich assumes 80 columns and would cut cells."""
     wide = Console(width=1000)
     table.width = Measurement.get(wide, wide.options, table).maximum
     return table

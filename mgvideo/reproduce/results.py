@@ -56,7 +56,7 @@ class ReportRow:
 
     @property
     def trained(self) -> bool:
-        """Whether there are outcomes and all of them trained."""
+        """Whether the cell has results and every run trained its network, rather than only testing weights."""
         return bool(self.outcomes) and all(outcome.trained for outcome in self.outcomes)
 
     @property
@@ -71,7 +71,7 @@ class ReportRow:
 
     @property
     def metric(self) -> str | None:
-        """The first metric of the reports, which ranks results; None without outcomes."""
+        """The main metric, which is the first in each report; None without outcomes."""
         return next(iter(self.outcomes[0].report["metrics"]), None) if self.outcomes else None
 
     def score(self, metric: str) -> tuple[float, float] | None:

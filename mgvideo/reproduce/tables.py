@@ -11,7 +11,8 @@ from mgvideo.plan.plan import require
 
 Block = TypeVar("Block")
 PRESET_KEYS = frozenset({"common", "cells", "without", "published"})  # that a table's file may set for a preset
-# accuracy over training time as one point a cell, or as one line a schedule; accuracy alone; only learning curves
+# Accuracy over training time, with a point for each cell (time) or a line for each schedule (factors); accuracy alone
+# (dots); only learning curves (none).
 FIGURES = ("time", "factors", "dots", "none")
 
 

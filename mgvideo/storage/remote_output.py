@@ -87,7 +87,7 @@ class RemoteOutput:
             manager.mkdirs(f"{self.address}/")
             has_index = manager.exists(f"{self.address}/{INDEX}")
         self._remote_index = self._read_index() if has_index else Index()
-        if _newest(self._remote_index.files) > _newest(self._index().files):
+        if _newest_step(self._remote_index.files) > _newest_step(self._index().files):
             self._fetch()
         self._push()
 
@@ -145,7 +145,7 @@ class RemoteOutput:
             (self.folder / name).symlink_to(target)
 
 
-def _newest(names: Iterable[str]) -> int:
+def _newest_step(names: Iterable[str]) -> int:
     """Return the largest step of the checkpoints among file names, -1 for none; without archived checkpoints."""
     steps = [
         checkpoint_step(PurePosixPath(name).name) for name in names if PurePosixPath(name).parent.name == "checkpoints"

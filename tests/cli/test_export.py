@@ -65,7 +65,7 @@ def test_a_dynamic_torch_program_accepts_any_grid(
         torch.testing.assert_close(program(clips), logits(NETWORKS[name], clips))
 
 
-def test_a_fixed_torch_program_accepts_only_its_grid(weights: Path, tmp_path: Path) -> None:
+def test_a_program_without_dynamic_shapes_accepts_only_its_shape(weights: Path, tmp_path: Path) -> None:
     run_export("r2plus1d_small", weights, tmp_path / "net.pt2", "batch=2", "frames=4")
     program = torch.export.load(tmp_path / "net.pt2").module()
     clips = torch.randn(2, 3, 4, 32, 32)

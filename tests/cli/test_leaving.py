@@ -16,7 +16,7 @@ from training import ROOT, TINY, free_port, tiny_plan, tiny_trainer
 
 from mgvideo.distributed import process_group as distributed
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
-from mgvideo.distributed.watchdog import LEAVING, report_position
+from mgvideo.distributed.watchdog import LEAVING, Position
 
 
 def environment(rank: int, port: int) -> dict[str, str]:
@@ -33,7 +33,8 @@ def train_until_signal(rank: int, folder: Path, motion_root: str) -> None:
             time.sleep(4)
             (folder / file_name).touch()
 
-    with handle_signals(), distributed.process_group(timeout_s=60):
+    position = Position()
+    with handle_signals(), distributed.process_group(position, timeout_s=60):
         defer_signals()
         trainer = tiny_trainer(folder / "run", motion_root, tiny_plan())
         trainer.checkpoints.on_write = lambda: delay_rank_0("written")
@@ -42,7 +43,7 @@ def train_until_signal(rank: int, folder: Path, motion_root: str) -> None:
             trainer.train()
         assert (folder / "written").exists(), "the rank exits before the checkpoint is written"
         if rank == 0:
-            report_position(LEAVING)
+            position.report(LEAVING)
         delay_rank_0("left")
         raise stop.value
 

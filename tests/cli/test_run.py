@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import KNOBS, ROOT, TINY, metrics, run_program
 
 from mgvideo.cli.run import explain_errors, main
-from mgvideo.distributed.watchdog import report_position
+from mgvideo.distributed.watchdog import Position
 from mgvideo.errors import UserError
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints
@@ -205,10 +205,14 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
 
 
 def test_out_of_memory_error_names_the_position_and_a_key(tmp_path: Path) -> None:
-    report_position("after step 4, in precise BN, batch 1 of 2")
+    position = Position()
+    position.report("after step 4, in precise BN, batch 1 of 2")
     message = r"^out of memory after step 4, in precise BN, batch 1 of 2: lower train.micro_batch_clips"
     for allocate in (lambda: torch.empty(2**50), lambda: bytearray(2**60)):
-        with pytest.raises(UserError, match=message), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
+        with (
+            pytest.raises(UserError, match=message),
+            explain_errors(OmegaConf.create(), Checkpoints(tmp_path), position),
+        ):
             allocate()
 
 
@@ -217,12 +221,18 @@ def test_non_deterministic_kernel_is_refused_with_the_key(tmp_path: Path) -> Non
     torch.use_deterministic_algorithms(True)
     try:
         message = r"^deterministic=true: max_unpooling2d\S* does not have a deterministic implementation: set determ"
-        with pytest.raises(UserError, match=message), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
+        with (
+            pytest.raises(UserError, match=message),
+            explain_errors(OmegaConf.create(), Checkpoints(tmp_path), Position()),
+        ):
             F.max_unpool2d(pooled, indices, 2)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_other_torch_errors_stay_unchanged(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="mat1"), explain_errors(OmegaConf.create(), Checkpoints(tmp_path)):
+    with (
+        pytest.raises(RuntimeError, match="mat1"),
+        explain_errors(OmegaConf.create(), Checkpoints(tmp_path), Position()),
+    ):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

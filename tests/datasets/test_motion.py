@@ -94,7 +94,7 @@ def test_single_frames_do_not_reveal_the_class() -> None:
     rng = np.random.default_rng(0)
     labels = np.arange(1600) % 8
     frames = [next(islice(draw_frames([int(label)], knobs, rng), int(rng.integers(12)), None)) for label in labels]
-    features = np.stack([_features(frame) for frame in frames])
+    features = np.stack([_frame_features(frame) for frame in frames])
     features = (features - features.mean(0)) / (features.std(0) + 1e-6)
     train, test = slice(0, 1200), slice(1200, None)
     gram = features[train].T @ features[train] + 30 * np.eye(features.shape[1])
@@ -103,7 +103,7 @@ def test_single_frames_do_not_reveal_the_class() -> None:
     assert accuracy < 0.2, f"one frame tells the class in {accuracy:.0%} of cases"
 
 
-def _features(frame: np.ndarray) -> np.ndarray:
+def _frame_features(frame: np.ndarray) -> np.ndarray:
     """Return features: 8 × 12 brightness values of the frame and of the blob's mask; its area, spread, colours."""
     grey = frame.astype(float).mean(-1)
     mask = abs(grey - np.median(grey)) > 15

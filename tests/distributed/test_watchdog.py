@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
 
 from mgvideo.distributed import watchdog as module
-from mgvideo.distributed.watchdog import RankError, Watchdog, report_position
+from mgvideo.distributed.watchdog import Position, RankError, Watchdog
 
 
 @pytest.fixture
-def store() -> Iterator[dist.Store]:
-    yield dist.HashStore()
-    report_position("before the first step")
+def store() -> dist.Store:
+    return dist.HashStore()
 
 
 @pytest.mark.parametrize("heartbeats", [1, 9])
@@ -24,8 +22,9 @@ def test_a_rank_that_is_behind_is_judged_by_its_own_limit(store: dist.Store, hea
     # number of the heartbeat, position, order, limit, heartbeats at this position
     heartbeat = [1, "waiting for a batch", (3, 0), 5.0, heartbeats]
     store.set("watchdog/rank1", json.dumps(heartbeat))
-    report_position("backward", (3, 2), 1.0)
-    watchdog = Watchdog(store, 0, 2)
+    position = Position()
+    position.report("backward", (3, 2), 1.0)
+    watchdog = Watchdog(store, 0, 2, position)
     watchdog.start()
     while watchdog.failure is None and json.loads(store.get("watchdog/rank0"))[0] < 4:  # rank 0's fourth heartbeat
         time.sleep(0.05)
@@ -67,7 +66,7 @@ def test_a_killed_rank_is_detected_even_with_slow_heartbeats(
     monkeypatch.setattr(module, "MAX_SILENT_HEARTBEATS_AFTER_FAILURE", 1)
     store.set("watchdog/rank1", json.dumps([1, "backward", (3, 2), 60.0, 1]))
     slow = SlowStore(store)  # keep a reference: torch keeps none
-    watchdog = Watchdog(slow, 0, 2)
+    watchdog = Watchdog(slow, 0, 2, Position())
     watchdog.start()
     explained = watchdog.explain(RuntimeError("gloo: Connection reset by peer"))
     watchdog.stop(failed=False)

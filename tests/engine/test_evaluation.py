@@ -68,7 +68,7 @@ def test_statistics_depend_neither_on_micro_batches_nor_on_the_generator(tmp_pat
         plan = tiny_plan("baseline", batch_size=16)
         trainer = tiny_trainer(tmp_path, motion_root, plan, double=True, micro_batch_clips=clips, precise_bn_clips=32)
         model = nn.Sequential(ClipDropout(0.5), trainer.model)
-        trainer.model = model
+        trainer.train_step.model = model
         torch.manual_seed(seed)
         trainer.precise_bn()
         states.append({name: value for name, value in model.named_buffers() if "running" in name})

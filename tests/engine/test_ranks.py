@@ -97,14 +97,14 @@ def train_with_infinite_loss(rank: int, world: int, port: int, folder: Path, mot
     with as_rank(rank, world, port):
         plan = tiny_plan("baseline")
         trainer = tiny_trainer(folder, motion_root, plan, checkpoint_every=1, log_every=4)
-        loss, calls = trainer.task.loss, 0
+        loss, calls = trainer.train_step.task.loss, 0
 
         def infinite(logits: Tensor, labels: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             return loss(logits, labels) + (float("inf") if rank == 1 and calls == 3 else 0)
 
-        trainer.task.loss = infinite  # type: ignore[method-assign]
+        trainer.train_step.task.loss = infinite  # type: ignore[method-assign]
         with pytest.raises(NonFiniteError) as error:
             trainer.train()
         trainer.logger.close()

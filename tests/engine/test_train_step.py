@@ -64,7 +64,7 @@ def make_train_step(optimizer: str, dtype: torch.dtype | None, plan: Plan, micro
         model, plan, SingleLabel(), OPTIMIZERS[optimizer](model), seed=0,
         normalize=Normalize((0.45,) * 3, (0.225,) * 3),
         precision=ScaledFloat32(torch.device("cpu"), dtype, False, "a test"),
-        micro_batch_clips=micro_batch_clips, compile="off", on_progress=lambda *_: None,
+        micro_batch_clips=micro_batch_clips,
     )  # fmt: skip
 
 

@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import StochasticDepth
 from training import KNOBS, metrics, tiny_plan, tiny_trainer
 
+from mgvideo.cli.benchmark import steps_replaced
 from mgvideo.datasets.motion import make_motion
 from mgvideo.distributed.signals import Stopped
+from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch
@@ -58,7 +60,7 @@ def test_the_loss_falls_and_the_training_clips_are_learned(tmp_path: Path, motio
     trainer.precise_bn()
     evaluator, views = trainer.validate
     result = replace(evaluator, loader=trainer.loader)(trainer.model, views)
-    assert trainer.task.metrics(result.scores, result.labels)["top1"] > 50  # chance is 12.5
+    assert trainer.train_step.task.metrics(result.scores, result.labels)["top1"] > 50  # chance is 12.5
 
 
 def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
@@ -93,15 +95,14 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, motion_root: s
         model.load_state_dict(start)
         folder = tmp_path / f"cut{stop}"
         interrupted = tiny_trainer(folder, motion_root, plan, model=model, **options)
-        original = interrupted.step
+        train_step = interrupted.train_step
 
-        def interrupt(step: int, batch: object, stop: int = stop, original: object = original) -> None:
+        def interrupt(step: int, batch: Batch, stop: int = stop, train_step: TrainStep = train_step) -> Tensor:
             if step == stop + 1:
                 raise KeyboardInterrupt
-            original(step, batch)  # type: ignore[operator]
+            return train_step(step, batch)
 
-        interrupted.step = interrupt  # type: ignore[method-assign]
-        with pytest.raises(KeyboardInterrupt):
+        with steps_replaced(interrupted, interrupt), pytest.raises(KeyboardInterrupt):
             interrupted.train()
         interrupted.checkpoints.wait()
         interrupted.logger.close()
@@ -143,14 +144,13 @@ class SyncCounter(TorchDispatchMode):
 def test_steps_never_wait_for_the_device(tmp_path: Path, motion_root: str) -> None:
     trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("short"))
     all_syncs, step_syncs = SyncCounter(), SyncCounter()
-    original = trainer.step
+    train_step = trainer.train_step
 
-    def step(number: int, batch: Batch) -> None:
+    def counted_step(step: int, batch: Batch) -> Tensor:
         with step_syncs:
-            original(number, batch)
+            return train_step(step, batch)
 
-    trainer.step = step  # type: ignore[method-assign]
-    with all_syncs:
+    with all_syncs, steps_replaced(trainer, counted_step):
         trainer.train()
     trainer.logger.close()
     assert all_syncs.count > 0, "log steps read the loss"
@@ -219,14 +219,14 @@ def test_a_non_finite_loss_ends_the_run_before_the_step(
     monkeypatch.setattr("mgvideo.storage.checkpoints.write_atomic", write_slowly)
     plan = tiny_plan("baseline")
     trainer = tiny_trainer(tmp_path, motion_root, plan, checkpoint_every=2)
-    real, calls = trainer.task.loss, 0
+    real, calls = trainer.train_step.task.loss, 0
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
         return real(logits, labels) * (float("nan") if calls == 4 else 1.0)
 
-    trainer.task.loss = loss  # type: ignore[method-assign]
+    trainer.train_step.task.loss = loss  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"step 3 \(phase 1, 8×32².*step_00000002.pt"):
         trainer.train()
     assert all(torch.isfinite(value).all() for value in weights(trainer).values() if value.is_floating_point())
@@ -239,7 +239,7 @@ def reported_positions(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> lis
     def record(where: str, order: tuple[int, ...] = (), limit: float | None = None) -> None:
         positions.append((where, limit))
 
-    monkeypatch.setattr("mgvideo.engine.trainer.report_position", record)
+    monkeypatch.setattr(trainer.train_step.position, "report", record)
     trainer.train()
     trainer.logger.close()
     return positions

@@ -22,8 +22,10 @@ from mgvideo.loading.loader import Batch
 from mgvideo.plan.plan import Plan
 from mgvideo.plan.shards import shard_batch
 
-# relative error of all gradients together; measured on a CPU: 6e-4 in float32, 0.065 in bf16
+# Relative error of all gradients together, with GELU in place of ReLU. Measured on a CPU: in float32 4e-5, or 7e-4 if
+# a rounding error changes which frame max pooling takes; in bf16 0.07. With non-local blocks 2.3e-3 and 0.14.
 MAX_ERROR = {None: 2e-3, torch.bfloat16: 0.12}
+MAX_NON_LOCAL_ERROR = {None: 1e-2, torch.bfloat16: 0.25}
 FAMILIES = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")
 CLASSES = 8
 DATASET_SIZE = 1000
@@ -46,13 +48,20 @@ def steps_by_slot(plan: Plan) -> dict[str, int]:
 def make_train_step(
     model: str, plan: Plan, device: torch.device, dtype: torch.dtype | None, double: bool = False, **options: object
 ) -> TrainStep:
-    """Return a train step of a network with the same weights on every device, all branches active and no dropout."""
+    """Return a train step of a network with the same weights on every device, all branches active and no dropout.
+
+    GELU replaces ReLU: where the input of a ReLU is near 0, a rounding error turns a gradient on or off, which changes
+    all gradients of such small networks by 1e-3.
+    """
     from hydra.utils import instantiate
 
     cfg = compose_config("run", [f"model={model}", f"dataset.num_classes={CLASSES}"])
     torch.manual_seed(0)
     network: nn.Module = convert_clip_dropout(convert_group_batchnorm(instantiate(cfg.model)))
     for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(module, name, nn.GELU())
         if isinstance(module, nn.BatchNorm3d):  # a zero weight in the last layer of a branch would disable the branch
             nn.init.uniform_(module.weight, 0.5, 1.5)
         if isinstance(module, nn.Dropout):  # masks differ between devices
@@ -63,7 +72,7 @@ def make_train_step(
     settings = {"micro_batch_clips": 10**6, "compile": "off", **options}
     return TrainStep(
         network, plan, SingleLabel(), sgd(network, 0.1), seed=0, normalize=normalize, precision=precision,
-        on_progress=lambda *_: None, **settings,  # type: ignore[arg-type]
+        **settings,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -132,7 +141,7 @@ def test_a_step_of_every_slot_equals_float64(model: str, device: torch.device) -
     assert len(steps) >= 4
     for name, step in steps.items():
         expected = reference_step(model, plan, step)
-        for dtype, limit in MAX_ERROR.items():
+        for dtype, limit in (MAX_NON_LOCAL_ERROR if "nln" in model else MAX_ERROR).items():
             with exact_float32():
                 actual = take_step(make_train_step(model, plan, device, dtype), step, make_batch(plan, step, device))
             where = f"{model} at {name} in {dtype}"

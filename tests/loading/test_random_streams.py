@@ -21,7 +21,7 @@ def test_random_words_equal_splitmix64() -> None:
         assert words.tolist() == [splitmix64((key + counter + gamma) % 2**64) for counter in range(10**9, 10**9 + 5)]
 
 
-def test_streams_seeds_and_counters_give_different_words() -> None:
+def test_each_stream_seed_and_counter_gives_another_random_number() -> None:
     counters = np.arange(1000)
     words = [random_words(seed, stream, counters) for seed in (0, 1) for stream in Stream]
     words += [random_words(0, Stream.VIDEO_ORDER, 1, counters), random_words(0, Stream.VIDEO_ORDER, counters, 1)]

@@ -316,7 +316,7 @@ def test_files_without_checksums_are_read(state: dict[str, Tensor], tmp_path: Pa
     assert_loads(tmp_path / "model.pth", state)
 
 
-def test_errors_for_programs_contain_a_command_that_converts_them(tmp_path: Path) -> None:
+def test_errors_for_exported_networks_contain_a_command_that_extracts_the_weights(tmp_path: Path) -> None:
     model, clips = network().eval(), torch.zeros(1, 3, 4, 32, 32)
     torch.jit.trace(model, clips).save(str(tmp_path / "script.pt"))
     torch.export.save(torch.export.export(model, (clips,)), tmp_path / "program.pt2")

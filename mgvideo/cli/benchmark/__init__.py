@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -14,9 +14,13 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from mgvideo.cli import app, keys
 from mgvideo.cpu.resources import cpu_count
+from mgvideo.engine.train_step import TrainStep
+from mgvideo.engine.trainer import Trainer
+from mgvideo.loading.loader import Batch
 from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.storage.paths import explain_write_errors
 
@@ -94,3 +98,27 @@ def print_report(file: TextIO, conditions: dict[str, Any], tables: Sequence[Tabl
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in conditions.items()))
     for table in tables:
         console.print(table)
+
+
+class _ReplacedStep:
+    """A training step with another function in place of its call."""
+
+    def __init__(self, train_step: TrainStep, call: Callable[[int, Batch], Tensor]) -> None:
+        self._train_step, self._call = train_step, call
+
+    def __call__(self, step: int, batch: Batch) -> Tensor:
+        return self._call(step, batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._train_step, name)
+
+
+@contextmanager
+def steps_replaced(trainer: Trainer, call: Callable[[int, Batch], Tensor]) -> Iterator[None]:
+    """Let the trainer call `call(step, batch)` in place of its training step, inside a `with` block."""
+    original = trainer.train_step
+    trainer.train_step = _ReplacedStep(original, call)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        trainer.train_step = original

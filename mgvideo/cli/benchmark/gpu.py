@@ -151,7 +151,7 @@ def measure_layers(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> d
 def _layer_variants(
     shape: tuple[int, ...], device: torch.device
 ) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
-    """Return the variants by name, each as its forward function and bf16 input."""
+    """Return the layers to compare, by name: each as a forward function and its bf16 input."""
     clips = torch.randn(shape, device=device, dtype=torch.bfloat16)
     channels_last = clips.to(memory_format=torch.channels_last_3d)
     plain = nn.BatchNorm3d(shape[1]).to(device)

@@ -25,18 +25,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
+from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report, steps_replaced
 from mgvideo.cli.build import build_model, build_normalize, build_plan
 from mgvideo.cli.schema import key
-from mgvideo.distributed.collectives import bn_process_group
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.micro_batches import split_into_micro_batches
 from mgvideo.engine.precision import choose_precision
 from mgvideo.engine.tasks import TASKS, Task
+from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch, Loader, LoaderOptions
@@ -69,7 +70,7 @@ class Collective(NamedTuple):
     name: str
     ranks: int  # in its process group
     dtype: str
-    values: int  # sent by this rank; for new_group: its first rank
+    values: int  # number of values that this rank sends; for `new_group`: the first rank of the group
 
 
 class CollectiveLog(TorchDispatchMode):
@@ -150,14 +151,15 @@ def simulated_rank(rank: int, world: int, log: CollectiveLog | None = None) -> I
         return new_group(ranks)
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    dist.new_group = new_fake_group  # type: ignore[assignment]
-    bn_process_group.cache_clear()
+    replaced: Any = (dist, c10d)  # dist.new_subgroups calls c10d.new_group
+    for module in replaced:
+        module.new_group = new_fake_group
     try:
         with nullcontext() if log is None else log:
             yield
     finally:
-        bn_process_group.cache_clear()
-        dist.new_group = new_group
+        for module in replaced:
+            module.new_group = new_group
         dist.destroy_process_group()
 
 
@@ -222,16 +224,17 @@ def simulate(cfg: DictConfig, plan: Plan, rank: int, world: int) -> SimulatedRan
     log = CollectiveLog()
     bounds: dict[int, tuple[int, int]] = {}
     with simulated_rank(rank, world, log), simulated_trainer(cfg, plan) as trainer:
-        take_step = trainer.step
+        train_step = trainer.train_step
 
-        def step(number: int, batch: Batch) -> None:
+        def recorded_step(step: int, batch: Batch) -> Tensor:
             start = len(log.collectives)
-            take_step(number, batch)
-            bounds[number] = start, len(log.collectives)
+            loss = train_step(step, batch)
+            bounds[step] = start, len(log.collectives)
+            return loss
 
-        trainer.step = step  # type: ignore
-        trainer.train()
-        limit = trainer.options.micro_batch_clips
+        with steps_replaced(trainer, recorded_step):
+            trainer.train()
+        limit = train_step.micro_batch_clips
     slots = []
     for p, phase in enumerate(plan.phases):
         for s, slot in enumerate(phase.slots):
@@ -255,15 +258,16 @@ def step_times(cfg: DictConfig, plan: Plan, rank: int, world: int) -> list[float
     torch.set_num_threads(1)  # so that the training thread does all the work
     try:
         with simulated_rank(rank, world), simulated_trainer(cfg, plan) as trainer:
-            take_step = trainer.step
+            train_step = trainer.train_step
 
-            def step(number: int, batch: Batch) -> None:
+            def timed_step(step: int, batch: Batch) -> Tensor:
                 start = time.thread_time()
-                take_step(number, batch)
+                loss = train_step(step, batch)
                 marks.append(1000 * (time.thread_time() - start))
+                return loss
 
-            trainer.step = step  # type: ignore
-            trainer.train()
+            with steps_replaced(trainer, timed_step):
+                trainer.train()
     finally:
         torch.set_num_threads(threads)
     return [
@@ -283,21 +287,23 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
     views = Views.of_size(base.num_frames, base.frame_stride, base.crop_size)
     evaluator = Evaluator(blank_loader(2 * dist.get_world_size(), task, classes), task, classes, normalize, precision)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        train_step = TrainStep(
             model,
             plan,
             task,
             instantiate(cfg.optimizer, model, lr=base.lr),
-            blank_loader(plan.dataset_size, task, classes),
             seed=cfg.seed,
             normalize=normalize,
             precision=precision,
+            micro_batch_clips=cfg.train.micro_batch_clips or 8,
+        )
+        trainer = Trainer(
+            train_step,
+            blank_loader(plan.dataset_size, task, classes),
             options=TrainOptions(
-                micro_batch_clips=cfg.train.micro_batch_clips or 8,
                 log_every=cfg.train.log_every,
                 evals_per_phase=cfg.train.evals_per_phase,
                 precise_bn_clips=cfg.train.precise_bn_clips,
-                hang_timeout=0,
             ),
             logger=RunLogger(Path(folder), plan, active=False),
             checkpoints=Checkpoints(Path(folder) / "checkpoints", 1),

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
+from torch import Tensor
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
+from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report, steps_replaced
 from mgvideo.cli.build import Data, build_data, build_model, build_plan
 from mgvideo.cli.run import build_trainer
 from mgvideo.cli.schema import key
+from mgvideo.distributed.watchdog import Position
 from mgvideo.engine.micro_batches import split_into_micro_batches
 from mgvideo.engine.precision import choose_precision
 from mgvideo.engine.trainer import Trainer
@@ -145,7 +147,9 @@ def measure_schedule(options: Keys, cfg: DictConfig, data: Data, plan: Plan) -> 
     with tempfile.TemporaryDirectory() as folder:
         monitor = RunLogger(Path(folder), short, active=False)
         checkpoints = Checkpoints(Path(folder) / "checkpoints", 1)
-        trainer = build_trainer(cfg, build_model(cfg, precision), short, data, precision, monitor, checkpoints)
+        trainer = build_trainer(
+            cfg, build_model(cfg, precision), short, data, precision, monitor, checkpoints, Position()
+        )
         trainer.validate = None
         times = time_steps(trainer, first_batches)
         steps = {
@@ -181,32 +185,33 @@ def time_steps(trainer: Trainer, first_batches: dict[str, Batch]) -> list[tuple[
     Returns:
         For each step, seconds since the end of the previous step, and seconds of waiting for data.
     """
-    original_step, marks, waits = trainer.step, [time_mark(trainer.device)], []
+    original, marks, waits = trainer.train_step, [time_mark(trainer.device)], []
     metrics, waited = trainer.running_metrics, 0.0
 
-    def step(number: int, batch: Batch) -> None:
+    def train_step(number: int, batch: Batch) -> Tensor:
         nonlocal metrics, waited
         slot = trainer.plan.slot(number)
         first_batches.setdefault(_slot_name(slot.grid.name, slot.batch), batch)
         before, metrics = metrics, trainer.running_metrics  # a log step replaces it
         waits.append(metrics.wait_s - (waited if metrics is before else 0.0))
         waited = metrics.wait_s
-        original_step(number, batch)
+        loss = original(number, batch)
         marks.append(time_mark(trainer.device))
+        return loss
 
-    trainer.step = step  # type: ignore
-    try:
+    with steps_replaced(trainer, train_step):
         trainer.train()
-    finally:
-        trainer.step = original_step  # type: ignore
     return list(zip(seconds_between(marks), waits, strict=True))
 
 
 def time_bare_loop(trainer: Trainer, batch: Batch, groups: int, visits: int) -> list[float]:
-    """Time minimal steps: transfer; normalise, forward, loss and backward by micro-batch; optimizer."""
-    model, device, clips = trainer.model.train(), trainer.device, len(batch.labels)
-    plan, grid = trainer.plan, batch.clips.shape[1:4].numel()
-    limit = max(1, trainer.options.micro_batch_clips * plan.base.num_frames * plan.base.crop_size**2 // grid)
+    """Return the seconds of the steps of a minimal training loop, all on the same batch.
+
+    A step copies the batch to the device, runs forward and backward for each micro-batch, and steps the optimizer.
+    """
+    train_step, device, clips = trainer.train_step, trainer.device, len(batch.labels)
+    model, plan, grid = train_step.model.train(), train_step.plan, batch.clips.shape[1:4].numel()
+    limit = max(1, train_step.micro_batch_clips * plan.base.num_frames * plan.base.crop_size**2 // grid)
     micro_batches = split_into_micro_batches(shard_batch(clips, groups, 0, 1), limit)
     marks = []
     for _ in range(visits + 2):
@@ -216,9 +221,9 @@ def time_bare_loop(trainer: Trainer, batch: Batch, groups: int, visits: int) -> 
         with deferred_running_stats(model):
             for start, stop, bn_groups in micro_batches:
                 set_bn_groups(model, bn_groups)
-                with trainer.precision.autocast():
-                    logits = trainer.train_step.wrapped_model(trainer.normalize(pixels[start:stop]))
-                trainer.task.loss(logits.float(), labels[start:stop]).div(clips).backward()
+                with train_step.precision.autocast():
+                    logits = train_step.wrapped_model(train_step.normalize(pixels[start:stop]))
+                train_step.task.loss(logits.float(), labels[start:stop]).div(clips).backward()
         trainer.optimizer.step()
     return seconds_between(marks)[1:]
 
