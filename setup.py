@@ -27,9 +27,11 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
-        "fvcore",
         "iopath",
-        "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",  # no other builds for Python 3.10
+        "filelock>=4",
+        # decord has no other wheels for Linux or current macOS. decord2 3.4 has, but torchcodec crashes on AV1 where it
+        # was loaded before: its libdav1d replaces that of FFmpeg. PyAV, the default decoder, has wheels for all.
+        "decord; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "hydra-core>=1.3",
         "tensorboard",
         "av>=17",
@@ -48,6 +50,7 @@ setup(
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"),
             *("boto3", "moto[s3]", "flask", "flask-cors"),  # an S3 server for the tests
+            "fvcore",  # what the tests compare FLOPs and precise BN with
         ],
     },
 )

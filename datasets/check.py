@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from mgvideo.storage.files import parse_json_lines, replace_when_complete
 from mgvideo.storage.paths import is_remote, join
 
 from .frame_table import video_streams
@@ -121,11 +122,9 @@ def _open_journal(journal: str | None, settings: dict[str, int], findings: dict[
     """Rewrite the journal, because a killed check may have left an unfinished line, and open it for appending."""
     if journal is None:
         return open(os.devnull, "w", encoding="utf-8")
-    part = f"{journal}.new"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(json.dumps(settings) + "\n")
-        file.writelines(_journal_line(path, rows) for path, rows in findings.items())
-    os.replace(part, journal)
+    lines = [json.dumps(settings) + "\n", *(_journal_line(path, rows) for path, rows in findings.items())]
+    with replace_when_complete(Path(journal)) as part:
+        part.write_text("".join(lines), encoding="utf-8")
     return open(journal, "a", encoding="utf-8")
 
 
@@ -133,17 +132,14 @@ def _read_journal(journal: str | None, settings: dict[str, int]) -> dict[str, li
     """Return the findings by path that an earlier check with the same settings recorded and that need no new check."""
     if journal is None or not os.path.isfile(journal):
         return {}
-    findings = {}
-    for number, line in enumerate(Path(journal).read_text(encoding="utf-8").splitlines()):
-        try:
-            content = json.loads(line)
-        except ValueError:  # a line that a killed check did not finish
-            continue
-        if number == 0 and content != settings:
-            return {}
-        if number and not any(row["problem"] in RECHECKED for row in content["findings"]):
-            findings[content["path"]] = [Finding(**row) for row in content["findings"]]
-    return findings
+    records = parse_json_lines(Path(journal).read_text(encoding="utf-8").splitlines())
+    if next(records, None) != settings:
+        return {}
+    return {
+        record["path"]: [Finding(**row) for row in record["findings"]]
+        for record in records
+        if not any(row["problem"] in RECHECKED for row in record["findings"])
+    }
 
 
 def check_file(path: str, min_frames: int, fully: bool, decoder: Decoder) -> list[Finding]:

@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 
-from .scan import shorten
 from .tables import strip_quotes
 
 # soft hyphen, zero-width space, marks of writing direction, word joiner, byte order mark, control characters

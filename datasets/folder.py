@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder
 from .lists import check_root, find_spelling, note_repeats
 from .sampling import Sampling
-from .scan import COMMON_SUFFIXES, is_leftover, scan_folder, shorten
+from .scan import COMMON_SUFFIXES, is_leftover, scan_folder
 from .tables import read_lines, read_records, read_table, strip_quotes
 from .video import VideoDataset, VideoEntry
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mgvideo.errors import UserError
-from mgvideo.storage.paths import require_local_path
+from mgvideo.storage.paths import explain_write_errors, require_local_path
 
 from .videofile import Box, Decoder, Video
 
@@ -36,10 +35,8 @@ class FrameCache:
         self.folder = Path(require_local_path("dataset.frame_cache", folder))
         self.decoder, self.bytes = decoder, int(gib * 2**30)
         self.full = False
-        try:
+        with explain_write_errors("dataset.frame_cache", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the folder dataset.frame_cache={folder}: {error.strerror}") from error
         for part in self.folder.glob("tmp*"):
             with suppress(OSError):  # another process may have deleted it
                 if time.time() - part.stat().st_mtime > STALE_S:

@@ -11,12 +11,13 @@ from contextlib import suppress
 from urllib.parse import unquote
 
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder
 from .sampling import Sampling
-from .scan import VIDEO_SUFFIXES, shorten
+from .scan import VIDEO_SUFFIXES
 from .tables import is_header, is_remark, read_lines, read_table, strip_quotes
 from .video import VideoDataset, VideoEntry
 

@@ -8,7 +8,6 @@ the class.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
@@ -19,9 +18,11 @@ from typing import Any
 
 import av
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from mgvideo.errors import UserError
+from mgvideo.storage.files import replace_when_complete
 from mgvideo.storage.paths import require_local_path
 
 from .decoders import Decoder
@@ -102,8 +103,7 @@ def make_motion(
     if folder.is_dir():
         return folder
     Path(root).mkdir(parents=True, exist_ok=True)
-    with open(Path(root) / f".{knobs.name}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(Path(root) / f".{knobs.name}.lock"):
         if not folder.is_dir():
             part = folder.with_name(f".{knobs.name}.part")
             _build(part, knobs, processes, progress)
@@ -141,9 +141,8 @@ def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
     labels = [index % len(CLASSES), *others[: knobs.shapes - 1]]
     path = f"{split}/{index:05d}.mp4"
     if not (folder / path).exists():
-        part = (folder / path).with_suffix(".part.mp4")
-        write_video(part, draw_frames(labels, knobs, rng), knobs)
-        part.replace(folder / path)
+        with replace_when_complete(folder / path) as part:
+            write_video(part, draw_frames(labels, knobs, rng), knobs)
     return f"{path} {';'.join(map(str, sorted(labels)))}\n"
 
 

@@ -21,8 +21,10 @@ from typing import Any
 
 import av
 import numpy as np
+from rich.filesize import decimal
 
 from mgvideo.errors import UserError
+from mgvideo.storage.files import parse_json_lines, replace_when_complete
 from mgvideo.storage.paths import belongs_to, is_remote, join, read_bytes, relative, strip_file_scheme
 
 from .orientation import Orientation
@@ -185,13 +187,7 @@ def read_manifest(folder: str) -> tuple[PyramidLayout, list[ManifestRow]]:
         raise UserError(
             f"dataset.pyramid: no pyramid in {folder} ({error.strerror}); build it with tools/prepare_data.py"
         ) from None
-    rows = {}
-    for line in lines:
-        try:
-            row = ManifestRow(**json.loads(line))
-        except ValueError:  # an unfinished line of a killed build
-            continue
-        rows[row.path] = row
+    rows = {row.path: row for row in (ManifestRow(**record) for record in parse_json_lines(lines))}
     return PyramidLayout(tuple(layout["sides"]), layout["largest"]), list(rows.values())
 
 
@@ -205,9 +201,8 @@ def _resume(folder: Path, layout: PyramidLayout) -> dict[str, ManifestRow]:
     if old != layout:
         raise UserError(f"{folder}: holds a pyramid of levels {old.sides}, not {layout.sides}; choose another folder")
     # Rewrite the manifest, because the next row must not continue an unfinished line.
-    part = folder / "rows.jsonl.part"
-    part.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
-    part.replace(folder / "rows.jsonl")
+    with replace_when_complete(folder / "rows.jsonl") as part:
+        part.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
     return {row.path: row for row in rows if not row.failure}
 
 
@@ -222,38 +217,33 @@ def _estimate_bytes(folder: Path, root: str, paths: Sequence[str], done: dict[st
     total, written = round(ratio * size), sum(row.level_bytes for row in rows)
     free = shutil.disk_usage(folder).free
     if total - written > free:
-        raise UserError(f"{folder}: the pyramid needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise UserError(f"{folder}: the pyramid needs {decimal(total)}, {decimal(free)} are free")
     return total
 
 
 def encode_video(folder: str, root: str, layout: PyramidLayout, name: str) -> ManifestRow:
     """Encode and verify all levels of one video, upright. Levels get their final names when all are complete."""
     source = join(root, name)
-    parts: dict[Path, Path] = {}
     try:
-        with raise_decode_errors(source), _raise_folder_errors(folder):
+        with raise_decode_errors(source), _raise_folder_errors(folder), ExitStack() as stack:
+            parts: list[Path] = []
             for side in layout.sides:
-                final = Path(level_path(folder, side, name))
-                final.parent.mkdir(parents=True, exist_ok=True)
-                parts[final] = final.with_name(f".{final.name}.part.mp4")
+                level_file = Path(level_path(folder, side, name))
+                level_file.parent.mkdir(parents=True, exist_ok=True)
+                parts.append(stack.enter_context(replace_when_complete(level_file)))
             with PyAV().open(source) as video:
                 short_side, frames, original = min(video.height, video.width), video.frames, video.local
                 sides = (min(side, short_side) for side in layout.sides)
-                _encode(video, list(zip(parts.values(), sides, strict=True)))
+                _encode(video, list(zip(parts, sides, strict=True)))
                 start = float(video.times[0])
-            for part in parts.values():
+            for part in parts:
                 with PyAV().open(str(part)) as level:
                     if level.frames != frames:
                         raise DecodeError(source, f"{frames} frames became {level.frames}")
-            level_bytes = sum(part.stat().st_size for part in parts.values())
-            for final, part in parts.items():
-                part.replace(final)
+            level_bytes = sum(part.stat().st_size for part in parts)
             return ManifestRow(name, short_side, frames, start, os.path.getsize(original), level_bytes)
     except DecodeError as error:
         return ManifestRow(name, failure=error.reason)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 @contextmanager

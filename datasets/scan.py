@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 # Containers and raw streams that FFmpeg reads.
@@ -21,7 +22,6 @@ _SUFFIXES = """
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in _SUFFIXES.split())
 COMMON_SUFFIXES = ".mp4, .avi, .mov, .mkv, .webm, …"  # for messages; the full list is in docs/datasets/folder.md
 ANNOTATIONS = {".csv", ".json", ".jsonl", ".md", ".tsv", ".txt"}  # not reported as skipped at the root of a dataset
-MAX_WORDS = 5  # in a note: extensions, file names or class names
 
 # Lower-case names of files and folders that operating systems and tools create.
 _LEFTOVERS = re.compile(
@@ -68,13 +68,6 @@ class Scan:
     def extensions(self) -> str:
         """Return the counts of skipped files by extension, the most frequent first, as text."""
         return shorten([f"{count} {suffix}" for suffix, count in self.skipped.most_common()])
-
-
-def shorten(words: Iterable[str], shown: int = MAX_WORDS) -> str:
-    """Join the first `shown` words by commas and add the number of the others."""
-    words = list(words)
-    more = [f"and {len(words) - shown} more"] if len(words) > shown else []
-    return ", ".join([*words[:shown], *more])
 
 
 def is_leftover(name: str) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 
 import torch
-from fvcore.nn.weight_init import c2_msra_fill
 from torch import Tensor, nn
 
 from mgvideo.errors import UserError
@@ -179,7 +178,9 @@ def init_weights(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
-            c2_msra_fill(module)
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 
 from .naming import SOURCES, source_names
 from .weights_file import Placeholder
@@ -119,9 +120,8 @@ def _items(node: Any) -> Iterable[tuple[Any, Any]]:
 def describe_contents(checkpoint: Any) -> str:
     """Describe a checkpoint without tensors: its type, and the names and types of its items."""
     items = [f"{name} ({_type_name(value)})" for name, value in _items(checkpoint)]
-    more = f" and {len(items) - MAX_LISTED_TENSORS} more" if len(items) > MAX_LISTED_TENSORS else ""
     text = f"it is of type {_type_name(checkpoint)}"
-    return text + (f" and contains {', '.join(items[:MAX_LISTED_TENSORS])}{more}" if items else "")
+    return text + (f" and contains {shorten(items, MAX_LISTED_TENSORS)}" if items else "")
 
 
 def _type_name(value: Any) -> str:
@@ -307,9 +307,8 @@ def _is_named(copy: WeightsCopy, key: str) -> bool:
 
 
 def _describe_problems(copy: WeightsCopy) -> str:
-    more = f" and {len(copy.problems) - MAX_LISTED_TENSORS} more" if len(copy.problems) > MAX_LISTED_TENSORS else ""
-    problems = "; ".join(copy.problems[:MAX_LISTED_TENSORS])
-    return f"{copy.origin} does not fit this network, with names of {copy.source}: {problems}{more}"
+    problems = shorten(copy.problems, MAX_LISTED_TENSORS, "; ")
+    return f"{copy.origin} does not fit this network, with names of {copy.source}: {problems}"
 
 
 def _describe_rest(
@@ -330,7 +329,7 @@ def _describe_rest(
     used = {name for copy in (chosen, *copies) for name in copy.names.values()}
     unused = [name for name in checkpoint_tensors if name not in used and not _is_solver_state(name.rpartition(".")[2])]
     if unused:
-        notes.append(f"not used: {', '.join(_group_names(unused, chosen.prefix))}")
+        notes.append(f"not used: {shorten(_group_names(unused, chosen.prefix), MAX_LISTED_GROUPS)}")
     types = sorted({_type_name(value) for value in _placeholders(checkpoint)})
     if types:
         notes.append(f"not read: objects of {', '.join(types[:MAX_LISTED_TENSORS])}")
@@ -348,8 +347,7 @@ def _group_names(names: Iterable[str], prefix: str) -> list[str]:
         parts, path = name.split("."), prefix.split(".")
         depth = next((i for i, (a, b) in enumerate(zip(parts, path, strict=False)) if a != b), len(path))
         sizes[".".join(parts[: depth + 1])] += 1
-    texts = [f"{name} ({size})" if size > 1 else name for name, size in sizes.most_common(MAX_LISTED_GROUPS)]
-    return [*texts, f"and {len(sizes) - MAX_LISTED_GROUPS} more"] if len(sizes) > MAX_LISTED_GROUPS else texts
+    return [f"{name} ({size})" if size > 1 else name for name, size in sizes.most_common()]
 
 
 def _placeholders(node: Any, ancestors: tuple[int, ...] = ()) -> Iterator[Placeholder]:

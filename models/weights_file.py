@@ -33,6 +33,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 from mgvideo.storage.paths import is_remote, local_copy
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".ckpt", ".bin", ".safetensors", ".pkl", ".npz", ".pth.tar")
@@ -356,8 +357,7 @@ def _find_weights_member(names: list[str], kind: str) -> str:
 
 
 def _list_names(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
-    return f"{', '.join(names[:MAX_LISTED_NAMES])}{more}" if names else "nothing"
+    return shorten(names, MAX_LISTED_NAMES) if names else "nothing"
 
 
 def _read_safetensors(file: IO[bytes], size: int) -> dict[str, Tensor]:

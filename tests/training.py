@@ -37,7 +37,7 @@ from mgvideo.loading.loader import Loader, LoaderOptions
 from mgvideo.loading.workers import start_fork_server
 from mgvideo.models.small import r2plus1d_small
 from mgvideo.plan import schedules
-from mgvideo.plan.plan import Base, Grid, Plan
+from mgvideo.plan.plan import Base, Plan
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 from mgvideo.tracking.run_logger import RunLogger
 
@@ -95,8 +95,7 @@ def tiny_trainer(
     normalize = Normalize((0.45,) * 3, (0.225,) * 3, dtype)
     loader_options = LoaderOptions(num_workers=workers)
     train, val = (Loader(motion(motion_root, KNOBS, split, PyAV()), loader_options) for split in ("train", "val"))
-    side = plan.base.crop_size
-    views = Views(Grid(plan.base.num_frames, side, (2, 2), (side, side)))
+    views = Views.of_size(plan.base.num_frames, 2, plan.base.crop_size)
     step_options: dict[str, Any] = {"micro_batch_clips": 1000}
     step_options |= {
         key: options.pop(key) for key in ("micro_batch_clips", "compile", "hang_timeout") if key in options

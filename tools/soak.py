@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import psutil
 import torch
@@ -69,18 +70,22 @@ def run_program(arguments: Sequence[str], log: Path, limit_s: float | None = Non
     return process.wait(), peak, 0
 
 
+def logged_steps(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of training steps in metrics.jsonl, in the order of the file."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
 def memory_over_time(folder: Path) -> tuple[float, float]:
     """Return the mean memory (MiB) of the training process in the second and the last quarter of the logged steps."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    mib = [1024 * line["memory_gib"] for line in lines if "loss" in line]
+    mib = [1024 * record["memory_gib"] for record in logged_steps(folder)]
     quarter = max(1, len(mib) // 4)
     return mean(mib[quarter : 2 * quarter] or mib), mean(mib[-quarter:])
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """Return the logged (step, loss) pairs, in the order of the file."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return [(record["step"], record["loss"]) for record in logged_steps(folder)]
 
 
 def newest_checkpoint(folder: Path) -> dict:

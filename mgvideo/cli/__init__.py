@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -14,19 +13,6 @@ from mgvideo.errors import UserError
 from mgvideo.loading.workers import start_fork_server
 
 from .terminal import restart_in_utf8_mode, terminal
-
-# OpenMP threads that wait spin briefly, because most waits are short, and then sleep, because loader workers need the
-# cores: docs/notes/speed.md. Set this before importing torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# The grids of a plan need tensors of different sizes, which fragment GPU memory if its segments have a fixed size.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# Importing fvcore compiles losses that mgvideo does not use, with a deprecated function.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-# The multi-label task takes the maximum over views with index_reduce, which warns that it is experimental. A test
-# checks its result.
-warnings.filterwarnings("ignore", "index_reduce", UserWarning)
 
 PROGRAMS = {
     "run": "train and test a network",
@@ -48,8 +34,23 @@ def command(*program: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a program in this process. `arguments` are its name and its arguments, by default those of `sys.argv`."""
+    _set_torch_defaults()
     with terminal():
         _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _set_torch_defaults() -> None:
+    """Set environment variables that torch reads when it is imported, unless they are set.
+
+    Processes that this one starts, such as loader workers, inherit the variables.
+    """
+    # OpenMP threads that wait spin briefly, because most waits are short, and then sleep, because loader workers need
+    # the cores: docs/notes/speed.md.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # The grids of a plan need tensors of different sizes, which fragment GPU memory if its segments have a fixed size.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _run(program_and_arguments: Sequence[str]) -> None:

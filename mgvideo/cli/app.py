@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -33,7 +32,8 @@ from mgvideo.plan.schedules import scale_lr
 from . import values
 from .help import group_options, help_text
 from .schema import register
-from .suggest import suggestion
+from .suggest import option_suggestion, suggestion
+from .values import override_key
 
 CONFIGS = "mgvideo.configs"
 
@@ -117,7 +117,7 @@ def _search_path_override(folder: str, overrides: Sequence[str]) -> str:
     """
     if not Path(folder).is_dir():
         raise UserError(f"--config-dir {folder}: there is no such folder")
-    if any(_key_of(override) == "hydra.searchpath" for override in overrides):
+    if any(override_key(override) == "hydra.searchpath" for override in overrides):
         raise UserError("give --config-dir or hydra.searchpath=[FOLDER, …], not both")
     return f"hydra.searchpath=[{values.quote(f'file://{Path(folder).absolute()}')}]"
 
@@ -231,7 +231,7 @@ def _explain_unknown_option(error: MissingConfigException) -> str:
     """Return the message for an option that its config group does not have."""
     group, _, option = (error.missing_cfg_file or "?").partition("/")
     options = group_options().get(group) or list(error.options or [])
-    return f"{group}={option} does not exist{_nearest(option, options)}; choose one of {', '.join(options)}"
+    return f"{group}={option} does not exist{option_suggestion(option, options)}; choose one of {', '.join(options)}"
 
 
 def _explain_override(config_name: str, overrides: Sequence[str], error: Exception, more_keys: Sequence[str]) -> str:
@@ -265,23 +265,18 @@ def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from flat_keys(node, f"{prefix}{name}.")
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
-
-
 def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Scale the recipe in `cfg` if the overrides set `base.batch_size` or `base.epochs`; return a line for each change.
 
     base.lr scales linearly with base.batch_size, unless the overrides set it. base.lr_milestones and base.warmup_epochs
     scale linearly with base.epochs, unless the overrides set one of them.
     """
-    keys = {_key_of(override) for override in overrides}
+    keys = {override_key(override) for override in overrides}
     scales_lr = "base.batch_size" in keys and "base.lr" not in keys
     scales_epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
     if not (scales_lr or scales_epochs):
         return []
-    rest = [override for override in overrides if _key_of(override) not in ("base.batch_size", "base.epochs")]
+    rest = [override for override in overrides if override_key(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
     # keys that no recipe sets
@@ -305,10 +300,6 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     return messages
 
 
-def _key_of(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
-
-
 def _epochs(values: Sequence[float]) -> str:
     return f"[{', '.join(f'{value:g}' for value in values)}]"
 
@@ -320,14 +311,14 @@ def same_command(changes: Mapping[str, str], without: Sequence[str] = ()) -> str
     several nodes) it is the command that follows the launcher.
     """
     replaced = {*changes, *without}
-    overrides = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") not in replaced]
+    overrides = [o for o in HydraConfig.get().overrides.task if override_key(o) not in replaced]
     changed = [f"{key}={value}" for key, value in changes.items()]
     return shlex.join([*_program(), *_search_path(), *overrides, *changed])
 
 
 def _search_path() -> list[str]:
     """Return the overrides of the running program that add folders of configs."""
-    return [override for override in HydraConfig.get().overrides.hydra if _key_of(override) == "hydra.searchpath"]
+    return [override for override in HydraConfig.get().overrides.hydra if override_key(override) == "hydra.searchpath"]
 
 
 def _program() -> list[str]:

@@ -23,6 +23,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -37,16 +38,17 @@ from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_s
 from mgvideo.loading.loader import Loader
 from mgvideo.loading.sampler import ClipSampler
 from mgvideo.loading.shared_memory import get_shared_memory_space
+from mgvideo.plan.formatting import format_memory
 from mgvideo.plan.plan import Plan
 
 from . import app, keys
 from .build import build_normalize, build_plan, loader_options
 from .schema import key
 
-PACKAGES = ("torchvision", "torchmetrics", "hydra-core", "omegaconf", "fvcore", "iopath", "av", "decord", "torchcodec")
+PACKAGES = ("torchvision", "torchmetrics", "hydra-core", "omegaconf", "iopath", "av", "decord", "torchcodec")
 NETWORKS = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")  # of configs/model
 MIN_OPEN_FILES = 4096  # loader workers, checkpoints and sockets may need as many; 1,024 is a common limit
-MIN_DISK_GIB = 10  # with less free space, checkpoints and decoded frames may not fit
+MIN_DISK_BYTES = 10e9  # with less free space, checkpoints and decoded frames may not fit
 MOTION_KNOBS = Knobs(train=32, val=4)  # the dataset that the decoder and loader checks generate
 LOADER_MEASUREMENT_S = 3.0
 
@@ -55,7 +57,7 @@ LOADER_MEASUREMENT_S = 3.0
 class DoctorKeys:
     """Keys of this program, besides the keys of a run."""
 
-    format: str = key("table", "table or json")
+    format: str = key("table", "table or json", choices=("table", "json"))
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,6 @@ def main(arguments: Sequence[str]) -> None:
     own_overrides, run_overrides = keys.split(DoctorKeys, arguments)
     with app.exit_on_user_error():
         options = keys.read(DoctorKeys, own_overrides)
-        if options.format not in ("table", "json"):
-            raise UserError(f"format={options.format}: choose table or json")
     intro = "Check this machine before training. Exit code 1 if a check fails. Takes the keys of a run, and:"
     text = "\n".join([intro, "", *keys.describe(DoctorKeys)])
     app.main("run", text, partial(run, options), run_overrides, keys.names(DoctorKeys))
@@ -180,7 +180,7 @@ def check_gpus(machine: Machine) -> Iterator[CheckResult]:
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         busy = free < 0.8 * total
-        memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        memory = f"{format_memory(free)} of {format_memory(total)} free"
         text = f"{properties.name}, capability {properties.major}.{properties.minor}, {memory}"
         remedy = "another program uses its memory: stop it, or set CUDA_VISIBLE_DEVICES" if busy else ""
         yield CheckResult(f"GPU {index}", "warning" if busy else "ok", text, remedy)
@@ -257,10 +257,10 @@ def check_cpus(machine: Machine) -> Iterator[CheckResult]:
     few = machine.device.type == "cuda" and options.num_workers < 4
     remedy = "give each GPU 8 or more cores (SLURM: --cpus-per-task), or prepare a pyramid" if few else ""
     yield CheckResult("CPU cores", "warning" if few else "ok", f"{text}; {options.num_workers} loader workers", remedy)
-    memory = min([resources.memory, *resources.memory_limits.values()]) / 2**30
-    small = memory < 4
+    memory = min([resources.memory, *resources.memory_limits.values()])
+    small = memory < 4 * 2**30
     yield CheckResult(
-        "memory", "warning" if small else "ok", f"{memory:.1f} GiB available", "4 GiB or more" if small else ""
+        "memory", "warning" if small else "ok", f"{format_memory(memory)} available", "4 GiB or more" if small else ""
     )
 
 
@@ -272,7 +272,7 @@ def check_shared_memory(machine: Machine) -> Iterator[CheckResult]:
         yield CheckResult("/dev/shm", "ok", "no limit on this system")
         return
     small = room.free < 2**30
-    text = f"{room.free / 2**20:.0f} MiB free"
+    text = f"{format_memory(room.free)} free"
     remedy = "in Docker: docker run --shm-size=8g; otherwise lower loader.num_workers" if small else ""
     yield CheckResult("/dev/shm", "warning" if small else "ok", text, remedy)
 
@@ -294,10 +294,10 @@ def check_disk(machine: Machine) -> Iterator[CheckResult]:
         yield CheckResult("disk", "ok", f"{target} is remote: not checked")
         return
     parent = next(p for p in (Path(target).absolute(), *Path(target).absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free / 2**30
-    little = free < MIN_DISK_GIB
+    free = shutil.disk_usage(parent).free
+    little = free < MIN_DISK_BYTES
     yield CheckResult(
-        "disk", "warning" if little else "ok", f"{free:.0f} GiB free in {parent}", "set output_dir" if little else ""
+        "disk", "warning" if little else "ok", f"{decimal(free)} free in {parent}", "set output_dir" if little else ""
     )
     try:
         with tempfile.TemporaryFile(dir=parent):

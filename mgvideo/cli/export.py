@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -16,6 +16,7 @@ from mgvideo.engine.precision import Normalize
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import SlowFast
 from mgvideo.plan.plan import require
+from mgvideo.storage.files import replace_when_complete
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
@@ -37,10 +38,12 @@ class ExportKeys:
         None, "a checkpoint, a run's folder (best checkpoint, else newest), or weights as in init_from"
     )
     out: str | None = key(None, "file to write: NAME.pt2 or NAME.onnx")
-    format: str | None = key(None, "torch (torch.export) or onnx; null: by the suffix of out")
-    frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run")
-    size: int | None = key(None, "height and width of a clip; null: base.crop_size")
-    batch: int = key(1, "clips in a batch")
+    format: str | None = key(
+        None, "torch (torch.export) or onnx; null: by the suffix of out", choices=tuple(SUFFIXES.values())
+    )
+    frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run", least=1)
+    size: int | None = key(None, "height and width of a clip; null: base.crop_size", least=1)
+    batch: int = key(1, "clips in a batch", least=1)
     dynamic: bool = key(
         False,
         "accept any batch, height and width, and any number of frames (not SlowFast); the values above are examples",
@@ -103,16 +106,12 @@ def read_keys(overrides: Sequence[str]) -> ExportKeys:
     if options.out is None:
         raise UserError("out is not set: add out=NAME.pt2 or out=NAME.onnx to the command")
     suffix_format = SUFFIXES.get(Path(options.out).suffix)
-    require(options.format in (None, *SUFFIXES.values()), f"format={options.format}: choose torch or onnx")
     require(suffix_format is not None, f"out={options.out}: name it NAME.pt2 (torch) or NAME.onnx")
     require(
         options.format in (None, suffix_format),
         f"out={options.out}: format={options.format} requires another suffix: .pt2 for torch, .onnx for onnx",
     )
     options.format = suffix_format
-    for name in ("frames", "size", "batch"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"{name}={value}: give a whole number from 1 up")
     missing = [name for name in ONNX_PACKAGES if options.format == "onnx" and find_spec(name) is None]
     require(not missing, f"format=onnx requires {', '.join(missing)}: pip install {' '.join(ONNX_PACKAGES)}")
     return options
@@ -121,16 +120,11 @@ def read_keys(overrides: Sequence[str]) -> ExportKeys:
 def run(options: ExportKeys, overrides: Sequence[str]) -> None:
     """Export to a temporary file, check it, and rename it to `out`. Nothing is left behind if that fails."""
     out = Path(str(options.out))
-    part = out.with_name(f".{out.stem}.part{out.suffix}")
-    try:
-        with explain_write_errors("out", out):
-            out.parent.mkdir(parents=True, exist_ok=True)
+    with explain_write_errors("out", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replace_when_complete(out) as part:
             part.touch()  # fail now, not after minutes of tracing, if the folder is not writable
             export(options, overrides, part)
-            part.replace(out)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def export(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:
@@ -218,7 +212,7 @@ def print_summary(options: ExportKeys, trained: Trained, example: Tensor, size: 
     mean, std = list(cfg.normalize.mean), list(cfg.normalize.std)
     pixels = "uint8 RGB" if options.normalize else f"float32 RGB in 0–1, minus mean {mean}, divided by std {std}"
     scores = "softmax" if cfg.dataset.task == "single_label" else "sigmoid"
-    print(f"{options.out}: {size / 1e6:.1f} MB")
+    print(f"{options.out}: {decimal(size)}")
     print(f"  input clips [{', '.join(shape)}]: {pixels}; frames at stride {cfg.base.frame_stride}")
     print(f"  output logits [{shape[0]}, {trained.classes}], before the {scores}")
     if options.dynamic and not any_frames:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +17,14 @@ from mgvideo.distributed.signals import raise_if_stopped, received_signal
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan, require
-from mgvideo.storage.checkpoints import Checkpoints, write_atomic
+from mgvideo.storage.checkpoints import Checkpoints, describe_differences
+from mgvideo.storage.files import parse_json_lines, write_atomic
+from mgvideo.storage.paths import explain_write_errors
 from mgvideo.tracking.run_logger import Eta
 
 from .help import group_options
-from .tables import TableEntry, merge_overrides, override_key
-from .values import quote
+from .tables import TableEntry, merge_overrides
+from .values import override_key, quote
 
 LOG_NAME = "run.log"  # file in a run's folder with its stdout and stderr
 LAUNCHER = "hydra.launcher"  # config node of the launcher's keys
@@ -57,7 +58,8 @@ class Job:
         """List the keys in which an earlier run in this folder differs, as `KEY was OLD, is NEW`."""
         old = _read_json(self.folder / "cell.json")
         new = json.loads(json.dumps(self.recipe))
-        return [f"{key} was {old[key]}, is {new[key]}" for key in new if key in old and old[key] != new[key]]
+        shared = old.keys() & new.keys()
+        return describe_differences({key: old[key] for key in shared}, {key: new[key] for key in shared})
 
     def is_finished(self) -> bool:
         """Return whether the folder holds a report of this recipe."""
@@ -69,11 +71,9 @@ class Job:
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
+        with explain_write_errors("out", self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "report.json").unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into out={self.out}: {error.strerror}") from error
         write_atomic(self.folder / "cell.json", json.dumps(self.recipe, indent=1).encode())
 
     def initial_weights(self) -> list[str]:
@@ -127,8 +127,8 @@ class RunProgress:
             file.seek(self.position)
             while (line := file.readline()).endswith("\n"):
                 self.position = file.tell()
-                with suppress(ValueError):
-                    self._add_record(json.loads(line))
+                for record in parse_json_lines([line]):
+                    self._add_record(record)
 
     def _add_record(self, record: dict[str, Any]) -> None:
         score = next((f"{key[4:]} {value:.1f}" for key, value in record.items() if key.startswith("val_")), None)

@@ -13,6 +13,7 @@ from mgvideo.errors import UserError
 from mgvideo.storage.paths import require_local_path
 
 from .help import in_brackets
+from .schema import check_value
 from .values import declares_text, read_dotlist
 
 Keys = TypeVar("Keys")
@@ -30,7 +31,7 @@ def read(keys_class: type[Keys], overrides: Sequence[str]) -> Keys:
     """Return an instance of the dataclass with `key=value` overrides.
 
     Raises:
-        UserError: A value has the wrong type, or `out` is a URL.
+        UserError: A value has the wrong type or is outside its limits, or `out` is a URL.
     """
     types = {field.name: str(field.type) for field in fields(keys_class)}  # type: ignore[arg-type]
     try:
@@ -40,6 +41,8 @@ def read(keys_class: type[Keys], overrides: Sequence[str]) -> Keys:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     values: Any = OmegaConf.to_object(merged)
+    for field in fields(keys_class):  # type: ignore[arg-type]
+        check_value(field.name, getattr(values, field.name), field.metadata["limits"])
     if getattr(values, "out", None) is not None:
         values.out = require_local_path("out", values.out)
     return values

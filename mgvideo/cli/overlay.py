@@ -19,6 +19,8 @@ from torch.nn.functional import interpolate
 
 from mgvideo.datasets.pyav import PyAV
 from mgvideo.errors import UserError
+from mgvideo.storage.files import replace_when_complete
+from mgvideo.storage.paths import explain_write_errors
 
 Frame = NDArray[np.uint8]  # RGB [h, w, 3]
 FrameFunction = Callable[[Frame, int], Frame]  # (frame, frame number) → the frame to write instead
@@ -41,21 +43,16 @@ def rewrite_video(source: str, target: Path, paint: FrameFunction) -> None:
         OSError: the target cannot be written.
         av.FFmpegError: the frames cannot be encoded.
     """
-    part = target.with_name(f".{target.name}.part.mp4")
-    try:
-        with PyAV().open(source) as video, av.open(str(part), "w") as output:
-            encoder: Any = None
-            for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.decode_all(), strict=True)):
-                upright = video.orientation.apply(frame.to_ndarray(format="rgb24"))
-                painted = paint(np.ascontiguousarray(upright), number)
-                encoder = encoder or _add_encoder(output, video.stream, painted)
-                new = av.VideoFrame.from_ndarray(painted, format="rgb24")
-                new.pts, new.time_base = time, video.stream.time_base
-                output.mux(encoder.encode(new))
-            output.mux(encoder.encode())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with replace_when_complete(target) as part, PyAV().open(source) as video, av.open(str(part), "w") as output:
+        encoder: Any = None
+        for number, (time, frame) in enumerate(zip(video.rising_ticks(), video.decode_all(), strict=True)):
+            upright = video.orientation.apply(frame.to_ndarray(format="rgb24"))
+            painted = paint(np.ascontiguousarray(upright), number)
+            encoder = encoder or _add_encoder(output, video.stream, painted)
+            new = av.VideoFrame.from_ndarray(painted, format="rgb24")
+            new.pts, new.time_base = time, video.stream.time_base
+            output.mux(encoder.encode(new))
+        output.mux(encoder.encode())
 
 
 def _add_encoder(output: Any, stream: Any, frame: Frame) -> Any:
@@ -168,9 +165,7 @@ def choose_output_paths(videos: dict[str, str], folder: Path) -> dict[str, Path]
         if overwrites:
             raise UserError(f"out={folder}: {target} is one of the videos; give another folder")
         targets[path] = target
-    try:
+    with explain_write_errors("out", folder):
         for parent in {target.parent for target in targets.values()}:
             parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write out={folder}: {error.strerror}") from error
     return targets

@@ -39,12 +39,14 @@ DEFAULT_GPUS = 8  # if this machine has none; the number in the published recipe
 class PlanKeys:
     """Keys of this program, besides the keys of a run."""
 
-    gpus: int | None = key(None, "GPUs to plan for; null: those of this machine, or 8 if it has none")
-    format: str = key("table", "table, json or png")
+    gpus: int | None = key(None, "GPUs to plan for; null: those of this machine, or 8 if it has none", least=1)
+    format: str = key("table", "table, json or png", choices=("table", "json", "png"))
     out: str | None = key(None, "file to write to; null: the terminal")
     at: list[float] = key([], "epochs at which json gives the LR")
-    videos: int | None = key(None, "training videos; null: as listed, or as published if dataset.root is not set")
-    step_time: float | None = key(None, "seconds of a training step: adds what the loaders must deliver")
+    videos: int | None = key(
+        None, "training videos; null: as listed, or as published if dataset.root is not set", least=1
+    )
+    step_time: float | None = key(None, "seconds of a training step: adds what the loaders must deliver", above=0)
     benchmark: str | None = key(None, "JSON of measured step times and loader rates: adds predicted time and waiting")
 
 
@@ -64,11 +66,7 @@ def _description() -> str:
 def read_keys(overrides: Sequence[str]) -> PlanKeys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(PlanKeys, overrides)
-    require(options.gpus is None or options.gpus >= 1, f"gpus={options.gpus}: give a whole number from 1 up")
-    require(options.format in ("table", "json", "png"), f"format={options.format}: choose table, json or png")
     require(options.format != "png" or options.out is not None, "format=png needs a file: add out=plan.png")
-    require(options.videos is None or options.videos >= 1, f"videos={options.videos}: give a whole number from 1 up")
-    require(options.step_time is None or options.step_time > 0, f"step_time={options.step_time}: give seconds above 0")
     require(options.step_time is None or options.benchmark is None, "give step_time or benchmark, not both")
     return options
 

@@ -34,7 +34,7 @@ from mgvideo.engine.tasks import TASKS
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Loader
 from mgvideo.models.cam import class_maps, sum_pathway_maps
-from mgvideo.plan.plan import Grid, require
+from mgvideo.plan.plan import require
 from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
 from . import app, keys
@@ -198,9 +198,13 @@ def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) 
 def build_predictor(options: PredictKeys, trained: Trained) -> Predictor:
     """Move the network to its device and take the views of its run's test, except where `options` sets them."""
     cfg = trained.cfg
-    side = options.size or cfg.test.crop_size
-    grid = Grid(cfg.base.num_frames, side, (cfg.base.frame_stride, cfg.base.frame_stride), (side, side))
-    views = Views(grid, options.clips or cfg.test.num_clips, options.crops or cfg.test.num_crops)
+    views = Views.of_size(
+        cfg.base.num_frames,
+        cfg.base.frame_stride,
+        options.size or cfg.test.crop_size,
+        options.clips or cfg.test.num_clips,
+        options.crops or cfg.test.num_crops,
+    )
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if precision.warning:
         print(f"warning: {precision.warning}", file=sys.stderr)

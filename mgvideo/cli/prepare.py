@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from mgvideo.datasets.check import (
@@ -52,16 +53,16 @@ SAMPLED_FILES = 32  # files whose median short side is taken for the whole datas
 class CheckKeys:
     """Keys of `prepare check`."""
 
-    split: str = key("both", "train, val or both")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     fully: bool = key(True, "decode every frame; false: only the first, middle and last")
     min_frames: int | None = key(
-        None, "videos with fewer frames are too short; null: what a clip of the base grid needs"
+        None, "videos with fewer frames are too short; null: what a clip of the base grid needs", least=1
     )
     max_broken: float | None = key(
         None, "exit with 1 if a larger share of files is missing or unreadable; null: dataset.max_bad_fraction"
     )
     out: str = key("check.csv", "file for the problems, one per line; OUT_classes.csv counts them by class")
-    processes: int | None = key(None, "files checked at a time; null: one per core")
+    processes: int | None = key(None, "files checked at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -69,8 +70,8 @@ class PyramidKeys:
     """Keys of `prepare pyramid`."""
 
     out: str | None = key(None, "folder to build in, for dataset.pyramid; a stopped build resumes")
-    split: str = key("both", "train, val or both")
-    processes: int | None = key(None, "files encoded at a time; null: one per core")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
+    processes: int | None = key(None, "files encoded at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -78,15 +79,15 @@ class ListKeys:
     """Keys of `prepare list`."""
 
     out: str | None = key(None, "folder for train.csv, val.csv (path label) and classes.txt")
-    split: str = key("both", "train, val or both")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
 
 
 @dataclass
 class MotionKeys:
     """Keys of `prepare motion`."""
 
-    like: str = key("motion", "motion, or kinetics: " + " ".join(KINETICS))
-    processes: int | None = key(None, "files made at a time; null: one per core")
+    like: str = key("motion", "motion, or kinetics: " + " ".join(KINETICS), choices=("motion", "kinetics"))
+    processes: int | None = key(None, "files made at a time; null: one per core", least=1)
 
 
 class Command(NamedTuple):
@@ -129,16 +130,10 @@ def _usage() -> str:
 def read_keys(kind: type, overrides: Sequence[str]) -> Any:
     """Read and check the keys of a sub-command. Raises UserError for an invalid value."""
     options: Any = keys.read(kind, overrides)
-    split, processes = getattr(options, "split", "both"), getattr(options, "processes", None)
-    require(split in SPLITS, f"split={split}: choose one of {', '.join(SPLITS)}")
-    require(processes is None or processes >= 1, f"processes={processes}: give a whole number from 1 up")
     require(getattr(options, "out", "") is not None, "out is not set: add out=FOLDER to the command")
-    if isinstance(options, MotionKeys):
-        require(options.like in ("motion", "kinetics"), f"like={options.like}: choose motion or kinetics")
     if isinstance(options, CheckKeys):
-        share, min_frames = options.max_broken, options.min_frames
+        share = options.max_broken
         require(share is None or 0 <= share <= 1, f"max_broken={share}: give a share from 0 to 1")
-        require(min_frames is None or min_frames >= 1, f"min_frames={min_frames}: give a whole number from 1 up")
     return options
 
 
@@ -234,7 +229,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
     )
 
     def estimate(level_bytes: int) -> None:
-        print(f"the levels of the remaining videos will take about {_size(level_bytes)}", flush=True)
+        print(f"the levels of the remaining videos will take about {decimal(level_bytes)}", flush=True)
 
     names = [relative(path, root) for path in paths]
     with ProgressLog("pyramid") as progress:
@@ -261,19 +256,14 @@ def _print_rows(rows: Sequence[ManifestRow], allowed: float) -> None:
     failed = [row for row in rows if row.failure]
     before, levels = sum(row.bytes for row in rows), sum(row.level_bytes for row in rows)
     print(
-        f"{len(rows) - len(failed)} videos: {_size(levels)} beside {_size(before)} of originals "
-        f"({levels / max(1, before):.2f} times), {_size(before + levels)} in all"
+        f"{len(rows) - len(failed)} videos: {decimal(levels)} beside {decimal(before)} of originals "
+        f"({levels / max(1, before):.2f} times), {decimal(before + levels)} in all"
     )
     if failed:
         print(f"{len(failed)} will be read from the original file, for example {failed[0].path}: {failed[0].failure}")
     if len(failed) > allowed * len(rows):
         print(f"error: that is more than dataset.max_bad_fraction={allowed}", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _size(count: int) -> str:
-    power = next((power for power in (4, 3, 2, 1) if count >= 1000**power), 0)
-    return f"{count / 1000**power:.{1 if power else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def write_lists(options: ListKeys, cfg: DictConfig) -> None:
@@ -329,7 +319,7 @@ def make_videos(options: MotionKeys, cfg: DictConfig) -> None:
     with ProgressLog("motion") as progress:
         folder = make_motion(cfg.dataset.root, instantiate(cfg.dataset.knobs), options.processes, progress)
     files = list(folder.rglob("*.mp4"))
-    print(f"{folder}: {len(files)} videos, {_size(sum(file.stat().st_size for file in files))}")
+    print(f"{folder}: {len(files)} videos, {decimal(sum(file.stat().st_size for file in files))}")
     lists = f"dataset=kinetics400 dataset.root={folder} dataset.num_classes={cfg.dataset.num_classes}"
     print(f"read it with {lists} dataset.train.flip=false")
 

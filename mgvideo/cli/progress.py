@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from mgvideo.plan.formatting import format_duration
+
 LOG_INTERVAL_S = 30.0
 
 
@@ -41,10 +43,5 @@ class ProgressLog:
         now = time.monotonic()
         if now - self.last_line >= LOG_INTERVAL_S or done == total:
             left = (now - self.started) / done * (total - done)
-            print(f"{self.name}: {done} of {total}, {_clock(left)} left", file=sys.stderr, flush=True)
+            print(f"{self.name}: {done} of {total}, {format_duration(left)} left", file=sys.stderr, flush=True)
             self.last_line = now
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -15,13 +15,14 @@ from rich.console import Console
 from mgvideo.distributed.signals import Stopped, handle_signals, raise_if_stopped
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import read_benchmark
-from mgvideo.plan.formatting import format_duration
+from mgvideo.plan.formatting import format_duration, shorten
 from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
-from mgvideo.storage.checkpoints import write_atomic
+from mgvideo.storage.files import write_atomic
+from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys, prices
 from .build import require_dataset_keys
@@ -53,12 +54,12 @@ class ReproduceKeys:
     out: str | None = key(
         None, "folder of runs and reports, shared by the tables of a preset; null: runs/tables/PRESET"
     )
-    processes: int | None = key(None, "processes of a run, one per GPU; null: those of the preset")
+    processes: int | None = key(None, "processes of a run, one per GPU; null: those of the preset", least=1)
     launcher: str | None = key(
         None, "a Hydra launcher, such as slurm: runs all cells at once, the seeds of a cell as one sweep"
     )
     weights: str | None = key(None, "folder of released weights, with the file names that the table lists")
-    gpus: int = key(8, "with benchmark: number of GPUs to predict times for")
+    gpus: int = key(8, "with benchmark: number of GPUs to predict times for", least=1)
     cells: list[str] | None = key(None, "cells to run, such as [baseline,multigrid]; null: all")
     benchmark: str | None = key(None, "JSON of measured step times, as for mgvideo plan: adds times to --list")
 
@@ -73,7 +74,6 @@ def main(arguments: Sequence[str]) -> None:
             ReproduceKeys, [argument for argument in arguments if argument != "--list"]
         )
         options, run_overrides = keys.read(ReproduceKeys, own_overrides), app.quote_texts("run", run_overrides)
-        require(options.processes is None or options.processes >= 1, f"processes={options.processes}: give 1 or more")
         require(
             options.seeds is None or len(set(options.seeds)) == len(options.seeds) > 0, "seeds: give different numbers"
         )
@@ -185,10 +185,8 @@ class Reproduction:
         if not self.chosen:
             reasons = "; ".join(dict.fromkeys(e.skip_reason for e in self.entries if e.skip_reason))
             raise UserError(f"no cell of table {self.table.name} can run: {reasons}; give weights=FOLDER with it")
-        try:
+        with explain_write_errors("out", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into out={self.folder}: {error.strerror}") from error
         for entry in self.entries:
             if any(job.entry is entry for job in self.chosen):
                 require_dataset_keys(entry.config)
@@ -198,8 +196,7 @@ class Reproduction:
                 launcher_overrides(job, self.options.launcher, self.queue)
             differences = [line for line in job.recipe_differences() if not line.startswith("test.")]
             if differences:
-                more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-                problem = f"{job.folder} holds a run of another recipe: {'; '.join(differences[:3])}{more}"
+                problem = f"{job.folder} holds a run of another recipe: {shorten(differences, 3, '; ')}"
                 raise UserError(f"{problem}. Give another out=FOLDER, or remove that folder")
 
     def _dependencies_first(self) -> list[Job]:

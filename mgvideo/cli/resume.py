@@ -25,6 +25,7 @@ from mgvideo.storage.remote_output import RemoteOutput
 
 from . import app
 from .build import Data
+from .values import flatten
 
 RESTART_COUNTERS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
@@ -52,17 +53,7 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
         **{f"{split}.videos": len(getattr(data, split)) for split in splits},
         **{f"{split}.fingerprint": getattr(data, split).fingerprint() for split in splits},
     }
-    flat: dict[str, Any] = {}
-
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                flatten(f"{prefix}.{name}" if prefix else str(name), inner)
-        else:
-            flat[prefix] = value
-
-    flatten("", sections)
-    return flat
+    return flatten(sections)
 
 
 def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOutput) -> tuple[str | None, list[str]]:

@@ -31,11 +31,12 @@ from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Loader, explain_dead_worker
-from mgvideo.plan.plan import Grid, Plan
+from mgvideo.plan.plan import Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_plan_table
-from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder, write_atomic
+from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder
+from mgvideo.storage.files import write_atomic
 from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
 from mgvideo.tracking.report import Report, describe_hardware
@@ -254,8 +255,7 @@ def build_trainer(
     if max_clips < largest_step_clips(plan, world_size()):
         logger.print_line(f"memory holds {max_clips} clips of the base grid at once: larger steps run in micro-batches")
     base = plan.base
-    side = base.crop_size
-    views = Views(Grid(base.num_frames, side, (base.frame_stride, base.frame_stride), (side, side)))
+    views = Views.of_size(base.num_frames, base.frame_stride, base.crop_size)
     evaluator = Evaluator(
         Loader(data.val, options, pin), data.task, data.classes, normalize, precision, cfg.test.batch_size
     )
@@ -294,12 +294,8 @@ def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> No
     """Test the model on several views per video and write the report. All ranks call this together."""
     if cfg.train.enable and trainer.progress.evaluated < trainer.progress.step:
         trainer.precise_bn()  # no validation has computed them for these weights
-    base, size = trainer.plan.base, cfg.test.crop_size
-    views = Views(
-        Grid(base.num_frames, size, (base.frame_stride, base.frame_stride), (size, size)),
-        cfg.test.num_clips,
-        cfg.test.num_crops,
-    )
+    base, options = trainer.plan.base, cfg.test
+    views = Views.of_size(base.num_frames, base.frame_stride, options.crop_size, options.num_clips, options.num_crops)
     loader = Loader(data.val, trainer.loader.options, trainer.loader.pin_memory)
     evaluator = Evaluator(
         loader, data.task, data.classes, trainer.train_step.normalize, trainer.train_step.precision, cfg.test.batch_size

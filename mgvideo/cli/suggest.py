@@ -146,6 +146,7 @@ NOT_A_KEY = {
 }
 
 _MIN_SIMILARITY = 0.7  # smallest ratio of difflib at which a word counts as a misspelt key
+_MIN_OPTION_SIMILARITY = 0.5  # the same for a misspelt option of a group: there are few of them
 _MIN_OTHER_NAME_SIMILARITY = 0.85  # the same for a misspelt name of another project: there are many of them
 
 
@@ -171,8 +172,7 @@ def suggestion(word: str, keys: Iterable[str], program_keys: Sequence[str] = ())
     is_of_recipe = word.startswith("recipe.")  # else suggest the keys that refer to those of a recipe
     keys = [key for key in keys if is_of_recipe or not key.startswith("recipe.")]
     last = word.rpartition(".")[2]
-    close = difflib.get_close_matches(word, program_keys, n=1, cutoff=_MIN_SIMILARITY)
-    if close:
+    if close := _most_similar(word, program_keys, _MIN_SIMILARITY):
         return _did_you_mean(close)
     for name in dict.fromkeys((word, last)):
         if name in keys and name != typed:
@@ -183,6 +183,16 @@ def suggestion(word: str, keys: Iterable[str], program_keys: Sequence[str] = ())
         if name in _SENTENCES_BY_NAME:
             return f": {_SENTENCES_BY_NAME[name][0]}"
     return _did_you_mean(_with_last_part(last, keys) or _similar(word, keys) or _similar_other_name(word, keys))
+
+
+def option_suggestion(word: str, options: Iterable[str]) -> str:
+    """Return the text that follows "… does not exist": the option that is spelt most like `word`, or ""."""
+    return _did_you_mean(_most_similar(word, options, _MIN_OPTION_SIMILARITY))
+
+
+def _most_similar(word: str, words: Iterable[str], min_similarity: float) -> list[str]:
+    """Return a list of the one word that is spelt most like `word`, empty if none is similar enough."""
+    return difflib.get_close_matches(word, list(words), n=1, cutoff=min_similarity)
 
 
 def _did_you_mean(keys: Sequence[str]) -> str:
@@ -199,14 +209,14 @@ def _similar(word: str, keys: Sequence[str]) -> list[str]:
     """Return keys whose last part is spelt like that of `word`; where `word` has a block, the block must match too."""
     block, _, last = word.rpartition(".")
     keys = _in_block(block, keys)
-    close = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=_MIN_SIMILARITY)
+    close = _most_similar(last, {key.rpartition(".")[2] for key in keys}, _MIN_SIMILARITY)
     return _with_last_part(close[0], keys) if close else []
 
 
 def _similar_other_name(word: str, keys: Sequence[str]) -> list[str]:
     """Return keys that have another name spelt like the last part of `word`, in the same block as `_similar`."""
     block, _, last = word.rpartition(".")
-    close = difflib.get_close_matches(last, _KEYS_BY_NAME, n=1, cutoff=_MIN_OTHER_NAME_SIMILARITY)
+    close = _most_similar(last, _KEYS_BY_NAME, _MIN_OTHER_NAME_SIMILARITY)
     return _in_block(block, [key for name in close for key in _KEYS_BY_NAME[name] if key in keys])
 
 

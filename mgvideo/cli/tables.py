@@ -20,7 +20,7 @@ from mgvideo.reproduce.tables import Cell, Preset, ResultTable, preset_names, re
 from . import app
 from .build import build_plan
 from .plan import clip_flops, train_videos
-from .values import quote
+from .values import flatten, override_key, quote
 
 FOLDER = "table"  # inside mgvideo.configs
 # keys that change neither training nor results; `init_from` is here because recipe() compares its file name instead
@@ -55,11 +55,6 @@ def load_table(name: str, preset: str) -> ResultTable:
     """Load a table with a preset. Raises UserError if either does not exist or its file is invalid."""
     loaded: Preset = read_preset(preset, _load("preset", f"{FOLDER}/preset", preset))
     return read_table(name, _load("table", FOLDER, name), loaded)
-
-
-def override_key(override: str) -> str:
-    """Return the key that an override sets, without a leading `+` or `~`."""
-    return override.partition("=")[0].lstrip("+~")
 
 
 def merge_overrides(*lists: Sequence[str]) -> list[str]:
@@ -105,22 +100,12 @@ class TableEntry:
         """Return the keys that a finished run must share with this one, as a flat dict without paths to the data."""
         keys = [str(key) for key in self.config if key not in IGNORED_KEYS]
         start = self.cell.weights_of or Path(self.config.init_from or "none").name
-        flat: dict[str, Any] = {"processes": self.cell.processes, "init_from": start}
-        _flatten("", OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True), flat)
+        config: Any = OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True)
         return {
-            key: v
-            for key, v in flat.items()
+            key: value
+            for key, value in flatten({"processes": self.cell.processes, "init_from": start, **config}).items()
             if not key.startswith(IGNORED_PREFIXES) and key.split(".")[-1] not in DATA_PATH_KEYS
         }
-
-
-def _flatten(prefix: str, value: Any, flat: dict[str, Any]) -> None:
-    for name, inner in value.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        if isinstance(inner, dict):
-            _flatten(key, inner, flat)
-        else:
-            flat[key] = inner
 
 
 def compose_entries(table: ResultTable, shared: Sequence[str], weights: str | None) -> list[TableEntry]:

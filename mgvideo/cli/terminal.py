@@ -34,9 +34,6 @@ def replace_unencodable(error: UnicodeError) -> tuple[str | bytes, int]:
     return char.translate(ASCII_SUBSTITUTES).encode("ascii", "backslashreplace").decode("ascii"), error.start + 1
 
 
-codecs.register_error(ENCODING_ERRORS, replace_unencodable)
-
-
 def restart_in_utf8_mode() -> None:
     """Restart this process in Python's UTF-8 mode if the encoding of file names is not UTF-8.
 
@@ -56,6 +53,7 @@ def terminal() -> Iterator[None]:
 
     The exit codes are those by which a shell reports SIGPIPE and SIGINT: 141 and 130.
     """
+    codecs.register_error(ENCODING_ERRORS, replace_unencodable)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors=ENCODING_ERRORS)

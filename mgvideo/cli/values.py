@@ -1,4 +1,4 @@
-"""Quote the values of overrides, so that Hydra reads a string such as a path exactly as typed.
+"""Read and quote overrides, so that Hydra reads a string such as a path exactly as typed; flatten nested configs.
 
 In Hydra's grammar `=`, `#`, `~`, brackets, quotes and non-ASCII letters need quotes, and a comma makes a sweep. This
 module adds the quotes for keys that hold a string. Hydra still interprets `'…'` and `"…"` around a whole value, a
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -36,6 +37,22 @@ def quote(text: str | Path) -> str:
     body = re.sub(rf"(\\*){mark}", lambda match: f"{match[1]}{match[1]}\\{mark}", text)
     ending = body[len(body.rstrip("\\")) :]
     return f"{mark}{body}{ending}{mark}"
+
+
+def override_key(override: str) -> str:
+    """Return the key that an override sets, without a leading `+` or `~`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries by their dotted keys. Empty dictionaries leave no key."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def expand_home(text: str) -> str:
@@ -85,7 +102,7 @@ def _may_need_quotes(word: str, multirun: bool) -> bool:
     key, is_set, text = word.partition("=")
     if not (is_set and text and _KEY.fullmatch(key)):
         return False
-    declared = run_keys().get(_name(key))
+    declared = run_keys().get(override_key(word))
     if declared is not None and not declares_text(declared):
         return False
     override = _parse(word)
@@ -109,7 +126,7 @@ def _has_curly_quotes(text: str) -> bool:
 def _quote_override(word: str, cfg: DictConfig, multirun: bool) -> str:
     """Return the override with a quoted value if its key holds a string, or if Hydra cannot parse it otherwise."""
     key, _, text = word.partition("=")
-    is_readable, is_text = _parse(word) is not None, holds_text(cfg, _name(key))
+    is_readable, is_text = _parse(word) is not None, holds_text(cfg, override_key(word))
     if is_text is False or (is_text is None and is_readable):
         return word
     if _has_curly_quotes(text):
@@ -124,10 +141,6 @@ def _parse(word: str) -> Override | None:
         return OverridesParser.create().parse_override(word)
     except HydraException:
         return None
-
-
-def _name(key: str) -> str:
-    return key.lstrip("+~")
 
 
 def read_dotlist(overrides: Sequence[str], is_text: Callable[[str], bool | None]) -> DictConfig:

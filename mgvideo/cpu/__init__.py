@@ -1,4 +1,4 @@
-"""Everything that makes training fast on CPUs: faster convolutions, memory reuse, and the cores and memory available.
+"""Everything that makes training fast on CPUs. A GPU user never needs to read this package.
 
-A GPU user never needs to read this package.
+It has faster convolutions and batch norm, low-priority workers, memory reuse, and the cores and memory available.
 """

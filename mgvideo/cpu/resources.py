@@ -2,6 +2,8 @@
 
 srun binds each rank to its own cores; under torchrun every rank may run on all cores of the machine. Containers and
 schedulers set further limits. The ranks therefore exchange their `Resources` and divide what they share.
+
+Importing this module records the CPUs of this process. It changes nothing.
 """
 
 from __future__ import annotations

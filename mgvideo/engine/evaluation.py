@@ -37,6 +37,11 @@ class Views:
     num_clips: int = 1
     num_crops: int = 1
 
+    @classmethod
+    def of_size(cls, frames: int, stride: int, size: int, num_clips: int = 1, num_crops: int = 1) -> Views:
+        """Return views of `frames` frames at one stride, whose short side is the crop size."""
+        return cls(Grid(frames, size, (stride, stride), (size, size)), num_clips, num_crops)
+
 
 @dataclass(frozen=True)
 class Scores:

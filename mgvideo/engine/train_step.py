@@ -180,7 +180,7 @@ class TrainStep:
         """
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        overflow = ~torch.isfinite(torch.stack(torch._foreach_norm(grads)).sum())
+        overflow = ~torch.isfinite(nn.utils.get_total_norm(grads))
         scale = self.scaler.scale(torch.ones((), device=self.device))
         bad = ~torch.isfinite(loss) | (overflow & (scale <= 1))
         self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mgvideo.cpu import low_priority
 from mgvideo.cpu.resources import available_cpus
 from mgvideo.distributed.signals import Stopped, received_signal
 from mgvideo.errors import UserError
@@ -79,10 +80,6 @@ class LoaderOptions:
     timeout: float = 45.0  # seconds to wait for a batch, plus 1 s per clip in it, before its workers are killed as hung
     # Run the workers of a fork server only on idle cores. If they are too slow, they restart at normal priority.
     low_priority: bool = False
-
-
-# The training loop waits at least this long in total for low-priority workers before they restart at normal priority.
-STARVATION_TIMEOUT_S = 10.0
 
 
 class _StepDataset(Dataset):
@@ -205,7 +202,7 @@ class Loader:
     ) -> None:
         self.dataset, self.options, self.pin_memory, self.collate = dataset, options, pin_memory, collate
         uses_fork_server = options.num_workers > 0 and options.start_method == "forkserver"
-        self.low_priority = options.low_priority and uses_fork_server and workers.SUPPORTS_LOW_PRIORITY
+        self.low_priority = options.low_priority and uses_fork_server and low_priority.IS_SUPPORTED
         if options.num_workers:
             workers.use_short_socket_paths()
         if uses_fork_server:
@@ -225,19 +222,9 @@ class Loader:
         requests: Callable[[int], BatchRequest],
         steps: range,
     ) -> Iterator[Batch]:
-        """Yield the batches of low-priority workers, and restart them at normal priority if they are too slow.
-
-        They are too slow if the training loop has waited for them for STARVATION_TIMEOUT_S in all and for half of the
-        time, or if they hang.
-        """
-        step, start, waited_s = steps.start, time.monotonic(), 0.0
-        while step < steps.stop and waited_s < max(STARVATION_TIMEOUT_S, (time.monotonic() - start) / 2):
-            wait_start = time.monotonic()
-            try:
-                batch = next(batches)
-            except TimeoutError:
-                break
-            waited_s += time.monotonic() - wait_start
+        """Yield the batches of low-priority workers, and restart them at normal priority if they starve."""
+        step = steps.start
+        for batch in low_priority.until_starved(batches):
             step += 1
             yield batch
         if step < steps.stop:
@@ -270,8 +257,7 @@ class Loader:
             batches = iter(loader)
         if not count:
             return batches, processes
-        # Low-priority workers that exceed their shorter timeout (20 ms per clip) restart at normal priority.
-        timeout_s = STARVATION_TIMEOUT_S + max_clips / 50 if self.low_priority else self.options.timeout + max_clips
+        timeout_s = low_priority.batch_timeout_s(max_clips) if self.low_priority else self.options.timeout + max_clips
         return _with_timeout(batches, processes, timeout_s, self.low_priority), processes
 
     def load_phases(self, requests: Callable[[int], BatchRequest], phases: Sequence[range]) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from mgvideo.cpu.resources import machine_id
 from mgvideo.distributed.collectives import gather_objects
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import format_memory
 
 FOLDER = Path("/dev/shm")
 GIB = 2**30
@@ -98,7 +99,7 @@ def check_shared_memory_space(sizes: BatchSizes, workers: int, prefetch: int, fo
         max_needed, min_needed = max_bytes_in_flight(rank_sizes, workers, prefetch), min_bytes(rank_sizes)
         if space.free >= max_needed:
             continue
-        state = f"has {_format_size(space.free)} free" if space.free else "is full, missing or read-only"
+        state = f"has {format_memory(space.free)} free" if space.free else "is full, missing or read-only"
         problem = f"{folder} on {space.host} {state}"
         fitting = [n for n in range(1, workers + 1) if max_bytes_in_flight(rank_sizes, n, 1) <= space.free]
         if fitting:
@@ -108,9 +109,9 @@ def check_shared_memory_space(sizes: BatchSizes, workers: int, prefetch: int, fo
         total_gib = math.ceil((space.total - space.free + max_needed) / GIB)
         remedy = f"enlarge it (docker run --shm-size={total_gib}g), or set {options}"
         if space.free < min_needed:
-            need = f"loader workers need at least {_format_size(min_needed)} and up to {_format_size(max_needed)}"
+            need = f"loader workers need at least {format_memory(min_needed)} and up to {format_memory(max_needed)}"
             raise UserError(f"{problem}, but {need}: {remedy}")
-        use = f"loader workers may use up to {_format_size(max_needed)}, and a full {folder} ends the run"
+        use = f"loader workers may use up to {format_memory(max_needed)}, and a full {folder} ends the run"
         warnings.append(f"{problem}, but {use}: {remedy}")
     return warnings
 
@@ -123,7 +124,7 @@ def is_shared_memory_error(error: Exception) -> bool:
 def full_shared_memory_message(folder: Path = FOLDER) -> str:
     """Return a message that `folder` has no space, with its size and what to do."""
     space = get_shared_memory_space(folder)
-    size = f" ({_format_size(space.total)})" if space and space.free else ""
+    size = f" ({format_memory(space.total)})" if space and space.free else ""
     return (
         f"{folder}{size}, which holds the batches of loader workers, is full, missing or read-only: enlarge it "
         "(docker run --shm-size=…), or lower loader.num_workers or loader.prefetch_factor"
@@ -143,7 +144,3 @@ def explain_queue_errors() -> Iterator[None]:
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT):
             raise UserError(full_shared_memory_message()) from error
         raise
-
-
-def _format_size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{math.ceil(num_bytes / 2**20)} MiB"

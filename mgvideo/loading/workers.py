@@ -10,18 +10,18 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import active_children, forkserver, parent_process, util
 from multiprocessing.process import BaseProcess
 from weakref import WeakSet
 
+from mgvideo.cpu.low_priority import set_low_priority
 from mgvideo.cpu.resources import set_cpu_affinity
 from mgvideo.distributed.signals import block_signals
 from mgvideo.errors import UserError
 
 # torch is imported only in the function that needs it, so that a program can start the fork server before torch.
 
-SUPPORTS_LOW_PRIORITY = hasattr(os, "SCHED_IDLE")  # on Linux
 _workers: WeakSet[BaseProcess] = WeakSet()
 _start_lock = threading.Lock()  # only one caller starts workers at a time, so that it can identify its new processes
 
@@ -119,8 +119,7 @@ def init_worker(low_priority: bool, cpus: frozenset[int], _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # already blocked by `blocked`, but a library may unblock it
     set_cpu_affinity(cpus)
     if low_priority:
-        with suppress(OSError):  # some sandboxes forbid it
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        set_low_priority()
     torch.set_num_threads(1)  # several workers decode in parallel, each on one thread
     keep_freed_memory()
     exit_with_parent()

@@ -15,7 +15,7 @@ from .plan import Plan
 
 TITLES = {"short": "Short cycle", "long": "Long cycle", "multigrid": "Long + short cycle"}
 MAX_BARS = 420  # bars drawn over the baseline's whole run; few enough to see the short cycle's single steps
-INK, RED = "#333333", "#d1495b"
+INK, RED, FRAME = "#333333", "#d1495b", "#b0b0b0"
 
 
 def draw_plans(plans: Sequence[Plan], path: str | Path) -> None:
@@ -76,7 +76,7 @@ def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str])
     axes.set_ylim(0, plan.base.crop_size * 1.05)
     axes.set_yticks(sorted({slot.grid.size for phase in plan.phases for slot in phase.slots}))
     axes.set_ylabel("crop", color=INK)
-    _style_axes(axes)
+    style_axes(axes)
 
 
 def _draw_lr(axes: Axes, plan: Plan, baseline: Plan) -> None:
@@ -84,14 +84,15 @@ def _draw_lr(axes: Axes, plan: Plan, baseline: Plan) -> None:
     axes.plot(100 * steps / baseline.steps, [plan.lr(int(step)) for step in steps], color=RED, linewidth=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_ylabel("LR", color=INK)
-    _style_axes(axes)
-
-
-def _style_axes(axes: Axes) -> None:
-    axes.tick_params(colors=INK, labelsize=8, length=2)
     axes.minorticks_off()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#aaaaaa")
+    axes.set_ylabel("LR", color=INK)
+    style_axes(axes)
+
+
+def style_axes(axes: Axes, grid: bool = False) -> None:
+    """Apply the style of all figures: dark text, no top and right border, and with `grid` a soft grid."""
+    axes.tick_params(colors=INK, which="both", labelsize=8, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FRAME)
+    if grid:
+        axes.grid(color=FRAME, linewidth=0.5, alpha=0.5)

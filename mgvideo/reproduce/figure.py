@@ -14,11 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from mgvideo.plan.figure import INK
+from mgvideo.plan.figure import INK, style_axes
 
 from .results import METRICS, ReportRow, Results
 
-GRID_COLOUR = "#b0b0b0"
 TIME_UNITS = (  # (from so many seconds, length of the unit in seconds, name)
     (3 * 86400, 86400, "days"),
     (3 * 3600, 3600, "hours"),
@@ -95,7 +94,7 @@ def _accuracy_dots(rows: list[ReportRow]) -> Figure:
     axes.set_yticks(range(len(lines)), [fill(line, 30) for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel(f"{' or '.join(dict.fromkeys(METRICS[str(row.metric)] for row in rows))}, %", color=INK)
-    _style_axes(axes)
+    style_axes(axes, grid=True)
     figure.legend(loc="outside upper right", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
     return figure
 
@@ -121,7 +120,7 @@ def _learning_curves(results: Results, rows: list[ReportRow]) -> Figure:
                 continue  # no curve: validated only at the end, or never
             axes.plot(seconds / unit, values, color=colours[row.cell.name], linewidth=1.8, marker="o", markersize=3.5)
             axes.plot([], [], color=colours[row.cell.name], label=row.cell.column or row.cell.name)
-        _style_axes(axes)
+        style_axes(axes, grid=True)
         axes.set_title(fill(title, 36), loc="left", fontsize=10, color=INK)
         axes.set_xlabel(f"training time, {name}", color=INK)
         axes.set_ylabel(f"validation {METRICS[str(members[0].metric)]}, %", color=INK)
@@ -160,7 +159,7 @@ def _make_axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
     axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
     axes.set_xlabel(f"training time, {name} (log scale)", color=INK)
     axes.set_ylabel(f"{METRICS[str(rows[0].metric)]}, %", color=INK)
-    _style_axes(axes)
+    style_axes(axes, grid=True)
     return figure, axes, unit
 
 
@@ -188,13 +187,3 @@ def _choose_colours(rows: Iterable[ReportRow]) -> dict[str, str]:
         colours[row.cell.name] = colour if colour and colour not in colours.values() else ""
     used = set(colours.values())
     return {name: colour or next(other for other in palette if other not in used) for name, colour in colours.items()}
-
-
-def _style_axes(axes: Axes) -> None:
-    """Apply the common style: soft grid, no top and right border."""
-    axes.tick_params(colors=INK, which="both", labelsize=9, length=3)
-    axes.grid(color=GRID_COLOUR, linewidth=0.5, alpha=0.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GRID_COLOUR)

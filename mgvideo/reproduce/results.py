@@ -13,6 +13,7 @@ from typing import Any
 
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
+from mgvideo.storage.files import parse_json_lines
 
 from .tables import Cell, Published, ResultTable
 
@@ -40,8 +41,8 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
     plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
     metric = f"val_{next(iter(report['metrics']), '')}"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    return Outcome(seed, report, plan, tuple((r["seconds"], r[metric]) for r in records if metric in r))
+    curve = tuple((record["seconds"], record[metric]) for record in parse_json_lines(lines) if metric in record)
+    return Outcome(seed, report, plan, curve)
 
 
 @dataclass(frozen=True)

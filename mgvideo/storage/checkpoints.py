@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import os
 import pickle
@@ -10,19 +10,22 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from mgvideo.errors import UserError
 
+from .files import write_atomic
 from .paths import is_remote, read_bytes
 
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)\.pt")
+_NO_LOCKS_ERRORS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems without locks
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -42,26 +45,6 @@ def _to_cpu(item: Any) -> Any:
     return item
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file atomically: even after a power failure it exists complete or not at all. Raises UserError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; the previous file is intact") from error
-
-
 def _digest_file(path: Path) -> Path:
     """Return the path of a checkpoint's SHA-256 file."""
     return path.with_suffix(".sha256")
@@ -71,25 +54,30 @@ def _digest_file(path: Path) -> Path:
 def lock_run_folder(folder: Path) -> Iterator[None]:
     """Lock a run's folder against a second run. The lock ends with this process at the latest.
 
+    On a file system without locks there is none. A file that marks the folder as locked would outlive a killed run, and
+    keep it from resuming on another machine.
+
     Raises:
         UserError: another process holds the lock.
+        OSError: the folder cannot be written.
     """
     path = folder / ".lock"
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would also hold
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"output_dir={folder} is in use by another run ({holder}): wait for it, or set another output_dir"
-            ) from error
-        except OSError:
-            pass  # the file system has no locks
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        holder = path.read_text(encoding="utf-8").strip() or "unknown"
+        raise UserError(
+            f"output_dir={folder} is in use by another run ({holder}): wait for it, or set another output_dir"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_ERRORS:
+            raise
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
+    finally:
+        lock.release()
 
 
 def describe_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

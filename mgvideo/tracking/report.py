@@ -14,7 +14,7 @@ from mgvideo.distributed.collectives import gather_objects, rank_cpus, world_siz
 from mgvideo.loading.requests import DecodeFailure
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
-from mgvideo.storage.checkpoints import write_atomic
+from mgvideo.storage.files import write_atomic
 
 
 @dataclass(frozen=True)

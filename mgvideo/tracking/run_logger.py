@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mgvideo.loading.requests import DecodeFailure
 from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
-from mgvideo.storage.checkpoints import write_atomic
+from mgvideo.storage.files import parse_json_lines, write_atomic
 
 BAD_VIDEOS_COLUMNS = ("step", "index", "path", "reason")  # of bad_videos.csv
 
@@ -113,16 +113,13 @@ class RunLogger:
 
     def _truncate(self, step: int, evaluated: bool) -> list[dict[str, Any]]:
         """Cut metrics.jsonl to its state at `step`; returns the remaining records."""
-        records = []
         resumes = self._metrics_path.exists() and step
         lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").splitlines() if resumes else []
-        for line in lines:
-            try:
-                record = json.loads(line)
-                if record["step"] < step or (record["step"] == step and (evaluated or "loss" in record)):
-                    records.append(record)
-            except (ValueError, KeyError):
-                continue  # an incomplete line of a killed run
+        records = [
+            record
+            for record in parse_json_lines(lines)
+            if record["step"] < step or (record["step"] == step and (evaluated or "loss" in record))
+        ]
         write_atomic(self._metrics_path, "".join(json.dumps(record) + "\n" for record in records).encode())
         return records
 

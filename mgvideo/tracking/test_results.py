@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mgvideo.storage.checkpoints import write_atomic
+from mgvideo.storage.files import write_atomic
 
 TOP = 5  # classes of predictions.csv for each video
 MAX_DRAWN_CLASSES = 40  # of the confusion matrix

@@ -130,7 +130,7 @@ def test_missing_packages_are_named(
         ([], "out is not set"),
         (["out=net.tflite"], "NAME.pt2"),
         (["out=net.pt2", "format=onnx"], "another suffix"),
-        (["out=net.pt2", "format=pdf"], "choose torch or onnx"),
+        (["out=net.pt2", "format=pdf"], "choose one of torch, onnx"),
         (["out=net.pt2"], "ckpt is not set"),
         (["out=net.pt2", "ckpt=/nowhere"], "/nowhere"),
         (["out=net.pt2", "batch=0"], "batch=0"),

@@ -70,9 +70,10 @@ def test_run_prints_ascii_and_writes_utf_8_files(tmp_path: Path) -> None:
 
 def test_unencodable_characters_are_replaced_and_bytes_of_file_names_stay() -> None:
     text = "8×45² → 3.3× · 50 % … é 走 \udcff"
-    assert text.encode("ascii", ENCODING_ERRORS) == rb"8x45^2 -> 3.3x - 50 % ... \xe9 \u8d70 " + b"\xff"
-    assert text.encode("latin-1", ENCODING_ERRORS) == "8×45² -> 3.3× · 50 % ... é \\u8d70 ÿ".encode("latin-1")
-    assert text.encode("utf-8", ENCODING_ERRORS) == text.encode("utf-8", "surrogateescape")
+    with terminal():
+        assert text.encode("ascii", ENCODING_ERRORS) == rb"8x45^2 -> 3.3x - 50 % ... \xe9 \u8d70 " + b"\xff"
+        assert text.encode("latin-1", ENCODING_ERRORS) == "8×45² -> 3.3× · 50 % ... é \\u8d70 ÿ".encode("latin-1")
+        assert text.encode("utf-8", ENCODING_ERRORS) == text.encode("utf-8", "surrogateescape")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "videos=64"], ["run", "--cfg", "job"]])

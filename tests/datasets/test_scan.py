@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mgvideo.datasets.scan import VIDEO_SUFFIXES, is_leftover, scan_folder, shorten
+from mgvideo.datasets.scan import VIDEO_SUFFIXES, is_leftover, scan_folder
 from mgvideo.errors import UserError
 
 
@@ -112,8 +112,3 @@ def test_unreadable_folder_error_names_it(tmp_path: Path) -> None:
         scan_folder(str(tmp_path / "gone"))
     with pytest.raises(UserError, match="the files of a URL cannot be listed"):
         scan_folder("https://host/videos")
-
-
-def test_shorten_long_lists() -> None:
-    assert shorten("abc") == "a, b, c"
-    assert shorten("abcdefg") == "a, b, c, d, e, and 2 more"

@@ -25,7 +25,8 @@ from mgvideo.engine.trainer import Trainer
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch
 from mgvideo.models.small import i3d_small, r2plus1d_small
-from mgvideo.storage.checkpoints import read_checkpoint, write_atomic
+from mgvideo.storage.checkpoints import read_checkpoint
+from mgvideo.storage.files import write_atomic
 
 pytestmark = pytest.mark.numeric
 

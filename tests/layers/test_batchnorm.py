@@ -135,7 +135,7 @@ def test_one_group_equals_batchnorm(deferred: bool, momentum: float | None):
 def normalise_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice on this CPU: with the code that normalises groups on CPUs, and with that for GPUs."""
     if request.param == "gpu_path":
-        monkeypatch.setattr(batchnorm, "_CpuGroupNormalise", batchnorm._GpuGroupNormalise)
+        monkeypatch.setattr(batchnorm, "CpuGroupNormalise", batchnorm.GpuGroupNormalise)
 
 
 @pytest.mark.usefixtures("normalise_path")

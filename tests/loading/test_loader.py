@@ -104,7 +104,7 @@ class SlowAtLowPriority:
 def test_starved_workers_restart_at_normal_priority(
     motion_root: str, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr("mgvideo.loading.loader.STARVATION_TIMEOUT_S", 0.5 if seconds else 60.0)
+    monkeypatch.setattr("mgvideo.cpu.low_priority.STARVATION_TIMEOUT_S", 0.5 if seconds else 60.0)
     dataset = motion(motion_root, KNOBS, "train", PyAV())
     loader = Loader(SlowAtLowPriority(dataset, seconds), LoaderOptions(num_workers=1, low_priority=True))
     batches = []

@@ -1,14 +1,20 @@
 """Checkpoints: written in the background, verified on reading, archived before a run resumes from an older one."""
 
+import errno
+import fcntl
 import hashlib
+import multiprocessing
 import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from training import start_process
 
 from mgvideo.errors import UserError
-from mgvideo.storage.checkpoints import Checkpoints, describe_differences, read_checkpoint
+from mgvideo.storage.checkpoints import Checkpoints, describe_differences, lock_run_folder, read_checkpoint
 
 
 def state(step: int) -> dict:
@@ -150,3 +156,43 @@ def test_differences_name_keys_and_values() -> None:
         "base.lr was 0.1, is 0.2",
         "gone was 1, is not set",
     ]
+
+
+def test_a_locked_folder_is_refused_and_names_its_holder(tmp_path: Path) -> None:
+    holder = f"process {os.getpid()} on "
+    with (
+        lock_run_folder(tmp_path),
+        pytest.raises(UserError, match=rf"output_dir={tmp_path} is in use by another run \({holder}"),
+        lock_run_folder(tmp_path),
+    ):
+        pass
+    with lock_run_folder(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(holder)
+
+
+def fork_and_die(folder: Path) -> None:
+    """Lock a folder, fork a process that outlives this one, print its PID, and kill this process."""
+    with lock_run_folder(folder):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+        child.start()
+        print(child.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_forked_worker_does_not_hold_the_lock_of_a_killed_run(tmp_path: Path) -> None:
+    start_process(fork_and_die, tmp_path, log=tmp_path / "log").join()
+    child = int((tmp_path / "log").read_text())
+    try:
+        with lock_run_folder(tmp_path):
+            os.kill(child, 0)  # it still runs
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_used_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_run_folder(tmp_path), lock_run_folder(tmp_path):
+        pass

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from mgvideo.cli.benchmark import measurement_conditions
 from mgvideo.cli.schema import key
-from mgvideo.errors import UserError
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.models.pooling import max_pool
 from mgvideo.plan.plan import require
+from mgvideo.storage.paths import explain_write_errors
 
 ROOT = Path(__file__).parents[3]  # the checkout, which contains tests/
 KINETICS_OVERRIDES = [
@@ -49,7 +49,7 @@ class Keys:
     """Keys of this program, besides the keys of a run."""
 
     sections: list[str] = key([], "sections: doctor, steps, train, grids, layers, compile, multigrid; empty: all")
-    minutes: float = key(9.0, "minutes for all sections together")
+    minutes: float = key(9.0, "minutes for all sections together", above=0)
     out: str = key("gpu_check", "folder for results: a JSON or text file per section, and log.txt")
 
 
@@ -65,9 +65,7 @@ def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     from mgvideo.cli import keys
 
-    options = keys.read(Keys, overrides)
-    require(options.minutes > 0, f"minutes={options.minutes}: give a number above 0")
-    return options
+    return keys.read(Keys, overrides)
 
 
 def run(options: Keys, cfg: DictConfig) -> None:
@@ -76,11 +74,9 @@ def run(options: Keys, cfg: DictConfig) -> None:
     sections = make_sections(out, rehearse=not torch.cuda.is_available())
     for name in options.sections:
         require(name in sections, f"sections: there is no {name}; choose from {', '.join(sections)}")
-    try:
+    with explain_write_errors("out", out):
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed below
-    except OSError as error:
-        raise UserError(f"cannot write out={out}: {error.strerror}") from error
     deadline = time.monotonic() + 60 * options.minutes
     with log:
         for name in options.sections or sections:

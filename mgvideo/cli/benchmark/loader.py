@@ -37,12 +37,12 @@ class Keys:
 
     decoders: list[str] = key([], "decoders to measure: decord, pyav, torchcodec; empty: the run's")
     grids: list[str] = key([], "grids to measure, such as 8x112,32x224; empty: all of the plan")
-    seconds: float = key(3.0, "seconds to measure each loader, and each decoder alone, in each round")
-    rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike")
-    batch: int = key(4, "clips per batch")
-    format: str = key("table", "table, or json for mgvideo plan benchmark=…")
+    seconds: float = key(3.0, "seconds to measure each loader, and each decoder alone, in each round", above=0)
+    rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike", least=1)
+    batch: int = key(4, "clips per batch", least=1)
+    format: str = key("table", "table, or json for mgvideo plan benchmark=…", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
-    step_time: float | None = key(None, "seconds of a training step, written to the JSON")
+    step_time: float | None = key(None, "seconds of a training step, written to the JSON", above=0)
 
 
 @dataclass
@@ -83,11 +83,6 @@ def read_keys(overrides: Sequence[str]) -> Keys:
     options = keys.read(Keys, overrides)
     for name in options.decoders:
         require(name in DECODERS, f"decoders={name}: choose of {', '.join(DECODERS)}")
-    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
-    require(options.seconds > 0, f"seconds={options.seconds}: give a number above 0")
-    require(options.rounds >= 1, f"rounds={options.rounds}: give a whole number from 1 up")
-    require(options.batch >= 1, f"batch={options.batch}: give a whole number from 1 up")
-    require(options.step_time is None or options.step_time > 0, f"step_time={options.step_time}: give seconds above 0")
     return options
 
 

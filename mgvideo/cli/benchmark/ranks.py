@@ -42,7 +42,7 @@ from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch, Loader, LoaderOptions
 from mgvideo.loading.requests import ClipRequest, Sample
-from mgvideo.plan.plan import Grid, Plan, require
+from mgvideo.plan.plan import Plan, require
 from mgvideo.plan.shards import check_shards, shard_batch
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.run_logger import RunLogger
@@ -54,11 +54,13 @@ from .train import shorten_plan
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    world: int = key(128, "ranks of the run")
+    world: int = key(128, "ranks of the run", least=2)
     ranks: list[int] = key([], "ranks to simulate; empty: the first and the last")
-    videos: int = key(240_000, "videos in the dataset")
-    visits: int = key(1, "steps of each slot of each phase of the first LR stage; each phase starts with one more")
-    format: str = key("table", "table or json")
+    videos: int = key(240_000, "videos in the dataset", least=1)
+    visits: int = key(
+        1, "steps of each slot of each phase of the first LR stage; each phase starts with one more", least=1
+    )
+    format: str = key("table", "table or json", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
@@ -175,10 +177,6 @@ def first_difference(runs: Sequence[SimulatedRank]) -> str | None:
 def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(Keys, overrides)
-    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
-    for name in ("videos", "visits"):
-        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
-    require(options.world >= 2, f"world={options.world}: give a whole number from 2 up")
     options.ranks = options.ranks or [0, options.world - 1]
     for rank in options.ranks:
         require(0 <= rank < options.world, f"ranks={options.ranks}: give ranks from 0 to {options.world - 1}")
@@ -286,9 +284,7 @@ def simulated_trainer(cfg: DictConfig, plan: Plan) -> Iterator[Trainer]:
     model, task, normalize = build_model(cfg, precision), TASKS[cfg.dataset.task](), build_normalize(cfg, precision)
     classes = cfg.dataset.num_classes
     base = plan.base
-    views = Views(
-        Grid(base.num_frames, base.crop_size, (base.frame_stride, base.frame_stride), (base.crop_size, base.crop_size))
-    )
+    views = Views.of_size(base.num_frames, base.frame_stride, base.crop_size)
     evaluator = Evaluator(blank_loader(2 * dist.get_world_size(), task, classes), task, classes, normalize, precision)
     with tempfile.TemporaryDirectory() as folder:
         train_step = TrainStep(

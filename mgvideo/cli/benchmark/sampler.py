@@ -24,13 +24,13 @@ class Keys:
     """Keys of this program, besides the keys of a run."""
 
     ranks: list[int] = key([8, 128, 1024], "numbers of ranks")
-    batch: int = key(4096, "global batch of the base grid, the same for each number of ranks")
+    batch: int = key(4096, "global batch of the base grid, the same for each number of ranks", least=1)
     clips: int = key(
-        512, "clips of a rank in the plan's first step, in the rows whose global batch grows with the ranks"
+        512, "clips of a rank in the plan's first step, in the rows whose global batch grows with the ranks", least=1
     )
-    videos: int = key(240_000, "videos in the dataset")
-    steps: int = key(100, "steps to measure in each row")
-    format: str = key("table", "table or json")
+    videos: int = key(240_000, "videos in the dataset", least=1)
+    steps: int = key(100, "steps to measure in each row", least=1)
+    format: str = key("table", "table or json", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
@@ -48,9 +48,6 @@ class SamplerCost:
 def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(Keys, overrides)
-    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
-    for name in ("batch", "clips", "videos", "steps"):
-        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
     valid = bool(options.ranks) and min(options.ranks) >= 1
     require(valid, f"ranks={options.ranks}: give whole numbers from 1 up")
     return options

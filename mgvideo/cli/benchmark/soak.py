@@ -31,10 +31,12 @@ MAX_EXTRA_FILES = 2  # the number of open files varies by this much without a le
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    clips: int = key(20_000, "clips to load with the same workers, of all grids of the plan in turn")
-    every: int = key(50, "clips between two measurements of the workers; about twenty are printed")
-    batch: int = key(4, "clips per batch")
-    growth: float = key(0.05, "share by which memory may grow from the second quarter to the last; more is exit code 1")
+    clips: int = key(20_000, "clips to load with the same workers, of all grids of the plan in turn", least=1)
+    every: int = key(50, "clips between two measurements of the workers; about twenty are printed", least=1)
+    batch: int = key(4, "clips per batch", least=1)
+    growth: float = key(
+        0.05, "share by which memory may grow from the second quarter to the last; more is exit code 1", least=0
+    )
     out: str | None = key(None, "JSON file for the measurements; null: none")
 
 
@@ -58,12 +60,9 @@ class WorkerUsage:
 def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(Keys, overrides)
-    for name in ("clips", "every", "batch"):
-        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
     require(
         options.clips >= 8 * options.every, f"every={options.every}: give at most an eighth of clips={options.clips}"
     )
-    require(options.growth >= 0, f"growth={options.growth}: give 0 or more")
     return options
 
 

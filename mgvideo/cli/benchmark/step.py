@@ -49,11 +49,11 @@ class Keys:
         "precision/memory format/compilation[/BN groups]; the first is the reference for the others",
     )
     emulated: bool = key(False, "also measure bf16 on a CPU without bf16 instructions, which is several times slower")
-    clips: int = key(4, "clips in a step at the base grid; smaller grids have more, for the same volume")
-    batch: int | None = key(None, "clips in a step, the same at every grid; replaces clips")
-    seconds: float = key(3.0, "seconds to measure each combination in each round; at least one step")
-    rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike")
-    format: str = key("table", "table, or json for mgvideo plan benchmark=…")
+    clips: int = key(4, "clips in a step at the base grid; smaller grids have more, for the same volume", least=1)
+    batch: int | None = key(None, "clips in a step, the same at every grid; replaces clips", least=1)
+    seconds: float = key(3.0, "seconds to measure each combination in each round; at least one step", above=0)
+    rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike", least=1)
+    format: str = key("table", "table, or json for mgvideo plan benchmark=…", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
@@ -154,11 +154,6 @@ class PeakMemory:
 def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(Keys, overrides)
-    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
-    require(options.seconds > 0, f"seconds={options.seconds}: give a number above 0")
-    for name in ("rounds", "clips"):
-        require(getattr(options, name) >= 1, f"{name}={getattr(options, name)}: give a whole number from 1 up")
-    require(options.batch is None or options.batch >= 1, f"batch={options.batch}: give a whole number from 1 up")
     require(bool(options.variants), f"variants=[]: give at least one, such as {REFERENCE}")
     for name in options.variants:
         parts = [*name.split("/"), "1"]

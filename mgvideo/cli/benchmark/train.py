@@ -29,7 +29,7 @@ from mgvideo.engine.trainer import Trainer
 from mgvideo.layers.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.requests import BatchRequest
-from mgvideo.plan.plan import Plan, require
+from mgvideo.plan.plan import Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import shard_batch
 from mgvideo.storage.checkpoints import Checkpoints
@@ -40,8 +40,10 @@ from mgvideo.tracking.run_logger import RunLogger
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    visits: int = key(4, "steps to measure of each slot of each phase; the baseline is measured before and after")
-    format: str = key("table", "table or json")
+    visits: int = key(
+        4, "steps to measure of each slot of each phase; the baseline is measured before and after", least=1
+    )
+    format: str = key("table", "table or json", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
 
 
@@ -101,10 +103,7 @@ class RepeatedBatches(Loader):
 
 def read_keys(overrides: Sequence[str]) -> Keys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
-    options = keys.read(Keys, overrides)
-    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
-    require(options.visits >= 1, f"visits={options.visits}: give a whole number from 1 up")
-    return options
+    return keys.read(Keys, overrides)
 
 
 def run(options: Keys, cfg: DictConfig) -> None:
