@@ -51,14 +51,14 @@ class PredictKeys:
     ckpt: str | None = key(
         None, "a checkpoint, a run's folder (best checkpoint, else newest), or weights as in init_from"
     )
-    top: int = key(5, "classes to print for each video")
-    clips: int | None = key(None, "clips per video, evenly spaced; null: test.num_clips of the run")
-    crops: int | None = key(None, "crops per clip, 1 or 3; null: test.num_crops")
-    size: int | None = key(None, "side of a crop in pixels; null: test.crop_size")
+    top: int = key(5, "classes to print for each video", least=1)
+    clips: int | None = key(None, "clips per video, evenly spaced; null: test.num_clips of the run", least=1)
+    crops: int | None = key(None, "crops per clip, 1 or 3; null: test.num_crops", choices=(1, 3))
+    size: int | None = key(None, "side of a crop in pixels; null: test.crop_size", least=1)
     classes: str | None = key(
         None, "file of class names, one per line; null: those of the run, else of its dataset, else numbers"
     )
-    format: str = key("table", "table or json")
+    format: str = key("table", "table or json", choices=("table", "json"))
     out: str | None = key(None, "folder for copies of the videos with their top classes drawn in")
     cam: bool = key(False, "with out: also draw a class-activation map (heat map) of the top class")
 
@@ -148,11 +148,6 @@ def _help() -> str:
 def read_keys(overrides: Sequence[str]) -> PredictKeys:
     """Read and check the keys of this program. Raises UserError for an invalid value."""
     options = keys.read(PredictKeys, overrides)
-    for name in ("top", "clips", "size"):
-        value = getattr(options, name)
-        require(value is None or value >= 1, f"{name}={value}: give a whole number from 1 up")
-    require(options.crops in (None, 1, 3), f"crops={options.crops}: choose 1 or 3")
-    require(options.format in ("table", "json"), f"format={options.format}: choose table or json")
     require(options.out is not None or not options.cam, "cam=true needs a folder to write to: add out=FOLDER")
     return options
 
