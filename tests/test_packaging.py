@@ -5,6 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from training import ROOT, TINY
 
 
@@ -14,6 +15,7 @@ def run(*command: object, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_wheel_installs_one_package_and_its_command_trains(tmp_path: Path, motion_root: str) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("*.whl")

@@ -137,6 +137,7 @@ def test_step_leaves_out_emulated_variants(
         benchmark_step.run(benchmark_step.read_keys([*overrides, "variants=[bf16/contiguous/off]"]), cfg)
 
 
+@pytest.mark.slow
 def test_train_measures_every_slot_of_both_schedules(tmp_path: Path, motion_root: str) -> None:
     cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}"])
     for format in ("table", "json"):

@@ -42,6 +42,7 @@ def test_the_first_and_the_last_rank_agree_through_a_long_cycle(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("module", [train_step, evaluation])
+@pytest.mark.slow
 def test_ranks_that_would_hang_are_reported(
     module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,7 @@ def machine(tmp_path: Path) -> doctor.Machine:
     return doctor.Machine(compose_config("run", ["loader.num_workers=1", f"output_dir={tmp_path / 'run'}"]), tmp_path)
 
 
+@pytest.mark.slow
 def test_every_check_passes_or_gives_a_remedy(machine: doctor.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "NETWORKS", ("r2plus1d_small",))
     monkeypatch.setattr(doctor, "LOADER_MEASUREMENT_S", 0.1)

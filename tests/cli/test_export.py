@@ -48,6 +48,7 @@ def logits(model: nn.Module, clips: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["r2plus1d_small", "slowfast_small"])
+@pytest.mark.slow
 def test_a_dynamic_torch_program_accepts_any_grid(
     name: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_program_without_dynamic_shapes_accepts_only_its_shape(weights: Path, 
         program(torch.randn(2, 3, 4, 48, 48))
 
 
+@pytest.mark.slow
 def test_onnx_with_normalisation_accepts_uint8_frames(weights: Path, tmp_path: Path) -> None:
     run_export("slowfast_small", weights, tmp_path / "net.onnx", "dynamic=true", "normalize=true")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
@@ -99,6 +101,7 @@ def test_a_fixed_onnx_file_accepts_only_its_grid(weights: Path, tmp_path: Path) 
         session.run(None, {"clips": clips.repeat(2, 1, 1, 1, 1).numpy()})
 
 
+@pytest.mark.slow
 def test_onnx_of_a_network_with_attention(weights: Path, tmp_path: Path) -> None:
     run_export("i3d_nln_small", weights, tmp_path / "net.onnx", "dynamic=true")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])

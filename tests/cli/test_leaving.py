@@ -57,6 +57,7 @@ def run_rank(rank: int, port: int, folder: Path, motion_root: str) -> None:
     assert (folder / "left").exists(), "the rank exits before rank 0"
 
 
+@pytest.mark.slow
 def test_ranks_wait_until_rank_0_has_written_and_exits(tmp_path: Path, motion_root: str) -> None:
     mp.spawn(run_rank, (free_port(), tmp_path, motion_root), nprocs=2)
 
@@ -79,6 +80,7 @@ sys.meta_path.insert(0, SignalAtImport())
 """
 
 
+@pytest.mark.slow
 def test_job_that_receives_a_signal_while_starting_is_requeued(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SIGNAL_AT_IMPORT)
     (tmp_path / "scontrol").write_text(SCONTROL)

@@ -80,6 +80,7 @@ def test_a_run_folder_selects_its_best_checkpoint_and_keys_change_the_views(
         assert run_predict([video, f"ckpt={trained}", *changed], capsys) != best, changed
 
 
+@pytest.mark.slow
 def test_bad_videos_are_reported_and_the_others_are_scored(trained: Path, videos: Path, tmp_path: Path) -> None:
     (tmp_path / "in/deep").mkdir(parents=True)
     shutil.copy(videos / "00000.mp4", tmp_path / "in/deep/good.mp4")

@@ -229,6 +229,7 @@ def run_with_locked_folder(finished: tuple[Path, list[str]], out: Path) -> list[
     return command
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_others_run_after_a_failure(
     finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +290,7 @@ def test_a_folder_of_another_recipe_is_refused_and_the_key_named(
     assert (finished[0] / "runs/multigrid_seed0/report.json").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_resumes(
     tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

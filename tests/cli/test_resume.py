@@ -158,6 +158,7 @@ def test_full_or_read_only_disk_stops_the_run_with_one_line(tmp_path: Path, moti
 
 
 @pytest.mark.parametrize(("after", "processes"), [(0, 0), (2, 2)], ids=["before a checkpoint", "on two ranks"])
+@pytest.mark.slow
 def test_command_printed_after_a_non_finite_loss_runs_to_the_end(
     after: int, processes: int, tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def test_unknown_key_prints_only_one_line_on_stderr(tmp_path: Path) -> None:
     assert line.startswith("error: base.batchh is not a key of this config, did you mean base.batch_size?")
 
 
+@pytest.mark.slow
 def test_bad_videos_are_listed_and_training_continues(tmp_path: Path) -> None:
     from mgvideo.datasets.motion import make_motion
 

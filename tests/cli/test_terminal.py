@@ -43,6 +43,7 @@ def test_all_help_texts_print_in_any_encoding(encoding: str) -> None:
     assert "[group=option] [key=value] ..." in text
 
 
+@pytest.mark.slow
 def test_run_prints_ascii_and_writes_utf_8_files(tmp_path: Path) -> None:
     classes = ("прыжок", "走る", "été")
     make_motion(str(tmp_path / "motion"), KNOBS)

@@ -75,6 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_ranks_train_like_one_also_from_a_checkpoint_on(runs: Path) -> None:
     for run, batch, resume_from in (*TWO_RANK_JOBS, *ONE_RANK_JOBS):
         expected, losses = metrics(runs / "one" / str(batch)), metrics(runs / run / str(batch))

@@ -157,6 +157,7 @@ def test_steps_never_wait_for_the_device(tmp_path: Path, motion_root: str) -> No
     assert step_syncs.count == 0
 
 
+@pytest.mark.slow
 def test_compiled_training_has_one_graph_a_slot_and_the_same_results(
     tmp_path: Path, motion_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

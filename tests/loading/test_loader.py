@@ -147,6 +147,7 @@ def test_workers_exit_when_the_training_process_is_killed(motion_root: str, tmp_
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_workers_have_the_module_path_of_this_process(motion_root: str, tmp_path: Path) -> None:
     (tmp_path / "mgvideo").mkdir()  # in the folder that the program starts in, but not on its path
     (tmp_path / "mgvideo/__init__.py").touch()

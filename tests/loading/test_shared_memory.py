@@ -157,6 +157,7 @@ def print_loader_error(motion_root: str, method: str, killed: bool) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.slow
 def test_a_worker_killed_by_sigbus_reports_shared_memory(motion_root: str, tmp_path: Path, method: str) -> None:
     script = f"from test_shared_memory import *; print_loader_error({motion_root!r}, {method!r}, killed=True)"
     (line,) = run([sys.executable, "-c", script], tmp_path).stdout.splitlines()
@@ -165,6 +166,7 @@ def test_a_worker_killed_by_sigbus_reports_shared_memory(motion_root: str, tmp_p
 
 
 @pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.slow
 def test_a_worker_without_space_reports_shared_memory(
     motion_root: str, small_shm: list[str], tmp_path: Path, filled: bool
 ) -> None:

@@ -26,6 +26,7 @@ print(count_batches({root!r}), tempfile.gettempdir(), util.get_temp_dir())
 
 
 @pytest.mark.parametrize("length", [71, 89])
+@pytest.mark.slow
 def test_a_long_tmpdir_holds_all_files_but_sockets(motion_root: str, length: int) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         folder = f"{parent}/x".ljust(length, "x")

@@ -67,6 +67,7 @@ def test_a_run_on_remotes_resumes_from_its_remote(tmp_path: Path, motion_root: s
         assert end_state(Path("c"))["tensors"] == end_state(whole)["tensors"]
 
 
+@pytest.mark.slow
 def test_a_run_on_s3_resumes(tmp_path: Path, motion_root: str) -> None:
     videos = Path(make_motion(motion_root, KNOBS))
     with serve_s3("videos") as (client, environment):
