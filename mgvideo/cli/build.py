@@ -34,14 +34,14 @@ MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_worke
 class Data:
     """The training and validation datasets, their number of classes, and the task that defines their labels."""
 
-    train: Any
+    train: Any  # None for a run that only tests
     val: Any
     classes: int
     task: Task
 
 
-def build_data(cfg: DictConfig) -> Data:
-    """Build the datasets, and set `dataset.num_classes` if it is null.
+def build_data(cfg: DictConfig, train: bool = True) -> Data:
+    """Build the datasets, without `train` only that of the test. Set `dataset.num_classes` if it is null.
 
     A dataset with a `prepare` key is generated first, once per node. All ranks call this together.
 
@@ -54,19 +54,20 @@ def build_data(cfg: DictConfig) -> Data:
             instantiate(cfg.dataset.prepare)
         barrier()
     decoder = build_decoder(cfg)
-    train = instantiate(cfg.dataset.train, decoder=decoder)
+    training = instantiate(cfg.dataset.train, decoder=decoder) if train else None
     val = instantiate(cfg.dataset.val, decoder=decoder)
-    classes = len(train.class_names)
+    first = training or val
+    classes = len(first.class_names)
     if cfg.dataset.num_classes is None:
         OmegaConf.set_struct(cfg, False)
         cfg.dataset.num_classes = classes
     if cfg.dataset.num_classes != classes:
-        raise UserError(f"dataset.num_classes={cfg.dataset.num_classes}: {train.root} has {classes} classes")
-    if train.class_names != val.class_names:
-        differing = sorted({*train.class_names} ^ {*val.class_names})
+        raise UserError(f"dataset.num_classes={cfg.dataset.num_classes}: {first.root} has {classes} classes")
+    if first.class_names != val.class_names:
+        differing = sorted({*first.class_names} ^ {*val.class_names})
         example = repr(differing[0]) if differing else "their order"
-        raise UserError(f"{train.root}: the classes of training and validation differ, for example in {example}")
-    return Data(train, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+        raise UserError(f"{first.root}: the classes of training and validation differ, for example in {example}")
+    return Data(training, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
 
 
 def unset_dataset_key(cfg: DictConfig) -> str | None:

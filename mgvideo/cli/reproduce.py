@@ -290,7 +290,8 @@ class Reproduction:
             unfinished = (
                 f"{len(jobs) - len(outcomes)} of {len(jobs)} runs not finished yet" if len(outcomes) < len(jobs) else ""
             )
-            flops = entry.flops(outcomes[0].plan) if outcomes else 0.0
+            plan = outcomes[0].plan if outcomes else None
+            flops = entry.flops(plan) if plan else 0.0
             rows.append(ReportRow(entry.cell, outcomes, flops, entry.skip_reason or failed or unfinished))
         results = Results(self.table, tuple(rows), self.command)
         figures = draw_results(results, self.folder)

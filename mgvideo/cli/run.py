@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,11 +22,10 @@ from mgvideo.distributed.collectives import rank, world_size
 from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, Position
-from mgvideo.engine.evaluation import Evaluator, Scores, Views
+from mgvideo.engine.evaluation import Evaluator, Views, report_batches
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
 from mgvideo.engine.precision import Precision, choose_precision
-from mgvideo.engine.tasks import SingleLabel
 from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
@@ -39,10 +38,10 @@ from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder
 from mgvideo.storage.files import write_atomic
 from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
-from mgvideo.tracking.report import Report, describe_hardware
+from mgvideo.tracking.report import describe_hardware
 from mgvideo.tracking.run_logger import RunLogger
 
-from . import app
+from . import app, final_test
 from .build import (
     Data,
     build_data,
@@ -82,6 +81,9 @@ def run(cfg: DictConfig) -> None:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not cfg.deterministic  # a plan has few shapes, which repeat
+        if not cfg.train.enable:
+            run_test(cfg, device, position)
+            return
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
         check_shards(plan, world_size())
@@ -114,17 +116,14 @@ def run(cfg: DictConfig) -> None:
                 if state:
                     trainer.load(state)
                     logger.print_line(f"resumed at step {step} of {plan.steps} from {checkpoints.folder}")
-                if cfg.train.enable and (
-                    archive_message := archive_newer_checkpoints(path, state, checkpoints, mirror)
-                ):
+                if archive_message := archive_newer_checkpoints(path, state, checkpoints, mirror):
                     logger.print_line(f"warning: {archive_message}")
                 defer_signals()
-                if (cfg.train.enable and step < plan.steps) or not trainer.progress.hardware:
+                if step < plan.steps or not trainer.progress.hardware:
                     trainer.progress.record_environment(describe_hardware(device), str(precision))
-                if cfg.train.enable:
-                    trainer.train()
+                trainer.train()
                 if cfg.test.enable:
-                    test(cfg, trainer, data, logger)
+                    test_after_training(cfg, trainer, data, logger)
             finally:
                 logger.close()
 
@@ -203,13 +202,14 @@ def _explain_torch_error(error: Exception, position: Position) -> Exception:
     return error
 
 
-def write_run_files(cfg: DictConfig, data: Data, plan: Plan, folder: Path) -> None:
-    """Write config.yaml, classes.txt and plan.json into the run's folder. Rank 0 alone writes."""
+def write_run_files(cfg: DictConfig, data: Data, plan: Plan | None, folder: Path) -> None:
+    """Write config.yaml, classes.txt and, with a plan, plan.json into the run's folder. Rank 0 alone writes."""
     if rank() == 0:
-        names = "".join(f"{name}\n" for name in data.train.class_names)
+        names = "".join(f"{name}\n" for name in data.val.class_names)
         write_atomic(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True).encode())
         write_atomic(folder / "classes.txt", names.encode(errors="surrogateescape"))
-        write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
+        if plan:
+            write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
 
 
 def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Precision, data: Data) -> None:
@@ -244,9 +244,8 @@ def build_trainer(
     pin = precision.device.type == "cuda"
     loader = Loader(data.train, options, pin)  # early, so that its workers can import modules in the meantime
     normalize = build_normalize(cfg, precision)
-    if cfg.train.enable:
-        smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
-        check_forward(model, smallest, precision.device)
+    smallest = min((slot.grid for phase in plan.phases for slot in phase.slots), key=lambda grid: grid.volume)
+    check_forward(model, smallest, precision.device)
     max_clips = micro_batch_clips(cfg, model, plan, precision)
     if state and cfg.train.micro_batch_clips is None:
         max_clips, change = keep_micro_batch_clips(state.get("micro_batch_clips"), max_clips, plan)
@@ -290,72 +289,68 @@ def build_trainer(
     )
 
 
-def test(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> None:
-    """Test the model on several views per video and write the report. All ranks call this together."""
-    if cfg.train.enable and trainer.progress.evaluated < trainer.progress.step:
+def test_after_training(cfg: DictConfig, trainer: Trainer, data: Data, logger: RunLogger) -> None:
+    """Test the trained network. All ranks call this together."""
+    if trainer.progress.evaluated < trainer.progress.step:
         trainer.precise_bn()  # no validation has computed them for these weights
-    base, options = trainer.plan.base, cfg.test
-    views = Views.of_size(base.num_frames, base.frame_stride, options.crop_size, options.num_clips, options.num_crops)
-    loader = Loader(data.val, trainer.loader.options, trainer.loader.pin_memory)
-    evaluator = Evaluator(
-        loader, data.task, data.classes, trainer.train_step.normalize, trainer.train_step.precision, cfg.test.batch_size
+    plan, train_step = trainer.plan, trainer.train_step
+    network = final_test.TestedNetwork(
+        model=trainer.model,
+        name=f"{_run_name()}, {plan.schedule}",
+        weights=f"step {trainer.progress.step} of {plan.steps}",
+        progress=trainer.progress,
+        plan=plan,
+        advice=advice(cfg, data, plan.schedule),
     )
-    started = time.perf_counter()
-    logger.print_line(f"testing {len(data.val)} videos, {views.num_clips} clips × {views.num_crops} crops")
-    report_progress = trainer.progress_callback("testing", -1)
+    on_progress = trainer.progress_callback("testing", -1)
+    options = trainer.loader.options
+    final_test.test(cfg, network, data, train_step.precision, logger, on_progress, train_step.position, options)
 
-    def on_progress(done: int, total: int, is_waiting: bool) -> None:
-        report_progress(done, total, is_waiting)
-        logger.show_test_progress(done, total)
 
-    result = evaluator(trainer.model, views, on_progress)
-    trainer.train_step.position.report("after the test")
-    logger.stop_progress()
-    metrics = data.task.metrics(result.scores, result.labels)
-    if rank() != 0:
-        return
-    if result.failures:
-        logger.log_failures(trainer.progress.step, result.failures)
-    record_test(trainer, data, logger, result, metrics)
+def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
+    """Test weights without a plan and without the training videos. All ranks call this together."""
+    data = build_data(cfg, train=False)
+    precision = choose_precision(cfg.precision, device)
+    mirror = RemoteOutput(cfg.output_dir)
+    folder = mirror.folder
+    checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
+    with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
+        network, warnings = final_test.load_for_test(cfg, _run_name(), precision, checkpoints, mirror)
+        network.progress.record_environment(describe_hardware(device), str(precision))
+        write_run_files(cfg, data, network.plan, folder)
+        logger = RunLogger(folder, network.plan, network.progress.step, active=rank() == 0)
+        try:
+            for warning in [*filter(None, [precision.warning]), *warnings]:
+                logger.print_line(f"warning: {warning}")
+            recipe = HydraConfig.get().runtime.choices["recipe"]
+            logger.print_line(f"{network.name}, recipe {recipe}, without training; run folder {cfg.output_dir}")
+            logger.print_line(f"precision: {precision}")
+            defer_signals()
+            if cfg.test.enable:
+                loads_here = cfg.loader.num_workers == 0
+                on_progress = report_batches(position, (0, -1), "testing", cfg.hang_timeout, loads_here)
+                final_test.test(cfg, network, data, precision, logger, on_progress, position, loader_options(cfg))
+        finally:
+            logger.close()
+
+
+def _run_name() -> str:
     choices: Any = HydraConfig.get().runtime.choices
-    report = Report(
-        name=f"{choices.model} on {choices.dataset}, {trainer.plan.schedule}",
-        plan=trainer.plan,
-        baseline_steps=baseline_of(trainer.plan).steps,
-        hardware=trainer.progress.hardware,
-        precision=trainer.progress.precision,
-        date=trainer.progress.date,
-        train_seconds=trainer.progress.seconds,
-        test_seconds=time.perf_counter() - started,
-        metrics=metrics,
-        views=f"{views.num_clips}×{views.num_crops}",
-        videos=len(data.val),
-        failures=result.failures,
-        folder=logger.folder,
-        advice=advice(choices, plan_name=trainer.plan.schedule),
-    )
-    report.write()
-    logger.print_line("\n" + report.markdown())
+    return f"{choices.model} on {choices.dataset}"
 
 
-def record_test(trainer: Trainer, data: Data, logger: RunLogger, result: Scores, metrics: dict[str, float]) -> None:
-    """Write the test metrics, and for single labels the confusion matrix, to TensorBoard and test.json."""
-    step = trainer.progress.step
-    for name, value in metrics.items():
-        logger.board.add_scalar(f"test/{name}", value, step)
-    if isinstance(data.task, SingleLabel):
-        confusion = data.task.confusion(result.scores, result.labels).float()
-        fractions = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-        logger.board.add_image("test/confusion", 1 - fractions, step, dataformats="HW")
-    write_atomic(logger.folder / "test.json", json.dumps({"step": step, **metrics}).encode())
-
-
-def advice(choices: Any, plan_name: str) -> tuple[str, ...]:
-    """Return commands to try next, for the end of the report."""
-    command = f"python tools/run_net.py model={choices.model} dataset={choices.dataset}"
-    other_schedule = "baseline" if plan_name != "baseline" else "multigrid"
-    return (
-        f"`{command} schedule={other_schedule}`: the same recipe with another schedule",
-        "`python tools/run_net.py dataset=folder dataset.root=/path/to/clips`: your own videos, one folder per class",
-        "`python tools/plan.py experiment=kinetics/slowfast_8x8_r50 gpus=8`: the plan of a published recipe",
-    )
+def advice(cfg: DictConfig, data: Data, plan_name: str) -> tuple[str, ...]:
+    """Return commands to try next, for the end of the report: this run's own overrides with one thing changed."""
+    schedule = "multigrid" if plan_name == "baseline" else "baseline"
+    own_keys = [app.override_key(override) for override in HydraConfig.get().overrides.task]
+    of_schedule = [key for key in own_keys if key.startswith("schedule.")]  # another schedule may not have them
+    other = app.same_command({"schedule": schedule}, without=["output_dir", "resume", *of_schedule])
+    lines = [f"`{other}`: the same recipe with another schedule"]
+    video = data.val.path(0) if hasattr(data.val, "path") else ""
+    if Path(video).is_file():
+        predict = shlex.join(["python", "tools/predict.py", video, f"ckpt={cfg.output_dir}"])
+        lines.append(f"`{predict}`: the top classes of a video")
+    choices: Any = HydraConfig.get().runtime.choices
+    if choices.dataset == "motion":
+        lines.append("docs/datasets/folder.md: train on your own videos")
+    return tuple(lines)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mgvideo.distributed.collectives import all_reduce, gather_objects, rank, world_size
 from mgvideo.distributed.signals import raise_if_stopped
+from mgvideo.distributed.watchdog import Position
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, deferred_running_stats, set_bn_groups
 from mgvideo.layers.dropout import dropout_for_clips
 from mgvideo.loading.loader import Batch, Loader
@@ -119,6 +120,27 @@ class Evaluator:
             else "test.num_crops=1 or less test.crop_size"
         )
         return f"in evaluation, where this rank runs {crops} crops of {frames}×{size}² at once: try {advice}"
+
+
+def report_batches(
+    position: Position, order: tuple[int, int], where: str, hang_timeout: float, loads_here: bool
+) -> ProgressCallback:
+    """Return a callback that reports each batch outside of training as the position of this rank.
+
+    Args:
+        position: to report to.
+        order: the step that was done before, and a number below 0 that orders the activities which follow it.
+        where: the activity in words.
+        hang_timeout: seconds that a batch may take; 0: no limit. Waiting for other ranks has no limit.
+        loads_here: whether this process loads the batches; loader workers have their own time limit.
+    """
+
+    def on_progress(batches_done: int, batches: int, waiting: bool) -> None:
+        has_time_limit = hang_timeout and (not waiting or (loads_here and batches_done < batches))
+        limit = hang_timeout if has_time_limit else None
+        position.report(f"{where}, batch {batches_done} of {batches}", (*order, batches_done), limit)
+
+    return on_progress
 
 
 def precise_bn(

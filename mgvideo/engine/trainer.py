@@ -26,7 +26,7 @@ from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.profiler import Profiler
 from mgvideo.tracking.run_logger import RunLogger
 
-from .evaluation import Evaluator, ProgressCallback, Views, precise_bn
+from .evaluation import Evaluator, ProgressCallback, Views, precise_bn, report_batches
 from .optimizers import load_optimizer_state
 from .running_metrics import RunningMetrics, TrainProgress
 from .train_step import TrainStep
@@ -288,15 +288,10 @@ class Trainer:
 
         `part` is below 0 and orders the activities that follow a step.
         """
-        step, timeout_s, position = self.progress.step, self.train_step.hang_timeout or None, self.train_step.position
-        loads_here = self.loader.options.num_workers == 0  # loader workers have their own time limit
-
-        def on_progress(batches_done: int, batches: int, waiting: bool) -> None:
-            has_time_limit = not waiting or (loads_here and batches_done < batches)
-            where = f"after step {step}, {activity}, batch {batches_done} of {batches}"
-            position.report(where, (step, part, batches_done), timeout_s if has_time_limit else None)
-
-        return on_progress
+        step, train_step = self.progress.step, self.train_step
+        where = f"after step {step}, {activity}"
+        loads_here = self.loader.options.num_workers == 0
+        return report_batches(train_step.position, (step, part), where, train_step.hang_timeout, loads_here)
 
     def precise_bn(self) -> None:
         """Replace BN's running statistics with exact ones for the current weights.

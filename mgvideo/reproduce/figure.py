@@ -66,7 +66,7 @@ def _accuracy_by_schedule(rows: list[ReportRow]) -> Figure:
     figure, axes, unit = _make_axes(rows)
     lines: dict[str, list[ReportRow]] = defaultdict(list)
     for row in rows:
-        lines[row.plan.schedule].append(row)
+        lines[row.schedule].append(row)
     for i, (schedule, members) in enumerate(lines.items()):
         colour = COLOURS.get(schedule, OTHER_COLOURS[0])
         points = sorted(
@@ -87,9 +87,9 @@ def _accuracy_dots(rows: list[ReportRow]) -> Figure:
     for row in rows:
         mean, deviation = row.score(str(row.metric)) or (0.0, 0.0)
         y = lines.index(row.cell.row or row.cell.column or row.cell.name)
-        colour = COLOURS.get(row.plan.schedule, OTHER_COLOURS[0])
+        colour = COLOURS.get(row.schedule, OTHER_COLOURS[0])
         axes.errorbar([mean], [y], xerr=deviation or None, fmt="o", color=colour, markersize=7, capsize=3)
-    for schedule in dict.fromkeys(row.plan.schedule for row in rows):
+    for schedule in dict.fromkeys(row.schedule for row in rows):
         axes.plot([], [], "o", color=COLOURS.get(schedule, OTHER_COLOURS[0]), label=schedule)
     axes.set_yticks(range(len(lines)), [fill(line, 30) for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
@@ -183,7 +183,7 @@ def _choose_colours(rows: Iterable[ReportRow]) -> dict[str, str]:
     rows, palette = list(rows), cycle(OTHER_COLOURS)
     colours: dict[str, str] = {}
     for row in rows:
-        colour = COLOURS.get(row.plan.schedule)
+        colour = COLOURS.get(row.schedule)
         colours[row.cell.name] = colour if colour and colour not in colours.values() else ""
     used = set(colours.values())
     return {name: colour or next(other for other in palette if other not in used) for name, colour in colours.items()}

@@ -26,7 +26,7 @@ class Outcome:
 
     seed: int
     report: dict[str, Any]
-    plan: Plan
+    plan: Plan | None  # None if the run only tested weights
     curve: tuple[tuple[float, float], ...]
 
     @property
@@ -38,7 +38,8 @@ class Outcome:
 def read_outcome(folder: Path, seed: int) -> Outcome:
     """Read the outcome from a run's folder."""
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    plan = Plan.from_json(json.loads((folder / "plan.json").read_text(encoding="utf-8")))
+    plan_file = folder / "plan.json"
+    plan = Plan.from_json(json.loads(plan_file.read_text(encoding="utf-8"))) if plan_file.exists() else None
     metric = f"val_{next(iter(report['metrics']), '')}"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve = tuple((record["seconds"], record[metric]) for record in parse_json_lines(lines) if metric in record)
@@ -62,7 +63,15 @@ class ReportRow:
     @property
     def plan(self) -> Plan:
         """The plan, which all seeds share."""
-        return self.outcomes[0].plan
+        plan = self.outcomes[0].plan
+        assert plan is not None, "only for cells that trained"
+        return plan
+
+    @property
+    def schedule(self) -> str:
+        """The name of the schedule; empty if the cell only tested weights."""
+        plan = self.outcomes[0].plan
+        return plan.schedule if plan else ""
 
     @property
     def seconds(self) -> float:

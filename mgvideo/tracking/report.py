@@ -22,14 +22,16 @@ class Report:
     """The plan, cost, scores and machine of a finished run."""
 
     name: str
-    plan: Plan
-    baseline_steps: int  # steps of the baseline plan
+    weights: str  # where the tested weights come from
+    plan: Plan | None  # of the training; None if it is not known
+    baseline_steps: int | None  # steps of the baseline plan
     hardware: str
     precision: str
     date: str  # of the training, as ISO 8601
     train_seconds: float  # without evaluations
     test_seconds: float
-    metrics: dict[str, float]  # of the test, in percent
+    metrics: dict[str, float]  # of the test, in percent; the first is the main one
+    chance: float  # the main metric that guessing reaches, in percent
     views: str  # of each video, as "clips × crops"
     videos: int  # tested
     failures: tuple[DecodeFailure, ...]  # tested videos that could not be decoded
@@ -38,44 +40,65 @@ class Report:
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        plan = self.plan
-        grids = " → ".join(dict.fromkeys(phase.grid.name.replace("x", "×") + "²" for phase in plan.phases))
-        scores = ", ".join(f"{name} **{value:.2f} %**" for name, value in self.metrics.items())
-        comparison = f"; the baseline takes {self.baseline_steps}, {self.baseline_steps / plan.steps:.2f}× as many"
-        lines = [
-            f"# {self.name}",
-            "",
-            f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
-            f"in {plan.steps} steps{comparison if plan.steps != self.baseline_steps else ''}",
-            f"- training: {format_duration(self.train_seconds)} on {self.hardware}, {self.precision}",
-        ]
-        if self.metrics:
-            lines += [
-                f"- test: {scores} on {self.videos} held-out videos, {self.views} views each, "
-                f"in {format_duration(self.test_seconds)}",
-            ]
+        lines = [f"# {self.name}", "", *self._training()]
+        scores = [f"{name} **{value:.2f} %**" for name, value in self.metrics.items()]
+        scores[0] += f" (chance {self.chance:.1f} %)"
+        lines.append(
+            f"- test of {self.weights}: {', '.join(scores)} on {self.videos} held-out videos, {self.views} views each, "
+            f"in {format_duration(self.test_seconds)}"
+        )
+        if self._is_chance():
+            lines.append(
+                "- **this is no better than guessing**: train for more steps (base.epochs), start from weights "
+                "(init_from), or see docs/faq.md"
+            )
         lines += [f"- bad video, counted as wrong: {failure.path}: {failure.reason}" for failure in self.failures[:20]]
         if len(self.failures) > 20:
             lines.append(f"- and {len(self.failures) - 20} more bad videos, all in bad_videos.csv")
         lines += [
             f"- everything is in `{self.folder}`",
-            f"- curves, clips and the confusion matrix: `tensorboard --logdir {self.folder}`",
+            "- by video: `predictions.csv`; by class: `per_class.csv` and, for single labels, `confusion.png`",
+            f"- curves and clips: `tensorboard --logdir {self.folder}`",
         ]
         if self.advice:
             lines += ["", "Try next:", "", *(f"- {line}" for line in self.advice)]
         return "\n".join(lines) + "\n"
 
+    def _training(self) -> list[str]:
+        """Return the lines on the training."""
+        plan = self.plan
+        if plan is None:
+            return []
+        grids = " → ".join(dict.fromkeys(phase.grid.name.replace("x", "×") + "²" for phase in plan.phases))
+        comparison = ""
+        if self.baseline_steps and plan.steps != self.baseline_steps:
+            ratio = self.baseline_steps / plan.steps
+            comparison = f"; the baseline takes {self.baseline_steps}, {ratio:.2f}× as many"
+        return [
+            f"- plan: {plan.schedule}, {len(plan.phases)} phases ({grids}), {plan.epochs:g} epochs "
+            f"in {plan.steps} steps{comparison}",
+            f"- training: {format_duration(self.train_seconds)} on {self.hardware}, {self.precision}",
+        ]
+
+    def _is_chance(self) -> bool:
+        """Whether the main metric is within two standard errors of what guessing reaches."""
+        share = self.chance / 100
+        standard_error = 100 * (share * (1 - share) / max(1, self.videos)) ** 0.5
+        return next(iter(self.metrics.values())) <= self.chance + 2 * standard_error
+
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain data, with the date and torch's version. `mgvideo reproduce` reads it."""
         return {
             "name": self.name,
-            "schedule": self.plan.schedule,
-            "epochs": self.plan.epochs,
-            "steps": self.plan.steps,
+            "weights": self.weights,
+            "schedule": self.plan and self.plan.schedule,
+            "epochs": self.plan and self.plan.epochs,
+            "steps": self.plan and self.plan.steps,
             "baseline_steps": self.baseline_steps,
             "train_seconds": self.train_seconds,
             "test_seconds": self.test_seconds,
             "metrics": self.metrics,
+            "chance": self.chance,
             "views": self.views,
             "videos": self.videos,
             "bad_videos": len(self.failures),

@@ -78,17 +78,22 @@ class RunLogger:
 
     Args:
         folder: the run's folder.
-        plan: the run's plan.
+        plan: the run's plan; None if the run only tests weights whose training is not known.
         step: the step that the run resumes from, 0 for a new run.
         active: whether this process logs, which is rank 0.
         evaluated: whether the evaluation at `step` is complete. Otherwise its record is removed, since it is repeated.
     """
 
-    def __init__(self, folder: Path, plan: Plan, step: int = 0, active: bool = True, *, evaluated: bool = True) -> None:
+    plan: Plan
+    eta: Eta
+
+    def __init__(
+        self, folder: Path, plan: Plan | None, step: int = 0, active: bool = True, *, evaluated: bool = True
+    ) -> None:
         self.folder, self.active = folder, active
         self.console = Console(file=sys.stdout, quiet=not active, soft_wrap=True, highlight=False)
-        self.eta = Eta(plan)
-        self.plan = plan
+        if plan is not None:
+            self.plan, self.eta = plan, Eta(plan)
         self._progress: Progress | None = None
         self._task: Any = None
         self._printed_paths: set[str] = set()  # of bad videos that were printed

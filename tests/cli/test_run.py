@@ -88,7 +88,7 @@ def test_run_on_a_dataset_outside_the_checkout_prints_its_recipe(tmp_path: Path,
     command = ["--config-dir=configs", "dataset=mine", f"dataset.root={motion_root}", *tiny, "output_dir=out"]
     result = run_program(*command, "train.enable=false", "test.enable=false", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "r2plus1d_small on mine, recipe finetune, schedule multigrid; run folder out" in result.stdout
+    assert "r2plus1d_small on mine, recipe finetune, without training; run folder out" in result.stdout
 
 
 def _no_such_folder(folder: Path) -> list[str]:
