@@ -6,12 +6,11 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from training import ROOT
 
-from mgvideo.cli import PROGRAMS, run
+from mgvideo.cli import PROGRAMS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "models/README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -28,7 +27,6 @@ OUR_COMMAND = re.compile(
     rf"(?:python )?tools/\w+\.py(?= |$)|mgvideo (?:{'|'.join(PROGRAMS)})\b(?!:)|torchrun(?= --)|sbatch(?= --)"
 )
 ARGUMENT = re.compile(r"\d[\d.]*|--?\w[\w-]*(?:=\S*)?|[\w.@~+/-]+=\S*|…|\[\S+\]|[A-Z]+…?|tools/\S+\.(?:py|sbatch)")
-CHOICES = SimpleNamespace(model="slowfast_small", dataset="motion")  # the choices of the run whose advice is read
 
 
 class ShownCommand(NamedTuple):
@@ -119,18 +117,11 @@ def commands_in_strings(path: Path) -> Iterator[str]:
         yield from commands_in_text(text) if isinstance(text, str) else ()
 
 
-def advised_commands() -> Iterator[str]:
-    """Yield the commands that a run prints as advice at its end."""
-    for schedule in ("multigrid", "baseline"):
-        yield from (line.split("`")[1] for line in run.advice(CHOICES, schedule))
-
-
 def all_shown_commands() -> list[ShownCommand]:
     """List each command once, with the first file that shows it."""
     places = [(page, commands_on_page(page)) for page in PAGES]
     places += [(path, commands_in_comments(path)) for path in (*CONFIGS, SCRIPT)]
     places += [(path, commands_in_strings(path)) for path in sorted(SOURCES)]
-    places += [(ROOT / "mgvideo/cli/run.py", advised_commands())]
     first_places: dict[str, Path] = {}
     for path, commands in places:
         for command in commands:

@@ -20,6 +20,7 @@ PROGRAMS = {
     "plan": "show the plan of a run and its cost before training",
     "prepare": "check a dataset, build its pyramid, list its videos, or generate the motion dataset",
     "reproduce": "run the experiments of a table of the paper and report them",
+    "test": "test trained weights on a dataset",
     "predict": "print the top classes of videos, or draw them into the videos",
     "export": "export a trained network as a torch.export or ONNX file",
     "benchmark": "measure the loader, a training step at each grid of a plan, or the trainer",

@@ -321,11 +321,26 @@ def _search_path() -> list[str]:
     return [override for override in HydraConfig.get().overrides.hydra if override_key(override) == "hydra.searchpath"]
 
 
+def predict_command(video: str, ckpt: str) -> str:
+    """Return the command line that predicts a video with the weights of this run, quoted for a shell."""
+    script = sys.argv[0]
+    if Path(script).name == "__main__.py":
+        words = [_python(), "-m", "mgvideo.cli", "predict"]
+    elif script.endswith(".py"):
+        words = [_python(), _short(str(Path(script).with_name("predict.py")))]
+    else:
+        words = ["mgvideo" if shutil.which("mgvideo") == script else _short(script), "predict"]
+    return shlex.join([*words, video, f"ckpt={ckpt}"])
+
+
+def _python() -> str:
+    return "python" if shutil.which("python") == sys.executable else _short(sys.executable)
+
+
 def _program() -> list[str]:
     """Return the words of the command line that come before the program's own arguments."""
     env, script = os.environ, sys.argv[0]
-    python = "python" if shutil.which("python") == sys.executable else _short(sys.executable)
-    words = [python]
+    words = [_python()]
     if "TORCHELASTIC_RUN_ID" in env and env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"]:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={env['WORLD_SIZE']}"]
     if Path(script).name == "__main__.py":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -348,8 +347,7 @@ def advice(cfg: DictConfig, data: Data, plan_name: str) -> tuple[str, ...]:
     lines = [f"`{other}`: the same recipe with another schedule"]
     video = data.val.path(0) if hasattr(data.val, "path") else ""
     if Path(video).is_file():
-        predict = shlex.join(["python", "tools/predict.py", video, f"ckpt={cfg.output_dir}"])
-        lines.append(f"`{predict}`: the top classes of a video")
+        lines.append(f"`{app.predict_command(video, cfg.output_dir)}`: the top classes of a video")
     choices: Any = HydraConfig.get().runtime.choices
     if choices.dataset == "motion":
         lines.append("docs/datasets/folder.md: train on your own videos")

@@ -60,7 +60,7 @@ class Trained:
         return f"{type(self.model).__name__} with {self.classes} classes from {self.weights}"
 
 
-def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type) -> Trained:
+def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type, key: str = "ckpt") -> Trained:
     """Load a network with the number of classes of its weights.
 
     Args:
@@ -68,15 +68,16 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type) -
             `init_from` accepts.
         overrides: `key=value` changes to the config.
         keys_class: The dataclass of the program's additional keys, for suggestions in error messages.
+        key: The key that holds `ckpt`, for error messages.
 
     Raises:
         UserError: The file does not exist or does not fit the network, a key is unknown, or no network is given.
     """
-    weights, config = locate(ckpt)
+    weights, config = locate(ckpt, key)
     file = Path(weights).resolve()
     if file.suffix == ".pt" and file.with_suffix(".sha256").exists():
         read_checkpoint(Path(weights))  # reports a damaged checkpoint as such
-    cfg = run_config(config, overrides, keys_class) if config else config_for_weights(weights, overrides)
+    cfg = run_config(config, overrides, keys_class) if config else config_for_weights(weights, overrides, key)
     check_values(cfg)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)
@@ -84,24 +85,24 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type) -
     return Trained(model.eval(), cfg, weights, config.parent if config else None, load_summary)
 
 
-def locate(ckpt: str | None) -> tuple[str, Path | None]:
+def locate(ckpt: str | None, key: str = "ckpt") -> tuple[str, Path | None]:
     """Return the path or URL of the weights that `ckpt` refers to, and the config file of their run if it is local."""
     if ckpt is None:
-        raise UserError("ckpt is not set: add ckpt=PATH to the command, a checkpoint or a run's folder")
+        raise UserError(f"{key} is not set: add {key}=PATH to the command, a checkpoint or a run's folder")
     if is_remote(ckpt):  # no search for a config beside it: not every server lists files
         return ckpt, None
     path = Path(strip_file_scheme(ckpt)).expanduser()
     if path.is_dir():
-        path = _checkpoint_in(path)
+        path = _checkpoint_in(path, key)
     elif not path.exists():
         if re.fullmatch(TORCHVISION_WEIGHTS, ckpt):
             return ckpt, None
-        raise UserError(f"ckpt={ckpt}: no such file or folder")
+        raise UserError(f"{key}={ckpt}: no such file or folder")
     files = [folder / "config.yaml" for folder in (path.parent.parent, path.parent)]
     return str(path), next(filter(_is_run_config, files), None)
 
 
-def _checkpoint_in(folder: Path) -> Path:
+def _checkpoint_in(folder: Path, key: str) -> Path:
     """Return a run's best checkpoint, or else its newest."""
     subfolder = folder / "checkpoints"
     checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
@@ -109,7 +110,7 @@ def _checkpoint_in(folder: Path) -> Path:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if checkpoint is None:
-        raise UserError(f"ckpt={folder}: this folder has no checkpoints; give a run's folder or a file")
+        raise UserError(f"{key}={folder}: this folder has no checkpoints; give a run's folder or a file")
     return checkpoint
 
 
@@ -180,7 +181,7 @@ def known_targets() -> set[str]:
     return {target for text in texts for target in re.findall(r"\b_target_: ([\w.]+)", text)}
 
 
-def config_for_weights(weights: str, overrides: Sequence[str]) -> DictConfig:
+def config_for_weights(weights: str, overrides: Sequence[str], key: str = "ckpt") -> DictConfig:
     """Compose a config for weights outside a run's folder, by default with the Kinetics recipe of the network.
 
     Raises:
@@ -189,7 +190,7 @@ def config_for_weights(weights: str, overrides: Sequence[str]) -> DictConfig:
     values = dict(override.partition("=")[::2] for override in overrides)
     if not {"model", "experiment"} & values.keys():
         raise UserError(
-            f"ckpt={weights} is not in a run's folder: add its network to the command, model=… or experiment=…"
+            f"{key}={weights} is not in a run's folder: add its network to the command, model=… or experiment=…"
         )
     recipe = []
     if not {"dataset", "experiment"} & values.keys():
