@@ -297,6 +297,11 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     return messages
 
 
+def chosen_keys() -> set[str]:
+    """Return the keys and groups that the command of the running program sets."""
+    return {_key_of(override) for override in HydraConfig.get().overrides.task}
+
+
 def _key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 

@@ -51,6 +51,7 @@ from .build import (
     fall_back_if_convolutions_are_wrong,
     loader_options,
     micro_batch_clips,
+    published_clip_warning,
 )
 from .groups import check_groups
 from .resume import (
@@ -91,6 +92,8 @@ def run(cfg: DictConfig) -> None:
         with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, load_init_from=path is None)
+            if cfg.init_from and path is None and (warning := published_clip_warning(cfg, app.chosen_keys())):
+                warnings.append(f"init_from: {warning}")
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
             checkpoints.fingerprint, checkpoints.versions = (
                 resume_fingerprint(cfg, data, precision),

@@ -175,7 +175,7 @@ class CheckpointKeys:
 
 @dataclass
 class NormalizeKeys:
-    """Input normalisation; use the values that the weights were trained with."""
+    """Input normalisation; model/*.yaml sets the values that the published weights were trained with."""
 
     mean: list[float] = key([0.45, 0.45, 0.45], "mean per channel, for pixels in 0–1", length=3, least=0)
     std: list[float] = key(
@@ -199,6 +199,12 @@ class RunKeys:
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")
+    published_clip: list[int] | None = key(
+        None,
+        "[frames, stride, crop size] that the model's published weights were trained with; null: unknown",
+        length=3,
+        least=1,
+    )
     precision: str = key(
         "auto", "auto, fp32, bf16 or fp16; auto chooses by device and prints the reason", choices=PRECISIONS
     )
