@@ -216,8 +216,9 @@ def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Pre
     """Print what the run will do: its model, data, plan and precision."""
     choices: Any = HydraConfig.get().runtime.choices
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    recipe = choices.get("recipe", "none")
     logger.print_line(
-        f"{choices.model} on {choices.dataset}, recipe {choices.recipe}, schedule {plan.schedule}{ranks}; "
+        f"{choices.model} on {choices.dataset}, recipe {recipe}, schedule {plan.schedule}{ranks}; "
         f"run folder {cfg.output_dir}"
     )
     logger.print_renderable(make_plan_table(plan, gpus=world_size()))

@@ -57,6 +57,7 @@ def test_groups_alone_inherit_no_values_of_another_experiment(groups: list[str],
     ("overrides", "folder"),
     [
         ([], "runs/motion/slowfast_small_multigrid_seed0"),
+        (["~experiment"], "runs/motion/slowfast_small_multigrid_seed0"),
         (["dataset=ucf101", "model=i3d_r50", "schedule=long", "seed=3"], "runs/ucf101/i3d_r50_long_seed3"),
         (["experiment=kinetics/slow_r50"], "runs/kinetics400/kinetics-slow_r50/slow_r50_multigrid_seed0"),
     ],
