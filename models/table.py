@@ -28,7 +28,8 @@ class ZooRow:
     def build(self) -> nn.Module:
         """Build the network of the config on the meta device, without memory for its weights."""
         text = (files("mgvideo.configs") / "model" / f"{self.config}.yaml").read_text(encoding="utf-8")
-        keys: dict[str, Any] = yaml.safe_load(text)
+        file: dict[str, Any] = yaml.safe_load(text)
+        keys = file.get("model", file)  # a file may have the package _global_
         factory = pkgutil.resolve_name(keys.pop("_target_"))
         with torch.device("meta"):
             return factory(**{**keys, "num_classes": self.classes})

@@ -39,7 +39,8 @@ def known_keys() -> frozenset[str]:
     for path in CONFIGS:
         group = path.relative_to(ROOT / "configs").parts[0]
         if group in RunKeys.__dataclass_fields__:
-            keys |= {*app.flat_keys(OmegaConf.load(path), f"{group}.")}
+            is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
+            keys |= {*app.flat_keys(OmegaConf.load(path), "" if is_global else f"{group}.")}
     keys |= {f"dataset.{each.name}" for each in fields(DatasetKeys)}
     for program in PROGRAM_KEYS:
         keys |= {each.name for each in fields(program)}

@@ -300,6 +300,11 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     return messages
 
 
+def chosen_keys() -> set[str]:
+    """Return the keys and groups that the command of the running program sets."""
+    return {override_key(override) for override in HydraConfig.get().overrides.task}
+
+
 def _epochs(values: Sequence[float]) -> str:
     return f"[{', '.join(f'{value:g}' for value in values)}]"
 

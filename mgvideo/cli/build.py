@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,6 +140,27 @@ def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = Tr
         if rank() == 0:
             print(f"init_from: {summary}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
+
+
+def published_clip_warning(cfg: DictConfig, chosen_keys: Collection[str]) -> str | None:
+    """Return a warning if clips differ in frames or stride from those that the published weights were trained with.
+
+    Keys in `chosen_keys`, which the user set, are not compared, and neither is the stride if clips are sampled by
+    segments.
+    """
+    if cfg.published_clip is None:
+        return None
+    frames, stride, size = cfg.published_clip
+    published = {"base.num_frames": frames, "base.frame_stride": stride}
+    if cfg.dataset.train.get("segments", False):
+        del published["base.frame_stride"]
+    own = {key: OmegaConf.select(cfg, key) for key in published if key not in chosen_keys}
+    differing = [key for key in own if own[key] != published[key]]
+    if not differing:
+        return None
+    settings, kept = (" ".join(f"{key}={values[key]}" for key in differing) for values in (published, own))
+    trained = f"the network's published weights were trained on {frames} frames at stride {stride}, {size} pixels"
+    return f"{trained}: for these weights set {settings}; {kept} keeps this run's values without a warning"
 
 
 def fall_back_if_convolutions_are_wrong(

@@ -51,6 +51,7 @@ from .build import (
     fall_back_if_convolutions_are_wrong,
     loader_options,
     micro_batch_clips,
+    published_clip_warning,
 )
 from .groups import check_groups
 from .resume import (
@@ -95,6 +96,8 @@ def run(cfg: DictConfig) -> None:
         with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, load_init_from=path is None)
+            if cfg.init_from and path is None and (warning := published_clip_warning(cfg, app.chosen_keys())):
+                warnings.append(f"init_from: {warning}")
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
             checkpoints.fingerprint, checkpoints.versions = (
                 resume_fingerprint(cfg, data, precision),
@@ -215,8 +218,9 @@ def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Pre
     """Print what the run will do: its model, data, plan and precision."""
     choices: Any = HydraConfig.get().runtime.choices
     ranks = f", {world_size()} ranks" if world_size() > 1 else ""
+    recipe = choices.get("recipe", "none")
     logger.print_line(
-        f"{choices.model} on {choices.dataset}, recipe {choices.recipe}, schedule {plan.schedule}{ranks}; "
+        f"{choices.model} on {choices.dataset}, recipe {recipe}, schedule {plan.schedule}{ranks}; "
         f"run folder {cfg.output_dir}"
     )
     logger.print_renderable(make_plan_table(plan, gpus=world_size()))

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
 
-OmegaConf.register_new_resolver(  # on import, because a submitit job imports this module but does not call register()
-    "experiment_folder", lambda name: "" if name is None else f"{str(name).replace('/', '-')}/", replace=True
-)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 
@@ -175,7 +173,7 @@ class CheckpointKeys:
 
 @dataclass
 class NormalizeKeys:
-    """Input normalisation; use the values that the weights were trained with."""
+    """Input normalisation; model/*.yaml sets the values that the published weights were trained with."""
 
     mean: list[float] = key([0.45, 0.45, 0.45], "mean per channel, for pixels in 0–1", length=3, least=0)
     std: list[float] = key(
@@ -199,6 +197,12 @@ class RunKeys:
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")
+    published_clip: list[int] | None = key(
+        None,
+        "[frames, stride, crop size] that the model's published weights were trained with; null: unknown",
+        length=3,
+        least=1,
+    )
     precision: str = key(
         "auto", "auto, fp32, bf16 or fp16; auto chooses by device and prints the reason", choices=PRECISIONS
     )
@@ -223,6 +227,16 @@ class RunKeys:
         None,
         "which weights of init_from, if it has several: model or model_ema; null: an average if there is one",
     )
+
+
+def _experiment_folder() -> str:
+    """Return the folder that the default of output_dir has for the chosen experiment, with a final /, or ""."""
+    experiment = HydraConfig.get().runtime.choices.get("experiment")  # the key is missing with ~experiment
+    return f"{str(experiment).replace('/', '-')}/" if experiment else ""
+
+
+# On import, because a submitit job imports this module but does not call register().
+OmegaConf.register_new_resolver("experiment_folder", _experiment_folder, replace=True)
 
 
 def register() -> None:

@@ -26,6 +26,7 @@ from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 from . import app
 from . import keys as program_keys
+from .build import published_clip_warning
 from .groups import holds_text
 from .help import GROUPS, group_options
 from .schema import RunKeys, check_values
@@ -79,6 +80,8 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type, k
         read_checkpoint(Path(weights))  # reports a damaged checkpoint as such
     cfg = run_config(config, overrides, keys_class) if config else config_for_weights(weights, overrides, key)
     check_values(cfg)
+    if not config and (warning := published_clip_warning(cfg, {override.partition("=")[0] for override in overrides})):
+        print(f"warning: {warning}", file=sys.stderr)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)
     load_summary = load_pretrained(model, weights, key=cfg.init_from_key)

@@ -12,7 +12,7 @@ from training import TINY
 
 from mgvideo.cli import app
 from mgvideo.cli.app import compose_config
-from mgvideo.cli.build import build_data, build_plan
+from mgvideo.cli.build import build_data, build_plan, published_clip_warning
 from mgvideo.cli.help import group_options
 from mgvideo.cli.plan import train_videos
 from mgvideo.cli.resume import resume_fingerprint
@@ -57,6 +57,7 @@ def test_groups_alone_inherit_no_values_of_another_experiment(groups: list[str],
     ("overrides", "folder"),
     [
         ([], "runs/motion/slowfast_small_multigrid_seed0"),
+        (["~experiment"], "runs/motion/slowfast_small_multigrid_seed0"),
         (["dataset=ucf101", "model=i3d_r50", "schedule=long", "seed=3"], "runs/ucf101/i3d_r50_long_seed3"),
         (["experiment=kinetics/slow_r50"], "runs/kinetics400/kinetics-slow_r50/slow_r50_multigrid_seed0"),
     ],
@@ -95,6 +96,47 @@ def test_dataset_has_a_task_and_splits_that_can_be_built(dataset: str) -> None:
     assert 0 < cfg.dataset.max_bad_fraction < 1
     for split in ("train", "val"):
         assert callable(instantiate({"_target_": "hydra.utils.get_method", "path": cfg.dataset[split]._target_}))
+
+
+TORCHVISION_MEAN, TORCHVISION_STD = [0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mean", "std"),
+    [
+        (["model=r2plus1d_18", "dataset=ucf101"], TORCHVISION_MEAN, TORCHVISION_STD),
+        (["dataset=ucf101", "model=r2plus1d_18", "normalize.mean=[0.1,0.2,0.3]"], [0.1, 0.2, 0.3], TORCHVISION_STD),
+        (["experiment=kinetics/r2plus1d_18"], TORCHVISION_MEAN, TORCHVISION_STD),
+        (["experiment=kinetics/r2plus1d_18", "model=i3d_r50"], [0.45] * 3, [0.225] * 3),
+        (["model=r2plus1d_small", "dataset=ucf101"], [0.45] * 3, [0.225] * 3),
+    ],
+)
+def test_model_sets_the_normalisation_of_its_weights(overrides: list[str], mean: list[float], std: list[float]) -> None:
+    normalize = compose_run(*overrides).normalize
+    assert (normalize.mean, normalize.std) == (mean, std)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "kept"),
+    [
+        (["model=slowfast_8x8_r50"], "", ""),
+        (["model=slow_r50"], "base.num_frames=8 base.frame_stride=8", "base.num_frames=32 base.frame_stride=2"),
+        (["model=slow_r50", "base.num_frames=16"], "base.frame_stride=8", "base.frame_stride=2"),
+        (["model=slow_r50", "base.num_frames=16", "base.frame_stride=4"], "", ""),
+        (["model=slow_r50", "dataset=ssv2"], "base.num_frames=8", "base.num_frames=64"),
+        (["model=slowfast_small"], "", ""),
+        (["experiment=kinetics/i3d_r50"], "", ""),
+        (["experiment=charades/slowfast_16x8_r50"], "", ""),
+    ],
+)
+def test_warning_names_the_clips_of_the_published_weights(overrides: list[str], settings: str, kept: str) -> None:
+    data = [] if "experiment=" in overrides[0] else ["dataset=kinetics400"]
+    warning = published_clip_warning(compose_run(*data, *overrides), {word.split("=")[0] for word in overrides})
+    if not settings:
+        assert warning is None
+    else:
+        assert warning is not None
+        assert f" set {settings}; {kept} keeps" in warning
 
 
 @pytest.mark.parametrize("schedule", OPTIONS["schedule"])

@@ -242,6 +242,15 @@ def test_init_from_key_selects_one_of_several_networks_in_a_file(
     assert scores(both, "init_from_key=model") == scores(foreign) != scores(both)
 
 
+def test_weights_of_other_clips_cause_a_warning(
+    foreign: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8", "published_clip=[16,4,32]", *ONE_VIEW]
+    main([str(videos / "00000.mp4"), f"ckpt={foreign}", *network])
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the network")]
+    assert "set base.frame_stride=4; base.frame_stride=2 keeps" in warning
+
+
 SEGMENTS = (1, 3, 6, 8, 11, 13, 15, 18)  # the middles of eight segments of 20 frames, as in PySlowFast
 
 

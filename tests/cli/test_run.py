@@ -195,11 +195,13 @@ def test_precise_bn_runs_before_the_test_without_validation(tmp_path: Path, moti
 def test_weights_that_do_not_fit_are_reported(tmp_path: Path, motion_root: str) -> None:
     torch.save({"model": r2plus1d_small(5, width=4).state_dict()}, tmp_path / "five.pt")
     data = [*TINY, f"dataset.root={motion_root}", "output_dir=out"]
-    only_load = ["init_from=five.pt", "train.enable=false", "test.enable=false"]
+    only_load = ["init_from=five.pt", "train.enable=false", "test.enable=false", "published_clip=[4,1,32]"]
     result = run_program(*data, *only_load, cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stderr
     loaded = len(r2plus1d_small(5, width=4).state_dict()) - 2
     assert f"init_from: {loaded} tensors from five.pt, under model, with names of mgvideo; the head in" in result.stdout
+    (warning,) = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert warning.endswith("set base.frame_stride=1; base.frame_stride=2 keeps this run's values without a warning")
     assert result.stderr.strip().splitlines() == [
         "the head in five.pt is for another number of classes: the network keeps its own"
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import OmegaConf
@@ -16,6 +17,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 def build(name: str, num_classes: int = 10, **overrides: object) -> nn.Module:
     """Build the network of a config file, with some of its keys overridden."""
-    model = OmegaConf.merge(OmegaConf.load(FOLDER / f"{name}.yaml"), overrides)
+    file: Any = OmegaConf.load(FOLDER / f"{name}.yaml")
+    model = OmegaConf.merge(file.get("model", file), overrides)  # a file may have the package _global_
     run = OmegaConf.create({"model": model, "dataset": {"num_classes": num_classes}})
     return hydra.utils.instantiate(run.model)
