@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from training import ROOT
 
 from mgvideo import cli
-from mgvideo.cli import app, export, predict, reproduce, trained
+from mgvideo.cli import app, export, predict, reproduce, test, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
 from mgvideo.cli.jobs import Job, launcher_overrides
@@ -36,7 +36,7 @@ from mgvideo.errors import UserError
 
 SHOWN = all_shown_commands()
 TOOLS = {
-    "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
+    "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict", "test": "test",
     "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
 # programs that are not part of mgvideo → why they are not run
@@ -52,7 +52,7 @@ NOT_RUN = {
     "tensorboard": "is a server, which does not exit",
 }
 PACKAGES = {"torch-tb-profiler": "a viewer that mgvideo itself does not require"}  # not in any of our extras
-PLACEHOLDER_VALUES = {
+PLACEHOLDER_VALUES = {"weights": "placeholder",
     "experiment": "kinetics/slowfast_8x8_r50", "model": "slowfast_small", "dataset": "kinetics400",
     "table": "schedules", "preset": "motion", "benchmark": "measured.json", "out": "out.onnx",
 }  # fmt: skip
@@ -187,6 +187,7 @@ class Programs:
         patch.setattr(app, "compose_config", lambda name, overrides: deepcopy(compose_once(name, tuple(overrides))))
         patch.setattr(export, "run", lambda given, rest: compose_trained(given.ckpt, rest, export.ExportKeys))
         patch.setattr(predict, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, predict.PredictKeys))
+        patch.setattr(test, "run", lambda given, rest: compose_trained(given.weights, rest, test.Keys))
         patch.setattr(reproduce.Reproduction, "run", compose_cell)
 
     def __call__(self, program: str, arguments: Sequence[str]) -> None:
