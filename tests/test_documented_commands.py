@@ -36,8 +36,8 @@ from mgvideo.errors import UserError
 
 SHOWN = all_shown_commands()
 TOOLS = {
-    "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict", "test": "test",
-    "export": "export", "benchmark": "benchmark", "doctor": "doctor",
+    "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
+    "test": "test", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
 # programs that are not part of mgvideo → why they are not run
 NOT_RUN = {
