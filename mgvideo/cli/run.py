@@ -322,8 +322,9 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
         network.progress.record_environment(describe_hardware(device), str(precision))
         write_run_files(cfg, data, network.plan, folder)
         logger = RunLogger(folder, network.plan, network.progress.step, active=rank() == 0)
+        options = loader_options(cfg)
         try:
-            for warning in [*filter(None, [precision.warning]), *warnings]:
+            for warning in [*filter(None, [precision.warning]), *warnings, *check_shared_memory(cfg, None, options)]:
                 logger.print_line(f"warning: {warning}")
             recipe = HydraConfig.get().runtime.choices["recipe"]
             logger.print_line(f"{network.name}, recipe {recipe}, without training; run folder {cfg.output_dir}")
@@ -332,7 +333,7 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
             if cfg.test.enable:
                 loads_here = cfg.loader.num_workers == 0
                 on_progress = report_batches(position, (0, -1), "testing", cfg.hang_timeout, loads_here)
-                final_test.test(cfg, network, data, precision, logger, on_progress, position, loader_options(cfg))
+                final_test.test(cfg, network, data, precision, logger, on_progress, position, options)
         finally:
             logger.close()
 
