@@ -297,5 +297,4 @@ def test_commands_are_found_in_all_kinds_of_places() -> None:
         ("configs/launcher/slurm.yaml", "python"),
         ("tools/slurm/train.sbatch", "sbatch"),
         ("mgvideo/cli/prepare.py", "mgvideo"),
-        ("mgvideo/cli/run.py", "python"),
     }

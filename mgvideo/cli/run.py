@@ -319,6 +319,8 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
     with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
         network, warnings = final_test.load_for_test(cfg, _run_name(), precision, checkpoints, mirror)
+        if network.weights == cfg.init_from and (warning := published_clip_warning(cfg, app.chosen_keys())):
+            warnings.append(f"init_from: {warning}")
         network.progress.record_environment(describe_hardware(device), str(precision))
         write_run_files(cfg, data, network.plan, folder)
         logger = RunLogger(folder, network.plan, network.progress.step, active=rank() == 0)
