@@ -31,6 +31,7 @@ from mgvideo.plan.schedules import scale_lr
 
 from . import values
 from .help import group_options, help_text
+from .recipe import fill_clip
 from .schema import register
 from .suggest import option_suggestion, suggestion
 from .values import override_key
@@ -62,13 +63,15 @@ def main(
         if not parsed.multirun:
             cfg = check(config_name, overrides, more_keys)
             if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes the config again
-                overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_milestones", "warmup_epochs")]
+                scaled = ("lr", "lr_milestones", "warmup_epochs")
+                overrides += [f"base.{key}={cfg.base[key]}" for key in scaled if cfg.base[key] is not None]
 
     def run_task(cfg: DictConfig) -> None:
         # In a multirun the launcher, which may be on another machine, needs the exception itself.
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             set_cpu_affinity(available_cpus())
             limit_threads(cpu_count())
+            fill_clip(cfg)
             for line in scale_base(config_name, cfg, [*_search_path(), *HydraConfig.get().overrides.task]):
                 if os.environ.get("RANK", "0") == "0":
                     print(line, file=sys.stderr)
@@ -176,6 +179,7 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """
     overrides = quote_texts(config_name, overrides)
     cfg = check(config_name, overrides, with_hydra=True)
+    fill_clip(cfg)
     scale_base(config_name, cfg, overrides)
     return cfg
 
@@ -279,8 +283,8 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     rest = [override for override in overrides if override_key(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    # keys that no recipe sets
-    unset = {key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}
+    # keys that no recipe sets, or that are computed later
+    unset = {key for key in recipe if OmegaConf.is_missing(recipe, key) or recipe[key] is None}
     messages = []
     if scales_lr and not unset & {"batch_size", "lr"}:
         base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)
@@ -288,7 +292,7 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
             f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
         )
-    if scales_epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
+    if scales_epochs and not unset & {"epochs", "lr_milestones", "warmup_epochs"} and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
         base.warmup_epochs = factor * recipe.warmup_epochs

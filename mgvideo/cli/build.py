@@ -25,8 +25,10 @@ from mgvideo.loading.shared_memory import BatchSizes, check_shared_memory_space
 from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
+from mgvideo.plan.small_recipe import few_steps_warning
 
 from .app import flat_keys
+from .recipe import fill_recipe
 
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
@@ -101,11 +103,13 @@ def build_decoder(cfg: DictConfig) -> Any:
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
-    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos."""
+    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos. Compute keys that are null."""
+    recipe_note = fill_recipe(cfg, dataset_size)
     base: Any = OmegaConf.to_container(cfg.base, resolve=True)
     plan = build_schedule(cfg)(Base(**base), dataset_size)
     require(isinstance(plan, Plan), f"schedule: {cfg.schedule._target_} returned no Plan but {type(plan).__name__}")
-    return plan
+    notes = filter(None, (recipe_note, few_steps_warning(plan)))
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def build_schedule(cfg: DictConfig) -> Schedule:

@@ -139,7 +139,7 @@ class Machine:
     @cached_property
     def plan(self) -> Plan:
         """The plan of the config for the small generated dataset."""
-        return build_plan(self.cfg, max(MOTION_KNOBS.train, self.cfg.base.batch_size))
+        return build_plan(self.cfg, max(MOTION_KNOBS.train, self.cfg.base.batch_size or 0))
 
     @cached_property
     def videos(self) -> Any:

@@ -41,6 +41,7 @@ from mgvideo.storage.paths import exists, explain_write_errors, relative
 from . import app, keys
 from .build import build_plan, require_dataset_keys
 from .progress import ProgressLog
+from .recipe import sample_size
 from .schema import key
 
 KINETICS = ("width=340", "height=256", "frames=300", "fps=30", "keyframe=250", "train=64", "val=16")
@@ -218,7 +219,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
         f"dataset {cfg.dataset.name}: frames are images, no video to encode",
     )
     # a few videos may be a sample of a dataset: take the grids of a plan of at least 1,000 batches
-    plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch_size))
+    plan = build_plan(cfg, sample_size(cfg, len(datasets[0])))
     root = cfg.dataset.root
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}

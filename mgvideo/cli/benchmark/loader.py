@@ -18,6 +18,7 @@ from mgvideo.cli import keys
 from mgvideo.cli.benchmark import choose_grids, measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_plan, loader_options, require_dataset_keys
 from mgvideo.cli.progress import ProgressLog
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.schema import key
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.pyramid import Pyramid
@@ -94,7 +95,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())
     require(isinstance(dataset.decoder, PyAV), f"dataset {cfg.dataset.name}: frames are images, no video to decode")
     # a few files may be a sample of a dataset: plan at least 1,000 batches, for realistic shares of phases
-    plan = build_plan(cfg, max(len(dataset), 1000 * cfg.base.batch_size))
+    plan = build_plan(cfg, sample_size(cfg, len(dataset)))
     grids = choose_grids(plan, options.grids)
     loader_settings = loader_options(cfg)
     conditions = {

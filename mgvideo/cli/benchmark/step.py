@@ -25,6 +25,7 @@ from mgvideo.cli.benchmark import choose_grids, measurement_conditions, open_rep
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.plan import clip_flops
 from mgvideo.cli.progress import ProgressLog
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.schema import COMPILE, key
 from mgvideo.engine.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.engine.train_step import compile_model
@@ -189,7 +190,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     """Measure all models and variants, and print the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as in a run
-    plan = build_plan(cfg, 1000 * cfg.base.batch_size)
+    plan = build_plan(cfg, sample_size(cfg))
     grids = choose_grids(plan, options.grids)
     variants = [parse_variant(name, device) for name in options.variants]
     if not options.emulated:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mgvideo.cli import keys
 from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report, steps_replaced
 from mgvideo.cli.build import Data, build_data, build_model, build_plan
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.run import build_trainer
 from mgvideo.cli.schema import key
 from mgvideo.distributed.watchdog import Position
@@ -112,7 +113,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     torch.backends.cudnn.benchmark = True  # as in a run
     data = build_data(cfg)
     videos = len(data.train)  # a few files may be a sample of a dataset: then plan for 1,000 batches
-    plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch_size)
+    plan = build_plan(cfg, videos if videos >= 1000 else sample_size(cfg))
     conditions = {**measurement_conditions(device), "threads": torch.get_num_threads(), "visits": options.visits}
     if plan.schedule == "baseline":
         runs = [measure_schedule(options, cfg, data, plan)]
