@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
 from mgvideo.plan.small_recipe import few_steps_warning
+from mgvideo.storage.checkpoints import Checkpoints
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 from .app import flat_keys
 from .recipe import fill_recipe
@@ -140,10 +144,29 @@ def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = Tr
     if cfg.init_from and load_init_from:
         from mgvideo.models.pretrained import load_pretrained
 
-        summary = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
+        weights, folder = cfg.init_from, Path(strip_file_scheme(cfg.init_from)).expanduser()
+        if not is_remote(weights) and folder.is_dir():
+            weights = str(best_checkpoint(folder, "init_from"))
+        summary = load_pretrained(model, weights, key=cfg.init_from_key)
         if rank() == 0:
             print(f"init_from: {summary}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
+
+
+def best_checkpoint(folder: Path, key: str) -> Path:
+    """Return the best checkpoint of a run's folder, or else its newest; `key` is for the message.
+
+    Raises:
+        UserError: the folder has no checkpoints.
+    """
+    subfolder = folder / "checkpoints"
+    checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
+    checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
+    for warning in warnings if rank() == 0 else []:
+        print(f"warning: {warning}", file=sys.stderr)
+    if checkpoint is None:
+        raise UserError(f"{key}={folder}: this folder has no checkpoints; give a run's folder or a file")
+    return Path(checkpoint)
 
 
 def published_clip_warning(cfg: DictConfig, chosen_keys: Collection[str]) -> str | None:

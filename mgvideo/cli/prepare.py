@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from mgvideo.datasets.check import (
+    TOO_SHORT,
     Finding,
     broken_share,
     check,
@@ -35,7 +36,9 @@ from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 from mgvideo.plan.plan import require
+from mgvideo.plan.table import set_full_width
 from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
@@ -57,7 +60,7 @@ class CheckKeys:
     split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     fully: bool = key(True, "decode every frame; false: only the first, middle and last")
     min_frames: int | None = key(
-        None, "videos with fewer frames are too short; null: what a clip of the base grid needs", least=1
+        None, "videos with fewer frames are a problem; null: none, only a note on those shorter than a clip", least=1
     )
     max_broken: float | None = key(
         None, "exit with 1 if a larger share of files is missing or unreadable; null: dataset.max_bad_fraction"
@@ -153,7 +156,7 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     classes: dict[str, set[str]] = {}
     for line in lines:
         classes.setdefault(line.path, set()).update(line.classes)
-    # with segment sampling, a short video is valid: several segments return the same frame
+    # with segment sampling, several segments of a short video return the same frame
     span = 1 if first.sampling.segments else (cfg.base.num_frames - 1) * cfg.base.frame_stride + 1
     min_frames = options.min_frames or span
     journal = f"{options.out}.part"
@@ -162,7 +165,8 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
             problems = check(
                 list(classes), min_frames, options.fully, options.processes, progress, journal, first.decoder
             )
-        findings = find_repeats(lines) + problems
+        short = [finding for finding in problems if finding.problem == TOO_SHORT and options.min_frames is None]
+        findings = find_repeats(lines) + [finding for finding in problems if finding not in short]
         write_findings(options.out, findings)
         table = count_problems(findings, classes)
         file = f"{os.path.splitext(options.out)[0]}_classes.csv"
@@ -171,6 +175,13 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     share = broken_share(findings, len(classes))
     allowed = cfg.dataset.max_bad_fraction if options.max_broken is None else options.max_broken
     _print_findings(findings, table, len(classes))
+    if short:
+        clip = f"base.num_frames={cfg.base.num_frames} at base.frame_stride={cfg.base.frame_stride}"
+        print(
+            f"note: {len(short)} of {len(classes)} videos have fewer frames than the {span} that a clip of {clip} spans: training takes "
+            f"them, and clips repeat their last frame; min_frames={span} lists them: "
+            f"{shorten(finding.path for finding in short)}"
+        )
     print(f"{share:.2%} are missing or unreadable, {allowed:.2%} are allowed; see {options.out} and {file}")
     if share > allowed:
         raise SystemExit(1)
@@ -206,7 +217,8 @@ def _print_findings(findings: Sequence[Finding], table: dict[str, Counter[str]],
     worst = sorted((name for name in table if name), key=lambda name: (-table[name].total(), name))
     for name in ("", *worst[:MAX_CLASSES_PRINTED]):
         rows.add_row(name or "all", *(str(table[name][problem]) for problem in problems))
-    Console(soft_wrap=True, highlight=False, markup=False).print(rows)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(rows if console.is_terminal else set_full_width(rows))
     if len(worst) > MAX_CLASSES_PRINTED:
         print(f"and {len(worst) - MAX_CLASSES_PRINTED} classes with fewer problems")
 
