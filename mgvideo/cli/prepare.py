@@ -178,9 +178,9 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     if short:
         clip = f"base.num_frames={cfg.base.num_frames} at base.frame_stride={cfg.base.frame_stride}"
         print(
-            f"note: {len(short)} of {len(classes)} videos have fewer frames than the {span} that a clip of {clip} spans: training takes "
-            f"them, and clips repeat their last frame; min_frames={span} lists them: "
-            f"{shorten(finding.path for finding in short)}"
+            f"note: {len(short)} of {len(classes)} videos have fewer frames than the {span} that a clip of {clip} "
+            "spans: training takes them, and clips repeat their last frame; "
+            f"min_frames={span} lists them: {shorten(finding.path for finding in short)}"
         )
     print(f"{share:.2%} are missing or unreadable, {allowed:.2%} are allowed; see {options.out} and {file}")
     if share > allowed:
