@@ -34,6 +34,7 @@ from .help import group_options, help_text
 from .recipe import fill_clip
 from .schema import register
 from .suggest import option_suggestion, suggestion
+from .sweep import SweptRun, print_sweep
 from .values import override_key
 
 CONFIGS = "mgvideo.configs"
@@ -66,20 +67,28 @@ def main(
                 scaled = ("lr", "lr_milestones", "warmup_epochs")
                 overrides += [f"base.{key}={cfg.base[key]}" for key in scaled if cfg.base[key] is not None]
 
+    swept_runs: list[SweptRun] = []  # of a sweep in this process
+
     def run_task(cfg: DictConfig) -> None:
         # In a multirun the launcher, which may be on another machine, needs the exception itself.
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             set_cpu_affinity(available_cpus())
             limit_threads(cpu_count())
             fill_clip(cfg)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                swept_runs.append(SweptRun(tuple(HydraConfig.get().overrides.task), Path(cfg.output_dir)))
             for line in scale_base(config_name, cfg, [*_search_path(), *HydraConfig.get().overrides.task]):
                 if os.environ.get("RANK", "0") == "0":
                     print(line, file=sys.stderr)
             task(cfg)
 
     sys.argv = [sys.argv[0], *flags, *overrides]
-    with exit_on_user_error():
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(run_task)()
+    try:
+        with exit_on_user_error():
+            hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(run_task)()
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            print_sweep(swept_runs)
 
 
 def _config_for_help(config_name: str, arguments: Sequence[str], more_keys: Sequence[str]) -> DictConfig:
