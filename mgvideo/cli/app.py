@@ -38,6 +38,7 @@ from .sweep import SweptRun, print_sweep
 from .values import override_key
 
 CONFIGS = "mgvideo.configs"
+MAX_PUBLISHED_LR = 3.2  # of the linear rule: Goyal et al., arXiv 1706.02677, at a batch of 8,192 images
 
 
 def main(
@@ -301,6 +302,7 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
             f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
         )
+        messages += _large_lr_warning(cfg)
     if scales_epochs and not unset & {"epochs", "lr_milestones", "warmup_epochs"} and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
@@ -311,6 +313,28 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"{recipe.warmup_epochs:g} becomes {base.warmup_epochs:g} (set either to choose both)"
         )
     return messages
+
+
+def _large_lr_warning(cfg: DictConfig) -> list[str]:
+    """Return a warning if the LR that the linear rule gives exceeds `MAX_PUBLISHED_LR` in some phase."""
+    factor = _largest_lr_factor(cfg.schedule)
+    if cfg.base.lr * factor <= MAX_PUBLISHED_LR:
+        return []
+    product = f" ({cfg.base.lr:g}, times {factor} for the coarsest clips)" if factor > 1 else ""
+    return [
+        f"warning: base.batch_size={cfg.base.batch_size} raises the LR to {cfg.base.lr * factor:.3g}{product}, and the "
+        f"largest published for the linear rule is {MAX_PUBLISHED_LR:g}: set a smaller base.lr or base.batch_size"
+    ]
+
+
+def _largest_lr_factor(schedule: DictConfig) -> int:
+    """Return the largest factor by which the long cycle multiplies the LR, 1 without one."""
+    if not (schedule.get("lr_scaling") and schedule.get("long_factors")):
+        return 1
+    try:
+        return max(round(1 / (frames * size**2)) for frames, size in schedule.long_factors)
+    except (TypeError, ValueError, ZeroDivisionError):  # the schedule reports factors that are invalid
+        return 1
 
 
 def chosen_keys() -> set[str]:
