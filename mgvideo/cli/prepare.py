@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -92,6 +93,10 @@ class MotionKeys:
 
     like: str = key("motion", "motion, or kinetics: " + " ".join(KINETICS), choices=("motion", "kinetics"))
     processes: int | None = key(None, "files made at a time; null: one per core", least=1)
+    folders: str | None = key(
+        None, "folder to copy the videos into as train/CLASS/… and val/CLASS/…, for dataset=folder; null: none"
+    )
+    classes: list[str] = key([], "classes to copy into folders; empty: all")
 
 
 class Command(NamedTuple):
@@ -335,6 +340,27 @@ def make_videos(options: MotionKeys, cfg: DictConfig) -> None:
     print(f"{folder}: {len(files)} videos, {decimal(sum(file.stat().st_size for file in files))}")
     lists = f"dataset=kinetics400 dataset.root={folder} dataset.num_classes={cfg.dataset.num_classes}"
     print(f"read it with {lists} dataset.train.flip=false")
+    if options.folders is not None:
+        _copy_into_folders(folder, Path(options.folders), options.classes)
+
+
+def _copy_into_folders(motion: Path, target: Path, classes: Sequence[str]) -> None:
+    """Copy videos of Motion into `target`/SPLIT/CLASS."""
+    names = (motion / "classes.txt").read_text(encoding="utf-8").splitlines()
+    for name in classes:
+        require(name in names, f"classes={name}: choose from {', '.join(names)}")
+    copied = 0
+    with explain_write_errors("folders", target):
+        for split in SPLITS["both"]:
+            for line in (motion / f"{split}.csv").read_text(encoding="utf-8").splitlines():
+                path, label = line.split()
+                require(label.isdecimal(), "folders: a video in folders has one class: leave out shapes")
+                name = names[int(label)]
+                if not classes or name in classes:
+                    (target / split / name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(motion / path, target / split / name / Path(path).name)
+                    copied += 1
+    print(f"{target}: {copied} of the videos in folders; train with dataset=folder dataset.root={target}")
 
 
 def _motion_overrides(options: MotionKeys, rest: Sequence[str]) -> list[str]:

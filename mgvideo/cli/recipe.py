@@ -25,7 +25,8 @@ def fill_recipe(cfg: DictConfig, dataset_size: int) -> str | None:
     if not chosen:
         return None
     values = " ".join(f"base.{key}={_format(value)}" for key, value in chosen.items())
-    weights = "the weights of init_from" if cfg.init_from else "random weights"
+    random = "random weights (init_from=… takes published ones)" if cfg.published_clip else "random weights"
+    weights = "the weights of init_from" if cfg.init_from else random
     return f"recipe for {dataset_size} videos and {weights}: {values} (set any of them to change it)"
 
 

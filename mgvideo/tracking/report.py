@@ -53,7 +53,7 @@ class Report:
         if self._is_chance():
             lines.append(
                 "- **this is no better than guessing**: train for more steps (base.epochs), start from weights "
-                "(init_from), or see docs/faq.md"
+                "(init_from), or see 'Results at chance' in docs/faq.md"
             )
         lines += [f"- bad video, counted as wrong: {failure.path}: {failure.reason}" for failure in self.failures[:20]]
         if len(self.failures) > 20:

@@ -79,8 +79,8 @@ def test_folder_recipe_is_computed_from_the_dataset_and_overrides_are_kept() -> 
     plan = build_plan(cfg, 48)
     assert (plan.base.batch_size, plan.base.epochs, plan.base.lr_milestones) == (8, 40, (20, 32))
     assert plan.notes[0] == (
-        "recipe for 48 videos and random weights: base.batch_size=8 base.lr=0.025 base.lr_milestones=[20,32] "
-        "base.warmup_epochs=4 base.warmup_lr=0.0025 (set any of them to change it)"
+        "recipe for 48 videos and random weights (init_from=… takes published ones): base.batch_size=8 base.lr=0.025 "
+        "base.lr_milestones=[20,32] base.warmup_epochs=4 base.warmup_lr=0.0025 (set any of them to change it)"
     )
     assert plan.notes[1].startswith(f"the plan has only {plan.steps} steps")
     assert cfg.base.batch_size == 8, "config.yaml holds what was computed"
