@@ -25,7 +25,8 @@ from .video import VideoDataset
 from .videofile import DecodeError, Decoder, Video
 
 BROKEN = ("missing", "unreadable")  # problems that make a video unusable; the others are warnings
-RECHECKED = (*BROKEN, "too short")  # problems that a new copy of the file may fix
+TOO_SHORT = "too short"
+RECHECKED = (*BROKEN, TOO_SHORT)  # problems that a new copy of the file may fix
 CHUNK_FRAMES = 64  # frames to decode at once
 THUMBNAIL_SIDE = 64  # short side to which large frames are shrunk, see Decoder.open
 
@@ -159,7 +160,7 @@ def check_file(path: str, min_frames: int, fully: bool, decoder: Decoder) -> lis
 
 def _find_problems(video: Video, min_frames: int) -> Iterator[tuple[str, str]]:
     if video.frames < min_frames:
-        yield "too short", f"{video.frames} frames, fewer than {min_frames}"
+        yield TOO_SHORT, f"{video.frames} frames, fewer than {min_frames}"
     if isinstance(video, PyAVVideo):  # folders of images have no timestamps and no display settings
         yield from _time_problems(video)
         yield from _display_problems(video)

@@ -31,6 +31,7 @@ from mgvideo.cli import app, export, predict, reproduce, test, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
 from mgvideo.cli.jobs import Job, launcher_overrides
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.schema import RunKeys, check_values
 from mgvideo.errors import UserError
 
@@ -98,7 +99,7 @@ def composed(*overrides: str) -> DictConfig:
     cfg = app.compose_config("run", overrides)
     check_values(cfg)
     check_groups(cfg)
-    build_plan(cfg, max(cfg.dataset.get("train_videos") or 0, 1000 * cfg.base.batch_size))
+    build_plan(cfg, sample_size(cfg, cfg.dataset.get("train_videos") or 0))
     return cfg
 
 

@@ -31,11 +31,14 @@ from mgvideo.plan.schedules import scale_lr
 
 from . import values
 from .help import group_options, help_text
+from .recipe import fill_clip
 from .schema import register
 from .suggest import option_suggestion, suggestion
+from .sweep import SweptRun, print_sweep
 from .values import override_key
 
 CONFIGS = "mgvideo.configs"
+MAX_PUBLISHED_LR = 3.2  # of the linear rule: Goyal et al., arXiv 1706.02677, at a batch of 8,192 images
 
 
 def main(
@@ -62,21 +65,31 @@ def main(
         if not parsed.multirun:
             cfg = check(config_name, overrides, more_keys)
             if parsed.cfg and scale_base(config_name, cfg, overrides):  # Hydra composes the config again
-                overrides += [f"base.{key}={cfg.base[key]}" for key in ("lr", "lr_milestones", "warmup_epochs")]
+                scaled = ("lr", "lr_milestones", "warmup_epochs")
+                overrides += [f"base.{key}={cfg.base[key]}" for key in scaled if cfg.base[key] is not None]
+
+    swept_runs: list[SweptRun] = []  # of a sweep in this process
 
     def run_task(cfg: DictConfig) -> None:
         # In a multirun the launcher, which may be on another machine, needs the exception itself.
         with exit_on_user_error() if HydraConfig.get().mode is RunMode.RUN else nullcontext():
             set_cpu_affinity(available_cpus())
             limit_threads(cpu_count())
+            fill_clip(cfg)
+            if HydraConfig.get().mode is RunMode.MULTIRUN:
+                swept_runs.append(SweptRun(tuple(HydraConfig.get().overrides.task), Path(cfg.output_dir)))
             for line in scale_base(config_name, cfg, [*_search_path(), *HydraConfig.get().overrides.task]):
                 if os.environ.get("RANK", "0") == "0":
                     print(line, file=sys.stderr)
             task(cfg)
 
     sys.argv = [sys.argv[0], *flags, *overrides]
-    with exit_on_user_error():
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(run_task)()
+    try:
+        with exit_on_user_error():
+            hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGS}", config_name=config_name)(run_task)()
+    finally:
+        if os.environ.get("RANK", "0") == "0":
+            print_sweep(swept_runs)
 
 
 def _config_for_help(config_name: str, arguments: Sequence[str], more_keys: Sequence[str]) -> DictConfig:
@@ -176,6 +189,7 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """
     overrides = quote_texts(config_name, overrides)
     cfg = check(config_name, overrides, with_hydra=True)
+    fill_clip(cfg)
     scale_base(config_name, cfg, overrides)
     return cfg
 
@@ -279,8 +293,8 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     rest = [override for override in overrides if override_key(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
-    # keys that no recipe sets
-    unset = {key for key in ("batch_size", "epochs", "lr") if OmegaConf.is_missing(recipe, key)}
+    # keys that no recipe sets, or that are computed later
+    unset = {key for key in recipe if OmegaConf.is_missing(recipe, key) or recipe[key] is None}
     messages = []
     if scales_lr and not unset & {"batch_size", "lr"}:
         base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)
@@ -288,7 +302,8 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
             f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
         )
-    if scales_epochs and "epochs" not in unset and 0 < base.epochs != recipe.epochs:
+        messages += _large_lr_warning(cfg)
+    if scales_epochs and not unset & {"epochs", "lr_milestones", "warmup_epochs"} and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
         base.warmup_epochs = factor * recipe.warmup_epochs
@@ -298,6 +313,28 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"{recipe.warmup_epochs:g} becomes {base.warmup_epochs:g} (set either to choose both)"
         )
     return messages
+
+
+def _large_lr_warning(cfg: DictConfig) -> list[str]:
+    """Return a warning if the LR that the linear rule gives exceeds `MAX_PUBLISHED_LR` in some phase."""
+    factor = _largest_lr_factor(cfg.schedule)
+    if cfg.base.lr * factor <= MAX_PUBLISHED_LR:
+        return []
+    product = f" ({cfg.base.lr:g}, times {factor} for the coarsest clips)" if factor > 1 else ""
+    return [
+        f"warning: base.batch_size={cfg.base.batch_size} raises the LR to {cfg.base.lr * factor:.3g}{product}, and the "
+        f"largest published for the linear rule is {MAX_PUBLISHED_LR:g}: set a smaller base.lr or base.batch_size"
+    ]
+
+
+def _largest_lr_factor(schedule: DictConfig) -> int:
+    """Return the largest factor by which the long cycle multiplies the LR, 1 without one."""
+    if not (schedule.get("lr_scaling") and schedule.get("long_factors")):
+        return 1
+    try:
+        return max(round(1 / (frames * size**2)) for frames, size in schedule.long_factors)
+    except (TypeError, ValueError, ZeroDivisionError):  # the schedule reports factors that are invalid
+        return 1
 
 
 def chosen_keys() -> set[str]:

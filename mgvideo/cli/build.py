@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +27,12 @@ from mgvideo.loading.shared_memory import BatchSizes, check_shared_memory_space
 from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
+from mgvideo.plan.small_recipe import few_steps_warning
+from mgvideo.storage.checkpoints import Checkpoints
+from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 from .app import flat_keys
+from .recipe import fill_recipe
 
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
@@ -101,11 +107,13 @@ def build_decoder(cfg: DictConfig) -> Any:
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
-    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos."""
+    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos. Compute keys that are null."""
+    recipe_note = fill_recipe(cfg, dataset_size)
     base: Any = OmegaConf.to_container(cfg.base, resolve=True)
     plan = build_schedule(cfg)(Base(**base), dataset_size)
     require(isinstance(plan, Plan), f"schedule: {cfg.schedule._target_} returned no Plan but {type(plan).__name__}")
-    return plan
+    notes = filter(None, (recipe_note, few_steps_warning(plan)))
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def build_schedule(cfg: DictConfig) -> Schedule:
@@ -136,10 +144,29 @@ def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = Tr
     if cfg.init_from and load_init_from:
         from mgvideo.models.pretrained import load_pretrained
 
-        summary = load_pretrained(model, cfg.init_from, key=cfg.init_from_key)
+        weights, folder = cfg.init_from, Path(strip_file_scheme(cfg.init_from)).expanduser()
+        if not is_remote(weights) and folder.is_dir():
+            weights = str(best_checkpoint(folder, "init_from"))
+        summary = load_pretrained(model, weights, key=cfg.init_from_key)
         if rank() == 0:
             print(f"init_from: {summary}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
+
+
+def best_checkpoint(folder: Path, key: str) -> Path:
+    """Return the best checkpoint of a run's folder, or else its newest; `key` is for the message.
+
+    Raises:
+        UserError: the folder has no checkpoints.
+    """
+    subfolder = folder / "checkpoints"
+    checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
+    checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
+    for warning in warnings if rank() == 0 else []:
+        print(f"warning: {warning}", file=sys.stderr)
+    if checkpoint is None:
+        raise UserError(f"{key}={folder}: this folder has no checkpoints; give a run's folder or a file")
+    return Path(checkpoint)
 
 
 def published_clip_warning(cfg: DictConfig, chosen_keys: Collection[str]) -> str | None:

@@ -40,6 +40,7 @@ from mgvideo.loading.sampler import ClipSampler
 from mgvideo.loading.shared_memory import get_shared_memory_space
 from mgvideo.plan.formatting import format_memory
 from mgvideo.plan.plan import Plan
+from mgvideo.plan.table import set_full_width
 
 from . import app, keys
 from .build import build_normalize, build_plan, loader_options
@@ -87,9 +88,8 @@ def run(options: DoctorKeys, cfg: DictConfig) -> None:
     if options.format == "json":
         print(json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False))
     else:
-        # a file or pipe has no width: use one that suits a bug report
-        console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-        console.print(results_table(results))
+        console, table = Console(soft_wrap=True, highlight=False), results_table(results)
+        console.print(table if console.is_terminal else set_full_width(table))
     if any(result.status == "failure" for result in results):
         raise SystemExit(1)
 
@@ -139,7 +139,7 @@ class Machine:
     @cached_property
     def plan(self) -> Plan:
         """The plan of the config for the small generated dataset."""
-        return build_plan(self.cfg, max(MOTION_KNOBS.train, self.cfg.base.batch_size))
+        return build_plan(self.cfg, max(MOTION_KNOBS.train, self.cfg.base.batch_size or 0))
 
     @cached_property
     def videos(self) -> Any:

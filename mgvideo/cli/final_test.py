@@ -92,18 +92,13 @@ def test(
     started = time.perf_counter()
     logger.print_line(f"testing {len(data.val)} videos, {views.num_clips} clips × {views.num_crops} crops")
 
-    def show_progress(done: int, total: int, is_waiting: bool) -> None:
-        on_progress(done, total, is_waiting)
-        logger.show_test_progress(done, total)
-
-    result = evaluator(network.model, views, show_progress)
+    result = evaluator(network.model, views, logger.showing_progress("test", on_progress))
     position.report("after the test")
     logger.stop_progress()
     if rank() != 0:
         return
     metrics = data.task.metrics(result.scores, result.labels)
-    if result.failures:
-        logger.log_failures(network.progress.step, result.failures)
+    logger.log_failures(network.progress.step, result.failures, "val")
     write_files(data, logger, network.progress.step, result, metrics)
     progress, plan = network.progress, network.plan
     report = Report(
@@ -121,6 +116,7 @@ def test(
         views=f"{views.num_clips}×{views.num_crops}",
         videos=len(data.val),
         failures=result.failures,
+        bad_training_videos=logger.bad_videos.of_part("train"),
         folder=logger.folder,
         advice=network.advice,
     )

@@ -35,6 +35,7 @@ from mgvideo.errors import UserError
 from mgvideo.loading.loader import Loader
 from mgvideo.models.cam import class_maps, sum_pathway_maps
 from mgvideo.plan.plan import require
+from mgvideo.plan.table import set_full_width
 from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
 from . import app, keys
@@ -272,7 +273,8 @@ def print_predictions(options: PredictKeys, rows: dict[str, TopClasses], reasons
     for path, row in rows.items():
         for rank, (_, name, score) in enumerate(row if path not in reasons else [(0, reasons[path], None)]):
             table.add_row("" if rank else path, name, "" if score is None else f"{score:.4f}")
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(table if console.is_terminal else set_full_width(table))
 
 
 def _as_json(row: TopClasses, reason: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from mgvideo.datasets.check import (
+    TOO_SHORT,
     Finding,
     broken_share,
     check,
@@ -35,12 +37,15 @@ from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
+from mgvideo.plan.formatting import shorten
 from mgvideo.plan.plan import require
+from mgvideo.plan.table import set_full_width
 from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys
 from .progress import ProgressLog
+from .recipe import sample_size
 from .schema import key
 
 KINETICS = ("width=340", "height=256", "frames=300", "fps=30", "keyframe=250", "train=64", "val=16")
@@ -56,7 +61,7 @@ class CheckKeys:
     split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     fully: bool = key(True, "decode every frame; false: only the first, middle and last")
     min_frames: int | None = key(
-        None, "videos with fewer frames are too short; null: what a clip of the base grid needs", least=1
+        None, "videos with fewer frames are a problem; null: none, only a note on those shorter than a clip", least=1
     )
     max_broken: float | None = key(
         None, "exit with 1 if a larger share of files is missing or unreadable; null: dataset.max_bad_fraction"
@@ -88,6 +93,10 @@ class MotionKeys:
 
     like: str = key("motion", "motion, or kinetics: " + " ".join(KINETICS), choices=("motion", "kinetics"))
     processes: int | None = key(None, "files made at a time; null: one per core", least=1)
+    folders: str | None = key(
+        None, "folder to copy the videos into as train/CLASS/… and val/CLASS/…, for dataset=folder; null: none"
+    )
+    classes: list[str] = key([], "classes to copy into folders; empty: all")
 
 
 class Command(NamedTuple):
@@ -152,7 +161,7 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     classes: dict[str, set[str]] = {}
     for line in lines:
         classes.setdefault(line.path, set()).update(line.classes)
-    # with segment sampling, a short video is valid: several segments return the same frame
+    # with segment sampling, several segments of a short video return the same frame
     span = 1 if first.sampling.segments else (cfg.base.num_frames - 1) * cfg.base.frame_stride + 1
     min_frames = options.min_frames or span
     journal = f"{options.out}.part"
@@ -161,7 +170,8 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
             problems = check(
                 list(classes), min_frames, options.fully, options.processes, progress, journal, first.decoder
             )
-        findings = find_repeats(lines) + problems
+        short = [finding for finding in problems if finding.problem == TOO_SHORT and options.min_frames is None]
+        findings = find_repeats(lines) + [finding for finding in problems if finding not in short]
         write_findings(options.out, findings)
         table = count_problems(findings, classes)
         file = f"{os.path.splitext(options.out)[0]}_classes.csv"
@@ -170,6 +180,13 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     share = broken_share(findings, len(classes))
     allowed = cfg.dataset.max_bad_fraction if options.max_broken is None else options.max_broken
     _print_findings(findings, table, len(classes))
+    if short:
+        clip = f"base.num_frames={cfg.base.num_frames} at base.frame_stride={cfg.base.frame_stride}"
+        print(
+            f"note: {len(short)} of {len(classes)} videos have fewer frames than the {span} that a clip of {clip} "
+            "spans: training takes them, and clips repeat their last frame; "
+            f"min_frames={span} lists them: {shorten(finding.path for finding in short)}"
+        )
     print(f"{share:.2%} are missing or unreadable, {allowed:.2%} are allowed; see {options.out} and {file}")
     if share > allowed:
         raise SystemExit(1)
@@ -205,7 +222,8 @@ def _print_findings(findings: Sequence[Finding], table: dict[str, Counter[str]],
     worst = sorted((name for name in table if name), key=lambda name: (-table[name].total(), name))
     for name in ("", *worst[:MAX_CLASSES_PRINTED]):
         rows.add_row(name or "all", *(str(table[name][problem]) for problem in problems))
-    Console(soft_wrap=True, highlight=False, markup=False).print(rows)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(rows if console.is_terminal else set_full_width(rows))
     if len(worst) > MAX_CLASSES_PRINTED:
         print(f"and {len(worst) - MAX_CLASSES_PRINTED} classes with fewer problems")
 
@@ -218,7 +236,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
         f"dataset {cfg.dataset.name}: frames are images, no video to encode",
     )
     # a few videos may be a sample of a dataset: take the grids of a plan of at least 1,000 batches
-    plan = build_plan(cfg, max(len(datasets[0]), 1000 * cfg.base.batch_size))
+    plan = build_plan(cfg, sample_size(cfg, len(datasets[0])))
     root = cfg.dataset.root
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
     sizes = {slot.grid.size for phase in plan.phases for slot in phase.slots}
@@ -322,6 +340,27 @@ def make_videos(options: MotionKeys, cfg: DictConfig) -> None:
     print(f"{folder}: {len(files)} videos, {decimal(sum(file.stat().st_size for file in files))}")
     lists = f"dataset=kinetics400 dataset.root={folder} dataset.num_classes={cfg.dataset.num_classes}"
     print(f"read it with {lists} dataset.train.flip=false")
+    if options.folders is not None:
+        _copy_into_folders(folder, Path(options.folders), options.classes)
+
+
+def _copy_into_folders(motion: Path, target: Path, classes: Sequence[str]) -> None:
+    """Copy videos of Motion into `target`/SPLIT/CLASS."""
+    names = (motion / "classes.txt").read_text(encoding="utf-8").splitlines()
+    for name in classes:
+        require(name in names, f"classes={name}: choose from {', '.join(names)}")
+    copied = 0
+    with explain_write_errors("folders", target):
+        for split in SPLITS["both"]:
+            for line in (motion / f"{split}.csv").read_text(encoding="utf-8").splitlines():
+                path, label = line.split()
+                require(label.isdecimal(), "folders: a video in folders has one class: leave out shapes")
+                name = names[int(label)]
+                if not classes or name in classes:
+                    (target / split / name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(motion / path, target / split / name / Path(path).name)
+                    copied += 1
+    print(f"{target}: {copied} of the videos in folders; train with dataset=folder dataset.root={target}")
 
 
 def _motion_overrides(options: MotionKeys, rest: Sequence[str]) -> list[str]:

@@ -296,6 +296,7 @@ def test_after_training(cfg: DictConfig, trainer: Trainer, data: Data, logger: R
     """Test the trained network. All ranks call this together."""
     if trainer.progress.evaluated < trainer.progress.step:
         trainer.precise_bn()  # no validation has computed them for these weights
+        logger.stop_progress()
     plan, train_step = trainer.plan, trainer.train_step
     network = final_test.TestedNetwork(
         model=trainer.model,

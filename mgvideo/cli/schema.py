@@ -69,28 +69,28 @@ def check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 @dataclass
 class BaseKeys:
-    """The baseline recipe, which recipe/*.yaml fills in; the multigrid schedule scales its batch, clips and epochs."""
+    """The baseline recipe, which recipe/*.yaml fills in and multigrid scales; null: from dataset and network."""
 
-    batch_size: int = key(
+    batch_size: int | None = key(
         MISSING, "global batch size: clips per step over all ranks; base.lr scales with it unless set too"
     )
-    num_frames: int = key(MISSING, "frames per clip")
-    crop_size: int = key(MISSING, "side of the square training crop, in pixels")
-    frame_stride: int = key(MISSING, "temporal stride: a clip takes every n-th frame of the video")
-    short_side: list[int] = key(
+    num_frames: int | None = key(MISSING, "frames per clip")
+    crop_size: int | None = key(MISSING, "side of the square training crop, in pixels")
+    frame_stride: int | None = key(MISSING, "temporal stride: a clip takes every n-th frame of the video")
+    short_side: list[int] | None = key(
         [], "[min, max] of the random short side that frames are resized to before cropping, in pixels"
     )
-    epochs: float = key(
+    epochs: float | None = key(
         MISSING,
         "epochs of the baseline; base.lr_milestones and base.warmup_epochs scale with it unless set too",
     )
-    lr: float = key(MISSING, "learning rate at base.batch_size, after warm-up")
-    lr_milestones: list[float] = key(
+    lr: float | None = key(MISSING, "learning rate at base.batch_size, after warm-up")
+    lr_milestones: list[float] | None = key(
         [], "epochs at which the LR is multiplied by base.gamma; each starts a new LR stage"
     )
     gamma: float = key(0.1, "LR factor at each milestone")
-    warmup_epochs: float = key(0.0, "epochs of linear warm-up")
-    warmup_lr: float = key(0.0, "LR at the start of warm-up")
+    warmup_epochs: float | None = key(0.0, "epochs of linear warm-up")
+    warmup_lr: float | None = key(0.0, "LR at the start of warm-up")
     lr_policy: str = key("step", "LR schedule: step or cosine")
 
 
@@ -132,7 +132,9 @@ class TestKeys:
     enable: bool = key(True, "run the multi-view test")
     num_clips: int = key(10, "uniformly spaced clips per video", least=1)
     num_crops: int = key(3, "crops per clip along the longer side: 1 or 3", choices=(1, 3))
-    crop_size: int = key(256, "side of the square crops and short side of the frames, in pixels", least=1)
+    crop_size: int | None = key(
+        256, "side of the square crops and short side of the frames, in pixels; null: follows base.crop_size", least=1
+    )
     batch_size: int = key(8, "clips per batch on each rank, also in validation", least=1)
 
 
@@ -221,7 +223,9 @@ class RunKeys:
         "auto", "auto: from the newest checkpoint in output_dir; never: start anew; or the path of a checkpoint"
     )
     init_from: str | None = key(
-        None, "initial weights: a checkpoint of mgvideo, PySlowFast, PyTorchVideo or torchvision"
+        None,
+        "initial weights: a run's folder (best checkpoint, else newest), or a checkpoint of mgvideo, PySlowFast, "
+        "PyTorchVideo or torchvision",
     )
     init_from_key: str | None = key(
         None,

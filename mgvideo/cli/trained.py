@@ -21,12 +21,12 @@ from mgvideo.errors import UserError
 from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
 from mgvideo.models.weights_file import read_weights
-from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
+from mgvideo.storage.checkpoints import read_checkpoint
 from mgvideo.storage.paths import is_remote, strip_file_scheme
 
 from . import app
 from . import keys as program_keys
-from .build import published_clip_warning
+from .build import best_checkpoint, published_clip_warning
 from .groups import holds_text
 from .help import GROUPS, group_options
 from .schema import RunKeys, check_values
@@ -96,25 +96,13 @@ def locate(ckpt: str | None, key: str = "ckpt") -> tuple[str, Path | None]:
         return ckpt, None
     path = Path(strip_file_scheme(ckpt)).expanduser()
     if path.is_dir():
-        path = _checkpoint_in(path, key)
+        path = best_checkpoint(path, key)
     elif not path.exists():
         if re.fullmatch(TORCHVISION_WEIGHTS, ckpt):
             return ckpt, None
         raise UserError(f"{key}={ckpt}: no such file or folder")
     files = [folder / "config.yaml" for folder in (path.parent.parent, path.parent)]
     return str(path), next(filter(_is_run_config, files), None)
-
-
-def _checkpoint_in(folder: Path, key: str) -> Path:
-    """Return a run's best checkpoint, or else its newest."""
-    subfolder = folder / "checkpoints"
-    checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
-    checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if checkpoint is None:
-        raise UserError(f"{key}={folder}: this folder has no checkpoints; give a run's folder or a file")
-    return checkpoint
 
 
 def _is_run_config(file: Path) -> bool:

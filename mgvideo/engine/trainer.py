@@ -18,7 +18,6 @@ from mgvideo.distributed.signals import Stopped, received_signal
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
-from mgvideo.loading.requests import DecodeFailure
 from mgvideo.loading.sampler import ClipSampler
 from mgvideo.plan.plan import Plan
 from mgvideo.plan.schedules import baseline_of
@@ -76,7 +75,6 @@ class Trainer:
         self.device = train_step.device
         self.request_sync = RequestSync(self._requested_action)
         self.last_save_time_s = time.monotonic()
-        self.known_failures: set[DecodeFailure] = set(logger.listed_failures)  # of validation, already logged
         self.running_metrics = RunningMetrics()
         self._loaded_metrics: dict[str, Any] | None = None  # state of the running metrics, from a checkpoint
         self.profiler = Profiler(logger.folder / "profile", options.profile)
@@ -89,6 +87,7 @@ class Trainer:
             "scaler": self.train_step.scaler.state_dict(),
             "progress": dict(vars(self.progress)),
             "window": self.running_metrics.state() if self.running_metrics.steps else None,
+            "bad_videos": self.logger.bad_videos.state(),
             "plan": self.plan.to_json(),
             "micro_batch_clips": {"ranks": world_size(), "clips": self.train_step.micro_batch_clips},
         }
@@ -109,6 +108,8 @@ class Trainer:
             self.train_step.scaler.load_state_dict(state["scaler"])
         self.progress = TrainProgress(**state["progress"])
         self._loaded_metrics = state["window"]
+        if "bad_videos" in state:  # missing in checkpoints of earlier versions
+            self.logger.load_bad_videos(state["bad_videos"])
 
     def train(self) -> None:
         """Train from the current step to the end of the plan.
@@ -119,6 +120,7 @@ class Trainer:
             UserError: too many clips could not be read.
         """
         evaluations = _evaluation_steps(self.plan, self.options.evals_per_phase) if self.validate else set()
+        self.logger.eta.evaluation_steps = evaluations
         if self.progress.step in evaluations and self.progress.evaluated < self.progress.step:
             self._evaluate()  # a signal interrupted this evaluation
         self.profiler.start()
@@ -248,7 +250,7 @@ class Trainer:
             }
         )
         if failures:
-            self.logger.log_failures(step, failures)
+            self.logger.log_failures(step, failures, "train")
         clips, bad = self.progress.clips, self.progress.bad
         if clips >= 100 and bad > self.options.max_bad_fraction * clips:
             raise UserError(
@@ -265,17 +267,16 @@ class Trainer:
         """
         assert self.validate is not None
         evaluator, views = self.validate
-        step = self.progress.step
+        step, started = self.progress.step, time.perf_counter()
         self.precise_bn()
-        result = evaluator(self.model, views, self.progress_callback("validating", -2))
+        on_progress = self.logger.showing_progress("validation", self.progress_callback("validating", -2))
+        result = evaluator(self.model, views, on_progress)
         self.train_step.position.report(f"after step {step}, recording its evaluation", (step, -1))
         task = self.train_step.task
         metrics = task.metrics(result.scores, result.labels)
         self.logger.log_validation(step, self.progress.seconds, metrics)
-        new_failures = [failure for failure in result.failures if failure not in self.known_failures]
-        if new_failures:
-            self.logger.log_failures(step, new_failures)
-            self.known_failures.update(new_failures)
+        self.logger.log_failures(step, result.failures, "val")
+        self.logger.eta.add_evaluation(time.perf_counter() - started)
         is_best = metrics[task.best] > self.progress.best
         if is_best:
             self.progress.best, self.progress.best_step = metrics[task.best], step
@@ -305,7 +306,8 @@ class Trainer:
         plan, videos = baseline_of(self.plan), len(self.loader.dataset)
         sampler = ClipSampler(plan, videos, random_seed(self.train_step.seed, Stream.PRECISE_BN, self.progress.step))
         batches = max(1, min(clips, videos) // plan.base.batch_size)
-        precise_bn(self.train_step, self.loader, sampler, batches, self.progress_callback("in precise BN", -3))
+        on_progress = self.logger.showing_progress("precise BN", self.progress_callback("in precise BN", -3))
+        precise_bn(self.train_step, self.loader, sampler, batches, on_progress)
 
     def _save(self, is_best: bool = False) -> None:
         """Write a checkpoint in the background, after flushing the log, which then reaches at least as far."""

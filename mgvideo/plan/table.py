@@ -66,7 +66,7 @@ def make_plan_table(
         ends_stage = len(last_phases) < len(plan.phases) and last_phases[phase.stage] == i
         table.add_row(*(cells[heading] for heading in headings), end_section=ends_stage)
     table.caption = "\n".join(_totals(plan, clip_cost, times))
-    return _set_full_width(table)
+    return set_full_width(table)
 
 
 def _make_table(title: str) -> Table:
@@ -75,8 +75,8 @@ def _make_table(title: str) -> Table:
     return table
 
 
-def _set_full_width(table: Table) -> Table:
-    """Make the table as wide as its content. In a log file, rich assumes 80 columns and would cut cells."""
+def set_full_width(table: Table) -> Table:
+    """Make the table as wide as its content. In a file or pipe, rich assumes 80 columns and would break cells."""
     wide = Console(width=1000)
     table.width = Measurement.get(wide, wide.options, table).maximum
     return table
@@ -135,4 +135,4 @@ def make_loader_demand_table(plan: Plan, gpus: int, benchmark: Benchmark) -> Tab
             loading_s = sum(times[i].loading_s for i in indices)
             cells += [f"{clips / gpus / loading_s:,.1f}", f"{times[indices[0]].wait_fraction:.0%}"]
         table.add_row(*cells)
-    return _set_full_width(table)
+    return set_full_width(table)

@@ -16,6 +16,8 @@ from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.files import write_atomic
 
+from .bad_videos import BadVideo
+
 
 @dataclass(frozen=True)
 class Report:
@@ -36,6 +38,7 @@ class Report:
     videos: int  # tested
     failures: tuple[DecodeFailure, ...]  # tested videos that could not be decoded
     folder: Path
+    bad_training_videos: tuple[BadVideo, ...] = ()
     advice: tuple[str, ...] = ()  # commands to try next, and what each does
 
     def markdown(self) -> str:
@@ -50,11 +53,12 @@ class Report:
         if self._is_chance():
             lines.append(
                 "- **this is no better than guessing**: train for more steps (base.epochs), start from weights "
-                "(init_from), or see docs/faq.md"
+                "(init_from), or see 'Results at chance' in docs/faq.md"
             )
         lines += [f"- bad video, counted as wrong: {failure.path}: {failure.reason}" for failure in self.failures[:20]]
         if len(self.failures) > 20:
             lines.append(f"- and {len(self.failures) - 20} more bad videos, all in bad_videos.csv")
+        lines += self._bad_training_videos()
         lines += [
             f"- everything is in `{self.folder}`",
             "- by video: `predictions.csv`; by class: `per_class.csv` and, for single labels, `confusion.png`",
@@ -80,6 +84,19 @@ class Report:
             f"- training: {format_duration(self.train_seconds)} on {self.hardware}, {self.precision}",
         ]
 
+    def _bad_training_videos(self) -> list[str]:
+        """Return the lines on training videos that could not be read: their number, and the first of them."""
+        videos = self.bad_training_videos
+        if not videos:
+            return []
+        of = f" of {self.plan.dataset_size}" if self.plan else ""
+        clips = sum(video.count for video in videos)
+        lines = [f"- {len(videos)}{of} training videos could not be read; others replaced them, {clips} times"]
+        lines += [f"- bad training video, {video.count} times: {video.path}: {video.reason}" for video in videos[:20]]
+        if len(videos) > 20:
+            lines.append(f"- and {len(videos) - 20} more bad training videos, all in bad_videos.csv")
+        return lines
+
     def _is_chance(self) -> bool:
         """Whether the main metric is within two standard errors of what guessing reaches."""
         share = self.chance / 100
@@ -102,6 +119,7 @@ class Report:
             "views": self.views,
             "videos": self.videos,
             "bad_videos": len(self.failures),
+            "bad_training_videos": len(self.bad_training_videos),
             "hardware": self.hardware,
             "precision": self.precision,
             "torch": str(torch.__version__),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
-from collections.abc import Iterable
-from io import StringIO
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,25 @@ from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.files import parse_json_lines, write_atomic
 
-BAD_VIDEOS_COLUMNS = ("step", "index", "path", "reason")  # of bad_videos.csv
+from .bad_videos import BadVideos
+
+ACTIVITY_INTERVAL_S = 30.0  # between two lines on the progress of precise BN, a validation or a test
+ProgressCallback = Callable[[int, int, bool], None]  # (batches done, batches, whether this rank waits)
 
 
 class Eta:
-    """Estimates the time left in training, from the measured step times of each phase.
+    """Estimates the time left in training, from the measured times of the steps of each phase and of evaluations.
 
     All steps cost about the same by design, so a phase without a measurement gets the step time of the phase before it.
+
+    Attributes:
+        evaluation_steps: numbers of steps done after which an evaluation runs.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.evaluation_steps: Collection[int] = ()
+        self.evaluations: list[float] = []  # seconds
         self.times: dict[int, tuple[float, int]] = {}  # phase -> seconds, steps
 
     def add(self, phase: int, seconds: float, steps: int) -> None:
@@ -41,8 +48,15 @@ class Eta:
         total_seconds, total_steps = self.times.get(phase, (0.0, 0))
         self.times[phase] = (total_seconds + seconds, total_steps + steps)
 
+    def add_evaluation(self, seconds: float) -> None:
+        """Add the measured seconds of an evaluation, with its precise BN."""
+        self.evaluations.append(seconds)
+
     def seconds_left(self, step: int) -> float | None:
-        """Return the seconds from `step` to the end of training, None before the first measurement."""
+        """Return the seconds from `step` to the end of training, None before the first measurement.
+
+        Evaluations count as soon as one is measured, and that after `step` counts as still to come.
+        """
         total, step_seconds = 0.0, None
         for i, phase in enumerate(self.plan.phases):
             if i in self.times:
@@ -51,6 +65,9 @@ class Eta:
             if steps_left and step_seconds is None:
                 return None
             total += steps_left * (step_seconds or 0.0)
+        if self.evaluations:
+            to_come = sum(evaluation_step >= step for evaluation_step in self.evaluation_steps)
+            total += to_come * sum(self.evaluations) / len(self.evaluations)
         return total
 
 
@@ -95,15 +112,17 @@ class RunLogger:
         if plan is not None:
             self.plan, self.eta = plan, Eta(plan)
         self._progress: Progress | None = None
+        self._progress_name = ""
         self._task: Any = None
+        self._activity, self._activity_start, self._last_line = "", 0.0, 0.0
         self._printed_paths: set[str] = set()  # of bad videos that were printed
-        self.listed_failures: set[DecodeFailure] = set()  # in bad_videos.csv when this process started
+        self.bad_videos = BadVideos(folder / "bad_videos.csv")
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics_path = folder / "metrics.jsonl"
         records = self._truncate(step, evaluated)
-        self._truncate_bad_videos(step)
+        self.bad_videos.read(step)
         # stays open for the whole run
         self._metrics = open(self._metrics_path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         last_second = int(records[-1]["seconds"]) if records else 0
@@ -128,23 +147,11 @@ class RunLogger:
         write_atomic(self._metrics_path, "".join(json.dumps(record) + "\n" for record in records).encode())
         return records
 
-    def _truncate_bad_videos(self, step: int) -> None:
-        """Cut bad_videos.csv to its state at `step`, without lines that a killed run or a failing disk damaged."""
-        path = self.folder / "bad_videos.csv"
-        if not path.exists():
-            return
-        lines = path.read_bytes().decode(errors="surrogateescape").replace("\0", "")
-        rows = [row for row in csv.reader(StringIO(lines, newline="")) if len(row) == len(BAD_VIDEOS_COLUMNS)]
-        rows = [row for row in rows if row[0].isdecimal() and row[1].isdecimal() and int(row[0]) <= step]
-        self.listed_failures = {DecodeFailure(int(index), video, reason) for _, index, video, reason in rows}
-        text = StringIO(newline="")
-        csv.writer(text).writerows([BAD_VIDEOS_COLUMNS, *rows])
-        write_atomic(path, text.getvalue().encode(errors="surrogateescape"))
-
     def flush(self) -> None:
         """Write all records to disk."""
         if self.active:
             os.fsync(self._metrics.fileno())
+            self.bad_videos.write()
             self.board.flush()
             self.board_by_second.flush()
 
@@ -160,22 +167,47 @@ class RunLogger:
 
     def start_progress(self, step: int) -> None:
         """Show a progress bar if the output is a terminal."""
+        self.stop_progress()
         if self.active and self.console.is_terminal:
-            columns = TextColumn("{task.percentage:3.0f}%"), BarColumn(24), _StatusColumn()
-            self._progress = Progress(*columns, console=self.console, transient=True)
-            self._task = self._progress.add_task("train", total=self.plan.steps, completed=step, status="starting")
-            self._progress.start()
+            self._start_bar("train", self.plan.steps, step)
 
-    def show_test_progress(self, done: int, total: int) -> None:
-        """Show the progress of a test if the output is a terminal."""
-        if not (self.active and self.console.is_terminal):
+    def showing_progress(self, name: str, on_progress: ProgressCallback) -> ProgressCallback:
+        """Return a callback that calls `on_progress`, and shows the progress of an activity other than training."""
+
+        def show(done: int, total: int, is_waiting: bool) -> None:
+            on_progress(done, total, is_waiting)
+            self.show_activity(name, done, total)
+
+        return show
+
+    def show_activity(self, name: str, done: int, total: int) -> None:
+        """Show the progress of precise BN, a validation or a test, in batches, with the time left.
+
+        On a terminal this is in the progress bar, otherwise a line every `ACTIVITY_INTERVAL_S`.
+        """
+        if not self.active:
             return
-        if not self._progress:
-            columns = TextColumn("{task.percentage:3.0f}%"), BarColumn(24), TextColumn("test")
-            self._progress = Progress(*columns, console=self.console, transient=True)
-            self._task = self._progress.add_task("test", total=total)
-            self._progress.start()
-        self._progress.update(self._task, completed=done)
+        now = time.monotonic()
+        if done == 0 or name != self._activity:
+            self._activity, self._activity_start, self._last_line = name, now, now
+        left = f", {format_duration((now - self._activity_start) / done * (total - done))} left" if done else ""
+        if self.console.is_terminal:
+            if not self._progress:
+                self._start_bar(name, total)
+            is_training = self._progress_name == "train"
+            progress: Any = self._progress
+            progress.update(self._task, status=f"{name}: batch {done} of {total}{left}")
+            if not is_training:
+                progress.update(self._task, completed=done, total=total)
+        elif now - self._last_line >= ACTIVITY_INTERVAL_S and done < total:
+            self._last_line = now
+            self.print_line(f"{name}: {done} of {total} batches{left}")
+
+    def _start_bar(self, name: str, total: int, completed: int = 0) -> None:
+        columns = TextColumn("{task.percentage:3.0f}%"), BarColumn(24), _StatusColumn()
+        self._progress, self._progress_name = Progress(*columns, console=self.console, transient=True), name
+        self._task = self._progress.add_task(name, total=total, completed=completed, status="starting")
+        self._progress.start()
 
     def stop_progress(self) -> None:
         """Remove the progress bar."""
@@ -215,21 +247,20 @@ class RunLogger:
         if self.active:
             self.board.add_image(f"clips/phase_{phase:02d}", frames_as_image(clips), step, dataformats="HWC")
 
-    def log_failures(self, step: int, failures: Iterable[DecodeFailure]) -> None:
-        """Log videos that cannot be decoded: every failure in bad_videos.csv, each video once on the terminal."""
+    def log_failures(self, step: int, failures: Iterable[DecodeFailure], part: str) -> None:
+        """Count videos of a part of the dataset that cannot be decoded, and print each once."""
         if not self.active:
             return
-        path = self.folder / "bad_videos.csv"
-        is_new = not path.exists()
-        with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(BAD_VIDEOS_COLUMNS)
-            for failure in failures:
-                writer.writerow([step, failure.index, failure.path, failure.reason])
-                if failure.path not in self._printed_paths:
-                    self._printed_paths.add(failure.path)
-                    self.print_line(f"bad video {failure.path}: {failure.reason}")
+        self.bad_videos.add(step, part, failures)
+        for failure in failures:
+            if failure.path not in self._printed_paths:
+                self._printed_paths.add(failure.path)
+                self.print_line(f"bad video {failure.path}: {failure.reason}")
+
+    def load_bad_videos(self, state: Iterable[Sequence[Any]]) -> None:
+        """Restore the bad videos of the checkpoint that a run resumes from."""
+        if self.active:
+            self.bad_videos.load(state)
 
     def _record(self, record: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl and TensorBoard."""
@@ -257,6 +288,7 @@ class RunLogger:
         """Remove the progress bar and close all files."""
         self.stop_progress()
         if self.active:
+            self.bad_videos.write()
             self._metrics.close()
             self.board.close()
             self.board_by_second.close()

@@ -12,7 +12,7 @@ from training import KNOBS, TINY
 from videos import DECORD, needs_decord
 
 from mgvideo.cli import app
-from mgvideo.cli.benchmark import main
+from mgvideo.cli.benchmark import ResultLog, main
 from mgvideo.cli.benchmark import step as benchmark_step
 from mgvideo.cli.benchmark import train as benchmark_train
 from mgvideo.cli.benchmark.loader import read_keys, run
@@ -175,3 +175,23 @@ def test_invalid_arguments_give_one_error_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in error_line(main, arguments, capsys)
+
+
+def be_interrupted(out: Path) -> None:
+    with ResultLog(2, str(out)) as log:
+        log("8x45: 23 ms")
+        raise KeyboardInterrupt
+
+
+def test_results_are_printed_and_kept_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.json"
+    with pytest.raises(KeyboardInterrupt):
+        be_interrupted(out)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "1 of 2, 0 s left: 8x45: 23 ms"
+    assert Path(f"{out}.part").read_text() == f"{line}\n"
+    with ResultLog(1, str(out)) as log:
+        log("8x45: 22 ms")
+    assert not Path(f"{out}.part").exists()
+    with pytest.raises(UserError, match=r"^cannot write out=.*: No such file"), ResultLog(1, f"{tmp_path}/no/file"):
+        pass

@@ -46,7 +46,7 @@ def test_a_row_has_type_limits_default_and_meaning(page: str) -> None:
     assert "| `precision` | `auto`, `fp32`, `bf16`, `fp16` | `auto` | " in page
     assert "| `train.micro_batch_clips` | int ≥ 1 or null | `null` | " in page
     assert "| `normalize.std` | list of 3 float > 0 | `[0.225, 0.225, 0.225]` | " in page
-    assert "| `base.batch_size` | int | set by the recipe | " in page
+    assert "| `base.batch_size` | int or null | set by the recipe | " in page
     assert "| `output_dir` | str | `runs/${hydra:runtime.choices.dataset}/" in page
 
 

@@ -236,6 +236,25 @@ def test_the_recipe_scales_with_batch_size_and_epochs(
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "lr"),
+    [
+        (["schedule=multigrid", "base.batch_size=4096"], "102 (12.8, times 8 for the coarsest clips)"),
+        (["schedule=baseline", "base.batch_size=4096"], "12.8,"),
+        (["schedule=baseline", "base.batch_size=1024"], ""),
+        (["schedule=multigrid", "base.batch_size=64"], ""),
+        (["schedule=multigrid", "base.batch_size=4096", "base.lr=0.4"], ""),
+    ],
+)
+def test_an_lr_above_any_published_one_is_warned_about(
+    overrides: list[str], lr: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["gpus=1", "videos=10000", "format=json", *overrides])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(lr)
+    assert all(f"base.batch_size=4096 raises the LR to {lr}" in warning for warning in warnings)
+
+
 @pytest.fixture
 def schedule_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder outside the checkout with a function that is a schedule, and YAML files for it."""

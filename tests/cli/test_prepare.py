@@ -98,6 +98,23 @@ def test_check_counts_missing_videos_of_official_annotations(
     assert "33.33% are missing or unreadable" in capsys.readouterr().out
 
 
+def test_short_videos_are_a_note_unless_min_frames_is_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{name}.mp4 {label}" for label, name in enumerate("ab")]
+    for name, frames in (("a", 20), ("b", 40)):
+        write_video(tmp_path / f"{name}.mp4", frames)
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    overrides = ["dataset=kinetics400", "dataset.num_classes=2", f"dataset.root={tmp_path}", "base.num_frames=16"]
+    out = tmp_path / "found.csv"
+    prepare("check", [f"out={out}", "split=train", "processes=1"], overrides)
+    assert not list(csv.DictReader(out.open()))
+    output = capsys.readouterr().out
+    assert "2 videos, 0 of them with a problem" in output
+    assert "note: 1 of 2 videos have fewer frames than the 31 that a clip of base.num_frames=16" in output
+    assert "clips repeat their last frame; min_frames=31 lists them" in output
+    prepare("check", [f"out={out}", "split=train", "processes=1", "min_frames=31"], overrides)
+    assert [row["problem"] for row in csv.DictReader(out.open())] == ["too short"]
+
+
 def test_with_segment_sampling_one_frame_is_long_enough(tmp_path: Path) -> None:
     write_video(
         tmp_path / "20bn-something-something-v2/1.webm", 3, codec="libvpx-vp9", options={"deadline": "realtime"}

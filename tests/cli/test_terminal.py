@@ -88,6 +88,12 @@ def test_closed_pipe_ends_a_program_quietly(arguments: list[str]) -> None:
     assert result.returncode in (128 + signal.SIGPIPE, 1), "rich, which prints tables, exits with 1"
 
 
+@pytest.mark.parametrize("tool", sorted(path.name for path in (ROOT / "tools").glob("*.py")))
+def test_every_tool_handles_closed_pipes(tool: str) -> None:
+    text = (ROOT / "tools" / tool).read_text()
+    assert "command(" in text or "with terminal():" in text
+
+
 def test_broken_pipe_to_another_process_is_raised() -> None:
     with pytest.raises(BrokenPipeError), terminal():
         raise BrokenPipeError

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from types import TracebackType
 from typing import Any, TextIO
 
 import torch
@@ -21,6 +23,7 @@ from mgvideo.cpu.resources import cpu_count
 from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer
 from mgvideo.loading.loader import Batch
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Grid, Plan, require
 from mgvideo.storage.paths import explain_write_errors
 
@@ -82,6 +85,39 @@ def open_report(path: str | None) -> Iterator[TextIO]:
         return
     with explain_write_errors("out", path), open(path, "w", encoding="utf-8") as file:
         yield file
+
+
+class ResultLog:
+    """A context manager; call it with each result of a benchmark to print it with the time left on stderr.
+
+    With `out`, the lines are also appended to `OUT.part`, so that a killed benchmark leaves what it has measured. The
+    file is removed once the benchmark has written its report.
+    """
+
+    def __init__(self, total: int, out: str | None = None) -> None:
+        self.total, self.done, self.out, self.started = total, 0, out, time.monotonic()
+        self.part: TextIO | None = None
+
+    def __enter__(self) -> ResultLog:
+        if self.out is not None:
+            with explain_write_errors("out", self.out):
+                self.part = open(f"{self.out}.part", "w", encoding="utf-8", buffering=1)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.part is not None:
+            self.part.close()
+            if error is None:
+                os.remove(self.part.name)
+
+    def __call__(self, result: str) -> None:
+        """Print a result, and write it to `OUT.part`."""
+        self.done += 1
+        left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+        line = f"{self.done} of {self.total}, {format_duration(left)} left: {result}"
+        print(line, file=sys.stderr, flush=True)
+        if self.part is not None:
+            print(line, file=self.part)
 
 
 def plain_table(title: str, *columns: str) -> Table:

@@ -25,6 +25,7 @@ from mgvideo.cli.benchmark import measurement_conditions
 from mgvideo.cli.schema import key
 from mgvideo.layers.batchnorm import convert_group_batchnorm, deferred_running_stats, set_bn_groups
 from mgvideo.models.pooling import max_pool
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import require
 from mgvideo.storage.paths import explain_write_errors
 
@@ -79,9 +80,12 @@ def run(options: Keys, cfg: DictConfig) -> None:
         log = open(out / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed below
     deadline = time.monotonic() + 60 * options.minutes
     with log:
-        for name in options.sections or sections:
+        names = options.sections or list(sections)
+        for i, name in enumerate(names):
             line = _run_section(name, sections[name], deadline - time.monotonic(), log)
-            print(line, flush=True)
+            limits = sum(sections[later].limit_s for later in names[i + 1 :])
+            left = format_duration(max(0.0, min(limits, deadline - time.monotonic())))
+            print(f"{line}; {i + 1} of {len(names)}, at most {left} left", flush=True)
             log.write(f"{line}\n")
     print(f"results: {out}")
 

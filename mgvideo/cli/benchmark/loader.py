@@ -15,9 +15,16 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import choose_grids, measurement_conditions, open_report, plain_table, print_report
+from mgvideo.cli.benchmark import (
+    ResultLog,
+    choose_grids,
+    measurement_conditions,
+    open_report,
+    plain_table,
+    print_report,
+)
 from mgvideo.cli.build import build_plan, loader_options, require_dataset_keys
-from mgvideo.cli.progress import ProgressLog
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.schema import key
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.pyramid import Pyramid
@@ -94,7 +101,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())
     require(isinstance(dataset.decoder, PyAV), f"dataset {cfg.dataset.name}: frames are images, no video to decode")
     # a few files may be a sample of a dataset: plan at least 1,000 batches, for realistic shares of phases
-    plan = build_plan(cfg, max(len(dataset), 1000 * cfg.base.batch_size))
+    plan = build_plan(cfg, sample_size(cfg, len(dataset)))
     grids = choose_grids(plan, options.grids)
     loader_settings = loader_options(cfg)
     conditions = {
@@ -105,12 +112,13 @@ def run(options: Keys, cfg: DictConfig) -> None:
         "seconds": options.seconds * options.rounds,
     }
     cases = list(make_cases(options, cfg, grids))
-    measure_all(cases, dataset, cfg, grids, loader_settings, options)
-    with open_report(options.out) as file:
-        if options.format == "json":
-            print(json.dumps(as_json(options, plan, cases, conditions), indent=1), file=file)
-        else:
-            print_report(file, conditions, [table(plan, case, cases) for case in cases])
+    with ResultLog(options.rounds * len(grids) * len(cases), options.out) as log:
+        measure_all(cases, dataset, cfg, grids, loader_settings, options, log)
+        with open_report(options.out) as file:
+            if options.format == "json":
+                print(json.dumps(as_json(options, plan, cases, conditions), indent=1), file=file)
+            else:
+                print_report(file, conditions, [table(plan, case, cases) for case in cases])
 
 
 def make_cases(options: Keys, cfg: DictConfig, grids: Sequence[Grid]) -> Iterator[BenchmarkCase]:
@@ -130,31 +138,26 @@ def measure_all(
     grids: Sequence[Grid],
     loader_settings: LoaderOptions,
     options: Keys,
+    log: Callable[[str], None],
 ) -> None:
-    """Measure all cases in turn: the loader, then decoding alone."""
-    total, done = options.rounds * len(grids) * len(cases), 0
-    with ProgressLog("benchmark") as progress:
-        for _ in range(options.rounds):
-            for grid in grids:
-                for case in cases:
-                    decoder = DECODERS[case.decoder]()
-                    pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder) if case.pyramid else None
-                    requests = partial(random_requests, grid, len(dataset), options.batch)
-                    clock = Clock(loader_settings.num_workers)
-                    dataset.decoder = TimedDecoder(pyramid or decoder, clock)
-                    loader = Loader(
-                        TimedDataset(dataset, clock), loader_settings, collate=partial(_timed_collate, clock)
-                    )
-                    measure_loader(loader, requests, clock, options.seconds, case.loader[grid.name])
-                    clock = Clock(loader_settings.num_workers)
-                    decode_only = DecodeOnlyDataset(
-                        dataset, DECODE_FUNCTIONS[case.decoder], pyramid.locate if pyramid else None, clock
-                    )
-                    measure_loader(
-                        Loader(decode_only, loader_settings), requests, clock, options.seconds, case.bare[grid.name]
-                    )
-                    done += 1
-                    progress(done, total)
+    """Measure all cases in turn: the loader, then decoding alone. Each result goes to `log`."""
+    for _ in range(options.rounds):
+        for grid in grids:
+            for case in cases:
+                decoder = DECODERS[case.decoder]()
+                pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder) if case.pyramid else None
+                requests = partial(random_requests, grid, len(dataset), options.batch)
+                clock = Clock(loader_settings.num_workers)
+                dataset.decoder = TimedDecoder(pyramid or decoder, clock)
+                loader = Loader(TimedDataset(dataset, clock), loader_settings, collate=partial(_timed_collate, clock))
+                times, bare = case.loader[grid.name], case.bare[grid.name]
+                measure_loader(loader, requests, clock, options.seconds, times)
+                clock = Clock(loader_settings.num_workers)
+                decode_only = DecodeOnlyDataset(
+                    dataset, DECODE_FUNCTIONS[case.decoder], pyramid.locate if pyramid else None, clock
+                )
+                measure_loader(Loader(decode_only, loader_settings), requests, clock, options.seconds, bare)
+                log(f"{case.name}, {grid.name}: {times.rate:.1f} clips/s, decoding alone {bare.rate:.1f}")
 
 
 def random_requests(grid: Grid, videos: int, batch: int, step: int) -> BatchRequest:

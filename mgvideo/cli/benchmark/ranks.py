@@ -30,7 +30,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report, steps_replaced
+from mgvideo.cli.benchmark import (
+    ResultLog,
+    measurement_conditions,
+    open_report,
+    plain_table,
+    print_report,
+    steps_replaced,
+)
 from mgvideo.cli.build import build_model, build_normalize, build_plan
 from mgvideo.cli.schema import key
 from mgvideo.engine.evaluation import Evaluator, Views
@@ -197,11 +204,24 @@ def run(options: Keys, cfg: DictConfig) -> None:
         "videos": options.videos,
         "visits": options.visits,
     }
-    runs = [simulate(cfg, plan, rank, options.world) for rank in options.ranks]
-    difference = first_difference(runs)
-    if difference is None:
-        times = step_times(cfg, plan, options.ranks[-1], options.world)
-        runs[-1] = replace(runs[-1], slots=[replace(s, cpu_ms=t) for s, t in zip(runs[-1].slots, times, strict=True)])
+    with ResultLog(len(options.ranks) + 1, options.out) as log:
+        runs = []
+        for rank in options.ranks:
+            runs.append(simulate(cfg, plan, rank, options.world))
+            log(f"rank {rank}: {len(runs[-1].collectives)} collective operations in {plan.steps} steps")
+        difference = first_difference(runs)
+        if difference is None:
+            times = step_times(cfg, plan, options.ranks[-1], options.world)
+            slots = [replace(s, cpu_ms=t) for s, t in zip(runs[-1].slots, times, strict=True)]
+            runs[-1] = replace(runs[-1], slots=slots)
+            log(f"rank {options.ranks[-1]}: {sum(times) / len(times):.0f} CPU ms a step")
+        write_report(options, runs, conditions)
+    if difference is not None:
+        raise UserError(difference)
+
+
+def write_report(options: Keys, runs: Sequence[SimulatedRank], conditions: dict[str, Any]) -> None:
+    """Write the report of all simulated ranks."""
     with open_report(options.out) as file:
         if options.format == "json":
             print(
@@ -210,8 +230,6 @@ def run(options: Keys, cfg: DictConfig) -> None:
             )
         else:
             print_report(file, conditions, [*map(rank_table, runs), totals_table(runs)])
-    if difference is not None:
-        raise UserError(difference)
 
 
 def long_cycle(plan: Plan, visits: int) -> Plan:

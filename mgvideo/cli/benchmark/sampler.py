@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report
+from mgvideo.cli.benchmark import ResultLog, measurement_conditions, open_report, plain_table, print_report
 from mgvideo.cli.build import build_plan, build_schedule
 from mgvideo.cli.schema import key
 from mgvideo.loading.sampler import ClipSampler
@@ -56,12 +56,18 @@ def read_keys(overrides: Sequence[str]) -> Keys:
 def run(options: Keys, cfg: DictConfig) -> None:
     """Measure all rows and print the report."""
     conditions = {**measurement_conditions(), "videos": options.videos, "steps": options.steps}
-    costs = list(measure(options, cfg))
-    with open_report(options.out) as file:
-        if options.format == "json":
-            print(json.dumps({"conditions": conditions, "rows": [asdict(cost) for cost in costs]}, indent=1), file=file)
-        else:
-            print_report(file, conditions, [table(costs)])
+    costs = []
+    with ResultLog(2 * len(options.ranks), options.out) as log:
+        for row in measure(options, cfg):
+            costs.append(row)
+            log(f"{row.ranks} ranks, {row.clips} clips of {row.batch:,}: {row.cpu_ms:.2f} ms")
+        with open_report(options.out) as file:
+            if options.format == "json":
+                print(
+                    json.dumps({"conditions": conditions, "rows": [asdict(row) for row in costs]}, indent=1), file=file
+                )
+            else:
+                print_report(file, conditions, [table(costs)])
 
 
 def measure(options: Keys, cfg: DictConfig) -> Iterator[SamplerCost]:

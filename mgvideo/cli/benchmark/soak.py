@@ -19,6 +19,7 @@ from mgvideo.cli.build import build_data, build_plan, loader_options
 from mgvideo.cli.schema import key
 from mgvideo.loading.loader import Loader
 from mgvideo.loading.requests import BatchRequest
+from mgvideo.plan.formatting import format_duration
 from mgvideo.plan.plan import Grid, require
 from mgvideo.storage.paths import explain_write_errors
 
@@ -77,15 +78,22 @@ def run(options: Keys, cfg: DictConfig) -> None:
     for usage in soak(Loader(data.train, loader_options(cfg)), requests, options):
         usages.append(usage)
         if len(usages) % print_every == 0:
-            print(usage, flush=True)
-    if options.out is not None:
-        with explain_write_errors("out", options.out), open(options.out, "w", encoding="utf-8") as file:
-            json.dump([asdict(usage) for usage in usages], file, indent=1)
+            left = usage.seconds / usage.clips * max(0, options.clips - usage.clips)
+            print(f"{usage}; {format_duration(left)} left", flush=True)
+            write_usages(options.out, usages)
+    write_usages(options.out, usages)
     memory, files = usage_growth(usages)
     flat = memory <= options.growth and files <= MAX_EXTRA_FILES
     print(f"from the second quarter to the last: memory {memory:+.1%}, open files {files:+.1f}: {_word(flat)}")
     if not flat:
         raise SystemExit(1)
+
+
+def write_usages(out: str | None, usages: Sequence[WorkerUsage]) -> None:
+    """Write the measurements so far to the JSON file, if there is one."""
+    if out is not None:
+        with explain_write_errors("out", out), open(out, "w", encoding="utf-8") as file:
+            json.dump([asdict(usage) for usage in usages], file, indent=1)
 
 
 def _word(flat: bool) -> str:

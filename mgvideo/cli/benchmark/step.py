@@ -8,8 +8,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -21,10 +22,17 @@ from torch import Tensor, nn
 
 from mgvideo.cli import keys
 from mgvideo.cli.app import compose_config
-from mgvideo.cli.benchmark import choose_grids, measurement_conditions, open_report, plain_table, print_report
+from mgvideo.cli.benchmark import (
+    ResultLog,
+    choose_grids,
+    measurement_conditions,
+    open_report,
+    plain_table,
+    print_report,
+)
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.plan import clip_flops
-from mgvideo.cli.progress import ProgressLog
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.schema import COMPILE, key
 from mgvideo.engine.precision import Precision, choose_precision, probe_convolutions
 from mgvideo.engine.train_step import compile_model
@@ -189,7 +197,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
     """Measure all models and variants, and print the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True  # as in a run
-    plan = build_plan(cfg, 1000 * cfg.base.batch_size)
+    plan = build_plan(cfg, sample_size(cfg))
     grids = choose_grids(plan, options.grids)
     variants = [parse_variant(name, device) for name in options.variants]
     if not options.emulated:
@@ -197,11 +205,28 @@ def run(options: Keys, cfg: DictConfig) -> None:
     conditions = {**measurement_conditions(device), "threads": torch.get_num_threads()}
     run_model = cfg.model._target_.rpartition(".")[2]
     models = {name: compose_config("run", [f"model={name}", "output_dir=none"]) for name in options.models}
-    cells = {
-        name: measure_model(options, model, plan, grids, variants)
-        for name, model in (models or {run_model: cfg}).items()
-    }
-    peaks = {v.name: measure_peak_flops(v.precision) for v in variants}
+    models = models or {run_model: cfg}
+    with ResultLog(len(models) * options.rounds * len(grids) * len(variants), options.out) as log:
+        cells = {
+            name: measure_model(options, model, plan, grids, variants, partial(_log_cell, log, name))
+            for name, model in models.items()
+        }
+        peaks = {v.name: measure_peak_flops(v.precision) for v in variants}
+        write_report(options, plan, cells, peaks, conditions)
+
+
+def _log_cell(log: ResultLog, model: str, variant: str, grid: str, cell: StepTimes) -> None:
+    log(f"{model}, {variant}, {grid}: {1000 * cell.seconds:.0f} ms for {cell.clips} clips")
+
+
+def write_report(
+    options: Keys,
+    plan: Plan,
+    cells: dict[str, dict[str, dict[str, StepTimes]]],
+    peaks: dict[str, float],
+    conditions: dict[str, Any],
+) -> None:
+    """Write the report of all models and variants."""
     with open_report(options.out) as file:
         if options.format == "json":
             print(json.dumps(as_json(options, plan, cells, peaks, conditions), indent=1), file=file)
@@ -212,9 +237,17 @@ def run(options: Keys, cfg: DictConfig) -> None:
 
 
 def measure_model(
-    options: Keys, cfg: DictConfig, plan: Plan, grids: Sequence[Grid], variants: Sequence[Variant]
+    options: Keys,
+    cfg: DictConfig,
+    plan: Plan,
+    grids: Sequence[Grid],
+    variants: Sequence[Variant],
+    on_result: Callable[[str, str, StepTimes], None] = lambda *_: None,
 ) -> dict[str, dict[str, StepTimes]]:
-    """Measure one model. Returns times by variant and grid; variants take turns."""
+    """Measure one model. Returns times by variant and grid; variants take turns.
+
+    `on_result` is called with variant, grid and times after each measurement.
+    """
     macs = clip_flops(cfg)
     volume = plan.base.num_frames * plan.base.crop_size**2
     benches: dict[str, StepBenchmark] = {}
@@ -229,14 +262,12 @@ def measure_model(
         for grid in grids:
             clips = options.batch or max(1, round(options.clips * volume / grid.volume))
             cells[v.name][grid.name] = StepTimes(clips, TRAINING_COST * 2 * macs(grid) * clips)
-    with ProgressLog("benchmark") as progress:
-        total, done = options.rounds * len(grids) * len(variants), 0
-        for _ in range(options.rounds):
-            for grid in grids:
-                for v in variants:
-                    benches[v.name].measure(grid, cells[v.name][grid.name], options.seconds)
-                    done += 1
-                    progress(done, total)
+    for _ in range(options.rounds):
+        for grid in grids:
+            for v in variants:
+                cell = cells[v.name][grid.name]
+                benches[v.name].measure(grid, cell, options.seconds)
+                on_result(v.name, grid.name, cell)
     return cells
 
 

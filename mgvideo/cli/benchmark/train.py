@@ -18,8 +18,16 @@ from rich.table import Table
 from torch import Tensor
 
 from mgvideo.cli import keys
-from mgvideo.cli.benchmark import measurement_conditions, open_report, plain_table, print_report, steps_replaced
+from mgvideo.cli.benchmark import (
+    ResultLog,
+    measurement_conditions,
+    open_report,
+    plain_table,
+    print_report,
+    steps_replaced,
+)
 from mgvideo.cli.build import Data, build_data, build_model, build_plan
+from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.run import build_trainer
 from mgvideo.cli.schema import key
 from mgvideo.distributed.watchdog import Position
@@ -45,6 +53,9 @@ class Keys:
     )
     format: str = key("table", "table or json", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
+
+
+MEASUREMENTS = 3  # of a schedule: with the loader, without loading, in a minimal loop
 
 
 @dataclass
@@ -79,11 +90,7 @@ class MeasuredRun:
 
     def seconds(self, kind: str = "loaded") -> float:
         """Estimate the training time of the whole plan from the medians of its slots."""
-        return sum(
-            visits * self.slots[p, s].figures()[kind]
-            for p, phase in enumerate(self.plan.phases)
-            for s, visits in enumerate(phase.steps_per_slot())
-        )
+        return _whole(self.plan, self.slots, kind)
 
 
 class RepeatedBatches(Loader):
@@ -93,9 +100,9 @@ class RepeatedBatches(Loader):
         super().__init__(loader.dataset, loader.options, loader.pin_memory)
         self.first_batches = first_batches
 
-    def phases(self, requests: Callable[[int], BatchRequest], stretches: Sequence[range]) -> Iterator[Batch]:
+    def load_phases(self, requests: Callable[[int], BatchRequest], phases: Sequence[range]) -> Iterator[Batch]:
         """Yield one batch per step."""
-        for steps in stretches:
+        for steps in phases:
             for step in steps:
                 clips, shard = requests(step)
                 yield self.first_batches[_slot_name(clips[0].grid.name, len(clips))]._replace(shard=shard)
@@ -112,20 +119,20 @@ def run(options: Keys, cfg: DictConfig) -> None:
     torch.backends.cudnn.benchmark = True  # as in a run
     data = build_data(cfg)
     videos = len(data.train)  # a few files may be a sample of a dataset: then plan for 1,000 batches
-    plan = build_plan(cfg, videos if videos >= 1000 else 1000 * cfg.base.batch_size)
+    plan = build_plan(cfg, videos if videos >= 1000 else sample_size(cfg))
     conditions = {**measurement_conditions(device), "threads": torch.get_num_threads(), "visits": options.visits}
-    if plan.schedule == "baseline":
-        runs = [measure_schedule(options, cfg, data, plan)]
-    else:  # measure the baseline before and after, so that a change of the machine's load affects both alike
-        before, multigrid, after = (
-            measure_schedule(options, cfg, data, p) for p in (baseline_of(plan), plan, baseline_of(plan))
-        )
-        runs = [before.merge(after), multigrid]
-    with open_report(options.out) as file:
-        if options.format == "json":
-            print(json.dumps(as_json(options, runs, conditions), indent=1), file=file)
-        else:
-            print_report(file, conditions, [*map(table, runs), summary(runs)])
+    baseline = baseline_of(plan)
+    # measure the baseline before and after, so that a change of the machine's load affects both alike
+    plans = [plan] if plan.schedule == "baseline" else [baseline, plan, baseline]
+    with ResultLog(MEASUREMENTS * len(plans), options.out) as log:
+        runs = [measure_schedule(options, cfg, data, p, log) for p in plans]
+        if len(runs) == 3:
+            runs = [runs[0].merge(runs[2]), runs[1]]
+        with open_report(options.out) as file:
+            if options.format == "json":
+                print(json.dumps(as_json(options, runs, conditions), indent=1), file=file)
+            else:
+                print_report(file, conditions, [*map(table, runs), summary(runs)])
 
 
 def shorten_plan(plan: Plan, visits: int) -> Plan:
@@ -138,8 +145,10 @@ def shorten_plan(plan: Plan, visits: int) -> Plan:
     return replace(plan, phases=tuple(phases))
 
 
-def measure_schedule(options: Keys, cfg: DictConfig, data: Data, plan: Plan) -> MeasuredRun:
-    """Train a shortened plan with the loader, then on batches in memory, then in a minimal loop."""
+def measure_schedule(
+    options: Keys, cfg: DictConfig, data: Data, plan: Plan, log: Callable[[str], None] = lambda _: None
+) -> MeasuredRun:
+    """Train a shortened plan with the loader, then on batches in memory, then in a minimal loop; log each result."""
     short = shorten_plan(plan, options.visits)
     precision = choose_precision(cfg.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     slots = {(p, s): SlotTimes() for p, phase in enumerate(plan.phases) for s in range(len(phase.slots))}
@@ -160,6 +169,7 @@ def measure_schedule(options: Keys, cfg: DictConfig, data: Data, plan: Plan) -> 
         for index, slot_times in slots.items():
             slot_times.loaded = [times[step][0] for step in steps[index]]
             slot_times.waited = [times[step][1] for step in steps[index]]
+        log(f"{plan.schedule}, with the loader: {_whole(plan, slots, 'loaded'):.0f} s for the run")
         boundaries = [
             times[phase.steps[0]][0] - median(slots[p, 0].loaded) for p, phase in enumerate(short.phases) if p
         ]
@@ -168,11 +178,22 @@ def measure_schedule(options: Keys, cfg: DictConfig, data: Data, plan: Plan) -> 
         times = time_steps(trainer, {})
         for index, slot_times in slots.items():
             slot_times.held = [times[step][0] for step in steps[index]]
+        log(f"{plan.schedule}, without loading: {_whole(plan, slots, 'held'):.0f} s for the run")
         for (p, s), slot_times in slots.items():
             phase = short.phases[p]
             batch = first_batches[_slot_name(phase.slots[s].grid.name, phase.slots[s].batch)]
             slot_times.bare = time_bare_loop(trainer, batch, phase.bn_groups, options.visits)
+        log(f"{plan.schedule}, in a minimal loop: {_whole(plan, slots, 'bare'):.0f} s for the run")
     return MeasuredRun(plan, slots, boundaries)
+
+
+def _whole(plan: Plan, slots: dict[tuple[int, int], SlotTimes], kind: str) -> float:
+    """Return the seconds of all steps of a plan, from the medians of one field of its slots."""
+    return sum(
+        visits * median(getattr(slots[p, s], kind))
+        for p, phase in enumerate(plan.phases)
+        for s, visits in enumerate(phase.steps_per_slot())
+    )
 
 
 def _slot_name(grid: str, batch: int) -> str:
