@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from training import ROOT
 
 from mgvideo import cli
-from mgvideo.cli import app, export, predict, reproduce, trained
+from mgvideo.cli import app, export, features, predict, reproduce, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
 from mgvideo.cli.jobs import Job, launcher_overrides
@@ -37,7 +37,7 @@ from mgvideo.errors import UserError
 SHOWN = all_shown_commands()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
-    "export": "export", "benchmark": "benchmark", "doctor": "doctor",
+    "features": "features", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
 # programs that are not part of mgvideo → why they are not run
 NOT_RUN = {
@@ -187,6 +187,7 @@ class Programs:
         patch.setattr(app, "compose_config", lambda name, overrides: deepcopy(compose_once(name, tuple(overrides))))
         patch.setattr(export, "run", lambda given, rest: compose_trained(given.ckpt, rest, export.ExportKeys))
         patch.setattr(predict, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, predict.PredictKeys))
+        patch.setattr(features, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, features.FeatureKeys))
         patch.setattr(reproduce.Reproduction, "run", compose_cell)
 
     def __call__(self, program: str, arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from documents import CONFIGS, PAGES, blocks, spans
 from omegaconf import OmegaConf
 from training import ROOT
 
-from mgvideo.cli import app, export, plan, predict, prepare, reproduce
+from mgvideo.cli import app, export, features, plan, predict, prepare, reproduce
 from mgvideo.cli.benchmark import loader as benchmark_loader
 from mgvideo.cli.benchmark import soak as benchmark_soak
 from mgvideo.cli.benchmark import step as benchmark_step
@@ -26,8 +26,8 @@ from mgvideo.datasets.motion import Knobs
 
 SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
 PROGRAM_KEYS = [
-    plan.PlanKeys, reproduce.ReproduceKeys, predict.PredictKeys, export.ExportKeys, benchmark_loader.Keys,
-    benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
+    plan.PlanKeys, reproduce.ReproduceKeys, predict.PredictKeys, features.FeatureKeys, export.ExportKeys,
+    benchmark_loader.Keys, benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
     *(command.keys for command in prepare.COMMANDS.values()),
 ]  # fmt: skip
 
