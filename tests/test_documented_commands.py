@@ -115,7 +115,7 @@ def compose_run(arguments: Sequence[str]) -> None:
 
 def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
     """Compose the recipe of a checkpoint: the recipe in its run folder, or the one of the named network."""
-    if ckpt.startswith("runs/") or ckpt == "placeholder":
+    if ckpt.startswith(("runs/", "hf://")) or ckpt == "placeholder":
         cfg = OmegaConf.masked_copy(composed("output_dir=unused"), [f.name for f in fields(RunKeys)])
         Path("config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         check_values(trained.run_config(Path("config.yaml"), overrides, own))
@@ -209,6 +209,8 @@ def perform(command: str, programs: Programs) -> None:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
     if ".onnx" in command:
         pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    if "format=hub" in command:
+        pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
     for part in re.split(r"\s+&&\s+", command):
         words = shlex.split(part, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):

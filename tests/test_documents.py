@@ -54,7 +54,7 @@ def named_keys(path: Path) -> Iterator[tuple[str, str]]:
         if all(re.match(r"[+~]?[a-z][\w./]*=", word) for word in words):
             yield from (word.lstrip("+~").partition("=")[::2] for word in words)
         elif re.fullmatch(rf"(?:{'|'.join(SECTIONS)})\.[a-z_.]+[a-z]", span) and not re.search(
-            r"\.(?:csv|tsv|json|\w+l)$", span
+            r"\.(?:csv|tsv|json|safetensors|\w+l)$", span
         ):
             yield span, ""
 

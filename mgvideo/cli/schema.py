@@ -225,7 +225,7 @@ class RunKeys:
         "auto", "auto: from the newest checkpoint in output_dir; never: start anew; or the path of a checkpoint"
     )
     init_from: str | None = key(
-        None, "initial weights: a checkpoint of mgvideo, PySlowFast, PyTorchVideo or torchvision"
+        None, "initial weights: a file, URL or hf://org/name, of mgvideo, PySlowFast, PyTorchVideo or torchvision"
     )
     init_from_key: str | None = key(
         None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
 from mgvideo.models.weights_file import read_weights
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
-from mgvideo.storage.paths import is_remote, strip_file_scheme
+from mgvideo.storage.paths import HUB_WEIGHTS, hub_repository, is_remote, local_copy, strip_file_scheme
 
 from . import app
 from . import keys as program_keys
@@ -92,6 +93,8 @@ def locate(ckpt: str | None, key: str = "ckpt") -> tuple[str, Path | None]:
     """Return the path or URL of the weights that `ckpt` refers to, and the config file of their run if it is local."""
     if ckpt is None:
         raise UserError(f"{key} is not set: add {key}=PATH to the command, a checkpoint or a run's folder")
+    if hub_repository(ckpt):
+        return _locate_on_hub(ckpt, key)
     if is_remote(ckpt):  # no search for a config beside it: not every server lists files
         return ckpt, None
     path = Path(strip_file_scheme(ckpt)).expanduser()
@@ -105,9 +108,24 @@ def locate(ckpt: str | None, key: str = "ckpt") -> tuple[str, Path | None]:
     return str(path), next(filter(_is_run_config, files), None)
 
 
+def _locate_on_hub(ckpt: str, key: str) -> tuple[str, Path | None]:
+    """Fetch weights from the Hugging Face Hub, and the config and class names of their repository if it has them."""
+    try:
+        weights = local_copy(ckpt)
+        for name in ("config.yaml", "classes.txt"):
+            with suppress(FileNotFoundError):
+                local_copy(f"{hub_repository(ckpt)}/{name}")
+    except OSError as error:
+        raise UserError(f"cannot read {key}={ckpt}: {error.strerror or error}") from error
+    config = Path(weights).with_name("config.yaml")
+    return ckpt, config if _is_run_config(config) else None
+
+
 def _checkpoint_in(folder: Path, key: str) -> Path:
-    """Return a run's best checkpoint, or else its newest."""
+    """Return a run's best checkpoint, or else its newest; of an exported folder, its weights."""
     subfolder = folder / "checkpoints"
+    if (folder / HUB_WEIGHTS).exists() and not subfolder.is_dir():
+        return folder / HUB_WEIGHTS
     checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
     checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
     for warning in warnings:
