@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from training import ROOT
 
 from mgvideo import cli
-from mgvideo.cli import app, export, features, predict, reproduce, trained
+from mgvideo.cli import app, export, features, predict, reproduce, test, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
 from mgvideo.cli.jobs import Job, launcher_overrides
@@ -37,7 +37,7 @@ from mgvideo.errors import UserError
 SHOWN = all_shown_commands()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
-    "features": "features", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
+    "test": "test", "features": "features", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
 # programs that are not part of mgvideo → why they are not run
 NOT_RUN = {
@@ -52,7 +52,7 @@ NOT_RUN = {
     "tensorboard": "is a server, which does not exit",
 }
 PACKAGES = {"torch-tb-profiler": "a viewer that mgvideo itself does not require"}  # not in any of our extras
-PLACEHOLDER_VALUES = {
+PLACEHOLDER_VALUES = {"weights": "placeholder",
     "experiment": "kinetics/slowfast_8x8_r50", "model": "slowfast_small", "dataset": "kinetics400",
     "table": "schedules", "preset": "motion", "benchmark": "measured.json", "out": "out.onnx",
 }  # fmt: skip
@@ -188,6 +188,7 @@ class Programs:
         patch.setattr(export, "run", lambda given, rest: compose_trained(given.ckpt, rest, export.ExportKeys))
         patch.setattr(predict, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, predict.PredictKeys))
         patch.setattr(features, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, features.FeatureKeys))
+        patch.setattr(test, "run", lambda given, rest: compose_trained(given.weights, rest, test.Keys))
         patch.setattr(reproduce.Reproduction, "run", compose_cell)
 
     def __call__(self, program: str, arguments: Sequence[str]) -> None:
@@ -299,5 +300,4 @@ def test_commands_are_found_in_all_kinds_of_places() -> None:
         ("configs/launcher/slurm.yaml", "python"),
         ("tools/slurm/train.sbatch", "sbatch"),
         ("mgvideo/cli/prepare.py", "mgvideo"),
-        ("mgvideo/cli/run.py", "python"),
     }

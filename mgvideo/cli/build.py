@@ -237,24 +237,23 @@ def micro_batch_clips(cfg: DictConfig, model: nn.Module, plan: Plan, precision: 
     return min(gather_objects(clips_that_fit(model, grid, precision, rank_memory())))
 
 
-def check_shared_memory(cfg: DictConfig, plan: Plan, options: LoaderOptions) -> list[str]:
+def check_shared_memory(cfg: DictConfig, plan: Plan | None, options: LoaderOptions) -> list[str]:
     """Return warnings if /dev/shm may be too small for the batches of this run. All ranks call this together.
+
+    `plan` is None for a run that only tests.
 
     Raises:
         UserError: It is too small.
     """
     if options.num_workers == 0:
         return []
-    base, test = plan.base, cfg.test
-    shards = (
-        (shard_batch(slot.batch, phase.bn_groups, rank(), world_size()), slot)
-        for phase in plan.phases
-        for slot in phase.slots
-    )
-    train_sizes = (
-        [3 * slot.grid.volume * (shard.stop - shard.start) for shard, slot in shards] if cfg.train.enable else []
-    )
-    if cfg.train.enable and cfg.train.evals_per_phase:
+    base, test = cfg.base, cfg.test
+    train_sizes = []
+    for phase in plan.phases if plan else ():
+        for slot in phase.slots:
+            shard = shard_batch(slot.batch, phase.bn_groups, rank(), world_size())
+            train_sizes.append(3 * slot.grid.volume * (shard.stop - shard.start))
+    if plan and cfg.train.evals_per_phase:
         train_sizes.append(3 * base.num_frames * base.crop_size**2 * test.batch_size)
     test_size = 3 * base.num_frames * test.crop_size**2 * test.num_crops * test.batch_size if test.enable else 0
     return check_shared_memory_space(

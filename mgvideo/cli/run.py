@@ -329,12 +329,15 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
     with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
         network, warnings = final_test.load_for_test(cfg, _run_name(), precision, checkpoints, mirror)
+        if network.weights == cfg.init_from and (warning := published_clip_warning(cfg, app.chosen_keys())):
+            warnings.append(f"init_from: {warning}")
         network.progress.record_environment(describe_hardware(device), str(precision))
         write_run_files(cfg, data, network.plan, folder)
         step = network.progress.step
         logger = RunLogger(folder, network.plan, step, active=rank() == 0, tracker=build_tracker(cfg, folder, step))
+        options = loader_options(cfg)
         try:
-            for warning in [*filter(None, [precision.warning]), *warnings]:
+            for warning in [*filter(None, [precision.warning]), *warnings, *check_shared_memory(cfg, None, options)]:
                 logger.print_line(f"warning: {warning}")
             recipe = HydraConfig.get().runtime.choices["recipe"]
             logger.print_line(f"{network.name}, recipe {recipe}, without training; run folder {cfg.output_dir}")
@@ -343,7 +346,7 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
             if cfg.test.enable:
                 loads_here = cfg.loader.num_workers == 0
                 on_progress = report_batches(position, (0, -1), "testing", cfg.hang_timeout, loads_here)
-                final_test.test(cfg, network, data, precision, logger, on_progress, position, loader_options(cfg))
+                final_test.test(cfg, network, data, precision, logger, on_progress, position, options)
         finally:
             logger.close()
 

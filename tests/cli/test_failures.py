@@ -27,7 +27,7 @@ MESSAGES = {
     "exit": "waiting for a batch: SystemExit: 0",
     "kill": "it stopped sending heartbeats",
     "hang": "waiting for a batch: it hangs: nothing has happened for 5 s",
-    "test": "after step 0, testing, batch 0 of 1: it hangs: nothing has happened for 5 s",
+    "test": "testing, batch 0 of 1: it hangs: nothing has happened for 5 s",
     "freeze": "it stopped sending heartbeats",
     "worker": "a loader worker died (DataLoader worker",
 }

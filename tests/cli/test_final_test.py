@@ -7,13 +7,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from refusals import error_line
-from training import KNOBS, ROOT, TINY, run_program
+from training import KNOBS, TINY, run_program
 
 from mgvideo import cli
 from mgvideo.datasets.motion import make_motion
@@ -26,7 +25,9 @@ RUN = [*TINY, "loader.num_workers=0", "precision=fp32", "base.epochs=0.5", "base
 def finished(tmp_path_factory: pytest.TempPathFactory, motion_root: str) -> tuple[Path, str]:
     """The folder in which a run was started, and what the run printed. Its own folder is `run` inside."""
     folder = tmp_path_factory.mktemp("finished")
-    result = run_program(*RUN, f"dataset.root={motion_root}", "output_dir=run", "schedule=baseline", cwd=folder)
+    result = run_program(
+        *RUN, f"dataset.root={motion_root}", "output_dir=run", "schedule=baseline", cwd=folder, fresh=True
+    )
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -56,7 +57,7 @@ def test_commands_to_try_next_keep_the_overrides_of_the_run_and_work(finished: t
     assert not {"schedule=baseline", "output_dir=run"} & set(commands[0].split())
     for command, more in ((commands[0], "--cfg job"), (commands[1], "clips=1")):
         done = subprocess.run(
-            f"{command.replace(sys.argv[0], str(ROOT / 'tools/run_net.py'))} {more}",
+            f"{command} {more}",
             shell=True, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -106,13 +106,13 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
     step = [*program, "benchmark", "step", "rounds=1", "format=json"]
     if rehearse:
         grids = [*step, "clips=1", "seconds=0.1", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
-        compiled = [*step, "clips=1", "seconds=0.1", "grids=4x45", "variants=[fp32/contiguous/off]"]
+        compiled = [*step, "clips=1", "seconds=0.1", "grids=[4x45]", "variants=[fp32/contiguous/off]"]
         tests = ["-k", "batch_norm or mask or pooling"]
         small = [
             "base.epochs=0.1",
             "base.lr_milestones=[]",
             "base.warmup_epochs=0",
-            "test.num_clips=1",
+            "test.enable=false",
             "train.evals_per_phase=0",
         ]
     else:
@@ -121,7 +121,7 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
         grids = [*step, *KINETICS_OVERRIDES, networks, "clips=8", "seconds=0.6", f"variants=[{variants}]"]
         modes = ("off", "off/8", "default", "default/8", "reduce-overhead", "reduce-overhead/8")
         variants = ",".join(f"bf16/channels_last/{mode}" for mode in modes)
-        compiled = [*step, *KINETICS_OVERRIDES, "clips=8", "seconds=0.6", "grids=8x112", f"variants=[{variants}]"]
+        compiled = [*step, *KINETICS_OVERRIDES, "clips=8", "seconds=0.6", "grids=[8x112]", f"variants=[{variants}]"]
         tests, small = [], []
     return {
         "doctor": Section([*program, "doctor", "format=json"], 60),
