@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mgvideo.storage.checkpoints import checkpoint_step
 from mgvideo.storage.files import replace_when_complete, write_atomic
 from mgvideo.storage.paths import HUB_WEIGHTS, is_remote
 
+from .schema import RunKeys
 from .trained import Trained
 
 MACHINE_KEYS = ("output_dir", "resume", "init_from")  # of a config: places on the machine of the run
@@ -68,8 +70,11 @@ def write_hub_folder(trained: Trained, folder: Path, repo: str | None = None) ->
 
 def public_config(trained: Trained) -> dict[str, Any]:
     """Return the config without paths of the machine on which the network was trained."""
-    config: Any = OmegaConf.to_container(trained.cfg, resolve=False)
-    config = {name: value for name, value in config.items() if name not in MACHINE_KEYS and value != "???"}
+    kept = [field.name for field in fields(RunKeys) if field.name not in MACHINE_KEYS and field.name in trained.cfg]
+    cfg = OmegaConf.masked_copy(trained.cfg, kept)
+    if OmegaConf.is_missing(cfg.dataset, "root"):
+        cfg.dataset.root = None  # other keys refer to it
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     return _without_paths(config)
 
 

@@ -161,6 +161,8 @@ def run_config(file: Path, overrides: Sequence[str], keys_class: type) -> DictCo
             )
     saved: Any = OmegaConf.load(file)
     _check_trust(file, OmegaConf.to_container(saved), overrides)
+    if isinstance(saved.dataset, DictConfig):
+        _follow_root(saved.dataset, saved.dataset.get("root"))
     try:
         sections = {key: saved[key] for key in saved if key not in SKIPPED_KEYS}
         cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), sections)
@@ -175,6 +177,15 @@ def run_config(file: Path, overrides: Sequence[str], keys_class: type) -> DictCo
         return OmegaConf.merge(cfg, read_dotlist(overrides, partial(holds_text, cfg)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _follow_root(node: Any, root: str | None) -> None:
+    """Let the keys `root` below a saved dataset refer to `dataset.root`, so that an override changes them too."""
+    for name in list(node):
+        if isinstance(node._get_node(name), DictConfig):
+            if "root" in node[name] and node[name].root == root:
+                node[name].root = "${dataset.root}"
+            _follow_root(node[name], root)
 
 
 def _check_trust(file: Path, saved: Any, overrides: Sequence[str], prefix: str = "") -> None:

@@ -96,6 +96,20 @@ def test_a_folder_for_the_hub_has_a_card_and_no_paths_of_this_machine(run: Path,
     trained = load_trained(str(out), [], ExportKeys)
     assert same_weights(trained.model, load_trained(str(run), [], ExportKeys).model)
     assert read_class_names(None, trained) == NAMES
+    assert trained.cfg.dataset.val.root is None
+    assert load_trained(str(out), ["dataset.root=/data/k400"], ExportKeys).cfg.dataset.val.root == "/data/k400"
+    assert load_trained(str(run), ["dataset.root=/data/k400"], ExportKeys).cfg.dataset.val.root == "/data/k400"
+
+
+def test_weights_from_elsewhere_are_written_with_the_config_of_their_network(tmp_path: Path) -> None:
+    model = r2plus1d_small(5, width=4)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    network = ["model=r2plus1d_small", "model.width=4", "base.num_frames=8"]
+    export.main([f"ckpt={tmp_path / 'weights.pth'}", *network, "format=hub", f"out={tmp_path / 'out'}"])
+    trained = load_trained(str(tmp_path / "out"), [], ExportKeys)
+    assert same_weights(trained.model, model)
+    assert (trained.cfg.base.num_frames, trained.classes) == (8, 5)
+    assert "Not measured." in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_card_says_if_other_weights_or_none_were_tested(run: Path) -> None:
