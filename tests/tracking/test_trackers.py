@@ -17,6 +17,7 @@ from mgvideo.tracking import trackers
 from mgvideo.tracking.run_logger import RunLogger
 from mgvideo.tracking.trackers import MlflowTracker, check_tracker, open_tracker
 
+BLOCK = 32 * 1024  # bytes
 RECORD = {"phase": 0, "frames": 8, "size": 32, "batch": 8, "clips_per_s": 1.0, "data_wait": 0.0}
 
 
@@ -43,6 +44,7 @@ def log(folder: Path, kind: str, steps: range, fail: bool = False) -> str:
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The run's folder; both packages write below it or beside it."""
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")  # of the machine
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
@@ -54,21 +56,27 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def read_wandb(folder: Path) -> list[dict[str, float]]:
     """Return the logged points of all parts of an offline run, in the order in which they were written.
 
-    A file of wandb has 7 bytes and then, in its first 32 KiB, records: checksum (4 bytes), length (2), type (1), data.
+    A file of wandb has 7 bytes and then LevelDB's log format: blocks of 32 KiB with parts of records, each with a
+    checksum (4 bytes), a length (2), a type (1: whole, 2: first, 3: middle, 4: last) and the data.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
     points = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        data, place = file.read_bytes(), 7
-        assert len(data) < 32 * 1024
+        data, place, content = file.read_bytes(), 7, b""
         while place < len(data):
-            length = int.from_bytes(data[place + 4 : place + 6], "little")
-            record = Record.FromString(data[place + 7 : place + 7 + length])
+            left_in_block = BLOCK - place % BLOCK
+            if left_in_block < 7:
+                place += left_in_block
+                continue
+            length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+            content += data[place + 7 : place + 7 + length]
             place += 7 + length
-            if record.WhichOneof("record_type") == "history":
+            if kind in (1, 4):
+                record, content = Record.FromString(content), b""
                 items = record.history.item
-                points.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+                if items:
+                    points.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
     return points
 
 
