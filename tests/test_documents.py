@@ -93,6 +93,12 @@ def test_named_files_exist(page: Path) -> None:
             assert (ROOT / span).exists(), span
 
 
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/images/*.png")), ids=lambda picture: picture.name)
+def test_pictures_are_small_and_shown(picture: Path) -> None:
+    assert picture.stat().st_size < 150_000, "a clone downloads all pictures"
+    assert any(f"images/{picture.name}" in page.read_text(encoding="utf-8") for page in PAGES)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=str)
 def test_python_examples_compile_and_import(page: Path) -> None:
     for language, lines in blocks(page.read_text(encoding="utf-8")):

@@ -20,7 +20,7 @@ from mgvideo.plan.plan import require
 
 from . import app, keys
 from .overlay import annotate_video, choose_output_paths
-from .predictor import WHOLE, Predictor, Span, ViewKeys, build_predictor, find_videos, is_video
+from .predictor import WHOLE, Predictor, Span, ViewKeys, build_predictor, find_videos, is_video, read_class_names
 from .schema import key
 from .trained import HELP, load_trained
 from .windows import find_windows
@@ -92,7 +92,8 @@ class Prediction:
 
 def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) -> None:
     """Score the videos, print the results and draw them. Exits with 1 if a video cannot be read or written."""
-    predictor = build_predictor(options, load_trained(options.ckpt, overrides, PredictKeys), options.classes)
+    trained = load_trained(options.ckpt, overrides, PredictKeys)
+    predictor = build_predictor(options, trained, read_class_names(options.classes, trained))
     targets = choose_output_paths(videos, Path(options.out)) if options.out is not None else {}
     predictions = predict(predictor, list(videos), options)
     for number, prediction in enumerate(predictions):

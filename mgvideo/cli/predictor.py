@@ -156,10 +156,10 @@ def find_videos(words: Sequence[str]) -> dict[str, str]:
     return videos
 
 
-def build_predictor(options: ViewKeys, trained: Trained, classes: str | None = None) -> Predictor:
+def build_predictor(options: ViewKeys, trained: Trained, names: Sequence[str] = ()) -> Predictor:
     """Move the network to its device and take the views of its run's test, except where `options` sets them.
 
-    `classes` is a file of class names, see `read_class_names`. What is loaded is printed to stderr.
+    `names` are those of the classes, which only scores need. What is loaded is printed to stderr.
     """
     cfg = trained.cfg
     views = Views.of_size(
@@ -173,7 +173,6 @@ def build_predictor(options: ViewKeys, trained: Trained, classes: str | None = N
     if precision.warning:
         print(f"warning: {precision.warning}", file=sys.stderr)
     precision.place(trained.model)
-    names = read_class_names(classes, trained)
     grid = views.grid
     shape = f"{grid.frames} frames at stride {grid.strides[0]}, {grid.size} pixels"
     print(trained.load_summary, file=sys.stderr)

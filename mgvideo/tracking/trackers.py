@@ -106,6 +106,8 @@ class WandbTracker:
             raise UserError(f"tracking=wandb: {_first_line(error)} (WANDB_MODE=offline needs no server)") from error
         self.id = str(self._run.id)
         self._run.define_metric("*", step_metric="step")
+        if self._run.url:  # None offline
+            print(f"wandb: {self._run.url}", file=sys.stderr, flush=True)
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         """See `Tracker.log`."""
