@@ -24,6 +24,7 @@ from mgvideo.storage.paths import HUB_WEIGHTS, is_remote
 from .schema import RunKeys
 from .trained import Trained
 
+FILES = (HUB_WEIGHTS, "config.yaml", "classes.txt", "report.json", "README.md")  # of a folder for the Hub
 MACHINE_KEYS = ("output_dir", "resume", "init_from")  # of a config: places on the machine of the run
 PATH_KEYS = ("root", "pyramid", "frame_cache")  # of datasets
 
@@ -94,6 +95,7 @@ def read_report(trained: Trained) -> dict[str, Any]:
     report = json.loads((trained.folder / "report.json").read_text(encoding="utf-8"))
     test = trained.folder / "test.json"
     step = json.loads(test.read_text(encoding="utf-8")).get("step") if test.exists() else report.get("step")
+    report.pop("weights", None)  # may be a path on this machine
     return {**report, "step": step}
 
 
@@ -105,14 +107,14 @@ def model_card(trained: Trained, report: Mapping[str, Any], repo: str | None) ->
     base, test = cfg.base, cfg.test
     step = checkpoint_step(Path(trained.weights).resolve().name)
     metadata = ModelCardData(
-        library_name="mgvideo", pipeline_tag="video-classification", tags=["mgvideo", "multigrid", "video"]
+        library_name="mgvideo", pipeline_tag="video-classification", tags=["mgvideo", "video"]
     ).to_yaml()
     name = report.get("name") or f"{type(trained.model).__name__} on {cfg.dataset.name}"
     place = f"hf://{repo}" if repo else "FOLDER"
     scores = "softmax" if cfg.dataset.task == "single_label" else "sigmoid"
     lines = [
         *("---", metadata.strip(), "---", "", f"# {name}", ""),
-        f"A video-classification network with {trained.classes} classes, trained with mgvideo (multigrid training).",
+        f"A video-classification network with {trained.classes} classes, for mgvideo.",
         "",
         "| | |",
         "| --- | --- |",
@@ -158,7 +160,7 @@ def _results(report: Mapping[str, Any], step: int | None) -> list[str]:
 
 
 def push_folder(folder: Path, repo: str) -> str:
-    """Upload a folder to a model repository, which is created if needed; return its address.
+    """Upload the `FILES` of a folder to a model repository, which is created if needed; return its address.
 
     Raises:
         UserError: the Hub refuses it or cannot be reached.
@@ -169,7 +171,7 @@ def push_folder(folder: Path, repo: str) -> str:
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     try:
         address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload weights with mgvideo")
+        api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES))  # not other files in it
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(

@@ -183,7 +183,7 @@ def _follow_root(node: Any, root: str | None) -> None:
     """Let the keys `root` below a saved dataset refer to `dataset.root`, so that an override changes them too."""
     for name in list(node):
         if isinstance(node._get_node(name), DictConfig):
-            if "root" in node[name] and node[name].root == root:
+            if "root" in node[name] and node[name].get("root") == root:  # get: None for a value that is not set
                 node[name].root = "${dataset.root}"
             _follow_root(node[name], root)
 

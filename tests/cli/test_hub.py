@@ -31,6 +31,7 @@ NAMES = ["walk", "run", "jump"]
 REPORT = {
     "name": "r2plus1d_small on folder, multigrid", "schedule": "multigrid", "epochs": 3.0, "steps": 7,
     "train_seconds": 60.0, "metrics": {"top1": 90.0, "top5": 100.0}, "chance": 40.0, "views": "10×3", "videos": 50,
+    "weights": "/secret/step_7.pt",
     "hardware": "2 CPU cores", "precision": "fp32",
 }  # fmt: skip
 
@@ -184,13 +185,16 @@ def test_repo_uploads_the_folder(
             calls.append(("create", repo, exist_ok))
             return f"https://hub/{repo}"
 
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def upload_folder(self, repo_id: str, folder_path: Path, allow_patterns: list[str]) -> None:
             if repo_id == "org/refused":
                 raise OSError("403 Forbidden")
-            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+            files = [path.name for path in folder_path.iterdir() if path.name in allow_patterns]
+            calls.append(("upload", repo_id, sorted(files)))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
     arguments = [f"ckpt={run}", "format=hub", f"out={tmp_path / 'out'}"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/private.txt").write_text("not uploaded")
     export.main([*arguments, "repo=org/net"])
     files = ["README.md", "classes.txt", "config.yaml", "model.safetensors", "report.json"]
     assert calls == [("create", "org/net", True), ("upload", "org/net", files)]
