@@ -27,7 +27,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from training import ROOT
 
 from mgvideo import cli
-from mgvideo.cli import app, export, predict, reproduce, test, trained
+from mgvideo.cli import app, export, features, predict, reproduce, test, trained
 from mgvideo.cli.build import build_plan
 from mgvideo.cli.groups import check_groups
 from mgvideo.cli.jobs import Job, launcher_overrides
@@ -38,7 +38,7 @@ from mgvideo.errors import UserError
 SHOWN = all_shown_commands()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
-    "test": "test", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
+    "test": "test", "features": "features", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
 }  # fmt: skip
 # programs that are not part of mgvideo → why they are not run
 NOT_RUN = {
@@ -116,7 +116,7 @@ def compose_run(arguments: Sequence[str]) -> None:
 
 def compose_trained(ckpt: str, overrides: Sequence[str], own: type) -> None:
     """Compose the recipe of a checkpoint: the recipe in its run folder, or the one of the named network."""
-    if ckpt.startswith("runs/") or ckpt == "placeholder":
+    if ckpt.startswith(("runs/", "hf://")) or ckpt == "placeholder":
         cfg = OmegaConf.masked_copy(composed("output_dir=unused"), [f.name for f in fields(RunKeys)])
         Path("config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
         check_values(trained.run_config(Path("config.yaml"), overrides, own))
@@ -188,6 +188,7 @@ class Programs:
         patch.setattr(app, "compose_config", lambda name, overrides: deepcopy(compose_once(name, tuple(overrides))))
         patch.setattr(export, "run", lambda given, rest: compose_trained(given.ckpt, rest, export.ExportKeys))
         patch.setattr(predict, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, predict.PredictKeys))
+        patch.setattr(features, "run", lambda given, _, rest: compose_trained(given.ckpt, rest, features.FeatureKeys))
         patch.setattr(test, "run", lambda given, rest: compose_trained(given.weights, rest, test.Keys))
         patch.setattr(reproduce.Reproduction, "run", compose_cell)
 
@@ -210,6 +211,8 @@ def perform(command: str, programs: Programs) -> None:
         pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
     if ".onnx" in command:
         pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    if "format=hub" in command:
+        pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
     for part in re.split(r"\s+&&\s+", command):
         words = shlex.split(part, comments=True)
         while re.fullmatch(r"[A-Z_]+=\S*", words[0]):

@@ -14,7 +14,7 @@ from documents import CONFIGS, PAGES, blocks, spans
 from omegaconf import OmegaConf
 from training import ROOT
 
-from mgvideo.cli import app, export, plan, predict, prepare, reproduce
+from mgvideo.cli import app, export, features, plan, predict, prepare, reproduce
 from mgvideo.cli.benchmark import loader as benchmark_loader
 from mgvideo.cli.benchmark import soak as benchmark_soak
 from mgvideo.cli.benchmark import step as benchmark_step
@@ -26,8 +26,8 @@ from mgvideo.datasets.motion import Knobs
 
 SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
 PROGRAM_KEYS = [
-    plan.PlanKeys, reproduce.ReproduceKeys, predict.PredictKeys, export.ExportKeys, benchmark_loader.Keys,
-    benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
+    plan.PlanKeys, reproduce.ReproduceKeys, predict.PredictKeys, features.FeatureKeys, export.ExportKeys,
+    benchmark_loader.Keys, benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
     *(command.keys for command in prepare.COMMANDS.values()),
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def named_keys(path: Path) -> Iterator[tuple[str, str]]:
         if all(re.match(r"[+~]?[a-z][\w./]*=", word) for word in words):
             yield from (word.lstrip("+~").partition("=")[::2] for word in words)
         elif re.fullmatch(rf"(?:{'|'.join(SECTIONS)})\.[a-z_.]+[a-z]", span) and not re.search(
-            r"\.(?:csv|tsv|json|\w+l)$", span
+            r"\.(?:csv|tsv|json|safetensors|\w+l)$", span
         ):
             yield span, ""
 
@@ -91,6 +91,12 @@ def test_named_files_exist(page: Path) -> None:
     for span in spans(page.read_text(encoding="utf-8")):
         if re.fullmatch(r"(?:mgvideo|models|datasets|configs|tools|tests|docs)/[\w./-]*\w/?", span):
             assert (ROOT / span).exists(), span
+
+
+@pytest.mark.parametrize("picture", sorted(ROOT.glob("docs/images/*.png")), ids=lambda picture: picture.name)
+def test_pictures_are_small_and_shown(picture: Path) -> None:
+    assert picture.stat().st_size < 150_000, "a clone downloads all pictures"
+    assert any(f"images/{picture.name}" in page.read_text(encoding="utf-8") for page in PAGES)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text()], ids=str)

@@ -1,14 +1,15 @@
-"""Remote storage for tests: a web server for a folder, moto's imitation of S3, and a writable iopath handler."""
+"""Remote storage for tests: web servers, also one like the Hugging Face Hub, moto's S3, and a writable handler."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,49 @@ def serve_folder(folder: Path) -> Iterator[tuple[str, list[str]]]:
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", handler.requested
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self._send(with_body=False)
+
+    def do_GET(self) -> None:
+        self._send(with_body=True)
+
+    def _send(self, with_body: bool) -> None:
+        repository, _, rest = self.path.removeprefix("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        file = self.folder / repository / name
+        self.send_response(200 if file.is_file() else 404 if (self.folder / repository).is_dir() else 401)
+        self.send_header("X-Repo-Commit", hashlib.sha1(revision.encode()).hexdigest())
+        data = file.read_bytes() if file.is_file() else b""
+        self.send_header("Content-Length", str(len(data)))
+        if file.is_file():
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        else:
+            has_repository = (self.folder / repository).is_dir()
+            self.send_header("X-Error-Code", "EntryNotFound" if has_repository else "RepoNotFound")
+        self.end_headers()
+        if with_body:
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def serve_hub(folder: Path) -> Iterator[str]:
+    """Serve files like the Hugging Face Hub, from `folder/organisation/name/file`; yield the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (_HubHandler,), {"folder": folder}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

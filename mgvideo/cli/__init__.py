@@ -22,6 +22,7 @@ PROGRAMS = {
     "reproduce": "run the experiments of a table of the paper and report them",
     "test": "test trained weights on a dataset",
     "predict": "print the top classes of videos, or draw them into the videos",
+    "features": "write the pooled features of videos as a NumPy array",
     "export": "export a trained network as a torch.export or ONNX file",
     "benchmark": "measure the loader, a training step at each grid of a plan, or the trainer",
 }

@@ -29,7 +29,7 @@ from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
 from mgvideo.plan.small_recipe import few_steps_warning
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.storage.paths import is_remote, strip_file_scheme
+from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, strip_file_scheme
 
 from .app import flat_keys
 from .recipe import fill_recipe
@@ -154,12 +154,16 @@ def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = Tr
 
 
 def best_checkpoint(folder: Path, key: str) -> Path:
-    """Return the best checkpoint of a run's folder, or else its newest; `key` is for the message.
+    """Return the best checkpoint of a run's folder, or else its newest; of an exported folder, its weights.
+
+    `key` is for the message.
 
     Raises:
         UserError: the folder has no checkpoints.
     """
     subfolder = folder / "checkpoints"
+    if (folder / HUB_WEIGHTS).exists() and not subfolder.is_dir():
+        return folder / HUB_WEIGHTS
     checkpoints = Checkpoints(subfolder if subfolder.is_dir() else folder)
     checkpoint, warnings = (checkpoints.best, []) if checkpoints.best.exists() else checkpoints.find_newest()
     for warning in warnings if rank() == 0 else []:

@@ -12,7 +12,7 @@ from dataclasses import Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 
-from . import doctor, export, plan, predict, prepare, reproduce
+from . import doctor, export, features, plan, predict, prepare, reproduce
 from .benchmark import BENCHMARKS
 from .help import GROUPS, default_of, format_value, options_in
 from .schema import RunKeys
@@ -25,6 +25,7 @@ PROGRAM_KEYS = {
     "plan": plan.PlanKeys,
     **{f"prepare {name}": command.keys for name, command in prepare.COMMANDS.items()},
     "predict": predict.PredictKeys,
+    "features": features.FeatureKeys,
     "export": export.ExportKeys,
     "reproduce": reproduce.ReproduceKeys,
     "doctor": doctor.DoctorKeys,

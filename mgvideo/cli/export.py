@@ -1,4 +1,4 @@
-"""`mgvideo export`: write a trained network to a file that runs without mgvideo, and check its output."""
+"""`mgvideo export`: write a trained network to a file that runs without mgvideo, or its weights, and check them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from mgvideo.storage.files import replace_when_complete
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
+from .hub import push_folder, require_hub, write_hub_folder, write_weights
 from .schema import key
 from .trained import HELP, Trained, load_trained
 
-SUFFIXES = {".pt2": "torch", ".onnx": "onnx"}
+SUFFIXES = {".pt2": "torch", ".onnx": "onnx", ".safetensors": "safetensors"}
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TOLERANCE = 1e-4  # relative to the largest logit; runtimes sum in different orders
 
@@ -37,10 +38,14 @@ class ExportKeys:
     ckpt: str | None = key(
         None, "a checkpoint, a run's folder (best checkpoint, else newest), or weights as in init_from"
     )
-    out: str | None = key(None, "file to write: NAME.pt2 or NAME.onnx")
+    out: str | None = key(None, "file to write: NAME.pt2, NAME.onnx or NAME.safetensors; with format=hub, a folder")
     format: str | None = key(
-        None, "torch (torch.export) or onnx; null: by the suffix of out", choices=tuple(SUFFIXES.values())
+        None,
+        "torch (torch.export), onnx, safetensors (weights only) or hub (a folder for the Hugging Face Hub); null: by "
+        "the suffix of out",
+        choices=(*SUFFIXES.values(), "hub"),
     )
+    repo: str | None = key(None, "with format=hub: upload the folder to this repository of the Hub, ORGANISATION/NAME")
     frames: int | None = key(None, "frames of a clip; null: base.num_frames of the run", least=1)
     size: int | None = key(None, "height and width of a clip; null: base.crop_size", least=1)
     batch: int = key(1, "clips in a batch", least=1)
@@ -94,7 +99,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _help() -> str:
     lines = [
-        "Write a trained network to one file that runs without mgvideo, and compare its output with the network's:"
+        "Write a trained network to one file that runs without mgvideo, and compare its output with the network's; or "
+        "write its weights:"
     ]
     lines += ["python tools/export.py ckpt=PATH out=FILE [key=value] …", ""]
     return "\n".join([*lines, *HELP, "", *keys.describe(ExportKeys)])
@@ -104,12 +110,20 @@ def read_keys(overrides: Sequence[str]) -> ExportKeys:
     """Read and check the keys of this program, and fill in `format`. Raises UserError for an invalid value."""
     options = keys.read(ExportKeys, overrides)
     if options.out is None:
-        raise UserError("out is not set: add out=NAME.pt2 or out=NAME.onnx to the command")
+        raise UserError("out is not set: add out=NAME.pt2, .onnx or .safetensors, or format=hub out=FOLDER")
+    require(options.repo is None or options.format == "hub", "repo uploads a folder: add format=hub")
+    if options.format == "hub":
+        require_hub()
+        return options
     suffix_format = SUFFIXES.get(Path(options.out).suffix)
-    require(suffix_format is not None, f"out={options.out}: name it NAME.pt2 (torch) or NAME.onnx")
+    require(
+        suffix_format is not None,
+        f"out={options.out}: name it NAME.pt2 (torch), NAME.onnx or NAME.safetensors; format=hub writes a folder",
+    )
     require(
         options.format in (None, suffix_format),
-        f"out={options.out}: format={options.format} requires another suffix: .pt2 for torch, .onnx for onnx",
+        f"out={options.out}: format={options.format} requires another suffix: "
+        f"{', '.join(f'{suffix} for {name}' for suffix, name in SUFFIXES.items())}",
     )
     options.format = suffix_format
     missing = [name for name in ONNX_PACKAGES if options.format == "onnx" and find_spec(name) is None]
@@ -122,9 +136,33 @@ def run(options: ExportKeys, overrides: Sequence[str]) -> None:
     out = Path(str(options.out))
     with explain_write_errors("out", out):
         out.parent.mkdir(parents=True, exist_ok=True)
+        if options.format == "hub":
+            export_to_hub(options, overrides, out)
+            return
         with replace_when_complete(out) as part:
             part.touch()  # fail now, not after minutes of tracing, if the folder is not writable
-            export(options, overrides, part)
+            if options.format == "safetensors":
+                export_weights(options, overrides, part)
+            else:
+                export(options, overrides, part)
+
+
+def export_weights(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:
+    """Write the tensors of the network, with mgvideo's names, as `init_from` and `ckpt` read them."""
+    trained = load_trained(options.ckpt, overrides, ExportKeys)
+    print(trained.load_summary)
+    write_weights(trained.model, file)
+    print(f"{options.out}: {decimal(file.stat().st_size)}, {trained}; read again, and equal")
+
+
+def export_to_hub(options: ExportKeys, overrides: Sequence[str], folder: Path) -> None:
+    """Write a folder with weights, config, class names and a model card, and upload it if `repo` is set."""
+    trained = load_trained(options.ckpt, overrides, ExportKeys)
+    print(trained.load_summary)
+    write_hub_folder(trained, folder, options.repo)
+    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    if options.repo is not None:
+        print(f"uploaded to {push_folder(folder, options.repo)}")
 
 
 def export(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:

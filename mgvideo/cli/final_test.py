@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from mgvideo.loading.loader import Loader, LoaderOptions
 from mgvideo.plan.plan import Plan
 from mgvideo.plan.schedules import baseline_of
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
-from mgvideo.storage.files import write_atomic
 from mgvideo.storage.remote_output import RemoteOutput
 from mgvideo.tracking.report import Report
 from mgvideo.tracking.run_logger import RunLogger
@@ -120,16 +118,13 @@ def test(
         folder=logger.folder,
         advice=network.advice,
     )
-    report.write()
-    logger.print_line("\n" + report.markdown())
+    logger.log_report(report)
 
 
 def write_files(data: Data, logger: RunLogger, step: int, result: Scores, metrics: dict[str, float]) -> None:
     """Write the results of the test to test.json, predictions.csv, per_class.csv, confusion.png and TensorBoard."""
     folder, dataset = logger.folder, data.val
-    for name, value in metrics.items():
-        logger.board.add_scalar(f"test/{name}", value, step)
-    write_atomic(folder / "test.json", json.dumps({"step": step, **metrics}).encode())
+    logger.log_test(step, metrics)
     paths = [dataset.entry(index).path for index in range(len(dataset))]
     results = TestResults(paths, dataset.class_names, result.scores, result.labels)
     write_predictions(folder / "predictions.csv", results)

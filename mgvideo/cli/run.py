@@ -39,6 +39,7 @@ from mgvideo.storage.paths import belongs_to
 from mgvideo.storage.remote_output import RemoteOutput
 from mgvideo.tracking.report import describe_hardware
 from mgvideo.tracking.run_logger import RunLogger
+from mgvideo.tracking.trackers import Tracker, check_tracker, open_tracker
 
 from . import app, final_test
 from .build import (
@@ -64,6 +65,7 @@ from .resume import (
     software_versions,
 )
 from .schema import check_values
+from .values import flatten
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -75,6 +77,7 @@ def run(cfg: DictConfig) -> None:
     """Train and test as a composed config says. Every rank calls this."""
     check_values(cfg)
     check_groups(cfg)
+    check_tracker(cfg.tracking)
     position = Position()
     with handle_signals(), process_group(position) as device:
         if cfg.deterministic:
@@ -109,7 +112,8 @@ def run(cfg: DictConfig) -> None:
             write_run_files(cfg, data, plan, folder)
             progress = state["progress"] if state else {"step": 0, "evaluated": 0}
             step = progress["step"]
-            logger = RunLogger(folder, plan, step, active=rank() == 0, evaluated=progress["evaluated"] == step)
+            tracker, evaluated = build_tracker(cfg, folder, step), progress["evaluated"] == step
+            logger = RunLogger(folder, plan, step, active=rank() == 0, evaluated=evaluated, tracker=tracker)
             try:
                 for warning in [*filter(None, [precision.warning]), *faults, *warnings, *differences]:
                     logger.print_line(f"warning: {warning}")
@@ -212,6 +216,12 @@ def write_run_files(cfg: DictConfig, data: Data, plan: Plan | None, folder: Path
         write_atomic(folder / "classes.txt", names.encode(errors="surrogateescape"))
         if plan:
             write_atomic(folder / "plan.json", json.dumps(plan.to_json(), indent=1).encode())
+
+
+def build_tracker(cfg: DictConfig, folder: Path, step: int) -> Tracker | None:
+    """Start the tracked run of `tracking=…`, or continue it if the run resumes at a step; None on ranks but 0."""
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    return open_tracker(cfg.tracking, folder, flatten(config), resumes=step > 0)
 
 
 def print_summary(cfg: DictConfig, logger: RunLogger, plan: Plan, precision: Precision, data: Data) -> None:
@@ -324,7 +334,8 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
             warnings.append(f"init_from: {warning}")
         network.progress.record_environment(describe_hardware(device), str(precision))
         write_run_files(cfg, data, network.plan, folder)
-        logger = RunLogger(folder, network.plan, network.progress.step, active=rank() == 0)
+        step = network.progress.step
+        logger = RunLogger(folder, network.plan, step, active=rank() == 0, tracker=build_tracker(cfg, folder, step))
         options = loader_options(cfg)
         try:
             for warning in [*filter(None, [precision.warning]), *warnings, *check_shared_memory(cfg, None, options)]:

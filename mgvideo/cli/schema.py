@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
+from mgvideo.tracking.trackers import TRACKERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
@@ -218,14 +219,17 @@ class RunKeys:
         45.0, "seconds without progress on a rank after which the other ranks end the run; 0: no limit", least=0
     )
     deterministic: bool = key(False, "use deterministic algorithms, and stop with an error if an operation has none")
+    tracking: str = key(
+        "none", "log to a tracker too, beside TensorBoard: none, wandb (Weights & Biases) or mlflow", choices=TRACKERS
+    )
     output_dir: str = key(MISSING, "the run's folder, for checkpoints, logs and reports")
     resume: str = key(
         "auto", "auto: from the newest checkpoint in output_dir; never: start anew; or the path of a checkpoint"
     )
     init_from: str | None = key(
         None,
-        "initial weights: a run's folder (best checkpoint, else newest), or a checkpoint of mgvideo, PySlowFast, "
-        "PyTorchVideo or torchvision",
+        "initial weights: a run's folder (best checkpoint, else newest), or a file, URL or hf://org/name, of mgvideo, "
+        "PySlowFast, PyTorchVideo or torchvision",
     )
     init_from_key: str | None = key(
         None,

@@ -67,6 +67,7 @@ OTHER_NAMES = {
         "every_n_train_steps checkpoint_every save_period ckpt_freq"
     ),
     "checkpoint.keep": "max_keep_ckpts save_top_k save_total_limit checkpoint_hist keep_checkpoints keep_last",
+    "tracking": "wandb use_wandb mlflow use_mlflow logger loggers tracker report_to log_wandb wandb_project",
     "resume": (
         "resume_from auto_resume resume_from_checkpoint ckpt_path resume_path resume_training resume_checkpoint"
     ),
@@ -140,9 +141,7 @@ NOT_A_KEY = {
     "BN groups follow schedule.bn_group on any number of GPUs": (
         "sync_bn syncbn sync_batchnorm norm_type num_sync_devices num_splits bn_type"
     ),
-    "TensorBoard is always written; there is no other tracker": (
-        "wandb use_wandb tensorboard use_tensorboard mlflow logger"
-    ),
+    "TensorBoard is always written": "tensorboard use_tensorboard",
 }
 
 _MIN_SIMILARITY = 0.7  # smallest ratio of difflib at which a word counts as a misspelt key

@@ -24,7 +24,9 @@ from .values import flatten, override_key, quote
 
 FOLDER = "table"  # inside mgvideo.configs
 # keys that change neither training nor results; `init_from` is here because recipe() compares its file name instead
-IGNORED_KEYS = ("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "decoder", "init_from")
+IGNORED_KEYS = (
+    *("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "tracking", "decoder", "init_from"),
+)
 # schedule and optimizer hold the values of `recipe.*`; `published_clip` is only for a warning
 IGNORED_PREFIXES = ("train.log_every", "train.evals_per_phase", "dataset.train_videos", "recipe.", "published_clip")
 DATA_PATH_KEYS = ("root", "pyramid", "frame_cache", "frame_cache_gib")

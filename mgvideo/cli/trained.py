@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from mgvideo.models.pretrained import load_pretrained
 from mgvideo.models.state_dicts import find_copy
 from mgvideo.models.weights_file import read_weights
 from mgvideo.storage.checkpoints import read_checkpoint
-from mgvideo.storage.paths import is_remote, strip_file_scheme
+from mgvideo.storage.paths import hub_repository, is_remote, local_copy, strip_file_scheme
 
 from . import app
 from . import keys as program_keys
@@ -92,6 +93,8 @@ def locate(ckpt: str | None, key: str = "ckpt") -> tuple[str, Path | None]:
     """Return the path or URL of the weights that `ckpt` refers to, and the config file of their run if it is local."""
     if ckpt is None:
         raise UserError(f"{key} is not set: add {key}=PATH to the command, a checkpoint or a run's folder")
+    if hub_repository(ckpt):
+        return _locate_on_hub(ckpt, key)
     if is_remote(ckpt):  # no search for a config beside it: not every server lists files
         return ckpt, None
     path = Path(strip_file_scheme(ckpt)).expanduser()
@@ -103,6 +106,19 @@ def locate(ckpt: str | None, key: str = "ckpt") -> tuple[str, Path | None]:
         raise UserError(f"{key}={ckpt}: no such file or folder")
     files = [folder / "config.yaml" for folder in (path.parent.parent, path.parent)]
     return str(path), next(filter(_is_run_config, files), None)
+
+
+def _locate_on_hub(ckpt: str, key: str) -> tuple[str, Path | None]:
+    """Fetch weights from the Hugging Face Hub, and the config and class names of their repository if it has them."""
+    try:
+        weights = local_copy(ckpt)
+        for name in ("config.yaml", "classes.txt"):
+            with suppress(FileNotFoundError):
+                local_copy(f"{hub_repository(ckpt)}/{name}")
+    except OSError as error:
+        raise UserError(f"cannot read {key}={ckpt}: {error.strerror or error}") from error
+    config = Path(weights).with_name("config.yaml")
+    return ckpt, config if _is_run_config(config) else None
 
 
 def _is_run_config(file: Path) -> bool:
@@ -131,6 +147,8 @@ def run_config(file: Path, overrides: Sequence[str], keys_class: type) -> DictCo
             )
     saved: Any = OmegaConf.load(file)
     _check_trust(file, OmegaConf.to_container(saved), overrides)
+    if isinstance(saved.dataset, DictConfig):
+        _follow_root(saved.dataset, saved.dataset.get("root"))
     try:
         sections = {key: saved[key] for key in saved if key not in SKIPPED_KEYS}
         cfg: Any = OmegaConf.merge(OmegaConf.structured(RunKeys), sections)
@@ -145,6 +163,15 @@ def run_config(file: Path, overrides: Sequence[str], keys_class: type) -> DictCo
         return OmegaConf.merge(cfg, read_dotlist(overrides, partial(holds_text, cfg)))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _follow_root(node: Any, root: str | None) -> None:
+    """Let the keys `root` below a saved dataset refer to `dataset.root`, so that an override changes them too."""
+    for name in list(node):
+        if isinstance(node._get_node(name), DictConfig):
+            if "root" in node[name] and node[name].get("root") == root:  # get: None for a value that is not set
+                node[name].root = "${dataset.root}"
+            _follow_root(node[name], root)
 
 
 def _check_trust(file: Path, saved: Any, overrides: Sequence[str], prefix: str = "") -> None:

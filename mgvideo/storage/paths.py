@@ -1,8 +1,9 @@
 """Paths that may be URLs: read them, or fetch a local copy, through iopath.
 
-`http://`, `https://` and `ftp://` can be read; `s3://` can be read and written if boto3 is installed; `file://` is a
-local path. `register_handler` adds other schemes. The handlers are process-wide state: one PathManager, `_manager`, and
-the prefixes that it handles, `_prefixes`.
+`http://`, `https://` and `ftp://` can be read; `s3://` can be read and written if boto3 is installed; `hf://` (the
+Hugging Face Hub) can be read if huggingface_hub is installed; `file://` is a local path. `register_handler` adds other
+schemes. The handlers are process-wide state: one PathManager, `_manager`, and the prefixes that it handles,
+`_prefixes`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from mgvideo.errors import UserError
 
 SERVER_TIMEOUT_S = 20.0  # for a server to accept a connection or to send its next bytes
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+HUB_WEIGHTS = "model.safetensors"  # the file that hf://org/name stands for
+_HUB_PATH = re.compile(r"(hf://([^/@]+/[^/@]+)(?:@([^/]+))?)(?:/(.+))?")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _prefixes: list[str] = []
 _manager = PathManager()
@@ -136,8 +139,13 @@ def path_manager(path: str) -> Iterator[Any]:
     scheme = f"{_scheme(path)}://"
     if scheme == "s3://" and scheme not in _prefixes and importlib.util.find_spec("boto3"):
         _register_s3()
+    if scheme == "hf://" and scheme not in _prefixes and importlib.util.find_spec("huggingface_hub"):
+        register_handler(_Hub())
     if scheme not in _prefixes:
-        hint = "; s3:// needs boto3 (pip install 'mgvideo[s3]')" if scheme == "s3://" else ""
+        hint = {
+            "s3://": "; s3:// needs boto3 (pip install 'mgvideo[s3]')",
+            "hf://": "; hf:// needs huggingface_hub (pip install 'mgvideo[hub]')",
+        }.get(scheme, "")
         raise UserError(f"{path}: {scheme} has no handler; use one of {', '.join(_prefixes)} and file://{hint}")
     try:
         yield _manager
@@ -215,6 +223,54 @@ class _Web(PathHandler):
             finally:
                 Path(part).unlink(missing_ok=True)
         return str(copy)
+
+
+def hub_repository(path: str) -> str | None:
+    """Return the repository of a path on the Hugging Face Hub, as `hf://org/name[@revision]`; None for other paths."""
+    match = _HUB_PATH.fullmatch(path)
+    return match[1] if match else None
+
+
+class _Hub(PathHandler):
+    """Reads `hf://org/name[@revision][/file]` from the Hugging Face Hub, through the cache of huggingface_hub."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["hf://"]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
+        if mode != "rb":
+            raise NotImplementedError
+        return open(self._get_local_path(path), "rb")
+
+    def _exists(self, path: str, **kwargs: Any) -> bool:
+        try:
+            self._get_local_path(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+        match = _HUB_PATH.fullmatch(path)
+        if match is None:
+            raise UserError(f"{path}: write it as hf://ORGANISATION/NAME or hf://ORGANISATION/NAME/FILE")
+        _, repository, revision, file = match.groups()
+        endpoint = os.environ.get("HF_ENDPOINT")
+        try:
+            return str(hf_hub_download(repository, file or HUB_WEIGHTS, revision=revision, endpoint=endpoint))
+        except LocalEntryNotFoundError as error:
+            raise OSError(
+                errno.EREMOTEIO, "the Hub cannot be reached, and the file is not in its cache", path
+            ) from error
+        except EntryNotFoundError as error:
+            hint = "" if file else f"; it has no {HUB_WEIGHTS}, so add the name of a file"
+            raise FileNotFoundError(errno.ENOENT, f"the repository has no such file{hint}", path) from error
+        except RepositoryNotFoundError as error:
+            raise OSError(
+                errno.EACCES, "there is no such repository, or it is private (hf auth login sets your token)", path
+            ) from error
 
 
 def _register_s3() -> None:

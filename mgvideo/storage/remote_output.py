@@ -107,12 +107,13 @@ class RemoteOutput:
             self._remote_index = index
 
     def _index(self) -> Index:
-        """Return the index of the local folder, without files that are being written."""
+        """Return the index of the local folder, without files that are being written and links that point elsewhere."""
         index = Index()
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if path.is_symlink():
-                index.links[name] = os.readlink(path)
+                if not os.path.isabs(target := os.readlink(path)):  # wandb links to its log files on this machine
+                    index.links[name] = target
             elif path.is_file() and path.name != ".lock" and path.suffix != ".tmp":
                 index.files[name] = [path.stat().st_size, path.stat().st_mtime_ns]
         return index

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from mgvideo.plan.plan import Plan
 from mgvideo.storage.files import parse_json_lines, write_atomic
 
 from .bad_videos import BadVideos
+from .report import Report
+from .trackers import Tracker
 
 ACTIVITY_INTERVAL_S = 30.0  # between two lines on the progress of precise BN, a validation or a test
 ProgressCallback = Callable[[int, int, bool], None]  # (batches done, batches, whether this rank waits)
@@ -88,6 +90,15 @@ def frames_as_image(clips: Tensor, count: int = 4) -> np.ndarray:
     return np.concatenate([np.concatenate(list(clip), axis=1) for clip in frames], axis=0)
 
 
+def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record of metrics.jsonl, by the names that TensorBoard shows."""
+    for name, value in record.items():
+        if name.startswith("val_"):
+            yield f"val/{name[4:]}", value
+        elif name not in ("step", "seconds") and isinstance(value, int | float):
+            yield f"train/{name}", value
+
+
 class RunLogger:
     """Prints and records a run on rank 0; on other ranks it does nothing.
 
@@ -99,15 +110,23 @@ class RunLogger:
         step: the step that the run resumes from, 0 for a new run.
         active: whether this process logs, which is rank 0.
         evaluated: whether the evaluation at `step` is complete. Otherwise its record is removed, since it is repeated.
+        tracker: gets the same scalars as TensorBoard, and the report.
     """
 
     plan: Plan
     eta: Eta
 
     def __init__(
-        self, folder: Path, plan: Plan | None, step: int = 0, active: bool = True, *, evaluated: bool = True
+        self,
+        folder: Path,
+        plan: Plan | None,
+        step: int = 0,
+        active: bool = True,
+        *,
+        evaluated: bool = True,
+        tracker: Tracker | None = None,
     ) -> None:
-        self.folder, self.active = folder, active
+        self.folder, self.active, self.tracker = folder, active, tracker
         self.console = Console(file=sys.stdout, quiet=not active, soft_wrap=True, highlight=False)
         if plan is not None:
             self.plan, self.eta = plan, Eta(plan)
@@ -262,19 +281,39 @@ class RunLogger:
         if self.active:
             self.bad_videos.load(state)
 
+    def log_test(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of the test to test.json, TensorBoard and the tracker."""
+        if not self.active:
+            return
+        scalars = {f"test/{name}": value for name, value in metrics.items()}
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.log(scalars, step)
+        write_atomic(self.folder / "test.json", json.dumps({"step": step, **metrics}).encode())
+
+    def log_report(self, report: Report) -> None:
+        """Write the report to the run's folder and the tracker, and print it."""
+        if not self.active:
+            return
+        report.write()
+        if self.tracker:
+            files = [self.folder / name for name in ("report.md", "report.json", "predictions.csv", "per_class.csv")]
+            self.tracker.log_report(report.as_json(), [file for file in files if file.exists()])
+        self.print_line("\n" + report.markdown())
+
     def _record(self, record: dict[str, Any]) -> None:
-        """Write a record to metrics.jsonl and TensorBoard."""
+        """Write a record to metrics.jsonl, TensorBoard and the tracker."""
         self._metrics.write(json.dumps(record) + "\n")
+        if self.tracker:
+            self.tracker.log(dict(_scalars(record)), record["step"])
         self._add_scalars(record)
         self._add_scalars_by_second(record)
 
     def _add_scalars(self, record: dict[str, Any]) -> None:
         """Write a record's numbers to TensorBoard, over steps."""
-        for name, value in record.items():
-            if name.startswith("val_"):
-                self.board.add_scalar(f"val/{name[4:]}", value, record["step"])
-            elif name not in ("step", "seconds") and isinstance(value, int | float):
-                self.board.add_scalar(f"train/{name}", value, record["step"])
+        for name, value in _scalars(record):
+            self.board.add_scalar(name, value, record["step"])
 
     def _add_scalars_by_second(self, record: dict[str, Any]) -> None:
         """Write a record's loss and validation metrics to TensorBoard, over whole seconds of training."""
@@ -285,8 +324,10 @@ class RunLogger:
             self.board_by_second.add_scalar("train_by_second/loss", record["loss"], int(record["seconds"]))
 
     def close(self) -> None:
-        """Remove the progress bar and close all files."""
+        """Remove the progress bar and close all files. During an exception, the tracked run is marked as failed."""
         self.stop_progress()
+        if self.tracker:
+            self.tracker.close(failed=sys.exc_info()[0] is not None)
         if self.active:
             self.bad_videos.write()
             self._metrics.close()

@@ -103,6 +103,7 @@ def test_the_remote_mirrors_the_folder_and_restores_it(bucket: Bucket) -> None:
     mirror = RemoteOutput("bucket://mirrored")
     with mirror.synced():
         save_checkpoints(mirror, 1, 2, 3, 4)
+        (mirror.folder / "elsewhere.log").symlink_to(Path("elsewhere.log").absolute())  # not copied
     names = {path.name for path in (bucket.folder / "mirrored/checkpoints").iterdir()}
     assert names == {f"step_0000000{step}.{suffix}" for step in (1, 3, 4) for suffix in ("pt", "sha256")}
     modified_ns = {path: path.stat().st_mtime_ns for path in (bucket.folder / "mirrored/checkpoints").iterdir()}
