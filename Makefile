@@ -28,8 +28,9 @@ bench: $(READY)  ## time a step at each grid of the default plan, then the train
 	$(BIN)/python tools/benchmark.py step
 	$(BIN)/python tools/benchmark.py train
 
-docs: $(READY)  ## write docs/configuration.md from the schema and the YAML files of the config groups
+docs: $(READY)  ## write docs/configuration.md and docs/pyslowfast.md from the schema, the YAML files and the rules
 	$(BIN)/python -m mgvideo.cli.configuration_page
+	$(BIN)/python -m mgvideo.cli.pyslowfast_page
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -43,6 +43,7 @@ OPTIONS = {
 }
 # fields of a frame that describe its colours
 COLOUR_FIELDS = ("colorspace", "color_range", "color_primaries", "color_trc")
+OUTSIDE = ".outside"  # folder of a level for videos outside the dataset's root, below which paths are absolute
 SAMPLE_VIDEOS = 16  # number of videos to encode before estimating the size of the pyramid
 
 
@@ -71,7 +72,7 @@ class ManifestRow:
     """A video in a pyramid's manifest.
 
     Attributes:
-        path: Path of the original relative to the dataset's root.
+        path: Name of the video, see `name_video`.
         short_side, frames, bytes: Of the original.
         start: Seconds at which the first frame of the original is shown.
         level_bytes: Size of all levels together.
@@ -101,14 +102,14 @@ class Pyramid:
         if file != path:
             with suppress(DecodeError):
                 video = self.decoder.open(file, short_side)
-                if start := self.rows[relative(path, self.root)].start:
+                if start := self.rows[name_video(path, self.root)].start:
                     video.times = video.times + start
                 return video
         return self.decoder.open(path, short_side)
 
     def locate(self, path: str, short_side: int | None) -> str:
         """Return the file to read for a short side: a level of the original, or the original itself."""
-        name = relative(path, self.root)
+        name = name_video(path, self.root)
         row = self.rows.get(name)
         side = self._side(row.short_side if row else None, short_side)
         return path if side is None else level_path(self.folder, side, name)
@@ -130,7 +131,7 @@ def encode_pyramid(
     progress: FileProgress = ignore_progress,
     estimate: Callable[[int], None] = lambda level_bytes: None,
 ) -> list[ManifestRow]:
-    """Encode the videos `paths` (relative to `root`) and return their rows of the manifest.
+    """Encode the videos `paths` (relative to `root`, or absolute, or URLs) and return their rows of the manifest.
 
     Continues an interrupted build. A video that cannot be encoded has a row with `failure`.
 
@@ -140,20 +141,15 @@ def encode_pyramid(
         estimate: Called once with the estimated bytes of the whole pyramid, after `SAMPLE_VIDEOS` videos.
 
     Raises:
-        UserError: The folder is a URL, holds another pyramid, cannot be written or is too small, or a path is outside
-            `root`.
+        UserError: The folder is a URL, holds another pyramid, cannot be written or is too small.
     """
     if is_remote(folder):
         raise UserError(f"{folder}: build the pyramid in a local folder and upload that")
     local_folder = Path(strip_file_scheme(folder))
-    outside = next((path for path in paths if os.path.normpath(path).split(os.sep)[0] in ("", os.pardir)), None)
-    if outside is not None:
-        raise UserError(
-            f"{outside} is not under {root}, and a pyramid has only videos under it; set dataset.root to a folder above"
-        )
+    names = [name_video(join(root, path), root) for path in paths]
     local_folder.mkdir(parents=True, exist_ok=True)
     done = _resume(local_folder, layout)
-    remaining = sorted({path for path in paths if path not in done})
+    remaining = sorted({name for name in names if name not in done})
     sample = min(SAMPLE_VIDEOS, len(remaining))
     # Encode an evenly spaced sample first: neighbouring files are similar, so the first ones are a biased sample.
     spaced = (remaining[i * len(remaining) // sample] for i in range(sample))
@@ -170,11 +166,21 @@ def encode_pyramid(
             progress(number, len(remaining))
             if number == sample:
                 estimate(_estimate_bytes(local_folder, root, remaining, done))
-    return [done[path] for path in dict.fromkeys(paths)]
+    return [done[name] for name in dict.fromkeys(names)]
+
+
+def name_video(path: str, root: str) -> str:
+    """Return the name of a video in a pyramid: its path relative to `root`, or if it is outside, absolute or a URL."""
+    name = relative(path, root)
+    if os.path.normpath(name).split(os.sep)[0] != os.pardir:
+        return name
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 def level_path(folder: str, side: int, name: str) -> str:
-    """Return the path or URL of a level of a video."""
+    """Return the path or URL of a level of a video. Those of videos outside the dataset's root are in a sub-folder."""
+    if os.path.isabs(name) or is_remote(name):
+        name = OUTSIDE + os.path.normpath(f"/{name.replace('://', '/').lstrip('/')}")
     return join(folder, f"short{side}/{name}.mp4")
 
 

@@ -23,6 +23,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
+from pyslowfast_configs import KINETICS
 from torch.distributed.run import get_args_parser as torchrun_parser
 from training import ROOT
 
@@ -39,6 +40,7 @@ SHOWN = all_shown_commands()
 TOOLS = {
     "run_net": "run", "plan": "plan", "prepare_data": "prepare", "reproduce": "reproduce", "predict": "predict",
     "test": "test", "features": "features", "export": "export", "benchmark": "benchmark", "doctor": "doctor",
+    "from_pyslowfast": "from_pyslowfast",
 }  # fmt: skip
 # programs that are not part of mgvideo → why they are not run
 NOT_RUN = {
@@ -256,6 +258,7 @@ def _perform(words: list[str], programs: Programs) -> None:
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.chdir(tmp_path)
     Path("measured.json").write_text(benchmark_json())
+    Path("SLOWFAST_8x8_R50_stepwise_multigrid.yaml").write_text(KINETICS)
     write_extensions()
     monkeypatch.syspath_prepend("my_parts")  # the page sets PYTHONPATH
     return Programs(monkeypatch)

@@ -24,6 +24,7 @@ PROGRAMS = {
     "predict": "print the top classes of videos, or draw them into the videos",
     "features": "write the pooled features of videos as a NumPy array",
     "export": "export a trained network as a torch.export or ONNX file",
+    "from_pyslowfast": "print the command for a config of PySlowFast, and what it could not translate",
     "benchmark": "measure the loader, a training step at each grid of a plan, or the trainer",
 }
 
@@ -65,7 +66,7 @@ def _run(program_and_arguments: Sequence[str]) -> None:
                     start_fork_server()  # it imports the modules of the workers while this process imports its own
         importlib.import_module(f"mgvideo.cli.{program}").main(arguments)
         return
-    usage = "\n".join(f"  mgvideo {name:<10} {text}" for name, text in PROGRAMS.items())
+    usage = "\n".join(f"  mgvideo {name:<15} {text}" for name, text in PROGRAMS.items())
     print(f"mgvideo: multigrid training of video networks\n\n{usage}\n\nAdd --help for the arguments of a program.")
     if program not in ("-h", "--help"):
         print(f"error: there is no program '{program}'", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,31 @@ def test_a_pyramid_includes_rotated_videos(tmp_path: Path, capsys: pytest.Captur
     output = capsys.readouterr().out
     assert "2 videos: " in output
     assert "read from the original" not in output
+
+
+def test_a_list_of_absolute_paths_outside_the_root_trains_and_has_a_pyramid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    videos, root, pyramid = tmp_path / "videos", tmp_path / "lists", tmp_path / "pyramid"
+    lines = []
+    for number in range(16):
+        write_video(videos / f"{number}.mp4")
+        lines.append(f"{videos / f'{number}.mp4'} {number % 2}\n")
+    root.mkdir()
+    for split in ("train", "val"):
+        (root / f"{split}.csv").write_text("".join(lines[: 16 if split == "train" else 2]))
+    overrides = [
+        "dataset=kinetics400", "dataset.num_classes=2", f"dataset.root={root}", "model=r2plus1d_small", "model.width=4",
+        "base.num_frames=8", "base.crop_size=32", "base.short_side=[36,40]", "base.batch_size=8", "base.epochs=1",
+        "base.lr_milestones=[]", "base.warmup_epochs=0", "schedule=baseline", "train.precise_bn_clips=0",
+    ]  # fmt: skip
+    prepare("pyramid", [f"out={pyramid}", "processes=1"], overrides)
+    assert "16 videos: " in capsys.readouterr().out
+    assert len(list(pyramid.rglob(f".outside{videos}/*.mp4"))) == 16
+    shutil.rmtree(videos)  # so that only the levels can be read
+    more = [f"dataset.pyramid={pyramid}", "loader.num_workers=0", "test.enable=false", "train.evals_per_phase=0"]
+    result = run_program(*overrides, *more, "output_dir=out", "dataset.max_bad_fraction=0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_killed_check_resumes(broken: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from videos import read_number, write_rotated, write_video
 from mgvideo.datasets import pyramid as pyramid_module
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
 from mgvideo.datasets.lists import video_list
-from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid, level_path
+from mgvideo.datasets.pyramid import Pyramid, PyramidLayout, encode_pyramid, level_path, name_video
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, View
 from mgvideo.plan.plan import Grid
@@ -144,6 +145,40 @@ def test_levels_of_a_rotated_video_are_upright(tmp_path: Path) -> None:
         assert (level.path, level.height, level.width) == (level_path(folder, 40, "a.mp4"), 60, 40)
         small, large = level.read([30]).float(), video.read([30]).float()
     assert (small - large[:, ::2, ::2]).abs().mean() < 8
+
+
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_videos_outside_the_root_have_levels_named_after_their_absolute_path(
+    is_absolute: bool, originals: Path, tmp_path: Path
+) -> None:
+    root, folder = tmp_path / "lists", tmp_path / "levels"
+    write_video(root / "inside.mp4", height=80, width=120)
+    outside = originals / "deep/a.mp4"
+    listed = str(outside) if is_absolute else os.path.relpath(outside, root)
+    (root / "list.csv").write_text(f'"{listed}" 0\ninside.mp4 0\n')
+    rows = encode_pyramid(str(folder), str(root), [listed, "inside.mp4"], LAYOUT, processes=1)
+    assert [row.path for row in rows] == [str(outside), "inside.mp4"]
+    assert not any(row.failure for row in rows)
+    level = folder / f"short60/.outside{outside}.mp4"
+    assert level_path(str(folder), 60, str(outside)) == str(level)
+    assert level.exists()
+    assert len(list(folder.rglob("*.mp4"))) == 2 * len(LAYOUT.sides)
+    decoder = Pyramid(str(folder), str(root), PyAV())
+    dataset = video_list(str(root), "list.csv", decoder=decoder)
+    assert decoder.locate(dataset.path(0), 60) == str(level)
+    request = ClipRequest(0, Grid(4, 32, (2, 2), (40, 40)), seed=1)
+    from_original = video_list(str(root), "list.csv", decoder=PyAV())[request]
+    assert (dataset[request].clip.float() - from_original.clip.float()).abs().mean() < 8
+    assert encode_pyramid(str(folder), str(root), [listed, "inside.mp4"], LAYOUT, processes=1) == rows
+
+
+def test_levels_of_urls_and_of_paths_with_dots_stay_in_the_folder() -> None:
+    assert name_video("http://host/d/../../x.mp4", "http://host/d") == "http://host/d/../../x.mp4"
+    assert name_video("http://host/d/x.mp4", "http://host/d") == "x.mp4"
+    assert name_video("http://other/x.mp4", "http://host/d") == "http://other/x.mp4"
+    assert name_video("/data/k/../x.mp4", "/data/k") == "/data/x.mp4"
+    assert level_path("/p", 60, "http://host/d/../../../../../x.mp4") == "/p/short60/.outside/x.mp4.mp4"
+    assert level_path("/p", 60, "http://other/x.mp4") == "/p/short60/.outside/http/other/x.mp4.mp4"
 
 
 def test_missing_level_is_read_from_the_original(originals: Path, pyramid: Path, tmp_path: Path) -> None:
