@@ -94,6 +94,16 @@ class Predictor:
         with ProgressLog("predict") as progress:
             return evaluator(self.trained.model, self.views, lambda done, of, _: progress(done, of))
 
+    def check_heat_maps(self) -> None:
+        """Raise UserError if class-activation maps of this network do not exist."""
+        grid = self.views.grid
+        clip = torch.randint(0, 256, (1, grid.frames, grid.size, grid.size, 3), dtype=torch.uint8)
+        with torch.no_grad(), self.precision.autocast():
+            try:
+                class_maps(self.trained.model, self.normalize(clip.to(self.precision.device)), 0)
+            except UserError as error:
+                raise UserError(f"cam=true: model={self.trained.name}: {error}") from error
+
     def heat_maps(self, path: str, label: int) -> HeatMaps:
         """Compute class-activation maps of a class over a whole video, scaled so that their maximum is 1.
 
@@ -172,6 +182,8 @@ def find_videos(words: Sequence[str]) -> dict[str, str]:
 def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) -> None:
     """Score the videos, print the results and draw them. Exits with 1 if a video cannot be read or written."""
     predictor = build_predictor(options, load_trained(options.ckpt, overrides, PredictKeys))
+    if options.cam:
+        predictor.check_heat_maps()
     targets = choose_output_paths(videos, Path(options.out)) if options.out is not None else {}
     grid, views = predictor.views.grid, predictor.views
     print(predictor.trained.load_summary, file=sys.stderr)
@@ -180,7 +192,8 @@ def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) 
     paths = list(videos)
     result = predictor.score_videos(paths)
     reasons = {paths[failure.index]: failure.reason for failure in result.failures}
-    rows = {path: _top(predictor, scores, options.top) for path, scores in zip(paths, result.scores, strict=True)}
+    scores = zip(paths, result.scores, strict=True)
+    rows = {path: top_classes(predictor, row, options.top) for path, row in scores}
     for path in [path for path in targets if path not in reasons]:
         reasons |= draw_predictions(predictor, path, targets[path], rows[path], options.cam)
     print_predictions(options, rows, reasons)
@@ -233,7 +246,8 @@ def read_class_names(file: str | None, trained: Trained) -> list[str]:
 TopClasses = list[tuple[int, str, float]]  # (label, name, score), highest score first
 
 
-def _top(predictor: Predictor, scores: Tensor, count: int) -> TopClasses:
+def top_classes(predictor: Predictor, scores: Tensor, count: int) -> TopClasses:
+    """Return the `count` classes with the highest scores."""
     best = scores.topk(min(count, len(scores)))
     return [
         (label, predictor.names[label], score)
