@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import index as to_int
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mgvideo.errors import UserError
-from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample
+from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample, View
+from mgvideo.plan.plan import Grid
 from mgvideo.storage.paths import join
 
 from .decoders import DecodeError, Decoder, Decord
@@ -34,15 +36,17 @@ class VideoEntry(NamedTuple):
 class VideoDataset:
     """Videos with labels; `dataset[request]` is a pure function of the request and the files.
 
-    A label that is a tuple makes the dataset multi-label.
+    A label that is a tuple makes the dataset multi-label. `dataset[number]` is for people: the middle clip of a video.
 
     Attributes:
+        grid: Shape of the clips `dataset[number]`; `build_data` sets it to that of the recipe.
         timed_labels: Whether the label of a training clip depends on the seconds of the video that it covers.
         notes: Messages for the user, printed when a run starts.
         missing: Videos that the annotations list but that do not exist. They are not part of the dataset.
     """
 
     timed_labels = False
+    grid: Grid | None = None
 
     def __init__(
         self,
@@ -95,15 +99,22 @@ class VideoDataset:
         label = torch.as_tensor(self.labels[index])
         return label.float() if label.ndim else label
 
-    def __getitem__(self, request: ClipRequest) -> Sample:
-        """Load the clip of a request; see `mgvideo.loading.requests.Sample`.
+    def __getitem__(self, request: ClipRequest | SupportsIndex) -> Sample:
+        """Load the clip of a request, or the middle clip of a video; see `mgvideo.loading.requests.Sample`.
 
         If a training video cannot be read, another video is drawn with the request's own seed. A test view of such a
         video is black. In both cases the sample lists the failures.
 
+        The clip of a number has the shape `grid`, the middle frames of the video and the centre of the frame. Negative
+        numbers count from the end.
+
         Raises:
-            UserError: `MAX_TRIES` videos in a row cannot be read.
+            UserError: `MAX_TRIES` videos in a row cannot be read, or a number is given without a `grid`.
+            DecodeError: The video with this number cannot be read.
+            IndexError: There is no video with this number.
         """
+        if not isinstance(request, ClipRequest):
+            return self._middle_clip(to_int(request))
         if request.view is not None:
             return self._view(request)
         index = request.index
@@ -120,6 +131,15 @@ class VideoDataset:
         raise UserError(
             f"{MAX_TRIES} videos in a row cannot be read, the last one {failures[-1].path}: {failures[-1].reason}"
         )
+
+    def _middle_clip(self, number: int) -> Sample:
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"video {number} of a dataset of {len(self)}")
+        if self.grid is None:
+            raise UserError("dataset[number] needs a clip shape: set dataset.grid, or build it with build_data(cfg)")
+        index = number % len(self)
+        clip, _ = self._read(index, ClipRequest(index, self.grid, 0, View(0, 1, 1)))
+        return Sample(clip[0], self.label(index), index)
 
     def _view(self, request: ClipRequest) -> Sample:
         assert request.view is not None

@@ -9,32 +9,78 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from mgvideo.errors import UserError
+
+from .resnet import Head
+
+MAX_ROUNDING = 0.02  # of a mean in bf16, relative to the largest
+
 
 def class_maps(model: nn.Module, clips: Tensor, label: int) -> list[Tensor]:
     """Compute the contribution of each position of the last feature maps to a class.
 
-    Every network here averages its features over all positions before one linear layer. So the maps are exact: the
-    sum of their means is the logit minus the bias.
+    The network averages its features over all positions before one linear layer. So the maps are exact: the sum of
+    their means is the logit minus the bias. Layers need no particular names.
 
     Args:
-        model: one of the networks of `mgvideo.models`.
-        clips: the network's input, float `[n, 3, t, h, w]`.
+        model: the network.
+        clips: its input, float `[n, 3, t, h, w]`.
         label: the class.
 
     Returns:
         One map for each pathway, float32 `[n, t', h', w']`. SlowFast has two: slow, then fast.
+
+    Raises:
+        UserError: the network does not end in a global average and a linear layer.
     """
-    network: Any = model
-    pooling, fc = (network.avgpool, network.fc) if hasattr(model, "avgpool") else (network.head, network.head.fc)
+    head = getattr(model, "head", None)
+    features, fc = _pathways(model, head, clips) if isinstance(head, Head) else _averaged_features(model, clips)
+    weights = fc.weight[label].float().split([pathway.shape[1] for pathway in features])
+    # not a matrix product, because autocast would round it
+    return [(f.float() * w.view(-1, 1, 1, 1)).sum(1) for f, w in zip(features, weights, strict=True)]
+
+
+def _pathways(model: nn.Module, head: Head, clips: Tensor) -> tuple[list[Tensor], nn.Linear]:
+    """Return the features that the head of one of our networks averages, one for each pathway, and its linear layer."""
     features: list[Tensor] = []
-    hook = pooling.register_forward_pre_hook(lambda module, inputs: features.extend(inputs))
+    hook = head.register_forward_pre_hook(lambda module, inputs: features.extend(inputs))
     try:
         model(clips)
     finally:
         hook.remove()
-    weights = fc.weight[label].float().split([pathway.shape[1] for pathway in features])
-    # not a matrix product, because autocast would round it
-    return [(f.float() * w.view(-1, 1, 1, 1)).sum(1) for f, w in zip(features, weights, strict=True)]
+    return features, head.fc
+
+
+def _averaged_features(model: nn.Module, clips: Tensor) -> tuple[list[Tensor], nn.Linear]:
+    """Return the features whose mean over all positions is the input of the last linear layer, and that layer.
+
+    They are found by comparing values, so the average may be a layer or a function.
+    """
+    latest: dict[tuple[int, ...], Tensor] = {}  # the last output of each shape [n, c, t, h, w]
+    calls: list[tuple[nn.Linear, Tensor, list[Tensor]]] = []  # layer, its input, features with as many channels
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, nn.Linear) and inputs[0].dim() == 2:
+            same_channels = [f for shape, f in latest.items() if shape[:2] == inputs[0].shape]
+            calls[:] = [(module, inputs[0], same_channels)]
+        elif isinstance(output, Tensor) and output.dim() == 5:
+            latest[tuple(output.shape)] = output
+
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        model(clips)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for fc, pooled, candidates in calls:
+        tolerance = MAX_ROUNDING * pooled.float().abs().max().item()
+        found = [f for f in candidates if (f.float().mean((2, 3, 4)) - pooled.float()).abs().max().item() <= tolerance]
+        if found:
+            return [max(found, key=Tensor.numel)], fc
+    raise UserError(
+        f"{type(model).__name__} has no class-activation maps: they need feature maps [n, c, t, h, w], averaged over "
+        "all positions and given to one nn.Linear at the end"
+    )
 
 
 def sum_pathway_maps(maps: Sequence[Tensor]) -> Tensor:

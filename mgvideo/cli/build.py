@@ -16,6 +16,7 @@ from torch import nn
 
 from mgvideo.distributed.collectives import barrier, gather_objects, rank, rank_cpus, rank_memory, world_size
 from mgvideo.distributed.process_group import local_rank
+from mgvideo.engine.evaluation import Views
 from mgvideo.engine.micro_batches import clips_that_fit
 from mgvideo.engine.precision import Normalize, Precision, cudnn_warning, probe_convolutions
 from mgvideo.engine.tasks import TASKS, Task
@@ -74,6 +75,9 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
         differing = sorted({*first.class_names} ^ {*val.class_names})
         example = repr(differing[0]) if differing else "their order"
         raise UserError(f"{first.root}: the classes of training and validation differ, for example in {example}")
+    for dataset in (training, val):
+        if dataset is not None and hasattr(dataset, "grid"):  # the shape of dataset[number]
+            dataset.grid = Views.of_size(cfg.base.num_frames, cfg.base.frame_stride, cfg.base.crop_size).grid
     return Data(training, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
 
 

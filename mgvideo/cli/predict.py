@@ -95,6 +95,8 @@ def run(options: PredictKeys, videos: dict[str, str], overrides: Sequence[str]) 
     """Score the videos, print the results and draw them. Exits with 1 if a video cannot be read or written."""
     trained = load_trained(options.ckpt, overrides, PredictKeys)
     predictor = build_predictor(options, trained, read_class_names(options.classes, trained))
+    if options.cam:
+        predictor.check_heat_maps()
     targets = choose_output_paths(videos, Path(options.out)) if options.out is not None else {}
     predictions = predict(predictor, list(videos), options)
     for number, prediction in enumerate(predictions):
@@ -121,13 +123,14 @@ def predict(predictor: Predictor, paths: Sequence[str], options: PredictKeys) ->
         result = predictor.score_videos([path for path, _ in parts], [span for _, span in parts])
         reasons = {failure.index: failure.reason for failure in result.failures}
         for number, ((path, span), scores) in enumerate(zip(parts, result.scores, strict=True)):
-            classes = [] if number in reasons else _top(predictor, scores, options.top)
+            classes = [] if number in reasons else top_classes(predictor, scores, options.top)
             predictions.append(Prediction(path, span, classes, reasons.get(number)))
     order = {path: number for number, path in enumerate(paths)}
     return sorted(predictions, key=lambda prediction: order[prediction.path])  # stable
 
 
-def _top(predictor: Predictor, scores: Tensor, count: int) -> TopClasses:
+def top_classes(predictor: Predictor, scores: Tensor, count: int) -> TopClasses:
+    """Return the `count` classes with the highest scores."""
     best = scores.topk(min(count, len(scores)))
     return [
         (label, predictor.names[label], score)

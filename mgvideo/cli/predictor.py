@@ -102,6 +102,16 @@ class Predictor:
         with ProgressLog(name) as progress:
             return evaluator(model, self.views, lambda done, of, _: progress(done, of))
 
+    def check_heat_maps(self) -> None:
+        """Raise UserError if class-activation maps of this network do not exist."""
+        grid = self.views.grid
+        clip = torch.randint(0, 256, (1, grid.frames, grid.size, grid.size, 3), dtype=torch.uint8)
+        with torch.no_grad(), self.precision.autocast():
+            try:
+                class_maps(self.trained.model, self.normalize(clip.to(self.precision.device)), 0)
+            except UserError as error:
+                raise UserError(f"cam=true: model={self.trained.name}: {error}") from error
+
     def heat_maps(self, path: str, label: int) -> HeatMaps:
         """Compute class-activation maps of a class over a whole video, scaled so that their maximum is 1.
 

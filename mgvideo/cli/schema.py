@@ -222,6 +222,9 @@ class RunKeys:
     tracking: str = key(
         "none", "log to a tracker too, beside TensorBoard: none, wandb (Weights & Biases) or mlflow", choices=TRACKERS
     )
+    model_option: str | None = key(
+        None, "name of the network in messages and reports; run.yaml sets the option of model"
+    )
     output_dir: str = key(MISSING, "the run's folder, for checkpoints, logs and reports")
     resume: str = key(
         "auto", "auto: from the newest checkpoint in output_dir; never: start anew; or the path of a checkpoint"
@@ -243,8 +246,14 @@ def _experiment_folder() -> str:
     return f"{str(experiment).replace('/', '-')}/" if experiment else ""
 
 
+def _model_option() -> str | None:
+    """Return the chosen option of the group model; None if the config was composed outside a program."""
+    return HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
+
+
 # On import, because a submitit job imports this module but does not call register().
 OmegaConf.register_new_resolver("experiment_folder", _experiment_folder, replace=True)
+OmegaConf.register_new_resolver("model_option", _model_option, replace=True)
 
 
 def register() -> None:

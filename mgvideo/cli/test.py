@@ -52,7 +52,7 @@ def run(options: Keys, overrides: Sequence[str]) -> None:
         cfg, folder = trained.cfg, Path(options.out)
         data = build_data(cfg, train=False)
         precision = choose_precision(cfg.precision, device)
-        name = f"{type(trained.model).__name__} on {cfg.dataset.name}"
+        name = f"{trained.name} on {cfg.dataset.name}"
         progress = TrainProgress()
         progress.record_environment(describe_hardware(device), str(precision))
         model = precision.place(trained.model)

@@ -58,8 +58,13 @@ class Trained:
         """The number of classes."""
         return int(self.cfg.model.num_classes)
 
+    @property
+    def name(self) -> str:
+        """The option of `model` that the run chose, or the network's class if that is not known."""
+        return self.cfg.model_option or type(self.model).__name__
+
     def __str__(self) -> str:
-        return f"{type(self.model).__name__} with {self.classes} classes from {self.weights}"
+        return f"{self.name} with {self.classes} classes from {self.weights}"
 
 
 def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type, key: str = "ckpt") -> Trained:
@@ -215,7 +220,10 @@ def config_for_weights(weights: str, overrides: Sequence[str], key: str = "ckpt"
         experiment = f"kinetics/{values['model']}"
         exists = experiment in group_options()["experiment"]
         recipe = [f"experiment={experiment}" if exists else "dataset=kinetics400"]
-    return app.compose_config("run", [*recipe, *overrides])
+    cfg = app.compose_config("run", [*recipe, *overrides])
+    if "model_option" not in values:
+        cfg.model_option = cfg.hydra.runtime.choices.model
+    return cfg
 
 
 def _classes_in(weights: str, cfg: DictConfig) -> int:

@@ -14,6 +14,7 @@ from mgvideo.cli.schema import RunKeys
 
 WRONG_TYPE = {"int": "many", "float": "much", "bool": "perhaps", "list[int]": "wide", "list[float]": "wide"}
 STRINGS = {
+    "model_option",
     "output_dir",
     "init_from",
     "init_from_key",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import shutil
@@ -356,6 +357,54 @@ def test_bad_input_gives_one_error_line(
     line = error_line(main, [str(videos / "00000.mp4"), *arguments(trained, tmp_path)], capsys)
     assert line.startswith("error: ")
     assert message in line
+
+
+TINY_NET = """
+from torch import nn
+
+class TinyNet(nn.Module):
+    def __init__(self, num_classes, average):
+        super().__init__()
+        self.average, self.features = average, nn.Conv3d(3, 4, (1, 5, 5), stride=(1, 2, 2))
+        self.last = nn.Linear(4, num_classes)
+
+    def forward(self, clips):
+        features = self.features(clips).relu_()
+        return self.last(features.mean((2, 3, 4)) if self.average else features.amax((2, 3, 4)))
+"""
+
+
+@pytest.mark.parametrize("average", ["true", "false"])
+def test_a_custom_network_has_its_options_name_and_heat_maps_if_it_averages(
+    average: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts, weights, out = tmp_path / "parts", tmp_path / "weights.pt", tmp_path / "out"
+    (parts / "model").mkdir(parents=True)
+    (parts / f"net_{average}.py").write_text(TINY_NET)
+    network = f"_target_: net_{average}.TinyNet\nnum_classes: ${{dataset.num_classes}}\naverage: {average}\n"
+    (parts / "model/my_net.yaml").write_text(network)
+    monkeypatch.syspath_prepend(str(parts))
+    module = importlib.import_module(f"net_{average}")
+    torch.save(module.TinyNet(8, True).state_dict(), weights)
+    command = [str(videos / "00000.mp4"), f"ckpt={weights}", f"hydra.searchpath=[{parts}]", "model=my_net"]
+    command += ["dataset=motion", f"out={out}", "cam=true", "loader.num_workers=0", *ONE_VIEW]
+    if average == "true":
+        main(command)
+        assert f"my_net with 8 classes from {weights}" in capsys.readouterr().err
+        assert (out / "00000.mp4").exists()
+        return
+    with pytest.raises(SystemExit):
+        main(command)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: cam=true: model=my_net: TinyNet has no class-activation maps")
+    assert not (out / "00000.mp4").exists()
+
+
+def test_a_run_folder_keeps_the_name_of_its_network(
+    trained: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([str(videos / "00000.mp4"), f"ckpt={trained}", *ONE_VIEW])
+    assert "r2plus1d_small with 8 classes from" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_skipped_in_a_folder_and_an_error_by_path(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from zoo import build
 
+from mgvideo.errors import UserError
 from mgvideo.models.cam import class_maps, sum_pathway_maps
 
 pytestmark = pytest.mark.numeric
@@ -36,6 +39,58 @@ def test_means_of_maps_add_up_to_logit_without_bias(name: str) -> None:
     total = sum(pathway.mean((1, 2, 3)) for pathway in maps)
     torch.testing.assert_close(total + bias, logits[:, 3])
     assert not model.head._forward_pre_hooks if hasattr(model, "head") else not model.avgpool._forward_pre_hooks
+
+
+class Custom(nn.Module):
+    """A network with names of its own: `average` is a layer or a function, `features` may be of any network."""
+
+    def __init__(self, average: Callable[[Tensor], Tensor], classifier: nn.Module | None = None) -> None:
+        super().__init__()
+        self.average = average
+        self.blocks = nn.Sequential(
+            nn.Conv3d(3, 6, 3, stride=2), nn.BatchNorm3d(6), nn.ReLU(inplace=True), nn.Conv3d(6, 6, 1), nn.SiLU()
+        )
+        self.classifier = classifier or nn.Linear(6, 5)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.classifier(self.average(self.blocks(clips)))
+
+
+AVERAGES = {
+    "function": lambda features: features.mean((2, 3, 4)),
+    "layer": nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Dropout(0.5)),
+    "two layers": nn.Sequential(nn.AdaptiveAvgPool3d((1, None, None)), nn.AdaptiveAvgPool3d(1), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_custom_network_with_a_global_average_needs_no_particular_names(average: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model, clips = Custom(AVERAGES[average]).eval(), torch.randn(2, 3, 9, 20, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, (maps,) = model(clips), class_maps(model, clips, 3)
+    assert maps.shape == (2, 4, 9, 7)
+    tolerance = 0.03 if autocast else 1e-5
+    torch.testing.assert_close(
+        maps.mean((1, 2, 3)) + model.classifier.bias[3], logits[:, 3].float(), atol=tolerance, rtol=tolerance
+    )
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Custom(lambda features: features.amax((2, 3, 4))),
+        Custom(lambda features: features.mean((2, 3, 4)), nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))),
+        Custom(lambda features: features.mean((3, 4)).flatten(1), nn.LazyLinear(5)),
+        Custom(nn.AdaptiveAvgPool3d(1), nn.Sequential(nn.Conv3d(6, 5, 1), nn.Flatten())),
+    ],
+    ids=["maximum", "two linear layers", "no average over time", "no linear layer"],
+)
+def test_another_network_is_refused_in_one_line(model: nn.Module) -> None:
+    with torch.no_grad(), pytest.raises(UserError, match=r"Custom has no class-activation maps: they need .* averaged"):
+        class_maps(model.eval(), torch.randn(2, 3, 9, 20, 16), 3)
 
 
 def test_autocast_does_not_round_maps() -> None:
