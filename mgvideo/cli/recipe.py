@@ -12,7 +12,10 @@ from mgvideo.plan.small_recipe import LARGE_BATCH, fit_clip, fit_training
 
 def fill_clip(cfg: DictConfig) -> None:
     """Set the keys of `base.*` and `test.crop_size` that define clips and are null, from the network's clips."""
-    clip = fit_clip(cfg.published_clip, cfg.base)
+    published = cfg.published_clip
+    if published is not None and len(published) != 3:
+        return  # check_values refuses it
+    clip = fit_clip(published, cfg.base)
     _fill_base(cfg, clip)
     if cfg.test.crop_size is None:
         cfg.test.crop_size = fit_clip(None, {"crop_size": clip["crop_size"]})["short_side"][0]

@@ -39,7 +39,7 @@ WRONG_VALUES = [
     *("loader.timeout=inf", "train.micro_batch_clips=0"),
     *("checkpoint.every_steps=-1", "checkpoint.every_minutes=-1", "checkpoint.every_minutes=nan", "checkpoint.keep=0"),
     *("normalize.mean=[0.5]", "normalize.mean=[0,0,nan]", "normalize.std=[1,1,0]", "precision=fp8", "seed=-1"),
-    *("compile=perhaps", "published_clip=[8,2]", "published_clip=[8,2,0]"),
+    *("compile=perhaps", "tracking=comet", "published_clip=[8,2]", "published_clip=[8,2,0]"),
     *("hang_timeout=-1", "resume=/nowhere/step.pt", "init_from=/nowhere/weights.pt"),
 ]
 TYPES = {
