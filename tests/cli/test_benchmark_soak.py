@@ -46,6 +46,7 @@ def test_usage_of_the_real_loader_is_flat_and_written_to_a_file(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_a_leak_is_measured(motion_root: str, workers: int) -> None:
     folder = next(Path(motion_root).glob("*/train.csv")).parent
     dataset = LeakyDataset(video_list(str(folder), "train.csv", decoder=PyAV()))

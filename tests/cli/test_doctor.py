@@ -70,6 +70,7 @@ def test_low_limits_are_warnings(machine: doctor.Machine, monkeypatch: pytest.Mo
     assert (space.status, space.remedy) == ("warning", "set output_dir")
 
 
+@pytest.mark.slow
 def test_a_missing_decoder_is_a_warning(machine: doctor.Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(self: Decord) -> None:
         raise UserError("decoder: decord is not installed; pip install decord, or choose decoder=pyav")

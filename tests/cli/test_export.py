@@ -90,6 +90,7 @@ def test_onnx_with_normalisation_accepts_uint8_frames(weights: Path, tmp_path: P
         session.run(None, {"clips": frames[:, :7].numpy()})
 
 
+@pytest.mark.slow
 def test_a_fixed_onnx_file_accepts_only_its_grid(weights: Path, tmp_path: Path) -> None:
     run_export("slowfast_small", weights, tmp_path / "net.onnx", "format=onnx")
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])

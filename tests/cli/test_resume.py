@@ -67,6 +67,7 @@ def tensorboard_scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+@pytest.mark.slow
 def test_run_that_is_killed_twice_ends_with_the_same_weights(whole: Path, tmp_path: Path, motion_root: str) -> None:
     run = [*EXACT, f"dataset.root={motion_root}", "output_dir=out"]
     assert kill_at_step(run, tmp_path, 4) == -signal.SIGKILL
@@ -135,6 +136,7 @@ def test_second_run_in_the_same_folder_is_refused(tmp_path: Path, motion_root: s
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 @pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.slow
 def test_full_or_read_only_disk_stops_the_run_with_one_line(tmp_path: Path, motion_root: str, fault: str) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

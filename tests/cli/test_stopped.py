@@ -138,6 +138,7 @@ WORKERS = {
     ("during", "workers"),
     [*(("validation", method) for method in WORKERS), ("precise BN", "forkserver"), ("test", "forkserver")],
 )
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_stops_the_run_cleanly_with_workers(
     during: str, workers: str, motion_root: str, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.slow
 def test_all_help_texts_print_in_any_encoding(encoding: str) -> None:
     command = [sys.executable, "-c", PRINT_ALL_HELP]
     result = subprocess.run(command, env=environment(**ENCODINGS[encoding]), capture_output=True, timeout=240)
@@ -128,6 +129,7 @@ def test_ctrl_c_stops_a_pool_of_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.slow
 def test_ctrl_c_stops_a_prediction_as_soon_as_a_worker_exists(method: str, motion_root: str, tmp_path: Path) -> None:
     torch.save(r2plus1d_small(5, width=4).state_dict(), tmp_path / "weights.pth")
     video = next(make_motion(motion_root, KNOBS).rglob("*.mp4"))

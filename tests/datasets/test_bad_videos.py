@@ -57,6 +57,7 @@ def read_reported(folder: Path, root: Path, top: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("decoder", ["pyav", DECORD, "torchcodec"])
+@pytest.mark.slow
 def test_training_survives_all_bad_files_and_reports_them(
     paths: dict[str, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
 ) -> None:

@@ -42,6 +42,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
         torch.testing.assert_close(value, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_training_clips_are_learned(tmp_path: Path, motion_root: str) -> None:
     plan = tiny_plan("multigrid", epochs=60, lr_milestones=(45,), warmup_epochs=4.0, lr=0.1)
     trainer = tiny_trainer(

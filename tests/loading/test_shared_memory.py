@@ -116,6 +116,7 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_ends_before_training(tmp_path: Path, motion_root: str, small_shm: list[str]) -> None:
     program = [sys.executable, str(ROOT / "tools/run_net.py"), *TINY, "test.enable=false", "output_dir=out"]
     result = run([*small_shm, *program, f"dataset.root={motion_root}"], tmp_path)
