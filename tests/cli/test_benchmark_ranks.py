@@ -50,7 +50,10 @@ def test_ranks_that_would_hang_are_reported(
         return split_into_micro_batches(shard, 1 if dist.get_rank() == WORLD - 1 else limit)
 
     monkeypatch.setattr(module, "split_into_micro_batches", split_differently_on_last_rank)
-    line = error_line(main, ["ranks", *OPTIONS, *CONFIG], capsys)
+    with pytest.raises(SystemExit) as stop:
+        main(["ranks", *OPTIONS, *CONFIG])
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]  # others: progress
     assert f"rank 0 and rank {WORLD - 1} differ at collective operation" in line
 
 
