@@ -186,6 +186,7 @@ def test_bad_videos_are_listed_and_training_continues(tmp_path: Path) -> None:
     assert "00003.mp4: Invalid data found when processing input" in report
 
 
+@pytest.mark.slow
 def test_precise_bn_runs_before_the_test_without_validation(tmp_path: Path, motion_root: str) -> None:
     command = [*TINY, f"dataset.root={motion_root}", "precision=fp32", "base.epochs=4", "base.lr_milestones=[2]"]
     scores = {}
