@@ -11,6 +11,11 @@ class NonFiniteError(UserError):
     """The loss or the gradients of a training step are infinite or NaN."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return the first two lines of an error's message as one line."""
+    return " ".join(" ".join(str(error).splitlines()[:2]).split())
+
+
 def print_error(message: object, rank: int | str = 0) -> None:
     """Print an error of a rank on stderr; ranks other than 0 are named.
 

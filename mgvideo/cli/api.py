@@ -8,9 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,15 +46,11 @@ def build_network(cfg: DictConfig) -> nn.Module:
     It is a plain module, in training mode: normalised float `[n, 3, t, h, w]` → logits `[n, classes]`. If the number of
     classes is counted in the data, call `build_data(cfg)` first.
     """
-    from mgvideo.models.pretrained import load_pretrained
+    from . import build
 
     if cfg.model.num_classes is None:
         raise UserError("dataset.num_classes is not known: call build_data(cfg) first, or set it")
-    torch.manual_seed(cfg.seed)
-    network: nn.Module = instantiate(cfg.model)
-    if cfg.init_from:
-        load_pretrained(network, cfg.init_from, key=cfg.init_from_key)
-    return network
+    return build.build_network(cfg)[0]
 
 
 def train(*overrides: str) -> Path:

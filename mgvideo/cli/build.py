@@ -143,18 +143,24 @@ def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = Tr
     A run that resumes passes `load_init_from=False`: the checkpoint replaces the weights, and the file of `init_from`
     may no longer exist.
     """
-    torch.manual_seed(cfg.seed)
-    model: nn.Module = instantiate(cfg.model)
-    if cfg.init_from and load_init_from:
-        from mgvideo.models.pretrained import load_pretrained
-
-        weights, folder = cfg.init_from, Path(strip_file_scheme(cfg.init_from)).expanduser()
-        if not is_remote(weights) and folder.is_dir():
-            weights = str(best_checkpoint(folder, "init_from"))
-        summary = load_pretrained(model, weights, key=cfg.init_from_key)
-        if rank() == 0:
-            print(f"init_from: {summary}")
+    model, summary = build_network(cfg, load_init_from)
+    if summary and rank() == 0:
+        print(f"init_from: {summary}")
     return precision.place(convert_clip_dropout(convert_group_batchnorm(model)))
+
+
+def build_network(cfg: DictConfig, load_init_from: bool = True) -> tuple[nn.Module, str]:
+    """Build the network of `model` on the CPU with the weights of `init_from`; also return what was loaded, or ""."""
+    torch.manual_seed(cfg.seed)
+    network: nn.Module = instantiate(cfg.model)
+    if not (cfg.init_from and load_init_from):
+        return network, ""
+    from mgvideo.models.pretrained import load_pretrained
+
+    weights, folder = cfg.init_from, Path(strip_file_scheme(cfg.init_from)).expanduser()
+    if not is_remote(weights) and folder.is_dir():
+        weights = str(best_checkpoint(folder, "init_from"))
+    return network, str(load_pretrained(network, weights, key=cfg.init_from_key))
 
 
 def best_checkpoint(folder: Path, key: str) -> Path:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO, StringIO
+from io import BytesIO
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -16,7 +15,7 @@ from mgvideo.datasets.decoders import DecodeError, PyAV
 from mgvideo.engine.tasks import SingleLabel
 from mgvideo.errors import UserError
 from mgvideo.models.features import PooledFeatures
-from mgvideo.storage.files import write_atomic
+from mgvideo.storage.files import write_atomic, write_csv
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
@@ -105,10 +104,7 @@ def measure_durations(paths: Sequence[str]) -> tuple[dict[str, float], dict[str,
 
 def write_features(folder: Path, features: Tensor, table: Sequence[Sequence[str]]) -> None:
     """Write features.npy, float32 `[videos, channels]`, and features.csv with a line for each of its rows."""
-    array, text = BytesIO(), StringIO(newline="")
+    array = BytesIO()
     np.save(array, features.float().numpy())
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(table)
     write_atomic(folder / "features.npy", array.getvalue())
-    write_atomic(folder / "features.csv", text.getvalue().encode("utf-8", "surrogateescape"))
+    write_csv(folder / "features.csv", COLUMNS, table)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 from omegaconf import DictConfig
-from PIL import Image
 from torch import nn
 
 from mgvideo.distributed.collectives import rank
 from mgvideo.distributed.watchdog import Position
-from mgvideo.engine.evaluation import Evaluator, ProgressCallback, Scores, Views
+from mgvideo.engine.evaluation import Evaluator, ProgressCallback, Scores, Views, report_batches
 from mgvideo.engine.precision import Precision
 from mgvideo.engine.running_metrics import TrainProgress
 from mgvideo.engine.tasks import SingleLabel
-from mgvideo.errors import UserError
+from mgvideo.errors import UserError, one_line
 from mgvideo.loading.loader import Loader, LoaderOptions
 from mgvideo.plan.plan import Plan
 from mgvideo.plan.schedules import baseline_of
@@ -65,8 +62,7 @@ def load_for_test(
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise UserError(f"{path} does not fit model=…: {reason}") from error
+        raise UserError(f"{path} does not fit model=…: {one_line(error)}") from error
     progress = TrainProgress(**state["progress"])
     return TestedNetwork(model, name, str(path), progress, Plan.from_json(state["plan"])), warnings
 
@@ -121,6 +117,20 @@ def test(
     logger.log_report(report)
 
 
+def test_alone(
+    cfg: DictConfig,
+    network: TestedNetwork,
+    data: Data,
+    precision: Precision,
+    logger: RunLogger,
+    position: Position,
+    options: LoaderOptions,
+) -> None:
+    """Test a network without training before it: see `test`."""
+    on_progress = report_batches(position, (0, -1), "testing", cfg.hang_timeout, options.num_workers == 0)
+    test(cfg, network, data, precision, logger, on_progress, position, options)
+
+
 def write_files(data: Data, logger: RunLogger, step: int, result: Scores, metrics: dict[str, float]) -> None:
     """Write the results of the test to test.json, predictions.csv, per_class.csv, confusion.png and TensorBoard."""
     folder, dataset = logger.folder, data.val
@@ -131,13 +141,7 @@ def write_files(data: Data, logger: RunLogger, step: int, result: Scores, metric
     confusion = None
     if isinstance(data.task, SingleLabel):
         confusion = data.task.confusion(result.scores, result.labels)
-        draw_confusion(folder / "confusion.png", confusion, dataset.class_names)
-        logger.board.add_image("test/confusion", _read_image(folder / "confusion.png"), step, dataformats="HWC")
+        picture = draw_confusion(folder / "confusion.png", confusion, dataset.class_names)
+        logger.board.add_image("test/confusion", picture, step, dataformats="HWC")
     metric, values = data.task.per_class(result.scores, result.labels)
     write_per_class(folder / "per_class.csv", metric, results, values, confusion)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """Return an image as uint8 `[h, w, 3]`."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))

@@ -22,7 +22,8 @@ from . import app, values
 from .build import build_plan
 from .groups import check_groups
 from .help import GROUPS, format_value
-from .pyslowfast_keys import DEFAULTS, RULES, Translation, equal, find_rule
+from .pyslowfast_keys import DEFAULTS, RULES, find_rule
+from .pyslowfast_rules import Translation, equal
 from .schema import check_values
 from .suggest import option_suggestion
 

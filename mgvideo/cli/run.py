@@ -21,7 +21,7 @@ from mgvideo.distributed.collectives import rank, world_size
 from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, Position
-from mgvideo.engine.evaluation import Evaluator, Views, report_batches
+from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
 from mgvideo.engine.precision import Precision, choose_precision
@@ -99,8 +99,8 @@ def run(cfg: DictConfig) -> None:
         with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, load_init_from=path is None)
-            if cfg.init_from and path is None and (warning := published_clip_warning(cfg, app.chosen_keys())):
-                warnings.append(f"init_from: {warning}")
+            if path is None:
+                warnings += init_from_warnings(cfg)
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
             checkpoints.fingerprint, checkpoints.versions = (
                 resume_fingerprint(cfg, data, precision),
@@ -206,6 +206,12 @@ def _explain_torch_error(error: Exception, position: Position) -> Exception:
     if "use_deterministic_algorithms" in text:
         return UserError(f"deterministic=true: {text.split(',')[0]}: set deterministic=false or change the network")
     return error
+
+
+def init_from_warnings(cfg: DictConfig) -> list[str]:
+    """Return a warning if the weights of `init_from` were trained with other clips, unless the command chose these."""
+    warning = published_clip_warning(cfg, app.chosen_keys()) if cfg.init_from else None
+    return [f"init_from: {warning}"] if warning else []
 
 
 def write_run_files(cfg: DictConfig, data: Data, plan: Plan | None, folder: Path) -> None:
@@ -330,8 +336,8 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
     checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep, on_write=mirror.push)
     with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
         network, warnings = final_test.load_for_test(cfg, _run_name(), precision, checkpoints, mirror)
-        if network.weights == cfg.init_from and (warning := published_clip_warning(cfg, app.chosen_keys())):
-            warnings.append(f"init_from: {warning}")
+        if network.weights == cfg.init_from:
+            warnings += init_from_warnings(cfg)
         network.progress.record_environment(describe_hardware(device), str(precision))
         write_run_files(cfg, data, network.plan, folder)
         step = network.progress.step
@@ -345,9 +351,7 @@ def run_test(cfg: DictConfig, device: torch.device, position: Position) -> None:
             logger.print_line(f"precision: {precision}")
             defer_signals()
             if cfg.test.enable:
-                loads_here = cfg.loader.num_workers == 0
-                on_progress = report_batches(position, (0, -1), "testing", cfg.hang_timeout, loads_here)
-                final_test.test(cfg, network, data, precision, logger, on_progress, position, options)
+                final_test.test_alone(cfg, network, data, precision, logger, position, options)
         finally:
             logger.close()
 

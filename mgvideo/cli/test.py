@@ -10,7 +10,6 @@ from mgvideo.distributed.collectives import rank
 from mgvideo.distributed.process_group import process_group
 from mgvideo.distributed.signals import handle_signals
 from mgvideo.distributed.watchdog import Position
-from mgvideo.engine.evaluation import report_batches
 from mgvideo.engine.precision import choose_precision
 from mgvideo.engine.running_metrics import TrainProgress
 from mgvideo.storage.paths import explain_write_errors
@@ -63,7 +62,6 @@ def run(options: Keys, overrides: Sequence[str]) -> None:
             if precision.warning:
                 logger.print_line(f"warning: {precision.warning}")
             logger.print_line(trained.load_summary)
-            on_progress = report_batches(position, (0, -1), "testing", cfg.hang_timeout, cfg.loader.num_workers == 0)
-            final_test.test(cfg, network, data, precision, logger, on_progress, position, loader_options(cfg))
+            final_test.test_alone(cfg, network, data, precision, logger, position, loader_options(cfg))
         finally:
             logger.close()

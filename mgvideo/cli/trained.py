@@ -32,7 +32,7 @@ from .groups import holds_text
 from .help import GROUPS, group_options
 from .schema import RunKeys, check_values
 from .suggest import suggestion
-from .values import read_dotlist
+from .values import override_key, read_dotlist
 
 SKIPPED_KEYS = ("loader", "init_from_key")  # of a saved config: for the run's machine and its init_from
 TORCHVISION_WEIGHTS = r"\w+_Weights\.\w+"  # names of weights that torchvision downloads
@@ -86,7 +86,7 @@ def load_trained(ckpt: str | None, overrides: Sequence[str], keys_class: type, k
         read_checkpoint(Path(weights))  # reports a damaged checkpoint as such
     cfg = run_config(config, overrides, keys_class) if config else config_for_weights(weights, overrides, key)
     check_values(cfg)
-    if not config and (warning := published_clip_warning(cfg, {override.partition("=")[0] for override in overrides})):
+    if not config and (warning := published_clip_warning(cfg, {override_key(override) for override in overrides})):
         print(f"warning: {warning}", file=sys.stderr)
     cfg.model.num_classes = cfg.dataset.num_classes = _classes_in(weights, cfg)
     model: nn.Module = instantiate(cfg.model)

@@ -15,7 +15,7 @@ import torch
 
 from mgvideo.distributed.collectives import RequestSync, barrier, gather_objects, rank, world_size
 from mgvideo.distributed.signals import Stopped, received_signal
-from mgvideo.errors import NonFiniteError, UserError
+from mgvideo.errors import NonFiniteError, UserError, one_line
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.loading.sampler import ClipSampler
@@ -102,8 +102,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             load_optimizer_state(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
-            raise UserError(f"the checkpoint does not fit this network and optimizer: {reason}") from error
+            raise UserError(f"the checkpoint does not fit this network and optimizer: {one_line(error)}") from error
         if state["scaler"]:  # empty unless the run that saved it used fp16
             self.train_step.scaler.load_state_dict(state["scaler"])
         self.progress = TrainProgress(**state["progress"])

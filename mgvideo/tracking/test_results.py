@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from mgvideo.storage.files import write_atomic
+from mgvideo.storage.files import write_atomic, write_csv
 
 TOP = 5  # classes of predictions.csv for each video
 MAX_DRAWN_CLASSES = 40  # of the confusion matrix
@@ -56,7 +54,7 @@ def write_predictions(path: Path, results: TestResults) -> None:
         for score, c in zip(best.values[video].tolist(), best.indices[video].tolist(), strict=True):
             row += [results.class_names[c], f"{score:.4f}"] if could_be_read else ["", ""]
         rows.append(row)
-    _write_csv(path, header, rows)
+    write_csv(path, header, rows)
 
 
 def write_per_class(path: Path, metric: str, results: TestResults, values: Tensor, confusion: Tensor | None) -> None:
@@ -83,14 +81,20 @@ def write_per_class(path: Path, metric: str, results: TestResults, values: Tenso
             number, wrong = mistakes[c].max(0)
             row += [results.class_names[int(wrong)], str(int(number))] if number else ["", "0"]
         rows.append(row)
-    _write_csv(path, header, rows)
+    write_csv(path, header, rows)
 
 
-def draw_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -> None:
+def draw_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) -> np.ndarray:
     """Draw the confusion matrix, counts `[true class, predicted class]`, as a PNG file with the names of the classes.
 
     With more than `MAX_DRAWN_CLASSES` classes, only those with the lowest accuracy are drawn.
+
+    Returns:
+        The picture, uint8 `[height, width, 3]`.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import, for the end of a run
+    from matplotlib.figure import Figure
+
     counts = confusion.double().numpy()
     percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     drawn = list(range(len(class_names)))
@@ -115,12 +119,7 @@ def draw_confusion(path: Path, confusion: Tensor, class_names: Sequence[str]) ->
             colour = "white" if value > 60 else "#333333"
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
     figure.colorbar(image, shrink=0.6)
-    figure.savefig(path, dpi=100, format="png")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    canvas, png = FigureCanvasAgg(figure), BytesIO()
+    figure.savefig(png, format="png")
+    write_atomic(path, png.getvalue())
+    return np.asarray(canvas.buffer_rgba())[..., :3]
