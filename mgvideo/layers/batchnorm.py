@@ -20,10 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgvideo.cpu.batchnorm import CpuGroupNormalise, fold_factor, stats_dtype
+from mgvideo.cpu.batchnorm import fold_factor, stats_dtype
 from mgvideo.errors import UserError
 
-from .bn_kernels import GpuGroupNormalise, MergedNormalise
+from .bn_kernels import MergedNormalise, choose_kernels
 from .bn_statistics import GroupStatistics, add_deferred, sum_over_groups, update_running_stats
 
 MAX_DEFERRED_FORWARDS = 16  # forward passes whose statistics a layer keeps before it adds them to its sums
@@ -82,7 +82,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             ranks = 1 if self.process_group is None else dist.get_world_size(self.process_group)
             statistics = GroupStatistics(mean, var, ranks)
         elif self.groups > 1:
-            normalise = CpuGroupNormalise if input.device.type == "cpu" else GpuGroupNormalise
+            normalise = choose_kernels(input, self.groups)
             output, mean, invstd = normalise.apply(input, self.weight, self.bias, self.groups, self.eps)
             statistics = GroupStatistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
         else:
