@@ -24,7 +24,7 @@ from mgvideo.distributed.watchdog import LEAVING, Position
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
-from mgvideo.engine.precision import Precision, choose_precision
+from mgvideo.engine.precision import Precision, choose_precision, is_worth_tuning
 from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
@@ -83,12 +83,12 @@ def run(cfg: DictConfig) -> None:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # a plan has few shapes, which repeat
         if not cfg.train.enable:
             run_test(cfg, device, position)
             return
         data = build_data(cfg)
         plan = build_plan(cfg, len(data.train))
+        torch.backends.cudnn.benchmark = not cfg.deterministic and is_worth_tuning(plan)
         check_shards(plan, world_size())
         if cfg.train.precise_bn_clips:
             check_shards(baseline_of(plan), world_size())

@@ -16,10 +16,13 @@ from torch.func import functional_call
 from mgvideo.cpu.convolutions import convert_convolutions
 from mgvideo.cpu.memory import keep_freed_memory
 from mgvideo.errors import UserError
-from mgvideo.plan.plan import Grid
+from mgvideo.plan.plan import Grid, Plan
 
 MAX_GRADIENT_ERROR = 0.05  # relative error of a gradient's norm; rounding to bf16 causes 0.003
 MAX_SLOWDOWN = 1.2  # relative to float32
+# Steps of a shape from which cuDNN's timing of its kernels pays. On an H200 it takes 18 s for SlowFast 8×8 R50 at
+# 8×112² (128 clips, bf16), whose step then takes 67 instead of 72 to 90 ms.
+MIN_STEPS_TO_TUNE = 2000
 X86 = ("x86_64", "AMD64")  # values of platform.machine()
 # values of ONEDNN_MAX_CPU_ISA that keep oneDNN from using bf16 instructions, or only in gradients (AVX2_VNNI_2)
 ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -150,6 +153,12 @@ def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Preci
     return ConvolutionFaults(tuple(wrong), tuple(slow))
 
 
+def is_worth_tuning(plan: Plan) -> bool:
+    """Whether cuDNN should time its kernels at each shape of a plan (`torch.backends.cudnn.benchmark`)."""
+    shapes = {(slot.grid.name, slot.batch) for phase in plan.phases for slot in phase.slots}
+    return plan.steps >= MIN_STEPS_TO_TUNE * len(shapes)
+
+
 @contextmanager
 def without_cudnn_benchmark() -> Iterator[None]:
     """Turn off cuDNN's benchmark mode inside the block, so that it does not time kernels for shapes of a probe."""
@@ -185,13 +194,14 @@ def _slowdown(precision: Precision) -> float:
 
 
 def _gradient_norm(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Tensor:
-    """Return the norm of the weight gradient of the output's mean square. `precision=None` is float32."""
+    """Return the norm of the weight gradient of the output's sum of squares, scaled. `precision=None` is float32."""
     # Fill memory with NaN and free it: a kernel that reads uninitialised memory then returns NaN.
     torch.full((4 * clips.numel(),), float("nan"), device=clips.device)
     weight = conv.weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with precision.autocast() if precision else torch.autocast(clips.device.type, enabled=False):
         output = functional_call(conv, {"weight": weight}, clips)
-    (gradient,) = torch.autograd.grad(output.float().square().mean(), weight)
+    scale = output.numel() ** -0.5  # keeps the gradients of large outputs in the range of fp16, as a GradScaler would
+    (gradient,) = torch.autograd.grad(output.float().square().sum() * scale, weight)
     return gradient.norm()
 
 

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from mgvideo.cpu.batchnorm import make_dense
 
 ROWS, WIDE, NARROW = 64, 64, 16  # of a tile: rows, and channels of layers with at least 64 and with fewer channels
+SPLITS = 32  # of a tile of the kernels that merge the splits of a group
 PROGRAMS = 1024  # that share the rows of a reduction; a GPU has about 100 multiprocessors
 # values that differ from layer to layer; kernels specialised for them would be compiled again and again
 VARYING = ("rows", "rows_per_split", "splits")
@@ -41,7 +42,7 @@ class TritonGroupNormalise(torch.autograd.Function):
         y = torch.empty_like(x)
         _partial_statistics[tiles.reduction](x, *partial, *tiles.sizes, **tiles.tile)
         _finish_statistics[tiles.channel_blocks, groups](
-            *partial, weight, bias, mean, invstd, scale, shift, *tiles.sizes, tiles.splits, eps, block=tiles.block
+            *partial, weight, bias, mean, invstd, scale, shift, *tiles.sizes, tiles.splits, eps, **tiles.split_tile
         )
         _apply[tiles.elementwise](x, y, scale, shift, *tiles.sizes[:2], **tiles.tile)
         ctx.save_for_backward(x, mean, invstd, scale)
@@ -61,15 +62,15 @@ class TritonGroupNormalise(torch.autograd.Function):
         tiles, dy = _Tiles(x, groups), make_dense(dy, like=x)
         partial = x.new_empty((2, groups, tiles.splits, tiles.channels), dtype=torch.float32)
         slope, offset = x.new_empty((2, groups, tiles.channels), dtype=torch.float32)
-        dweight, dbias = x.new_empty((2, tiles.channels), dtype=torch.float32)
+        affine = x.new_empty((2, groups, tiles.channels), dtype=torch.float32)  # gradients of weight and bias
         dx = torch.empty_like(x)
         _partial_gradient_sums[tiles.reduction](x, dy, mean, *partial, *tiles.sizes, **tiles.tile)
-        _finish_gradient_sums[(tiles.channel_blocks,)](
-            *partial, mean, invstd, scale, slope, offset, dweight, dbias, tiles.rows, tiles.channels, groups,
-            tiles.splits, block=tiles.block,
-        )  # fmt: skip
+        _finish_gradient_sums[tiles.channel_blocks, groups](
+            *partial, mean, invstd, scale, slope, offset, *affine, *tiles.sizes[:2], tiles.splits, **tiles.split_tile
+        )
         _apply_gradient[tiles.elementwise](x, dy, dx, scale, slope, offset, *tiles.sizes[:2], **tiles.tile)
-        return (dx, dweight, dbias, None, None) if ctx.affine else (dx, None, None, None, None)
+        dweight, dbias = affine.sum(1) if ctx.affine else (None, None)
+        return dx, dweight, dbias, None, None
 
 
 class _Tiles:
@@ -87,6 +88,7 @@ class _Tiles:
         self.splits = triton.cdiv(self.rows, rows_per_split)
         self.sizes = (self.rows, self.channels, rows_per_split)
         self.tile = {"block_rows": block_rows, "block": self.block}
+        self.split_tile = {"block_splits": SPLITS, "block": self.block}
         # The number of row blocks comes first: CUDA limits the second and third number of a launch grid to 65,535.
         self.reduction = (self.splits, self.channel_blocks, groups)
         self.elementwise = (row_blocks, self.channel_blocks, groups)
@@ -131,23 +133,28 @@ def _partial_statistics(
 @triton.jit(do_not_specialize=VARYING)
 def _finish_statistics(
     part_mean_ptr, part_m2_ptr, weight_ptr, bias_ptr, mean_ptr, invstd_ptr, scale_ptr, shift_ptr,
-    rows, channels, rows_per_split, splits, eps, block: tl.constexpr,
+    rows, channels, rows_per_split, splits, eps, block_splits: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a group (Chan, Golub and LeVeque 1979), and compute the affine map that normalises it."""
     group = tl.program_id(1)
     channel = tl.program_id(0) * block + tl.arange(0, block)
     inside = channel < channels
     mean = tl.zeros((block,), tl.float32)
-    m2 = tl.zeros((block,), tl.float32)
-    for split in range(splits):
-        part = (group * splits + split) * channels + channel
-        first = split * rows_per_split
-        before, count = first.to(tl.float32), tl.minimum(rows_per_split, rows - first).to(tl.float32)
-        delta = tl.load(part_mean_ptr + part, inside, 0.0) - mean
-        weight = count / (before + count)
-        mean += delta * weight
-        m2 += tl.load(part_m2_ptr + part, inside, 0.0) + delta * delta * before * weight
-    invstd = 1.0 / tl.sqrt(tl.maximum(m2, 0.0) / rows + eps)
+    for start in range(0, splits, block_splits):
+        split = start + tl.arange(0, block_splits)
+        mask = (split < splits)[:, None] & inside[None, :]
+        part = (group * splits + split)[:, None] * channels + channel[None, :]
+        share = tl.minimum(rows_per_split, rows - split * rows_per_split).to(tl.float32) / rows
+        mean += tl.sum(tl.load(part_mean_ptr + part, mask, 0.0) * share[:, None], 0)
+    var = tl.zeros((block,), tl.float32)
+    for start in range(0, splits, block_splits):
+        split = start + tl.arange(0, block_splits)
+        mask = (split < splits)[:, None] & inside[None, :]
+        part = (group * splits + split)[:, None] * channels + channel[None, :]
+        share = tl.minimum(rows_per_split, rows - split * rows_per_split).to(tl.float32) / rows
+        deviation = tl.where(mask, tl.load(part_mean_ptr + part, mask, 0.0) - mean[None, :], 0.0)
+        var += tl.sum(tl.load(part_m2_ptr + part, mask, 0.0) / rows + deviation * deviation * share[:, None], 0)
+    invstd = 1.0 / tl.sqrt(tl.maximum(var, 0.0) + eps)
     scale, shift = invstd, -mean * invstd
     if weight_ptr is not None:
         scale = invstd * tl.load(weight_ptr + channel, inside, 0.0).to(tl.float32)
@@ -203,37 +210,35 @@ def _partial_gradient_sums(
     tl.store(sum_dyx_ptr + out, tl.sum(sum_dyx, 0), inside)
 
 
-@triton.jit(do_not_specialize=(*VARYING, "groups"))
+@triton.jit(do_not_specialize=VARYING)
 def _finish_gradient_sums(
     sum_dy_ptr, sum_dyx_ptr, mean_ptr, invstd_ptr, scale_ptr, slope_ptr, offset_ptr, dweight_ptr, dbias_ptr,
-    rows, channels, groups, splits, block: tl.constexpr,
+    rows, channels, splits, block_splits: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of weight and bias, and each group's affine map of x in the gradient of x.
+    """Compute a group's parts of the gradients of weight and bias, and its affine map of x in the gradient of x.
 
     dx = scale · (dy − mean(dy) − x̂ · mean(dy · x̂)) = scale · dy + slope · x + offset
     """
+    group = tl.program_id(1)
     channel = tl.program_id(0) * block + tl.arange(0, block)
     inside = channel < channels
-    dweight = tl.zeros((block,), tl.float32)
-    dbias = tl.zeros((block,), tl.float32)
-    for group in range(groups):
-        sum_dy = tl.zeros((block,), tl.float32)
-        sum_dyx = tl.zeros((block,), tl.float32)
-        for split in range(splits):
-            part = (group * splits + split) * channels + channel
-            sum_dy += tl.load(sum_dy_ptr + part, inside, 0.0)
-            sum_dyx += tl.load(sum_dyx_ptr + part, inside, 0.0)
-        at = group * channels + channel
-        mean, invstd = tl.load(mean_ptr + at, inside, 0.0), tl.load(invstd_ptr + at, inside, 0.0)
-        scale = tl.load(scale_ptr + at, inside, 0.0)
-        sum_dy_xhat = sum_dyx * invstd
-        slope = -scale * invstd * sum_dy_xhat / rows
-        tl.store(slope_ptr + at, slope, inside)
-        tl.store(offset_ptr + at, -scale * sum_dy / rows - slope * mean, inside)
-        dweight += sum_dy_xhat
-        dbias += sum_dy
-    tl.store(dweight_ptr + channel, dweight, inside)
-    tl.store(dbias_ptr + channel, dbias, inside)
+    sum_dy = tl.zeros((block,), tl.float32)
+    sum_dyx = tl.zeros((block,), tl.float32)
+    for start in range(0, splits, block_splits):
+        split = start + tl.arange(0, block_splits)
+        mask = (split < splits)[:, None] & inside[None, :]
+        part = (group * splits + split)[:, None] * channels + channel[None, :]
+        sum_dy += tl.sum(tl.load(sum_dy_ptr + part, mask, 0.0), 0)
+        sum_dyx += tl.sum(tl.load(sum_dyx_ptr + part, mask, 0.0), 0)
+    at = group * channels + channel
+    mean, invstd = tl.load(mean_ptr + at, inside, 0.0), tl.load(invstd_ptr + at, inside, 0.0)
+    scale = tl.load(scale_ptr + at, inside, 0.0)
+    sum_dy_xhat = sum_dyx * invstd
+    slope = -scale * invstd * sum_dy_xhat / rows
+    tl.store(slope_ptr + at, slope, inside)
+    tl.store(offset_ptr + at, -scale * sum_dy / rows - slope * mean, inside)
+    tl.store(dweight_ptr + at, sum_dy_xhat, inside)
+    tl.store(dbias_ptr + at, sum_dy, inside)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -121,15 +121,23 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
         ]
     else:
         networks = "models=[slowfast_8x8_r50,i3d_r50,r2plus1d_18]"
-        variants = "bf16/channels_last/off,bf16/channels_last/off/8,fp32/contiguous/off,fp16/contiguous/off"
-        grids = [*step, *KINETICS_OVERRIDES, networks, "clips=8", "seconds=0.6", f"variants=[{variants}]"]
+        variants = "bf16/channels_last/off,bf16/channels_last/off/8,fp32/contiguous/off"
+        grids = [
+            *step,
+            *KINETICS_OVERRIDES,
+            networks,
+            "clips=16",
+            "seconds=0.3",
+            "tune=false",
+            f"variants=[{variants}]",
+        ]
         modes = ("off", "off/8", "default", "default/8", "reduce-overhead", "reduce-overhead/8")
         variants = ",".join(f"bf16/channels_last/{mode}" for mode in modes)
         compiled = [*step, *KINETICS_OVERRIDES, "clips=8", "seconds=0.6", "grids=[8x112]", f"variants=[{variants}]"]
         tests, small = [], []
     return {
         "doctor": Section([*program, "doctor", "format=json"], 60),
-        "steps": Section(["-m", "pytest", "-q", "tests/gpu", *tests], 120),
+        "steps": Section(["-m", "pytest", "-q", "-n", "4", "tests/gpu", *tests], 150),
         "train": Section([*program, "run", f"output_dir={out / 'run'}", "train.profile=5", *small], 100),
         "grids": Section([*grids, f"out={out / 'grids.json'}"], 130),
         "layers": Section(["-m", "mgvideo.cli.benchmark.gpu", str(out / "layers.json")], 60),
