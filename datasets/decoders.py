@@ -100,6 +100,13 @@ class TorchCodec(_LibraryDecoder):
 
     def __init__(self) -> None:
         _require_library("torchcodec.decoders", "torchcodec")
+        from torchcodec.decoders import VideoDecoder
+
+        try:
+            VideoDecoder(b"no video")  # torchcodec 0.17 loads FFmpeg's libraries with the first video, not on import
+        except (OSError, RuntimeError, ValueError) as error:
+            if "libtorchcodec" in str(error):
+                raise _missing_ffmpeg("torchcodec") from None
 
     def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo:
         return _TorchCodecVideo(pyav_video, short_side)
@@ -129,7 +136,11 @@ def _require_library(module: str, package: str) -> None:
     except ImportError:
         raise UserError(f"decoder: {package} is not installed; pip install {package}, or choose decoder=pyav") from None
     except (OSError, RuntimeError):
-        raise UserError(
-            f"decoder: {package} is installed but cannot load FFmpeg's shared libraries; install FFmpeg 4 to 8 "
-            "(Debian: apt-get install ffmpeg; conda: conda install ffmpeg), or choose decoder=pyav"
-        ) from None
+        raise _missing_ffmpeg(package) from None
+
+
+def _missing_ffmpeg(package: str) -> UserError:
+    return UserError(
+        f"decoder: {package} is installed but cannot load FFmpeg's shared libraries; install FFmpeg 4 to 8 "
+        "(Debian: apt-get install ffmpeg; conda: conda install ffmpeg), or choose decoder=pyav"
+    )
