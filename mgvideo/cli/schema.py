@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
+from mgvideo.plan.drafts import LR_SCALING
 from mgvideo.tracking.trackers import TRACKERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -102,6 +103,11 @@ class RecipeKeys:
     jitter: str = key("paper", "schedule.jitter of short, long and multigrid", choices=("paper", "scaled"))
     round_epochs: bool = key(True, "schedule.round_epochs of short, long and multigrid")
     weight_decay: float = key(1e-4, "optimizer.weight_decay of sgd", least=0)
+    lr_scaling: str = key(
+        "linear",
+        "how the LR follows the batch size: linear, sqrt or none; the optimizer's YAML sets it",
+        choices=LR_SCALING,
+    )
 
 
 @dataclass
