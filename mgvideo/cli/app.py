@@ -27,7 +27,7 @@ from mgvideo.cpu.resources import available_cpus, cpu_count, set_cpu_affinity
 from mgvideo.distributed.process_group import limit_threads
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError, print_error
-from mgvideo.plan.schedules import scale_lr
+from mgvideo.plan.drafts import lr_factor_of_batch
 
 from . import values
 from .help import group_options, help_text
@@ -282,11 +282,12 @@ def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Scale the recipe in `cfg` if the overrides set `base.batch_size` or `base.epochs`; return a line for each change.
 
-    base.lr scales linearly with base.batch_size, unless the overrides set it. base.lr_milestones and base.warmup_epochs
-    scale linearly with base.epochs, unless the overrides set one of them.
+    base.lr scales with base.batch_size by the optimizer's rule, `recipe.lr_scaling`, unless the overrides set it.
+    base.lr_milestones and base.warmup_epochs scale linearly with base.epochs, unless the overrides set one of them.
     """
     keys = {override_key(override) for override in overrides}
-    scales_lr = "base.batch_size" in keys and "base.lr" not in keys
+    rule = cfg.recipe.lr_scaling
+    scales_lr = "base.batch_size" in keys and "base.lr" not in keys and rule != "none"
     scales_epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
     if not (scales_lr or scales_epochs):
         return []
@@ -296,13 +297,13 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     # keys that no recipe sets, or that are computed later
     unset = {key for key in recipe if OmegaConf.is_missing(recipe, key) or recipe[key] is None}
     messages = []
-    if scales_lr and not unset & {"batch_size", "lr"}:
-        base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)
+    if scales_lr and not unset & {"batch_size", "lr"} and base.batch_size > 0:
+        base.lr = recipe.lr * lr_factor_of_batch(base.batch_size / recipe.batch_size, rule)
         messages.append(
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
-            f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
+            f"base.batch_size={base.batch_size} ({rule} rule; set base.lr to choose another)"
         )
-        messages += _large_lr_warning(cfg)
+        messages += _large_lr_warning(cfg) if rule == "linear" else []
     if scales_epochs and not unset & {"epochs", "lr_milestones", "warmup_epochs"} and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
@@ -329,7 +330,7 @@ def _large_lr_warning(cfg: DictConfig) -> list[str]:
 
 def _largest_lr_factor(schedule: DictConfig) -> int:
     """Return the largest factor by which the long cycle multiplies the LR, 1 without one."""
-    if not (schedule.get("lr_scaling") and schedule.get("long_factors")):
+    if not (schedule.get("lr_scaling") == "linear" and schedule.get("long_factors")):
         return 1
     try:
         return max(round(1 / (frames * size**2)) for frames, size in schedule.long_factors)

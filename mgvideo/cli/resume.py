@@ -27,6 +27,7 @@ from . import app
 from .build import Data
 from .values import flatten
 
+TRAIN_KEYS = ("precise_bn_clips", "clip_grad_norm", "ema", "freeze")  # of train.*, which change the weights
 RESTART_COUNTERS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
@@ -38,7 +39,7 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
     sections["precision"] = precision.name
-    sections["train"] = {"precise_bn_clips": cfg.train.precise_bn_clips}
+    sections["train"] = {name: config["train"][name] for name in TRAIN_KEYS}
     splits = ("train", "val")
     sections["dataset"] = {
         "task": cfg.dataset.task,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from .plan import Base, Grid, Phase, Plan, Slot, require
 
+LR_SCALING = ("linear", "sqrt", "none")  # how the LR follows the batch size
+
 
 @dataclass(frozen=True)
 class PhaseDraft:
@@ -109,6 +111,21 @@ def mean_multiplier(base: Base, slots: tuple[Slot, ...]) -> float:
 def lr_decay(base: Base, stage: int) -> float:
     """Return the LR factor of an LR stage. It is 1 with a cosine, which `Plan.lr_at` computes."""
     return base.gamma**stage if base.lr_policy == "step" else 1.0
+
+
+def lr_factor_of_batch(multiplier: float, rule: str) -> float:
+    """Return the factor of the LR for a batch that is `multiplier` times as large.
+
+    Args:
+        multiplier: factor of the batch size.
+        rule: `linear`, for SGD (Goyal et al., arXiv 1706.02677); `sqrt`, for Adam and AdamW (Malladi et al.,
+            arXiv 2205.10287) and LAMB (You et al., arXiv 1904.00962); `none`.
+
+    Raises:
+        UserError: there is no such rule.
+    """
+    require(rule in LR_SCALING, f"lr_scaling={rule}: choose one of {', '.join(LR_SCALING)}")
+    return {"linear": multiplier, "sqrt": math.sqrt(multiplier), "none": 1}[rule]
 
 
 def mean(values: Sequence[float]) -> float:

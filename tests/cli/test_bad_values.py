@@ -32,7 +32,7 @@ WRONG_VALUES = [
     ),
     *("base.epochs=0", "base.lr=-1", "base.lr=nan", "base.lr_milestones=[0]", "base.lr_milestones=[9]", "base.gamma=0"),
     *("base.warmup_epochs=-1", "base.warmup_epochs=9", "base.warmup_lr=-1", "base.lr_policy=linear"),
-    *("recipe.jitter=none", "recipe.weight_decay=-1"),
+    *("recipe.jitter=none", "recipe.weight_decay=-1", "recipe.lr_scaling=cubic"),
     *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_clips=-1"),
     *("test.num_clips=0", "test.num_crops=2", "test.crop_size=0", "test.batch_size=0"),
     *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
@@ -60,7 +60,13 @@ GROUP_VALUES = [
     ),
     *("model=slowfast_4x16_r50 model.beta_inv=true", "model=slowfast_4x16_r50 model.fusion_kernel=x"),
     *("model._target_=mgvideo.nowhere", "model.num_classes=x"),
-    *("schedule.bn_group=x", "schedule.bn_group=0", "schedule.jitter=7", "schedule.fine_tune=1"),
+    *(
+        "schedule.bn_group=x",
+        "schedule.bn_group=0",
+        "schedule.jitter=7",
+        "schedule.fine_tune=1",
+        "schedule.lr_scaling=true",
+    ),
     *("schedule.long_factors=x", "schedule.long_factors=[0.5]", "schedule.short_factors=[2]"),
     *("optimizer.momentum=x", "optimizer.momentum=-1", "optimizer.nesterov=maybe", "optimizer.nesterov=1"),
     *(

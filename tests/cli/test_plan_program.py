@@ -209,6 +209,8 @@ def test_out_is_blamed_for_its_own_errors_alone(
     ("overrides", "lr", "ends", "starts"),
     [
         (["base.batch_size=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
+        (["base.batch_size=64", "recipe.lr_scaling=sqrt"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch"]),
+        (["base.batch_size=32", "recipe.lr_scaling=none"], 0.05, [12, 18, 20], []),
         (["base.batch_size=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
         (
             ["base.epochs=30"], 0.05, [18, 27, 30],

@@ -10,9 +10,9 @@ import pytest
 from recipes import KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, SSV2
 
 from mgvideo.errors import UserError
-from mgvideo.plan.drafts import PhaseDraft, make_plan, make_slots
+from mgvideo.plan.drafts import PhaseDraft, lr_factor_of_batch, make_plan, make_slots
 from mgvideo.plan.plan import Base
-from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid, scale_lr
+from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid
 
 
 def test_every_grid_of_a_stage_gets_the_same_steps() -> None:
@@ -118,8 +118,10 @@ def test_baseline_of_any_plan() -> None:
 
 
 def test_ablations() -> None:
-    unscaled = multigrid(KINETICS, KINETICS_CLIPS, lr_scaling=False)
+    unscaled = multigrid(KINETICS, KINETICS_CLIPS, lr_scaling="none")
     assert {phase.lr_factor for phase in unscaled.phases[:4]} == {1}
+    square_root = multigrid(KINETICS, KINETICS_CLIPS, lr_scaling="sqrt")
+    assert [phase.lr_factor**2 for phase in square_root.phases[:4]] == pytest.approx([8, 4, 2, 1])
     without_fine_tuning = multigrid(KINETICS, KINETICS_CLIPS, fine_tune=False)
     assert [phase.stage for phase in without_fine_tuning.phases] == [stage for stage in range(4) for _ in range(4)]
     assert without_fine_tuning.phases[-4].lr_factor == pytest.approx(8e-3)
@@ -213,5 +215,7 @@ def test_a_custom_schedule_is_made_of_the_same_parts() -> None:
         make_plan("none", SMALL, 1024, [])
 
 
-def test_linear_scaling() -> None:
-    assert scale_lr(64, 0.1, 16) == pytest.approx(0.025)
+def test_how_the_lr_follows_the_batch_size() -> None:
+    assert [lr_factor_of_batch(16 / 64, rule) for rule in ("linear", "sqrt", "none")] == [0.25, 0.5, 1]
+    with pytest.raises(UserError, match="lr_scaling=True: choose one of linear, sqrt, none"):
+        lr_factor_of_batch(2, True)  # type: ignore[arg-type]
