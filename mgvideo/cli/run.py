@@ -65,6 +65,7 @@ from .resume import (
     software_versions,
 )
 from .schema import check_values
+from .training import build_augmentation, build_sampler
 from .values import flatten
 
 
@@ -289,6 +290,7 @@ def build_trainer(
         compile=cfg.compile,
         position=position,
         hang_timeout=cfg.hang_timeout,
+        augmentation=build_augmentation(cfg, data.classes, precision.device),
     )
     return Trainer(
         train_step,
@@ -305,6 +307,7 @@ def build_trainer(
         logger=logger,
         checkpoints=checkpoints,
         validate=(evaluator, views) if cfg.train.evals_per_phase else None,
+        sampler=build_sampler(cfg, plan, data.train),
     )
 
 
