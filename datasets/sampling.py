@@ -6,12 +6,15 @@ video's dimensions are known, `clip_indices` and `crop_boxes` turn the draws int
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from mgvideo.errors import UserError
+from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.loading.requests import ClipRequest
 
 from .videofile import Box
@@ -27,6 +30,8 @@ class Sampling:
     flip: bool = True  # mirror training clips left to right with probability 1/2
     inverse_jitter: bool = False  # draw the inverse of the short side uniformly (Charades)
     segments: bool = False  # split the video into one segment a frame, take one frame of each (Something-Something)
+    crop_area: tuple[float, float] | None = None  # range of the area of a random-resized crop, as a part of the frame
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)  # range of its width divided by its height
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,42 @@ class ClipDraw:
     top: float
     left: float
     flip: bool
+    crop: RelativeCrop | None = None
+
+
+class RelativeCrop(NamedTuple):
+    """The draw of a random-resized crop: `fraction`, from 0 to 1, is how large the crop is among all that fit."""
+
+    area: tuple[float, float]  # range, as a part of the frame
+    fraction: float
+    aspect: float  # width divided by height
+
+    def size_in(self, height: float, width: float) -> tuple[float, float]:
+        """Return height and width of the crop in a frame of this size, in the frame's unit."""
+        largest = min(self.area[1], width / (height * self.aspect), height * self.aspect / width)
+        smallest = min(self.area[0], largest)
+        area = (smallest + self.fraction * (largest - smallest)) * height * width
+        return math.sqrt(area / self.aspect), math.sqrt(area * self.aspect)
+
+    def short_side(self, size: int) -> int:
+        """Return the short side of a frame in which no side of the crop is below `size` pixels.
+
+        It holds for a square frame; in longer frames the crop is larger.
+        """
+        return math.ceil(size / min(self.size_in(1.0, 1.0)))
+
+
+def draw_relative_crop(request: ClipRequest, sampling: Sampling) -> RelativeCrop | None:
+    """Draw a random-resized crop if the sampling has one: uniform in area and in the logarithm of the aspect ratio.
+
+    The area is uniform among those that fit with the drawn aspect ratio. torchvision and PySlowFast draw both again if
+    a crop does not fit; here a clip needs one draw, which is known before the file is opened.
+    """
+    if sampling.crop_area is None or request.view is not None:
+        return None
+    fraction, place = np.random.default_rng(random_seed(request.seed, Stream.CROP)).random(2).tolist()
+    low, high = (math.log(aspect) for aspect in sampling.crop_aspect)
+    return RelativeCrop(sampling.crop_area, fraction, math.exp(low + place * (high - low)))
 
 
 def draw_clip(request: ClipRequest, sampling: Sampling) -> ClipDraw:
@@ -64,7 +105,18 @@ def draw_clip(request: ClipRequest, sampling: Sampling) -> ClipDraw:
         short_side = round(1 / (1 / high + side * (1 / low - 1 / high)))
     else:
         short_side = low + int(side * (high - low + 1))
-    return ClipDraw(stride, short_side, start, top, left, sampling.flip and bool(coin < 0.5))
+    crop = draw_relative_crop(request, sampling)
+    short_side = short_side if crop is None else crop.short_side(grid.size)
+    return ClipDraw(stride, short_side, start, top, left, sampling.flip and bool(coin < 0.5), crop)
+
+
+def opening_short_side(request: ClipRequest, sampling: Sampling) -> int:
+    """Return the short side for which to open a video: the largest that is drawn for any clip of `request.repeats`.
+
+    So a clip is read from the same pixels, whether it is read alone or with the other clips of its video.
+    """
+    seeds = request.repeats or (request.seed,)
+    return max(draw_clip(replace(request, seed=seed), sampling).short_side for seed in seeds)
 
 
 def frame_span(seconds: Sequence[float] | np.ndarray, times: np.ndarray) -> tuple[int, int]:
@@ -113,12 +165,16 @@ def _segment_indices(request: ClipRequest, length: int) -> np.ndarray:
 
 
 def crop_boxes(request: ClipRequest, draw: ClipDraw, height: int, width: int) -> list[Box]:
-    """Return the squares to crop from a frame before resizing them to the grid's size.
+    """Return the squares, or the random-resized crop, to cut from a frame before resizing them to the grid's size.
 
     A training clip has one random crop; each position is equally likely. A test view has crops evenly spaced along the
     longer side; a single one is in the middle. The side of a square is rounded to whole pixels of the frame, so the
     short side that was drawn is exact to half a pixel of the frame.
     """
+    if draw.crop is not None:
+        rows, columns = (max(1, round(length)) for length in draw.crop.size_in(height, width))
+        rows, columns = min(rows, height), min(columns, width)
+        return [Box(int(draw.top * (height - rows + 1)), int(draw.left * (width - columns + 1)), rows, columns)]
     side = max(1, round(min(height, width) * request.grid.size / draw.short_side))
     room = height - side, width - side
     if request.view is None:

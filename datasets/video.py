@@ -19,8 +19,8 @@ from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample, View
 from mgvideo.plan.plan import Grid
 from mgvideo.storage.paths import join
 
-from .decoders import DecodeError, Decoder, Decord
-from .sampling import Sampling, clip_indices, crop_boxes, draw_clip, frame_span
+from .decoders import Box, DecodeError, Decoder, Decord, Video
+from .sampling import ClipDraw, Sampling, clip_indices, crop_boxes, draw_clip, frame_span, opening_short_side
 
 MAX_TRIES = 10  # videos to try for one training clip before raising UserError
 
@@ -152,29 +152,71 @@ class VideoDataset:
             clip = torch.zeros(request.view.crops, grid.frames, grid.size, grid.size, 3, dtype=torch.uint8)
         return Sample(clip, self.label(request.index), request.index, failures)
 
+    def load_repeats(self, requests: Sequence[ClipRequest]) -> list[Sample]:
+        """Load training clips of one video, which is decoded once. Each is the same as `self[request]`.
+
+        The requests have the same index and `repeats`.
+        """
+        index = requests[0].index
+        try:
+            clips = self._read_clips(index, requests)
+        except DecodeError:  # some of the clips may be readable
+            return [self[request] for request in requests]
+        return [Sample(clip, self.label(index, seconds), index) for clip, seconds in clips]
+
     def _read(self, index: int, request: ClipRequest) -> tuple[Tensor, tuple[float, float] | None]:
         """Read a clip, crop it, then resize it. Also return the seconds that it covers if `timed_labels`."""
-        draw = draw_clip(request, self.sampling)
-        with self.decoder.open(self.path(index), draw.short_side) as video:
+        return self._read_clips(index, [request])[0]
+
+    def _read_clips(
+        self, index: int, requests: Sequence[ClipRequest]
+    ) -> list[tuple[Tensor, tuple[float, float] | None]]:
+        """Read clips of one video as in `_read`; several have the same `repeats` and no view."""
+        draws = [draw_clip(request, self.sampling) for request in requests]
+        with self.decoder.open(self.path(index), opening_short_side(requests[0], self.sampling)) as video:
             first, stop, span = 0, video.frames, self._spans[index].tolist()
             if span != [0, math.inf]:
                 first, stop = frame_span(span, video.times)
             if first >= stop:
                 raise DecodeError(video.path, f"ends before {span[0]:g} s, where its span starts")
-            indices = clip_indices(request, draw, self.sampling, first, stop)
-            boxes = crop_boxes(request, draw, video.height, video.width)
-            frames = video.read(indices, boxes[0] if request.view is None else None)
-            seconds = (float(video.times[indices[0]]), float(video.times[indices[-1]])) if self.timed_labels else None
-        size = request.grid.size
-        if request.view is not None:
-            return torch.stack([resize(box.crop(frames), size) for box in boxes]), seconds
-        clip = resize(frames, size)
-        return clip.flip(2) if draw.flip else clip, seconds
+            clips = list(zip(requests, draws, strict=True))
+            indices = [clip_indices(request, draw, self.sampling, first, stop) for request, draw in clips]
+            boxes = [crop_boxes(request, draw, video.height, video.width) for request, draw in clips]
+            if requests[0].view is not None:
+                parts = [video.read(indices[0])]
+            else:
+                parts = _read_parts(video, indices, [box for (box,) in boxes])
+            times = [(float(video.times[i[0]]), float(video.times[i[-1]])) for i in indices]
+        finished = [_finish(*clip, part, crops) for clip, part, crops in zip(clips, parts, boxes, strict=True)]
+        return list(zip(finished, times if self.timed_labels else [None] * len(times), strict=True))
+
+
+def _read_parts(video: Video, indices: Sequence[np.ndarray], boxes: Sequence[Box]) -> list[Tensor]:
+    """Read the frames of several clips, each cropped to its box, in one pass over the video."""
+    if len(indices) == 1:
+        return [video.read(indices[0], boxes[0])]
+    top, left = min(box.top for box in boxes), min(box.left for box in boxes)
+    bottom, right = max(box.top + box.height for box in boxes), max(box.left + box.width for box in boxes)
+    union = np.unique(np.concatenate(indices))
+    frames = video.read(union, Box(top, left, bottom - top, right - left))
+    return [
+        box._replace(top=box.top - top, left=box.left - left).crop(frames[torch.from_numpy(np.searchsorted(union, i))])
+        for i, box in zip(indices, boxes, strict=True)
+    ]
+
+
+def _finish(request: ClipRequest, draw: ClipDraw, frames: Tensor, boxes: Sequence[Box]) -> Tensor:
+    """Resize the cropped frames of a clip and mirror them if drawn; crop and resize the frames of a view."""
+    size = request.grid.size
+    if request.view is not None:
+        return torch.stack([resize(box.crop(frames), size) for box in boxes])
+    clip = resize(frames, size)
+    return clip.flip(2) if draw.flip else clip
 
 
 def resize(frames: Tensor, size: int) -> Tensor:
-    """Resize square frames uint8 `[t, n, n, 3]` to contiguous `[t, size, size, 3]`, bilinear and antialiased."""
-    if frames.shape[1] == size:
+    """Resize frames uint8 `[t, h, w, 3]` to contiguous `[t, size, size, 3]`, bilinear and antialiased."""
+    if frames.shape[1:3] == (size, size):
         return frames.contiguous()
     planes = interpolate(frames.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
     return planes.permute(0, 2, 3, 1).contiguous()

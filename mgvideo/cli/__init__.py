@@ -18,7 +18,7 @@ PROGRAMS = {
     "run": "train and test a network",
     "doctor": "check this machine before training",
     "plan": "show the plan of a run and its cost before training",
-    "prepare": "check a dataset, build its pyramid, list its videos, or generate the motion dataset",
+    "prepare": "check a dataset, build its pyramid, list its videos, draw its clips, or generate the motion dataset",
     "reproduce": "run the experiments of a table of the paper and report them",
     "test": "test trained weights on a dataset",
     "predict": "print the top classes of videos, or draw them into the videos",

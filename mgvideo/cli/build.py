@@ -34,6 +34,7 @@ from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, strip_file_scheme
 
 from .app import flat_keys
 from .recipe import fill_recipe
+from .training import build_task, set_crops
 
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
@@ -65,6 +66,8 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
     training = instantiate(cfg.dataset.train, decoder=decoder) if train else None
     val = instantiate(cfg.dataset.val, decoder=decoder)
     first = training or val
+    if training is not None:
+        set_crops(cfg, training)
     classes = len(first.class_names)
     if cfg.dataset.num_classes is None:
         OmegaConf.set_struct(cfg, False)
@@ -78,7 +81,8 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
     for dataset in (training, val):
         if dataset is not None and hasattr(dataset, "grid"):  # the shape of dataset[number]
             dataset.grid = Views.of_size(cfg.base.num_frames, cfg.base.frame_stride, cfg.base.crop_size).grid
-    return Data(training, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+    task = TASKS[cfg.dataset.task]() if training is None else build_task(cfg, training, first.class_names)
+    return Data(training, val, cfg.dataset.num_classes, task)
 
 
 def unset_dataset_key(cfg: DictConfig) -> str | None:
@@ -111,10 +115,16 @@ def build_decoder(cfg: DictConfig) -> Any:
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
-    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos. Compute keys that are null."""
+    """Build the plan of `base.*` and `schedule` for a dataset of `dataset_size` videos. Compute keys that are null.
+
+    An epoch has `augment.repeat` clips of each video.
+    """
     recipe_note = fill_recipe(cfg, dataset_size)
     base: Any = OmegaConf.to_container(cfg.base, resolve=True)
-    plan = build_schedule(cfg)(Base(**base), dataset_size)
+    repeat, batch_size = cfg.augment.repeat, cfg.base.batch_size
+    is_multiple = batch_size % repeat == 0
+    require(is_multiple, f"base.batch_size={batch_size} is no multiple of augment.repeat={repeat}: change one of them")
+    plan = build_schedule(cfg)(Base(**base), dataset_size * repeat)
     require(isinstance(plan, Plan), f"schedule: {cfg.schedule._target_} returned no Plan but {type(plan).__name__}")
     notes = filter(None, (recipe_note, few_steps_warning(plan)))
     return replace(plan, notes=(*notes, *plan.notes))

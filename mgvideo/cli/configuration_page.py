@@ -77,6 +77,7 @@ def _type_text(field: Field) -> str:
     if "choices" in limits:
         text = ", ".join(_code(format_value(choice)) for choice in limits["choices"])
     text += f" ≥ {limits['least']}" if "least" in limits else ""
+    text += f" ≤ {limits['most']}" if "most" in limits else ""
     text += f" > {limits['above']}" if "above" in limits else ""
     return f"{text} or null" if kind.endswith(" | None") else text
 

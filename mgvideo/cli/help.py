@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from .schema import RunKeys
 from .yaml_keys import CONFIGS, find_option, read_option_keys, read_summary
 
-GROUPS = ("experiment", "model", "dataset", "recipe", "schedule", "optimizer", "decoder", "launcher")
+GROUPS = ("experiment", "model", "dataset", "recipe", "schedule", "optimizer", "augment", "decoder", "launcher")
 GROUPS_WITH_KEYS = ("model", "dataset", "schedule", "optimizer", "decoder", "launcher")
 
 

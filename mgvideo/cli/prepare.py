@@ -44,6 +44,7 @@ from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
 from .build import build_plan, require_dataset_keys
+from .draw_clips import ClipKeys, draw_clips
 from .progress import ProgressLog
 from .recipe import sample_size
 from .schema import key
@@ -377,5 +378,6 @@ COMMANDS = {
         PyramidKeys, build_pyramid, "encode small copies of a dataset, from which coarse clips are read faster"
     ),
     "list": Command(ListKeys, write_lists, "write list files from official annotations and the files on disk"),
+    "clips": Command(ClipKeys, draw_clips, "draw training clips as they are read and as augmentation changes them"),
     "motion": Command(MotionKeys, make_videos, "make the embedded dataset; width=340 stands for dataset.knobs.width"),
 }

@@ -25,6 +25,7 @@ from mgvideo.storage.remote_output import RemoteOutput
 
 from . import app
 from .build import Data
+from .schema import AugmentKeys, RunKeys
 from .values import flatten
 
 TRAIN_KEYS = ("precise_bn_clips", "clip_grad_norm", "ema", "freeze")  # of train.*, which change the weights
@@ -40,6 +41,7 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
     sections["precision"] = precision.name
     sections["train"] = {name: config["train"][name] for name in TRAIN_KEYS}
+    sections |= _chosen_augmentation(cfg, data)
     splits = ("train", "val")
     sections["dataset"] = {
         "task": cfg.dataset.task,
@@ -55,6 +57,24 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
         **{f"{split}.fingerprint": getattr(data, split).fingerprint() for split in splits},
     }
     return flatten(sections)
+
+
+def _chosen_augmentation(cfg: DictConfig, data: Data) -> dict[str, Any]:
+    """Return the keys of augmentation, sampler and loss that differ from their defaults, by dotted name.
+
+    Without the defaults, checkpoints of versions that had no such keys still fit.
+    """
+    augment, defaults = dict(cfg.augment), AugmentKeys()
+    chosen = {f"augment.{name}": value for name, value in augment.items() if value != getattr(defaults, name)}
+    if cfg.sampler != RunKeys.sampler:
+        chosen["sampler"] = cfg.sampler
+    if cfg.train.label_smoothing:
+        chosen["train.label_smoothing"] = cfg.train.label_smoothing
+    weights = data.task.class_weights
+    if weights is not None:
+        digest = hashlib.sha256(weights.float().cpu().numpy().tobytes()).hexdigest()[:16]
+        chosen["train.class_weights"] = f"{cfg.train.class_weights} (digest {digest})"
+    return chosen
 
 
 def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOutput) -> tuple[str | None, list[str]]:

@@ -67,6 +67,7 @@ from .resume import (
     software_versions,
 )
 from .schema import check_values
+from .training import build_augmentation, build_sampler
 from .values import flatten
 
 
@@ -301,6 +302,7 @@ def build_trainer(
         compile=cfg.compile,
         position=position,
         hang_timeout=cfg.hang_timeout,
+        augmentation=build_augmentation(cfg, data.classes, precision.device),
     )
     return Trainer(
         train_step,
@@ -317,6 +319,7 @@ def build_trainer(
         logger=logger,
         checkpoints=checkpoints,
         validate=(evaluator, views) if cfg.train.evals_per_phase else None,
+        sampler=build_sampler(cfg, plan, data.train),
     )
 
 

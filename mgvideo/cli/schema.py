@@ -20,6 +20,7 @@ from mgvideo.plan.drafts import LR_SCALING
 from mgvideo.tracking.trackers import TRACKERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+SAMPLERS = ("shuffled", "balanced")
 COMPILE = ("off", "default", "reduce-overhead", "max-autotune")
 
 
@@ -29,8 +30,9 @@ def key(default: Any, text: str, **limits: Any) -> Any:
     Each config gets its own copy of a `default` that is a list, and its own instance of one that is a class (a block of
     keys).
 
-    Limits: `least` (smallest allowed number), `above` (numbers must be greater), `length` (of a list; `least` and
-    `above` then apply to each item), `choices` (allowed values), `kind` (what values of the type Any may be, in words).
+    Limits: `least` (smallest allowed number), `most` (largest), `above` (numbers must be greater), `length` (of a list;
+    the others then apply to each item), `choices` (allowed values), `kind` (what values of the type Any may be, in
+    words).
     """
     metadata = {"help": text, "limits": limits}
     if isinstance(default, list | type):
@@ -65,6 +67,8 @@ def check_value(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise UserError(f"{name}={value}: choose one of {', '.join(map(str, limits['choices']))}")
     if "least" in limits and not all(limits["least"] <= item < math.inf for item in items):
         raise UserError(f"{name}={value}: give {limits['least']} or more")
+    if "most" in limits and not all(item <= limits["most"] for item in items):
+        raise UserError(f"{name}={value}: give at most {limits['most']}")
     if "above" in limits and not all(limits["above"] < item < math.inf for item in items):
         raise UserError(f"{name}={value}: give more than {limits['above']}")
 
@@ -142,8 +146,52 @@ class TrainKeys:
         "training clips for precise BN statistics before each validation and the test, at most one epoch; 0: off",
         least=0,
     )
+    class_weights: Any = key(
+        None,
+        "factors of the loss of each class: balanced (inverse to its number of training videos), a list in the order "
+        "of the classes, or a file with a line `class,weight` for each; null: 1",
+    )
+    label_smoothing: float = key(
+        0.0, "share of the label that is spread evenly over all classes; for one class a video", least=0, most=1
+    )
     profile: int = key(
         0, "steps to trace with torch.profiler into output_dir/profile, after a few warm-up steps; 0: none", least=0
+    )
+
+
+@dataclass
+class AugmentKeys:
+    """Augmentation of training clips, besides base.short_side and dataset.train.flip; augment/*.yaml fills it in."""
+
+    crop_area: list[float] | None = key(
+        None,
+        "[min, max] area of a random-resized crop, as a part of the frame; null: squares, from base.short_side",
+        length=2,
+        above=0,
+    )
+    crop_aspect: list[float] = key(
+        [0.75, 1.3333], "[min, max] width of a random-resized crop divided by its height", length=2, above=0
+    )
+    color_jitter: float = key(
+        0.0,
+        "brightness, contrast and saturation are multiplied by 1 ± this at most, in random order; 0: off",
+        least=0,
+        most=1,
+    )
+    randaugment_ops: int = key(0, "operations of RandAugment for each clip; 0: off", least=0)
+    randaugment_magnitude: float = key(7.0, "mean magnitude of RandAugment, 0 to 10", least=0, most=10)
+    randaugment_magnitude_std: float = key(0.5, "standard deviation of the magnitude of RandAugment", least=0)
+    erasing_prob: float = key(
+        0.0, "probability that a part of all frames of a clip is replaced by noise", least=0, most=1
+    )
+    mixup_alpha: float = key(0.0, "mixup: the share of a clip is from Beta(alpha, alpha); 0: off", least=0)
+    cutmix_alpha: float = key(0.0, "CutMix: the area that a clip keeps is from Beta(alpha, alpha); 0: off", least=0)
+    mix_prob: float = key(1.0, "probability that a clip is mixed, if mixup or CutMix is on", least=0, most=1)
+    cutmix_prob: float = key(0.5, "probability of CutMix in place of mixup, if both are on", least=0, most=1)
+    repeat: int = key(
+        1,
+        "clips of each video that is decoded; the clips of base.batch_size are of this many times fewer videos",
+        least=1,
     )
 
 
@@ -217,6 +265,7 @@ class RunKeys:
     base: BaseKeys = key(BaseKeys, "")
     recipe: RecipeKeys = key(RecipeKeys, "")
     train: TrainKeys = key(TrainKeys, "")
+    augment: AugmentKeys = key(AugmentKeys, "")
     test: TestKeys = key(TestKeys, "")
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
@@ -234,6 +283,11 @@ class RunKeys:
         "off",
         "off, or the mode of torch.compile: default, reduce-overhead (CUDA graphs), max-autotune",
         choices=COMPILE,
+    )
+    sampler: str = key(
+        "shuffled",
+        "shuffled: each pass has every video once; balanced: each pass has every class once, and a video of it",
+        choices=SAMPLERS,
     )
     seed: int = key(0, "seed of the initial weights, the order of clips, their augmentation and dropout", least=0)
     hang_timeout: float = key(

@@ -13,6 +13,7 @@ class Task(Protocol):
     """Computes the loss of logits and labels, and metrics of the scores of whole videos."""
 
     best: str  # the metric that selects the best checkpoint; higher is better
+    class_weights: Tensor | None  # float `[classes]`, factors of the loss; None: 1
     reduce: str  # how to combine the scores of a video's views: "sum" (then divided by their number) or "max"
 
     def zero_labels(self, videos: int, classes: int) -> Tensor:
@@ -38,18 +39,30 @@ class Task(Protocol):
 
 
 class SingleLabel:
-    """One class a video: cross-entropy, softmax averaged over views, top-1 and top-5 accuracy."""
+    """One class a video: cross-entropy, softmax averaged over views, top-1 and top-5 accuracy.
+
+    Args:
+        class_weights: float `[classes]`, factors of the losses of clips of each class.
+        label_smoothing: share of the label that is spread evenly over all classes.
+    """
 
     best = "top1"
     reduce = "sum"
+
+    def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        self.class_weights, self.label_smoothing = class_weights, label_smoothing
 
     def zero_labels(self, videos: int, classes: int) -> Tensor:
         """Return int64 zeros `[videos]`."""
         return torch.zeros(videos, dtype=torch.int64)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed cross-entropy; labels are int64 `[n]`."""
-        return F.cross_entropy(logits, labels, reduction="sum")
+        """Return the summed cross-entropy; labels are int64 `[n]`, or probabilities `[n, classes]` of mixed clips."""
+        self.class_weights = _like(self.class_weights, logits)
+        labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
+        return F.cross_entropy(
+            logits, labels, self.class_weights, reduction="sum", label_smoothing=self.label_smoothing
+        )
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the softmax over classes."""
@@ -84,18 +97,26 @@ class SingleLabel:
 
 
 class MultiLabel:
-    """Any number of classes a video: binary cross-entropy, sigmoid, maximum over views, mAP."""
+    """Any number of classes a video: binary cross-entropy, sigmoid, maximum over views, mAP.
+
+    Args:
+        class_weights: float `[classes]`, factors of the losses of each class.
+    """
 
     best = "map"
     reduce = "max"
+
+    def __init__(self, class_weights: Tensor | None = None) -> None:
+        self.class_weights = class_weights
 
     def zero_labels(self, videos: int, classes: int) -> Tensor:
         """Return float32 zeros `[videos, classes]`."""
         return torch.zeros(videos, classes)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the summed binary cross-entropy, mean over classes; labels are float32 `[n, classes]`."""
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
+        """Return the summed binary cross-entropy, mean over classes; labels are float32 `[n, classes]`, in 0–1."""
+        self.class_weights = _like(self.class_weights, logits)
+        return F.binary_cross_entropy_with_logits(logits, labels, self.class_weights, reduction="none").mean(1).sum()
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return the sigmoid."""
@@ -127,6 +148,11 @@ class MultiLabel:
         shares = labelled.float().mean(0) if len(labelled) else labelled.new_zeros(classes)
         shares = shares[shares > 0]
         return 100 * shares.mean().item() if len(shares) else 0.0
+
+
+def _like(weights: Tensor | None, logits: Tensor) -> Tensor | None:
+    """Move weights to the device and dtype of logits. It is done once, because the result replaces the weights."""
+    return None if weights is None else weights.to(logits.device, logits.dtype)
 
 
 TASKS: dict[str, type[Task]] = {"single_label": SingleLabel, "multi_label": MultiLabel}

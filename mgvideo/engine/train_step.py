@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .precision import Normalize, Precision
 from .skippable_step import SkippableStep
 from .tasks import Task
 
+if TYPE_CHECKING:
+    from .augmentation import Augmentation
+
 
 class TrainStep:
     """Takes a plan's optimizer steps.
@@ -41,6 +44,7 @@ class TrainStep:
         position: each forward and backward is reported to it before it runs.
         hang_timeout: seconds that this rank may take for one part of a step; 0: no limit. A slot's first step has no
             limit, because it may compile for minutes.
+        augmentation: changes the clips and their labels on the device; None: nothing does.
 
     Attributes:
         bad_step: the first step whose loss or gradients were not finite, -1 if there is none; int64 scalar on the
@@ -68,10 +72,11 @@ class TrainStep:
         compile: str = "off",
         position: Position | None = None,
         hang_timeout: float = 0.0,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.model, self.plan, self.task, self.optimizer = model, plan, task, optimizer
         self.seed, self.normalize, self.precision = seed, normalize, precision
-        self.micro_batch_clips, self.compile = micro_batch_clips, compile
+        self.micro_batch_clips, self.compile, self.augmentation = micro_batch_clips, compile, augmentation
         self.clip_grad_norm, self.frozen = clip_grad_norm, frozen_modules(model)
         self.ema = None if ema is None else ModelEma(model, plan, ema)
         self.position, self.hang_timeout = position or Position(), hang_timeout
@@ -108,7 +113,8 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.lr(step) * group.get("lr_scale", 1.0)
         with explain_out_of_memory(partial(self._explain_out_of_memory, step, batch.shard)):
-            total = self._accumulate(step, batch.shard, *self._copy_to_device(batch))
+            self.report_position(step, "augmenting", 1, has_time_limit=False)
+            total = self._accumulate(step, batch.shard, *self.load_on_device(batch))
             self._update(step, total)
         return total
 
@@ -132,6 +138,16 @@ class TrainStep:
     def _clips_per_micro_batch(self, grid: Grid) -> int:
         """Return how many clips of a grid to run at once."""
         return max(1, self.micro_batch_clips * self.plan.base.num_frames * self.plan.base.crop_size**2 // grid.volume)
+
+    def load_on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the augmented clips, still uint8, and the labels on the device. All ranks call this together."""
+        clips, labels = self._copy_to_device(batch)
+        if self.augmentation is None:
+            return clips, labels
+        assert batch.shard is not None, "a training batch carries its shard"
+        assert batch.seeds is not None, "a training batch carries its seeds"
+        group = self.subgroups.of_size(len(batch.shard.ranks))
+        return self.augmentation(clips, labels, batch.seeds, batch.shard, group)
 
     def _copy_to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the clips, still uint8, and the labels on the device."""

@@ -56,6 +56,7 @@ class Trainer:
     Args:
         loader: of the training dataset.
         validate: the evaluator and the views to evaluate at; None to never evaluate.
+        sampler: chooses the clips of each step; None: passes over the dataset that have each video once.
     """
 
     def __init__(
@@ -67,11 +68,12 @@ class Trainer:
         logger: RunLogger,
         checkpoints: Checkpoints,
         validate: tuple[Evaluator, Views] | None = None,
+        sampler: ClipSampler | None = None,
     ) -> None:
         self.train_step, self.loader, self.options = train_step, loader, options
         self.logger, self.checkpoints, self.validate = logger, checkpoints, validate
         self.model, self.plan, self.optimizer = train_step.model, train_step.plan, train_step.optimizer
-        self.sampler = ClipSampler(self.plan, len(loader.dataset), train_step.seed)
+        self.sampler = sampler or ClipSampler(self.plan, len(loader.dataset), train_step.seed)
         self.progress = TrainProgress()
         self.device = train_step.device
         self.request_sync = RequestSync(self._requested_action)
@@ -178,7 +180,7 @@ class Trainer:
             self.running_metrics.wait_s += time.perf_counter() - wait_start
             phase = self.plan.phase(step)
             if step == phase.steps[0]:
-                self.logger.log_clips(step, phase.index, batch.clips)
+                self.logger.log_clips(step, phase.index, self.train_step.load_on_device(batch)[0])
             yield step, batch
 
     def _end_step(self, step: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import groupby, pairwise
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +30,11 @@ from .shared_memory import explain_queue_errors, full_shared_memory_message, is_
 
 
 class ClipDataset(Protocol):
-    """The interface that the core requires of a dataset."""
+    """The interface that the core requires of a dataset.
+
+    A dataset may also have `load_repeats(requests)`, which returns `self[request]` of each of several requests with the
+    same `index` and `repeats`, and decodes the video once.
+    """
 
     def __len__(self) -> int: ...
     def __getitem__(self, request: ClipRequest) -> Sample: ...
@@ -40,8 +44,8 @@ class Batch(NamedTuple):
     """Clips uint8 `[n, t, s, s, 3]`, labels int64 `[n]` or float32 `[n, classes]`, indices int64 `[n]`.
 
     `failures` lists the videos that could not be read. `bad_clips` counts the requested clips whose video could not be
-    read; a clip can have several failures, because its substitute can fail too. `shard` is set in training: the part
-    of the global batch that the n clips are.
+    read; a clip can have several failures, because its substitute can fail too. Set in training: `shard`, the part of
+    the global batch that the n clips are, and `seeds`, uint64 `[n]`, the seeds of their requests.
     """
 
     clips: Tensor
@@ -50,6 +54,7 @@ class Batch(NamedTuple):
     failures: tuple[DecodeFailure, ...] = ()
     bad_clips: int = 0
     shard: BatchShard | None = None
+    seeds: np.ndarray | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Each tensor sent between processes costs a handshake of 0.5 ms. Only the clips are large enough to need it.
@@ -95,7 +100,20 @@ class _StepDataset(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         clips, shard = self.requests(step)
-        return self.collate([self.dataset[clip] for clip in clips])._replace(shard=shard)
+        batch = self.collate(_load_clips(self.dataset, clips))
+        return batch._replace(shard=shard, seeds=np.array([clip.seed for clip in clips], np.uint64))
+
+
+def _load_clips(dataset: ClipDataset, clips: Sequence[ClipRequest]) -> list[Sample]:
+    """Load clips in order. Successive clips of a repeated video are loaded together if the dataset can do that."""
+    samples: list[Sample] = []
+    for (_, repeats), group in groupby(clips, key=lambda clip: (clip.index, clip.repeats)):
+        requests = list(group)
+        if repeats and len(requests) > 1 and hasattr(dataset, "load_repeats"):
+            samples += dataset.load_repeats(requests)
+        else:
+            samples += [dataset[request] for request in requests]
+    return samples
 
 
 def _identity(batch: Any) -> Any:

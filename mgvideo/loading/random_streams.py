@@ -21,6 +21,12 @@ class Stream(IntEnum):
     CLIP_SEEDS = 2
     DROPOUT = 3
     PRECISE_BN = 4
+    AUGMENTATION = 5
+    ERASING = 6
+    MIXING = 7
+    CROP = 8
+    CLASS_ORDER = 9
+    VIDEOS_OF_CLASS = 10
 
 
 def random_words(seed: int, stream: Stream, *counters: int | np.ndarray) -> np.ndarray:

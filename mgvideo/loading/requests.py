@@ -32,6 +32,7 @@ class ClipRequest:
     grid: Grid
     seed: int
     view: View | None = None
+    repeats: tuple[int, ...] = ()  # the seeds of all clips that are read of this video together; empty: only this one
 
 
 class BatchRequest(NamedTuple):

@@ -152,7 +152,7 @@ class Plan:
 
     base: Base
     schedule: str  # name of the schedule: baseline, short, long or multigrid
-    dataset_size: int  # number of training videos
+    dataset_size: int  # clips of an epoch: the training videos, times the clips that are read of each
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = ()  # warnings to print before the run starts, one line each
 

@@ -47,9 +47,13 @@ def shard_batch(batch: int, groups: int, rank: int, world_size: int) -> BatchSha
     group, part = divmod(rank, ranks_per_group)
     group_start = group * group_size
     ranks = tuple(range(group * ranks_per_group, (group + 1) * ranks_per_group))
-    start = group_start + part * group_size // ranks_per_group
-    stop = group_start + (part + 1) * group_size // ranks_per_group
-    return BatchShard(batch, start, stop, 1, group_size, ranks)
+    clips = group_parts(group_size, ranks_per_group)[part]
+    return BatchShard(batch, group_start + clips.start, group_start + clips.stop, 1, group_size, ranks)
+
+
+def group_parts(group_size: int, ranks: int) -> list[range]:
+    """Return which clips of a BN group each of the ranks that share it has, counted from the start of the group."""
+    return [range(part * group_size // ranks, (part + 1) * group_size // ranks) for part in range(ranks)]
 
 
 def check_shards(plan: Plan, world_size: int) -> None:

@@ -80,13 +80,13 @@ class _StatusColumn(ProgressColumn):
         return Text(task.fields["status"])
 
 
-def frames_as_image(clips: Tensor, count: int = 4) -> np.ndarray:
-    """Return an image of the first `count` of uint8 clips `[n, t, s, s, 3]`: one row a clip, of at most eight frames.
+def frames_as_image(clips: Tensor, count: int = 4, max_frames: int = 8) -> np.ndarray:
+    """Return an image of the first `count` of uint8 clips `[n, t, s, s, 3]`: one row a clip, of some of its frames.
 
     The image is uint8 `[rows · s, columns · s, 3]`.
     """
     t = clips.shape[1]
-    frames = clips[:count, np.linspace(0, t - 1, min(t, 8)).astype(int)].cpu().numpy()
+    frames = clips[:count, np.linspace(0, t - 1, min(t, max_frames)).astype(int)].cpu().numpy()
     return np.concatenate([np.concatenate(list(clip), axis=1) for clip in frames], axis=0)
 
 

@@ -134,6 +134,26 @@ def test_i3d_nln_config_trains_with_its_cosine(translate: Any) -> None:
     assert not any(word.startswith("model.") for word in translated.overrides)
 
 
+AUGMENTATION = [
+    *("AUG.ENABLE", "True", "AUG.NUM_SAMPLE", "2", "AUG.AA_TYPE", "rand-m7-n4-mstd0.5-inc1", "MIXUP.ENABLE", "True"),
+    *("DATA.TRAIN_JITTER_SCALES_RELATIVE", "[0.08, 1.0]", "DATA.TRAIN_JITTER_ASPECT_RELATIVE", "[0.75, 1.3333]"),
+    *("MODEL.LOSS_FUNC", "soft_cross_entropy"),
+]
+
+
+def test_the_augmentation_of_mvit_is_our_strong_one(translate: Any) -> None:
+    cfg = translate(KINETICS, *AUGMENTATION).cfg
+    strong = app.compose_config("run", ["augment=strong"])
+    assert cfg.augment == strong.augment
+    assert cfg.train.label_smoothing == strong.train.label_smoothing == 0.1
+    assert cfg.base.batch_size == 128, "two clips of each of 64 videos"
+    assert "MODEL.LOSS_FUNC" not in translate(KINETICS, *AUGMENTATION).output
+    other = translate(KINETICS, "AUG.ENABLE", "True", "AUG.AA_TYPE", "augmix-m3", "AUG.RE_MODE", "const")
+    assert other.cfg.augment.randaugment_ops == 0
+    assert "AUG.AA_TYPE: not there, because there is RandAugment" in other.output
+    assert "AUG.RE_MODE: not there, because an erased part is noise" in other.output
+
+
 @pytest.mark.parametrize(("config", "network"), [(X3D_M, "x3d"), (MVITV2_S, "mvit")])
 def test_networks_that_are_not_there_are_one_line_after_a_list_of_what_exists(
     config: str, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

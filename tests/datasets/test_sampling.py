@@ -108,3 +108,44 @@ def test_segments_cover_the_video_for_every_grid() -> None:
     assert indices(ClipRequest(0, grid, 0, View(0, 1, 3)), 5, 46, segments) == [7 + 5 * place for place in range(8)]
     assert indices(ClipRequest(0, grid, 0), 0, 1, segments) == [0] * 8
     assert max(indices(ClipRequest(0, grid, 3), 0, 3, segments)) <= 2
+
+
+RELATIVE = Sampling(crop_area=(0.08, 1.0), crop_aspect=(0.75, 4 / 3))
+
+
+def relative_boxes(height: int, width: int, sampling: Sampling = RELATIVE) -> np.ndarray:
+    request = ClipRequest(0, GRID, 0)
+    return np.array([crop_boxes(request, draw, height, width)[0] for draw in draws(sampling)])
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 300), (360, 640), (640, 360), (200, 1000)])
+def test_random_resized_crops_have_the_area_and_aspect_of_their_ranges(height: int, width: int) -> None:
+    top, left, rows, columns = relative_boxes(height, width).T.astype(float)
+    assert min(top.min(), left.min()) == 0
+    assert ((top + rows).max(), (left + columns).max()) == (height, width)
+    aspect, area = columns / rows, rows * columns / (height * width)
+    assert 0.74 < aspect.min() < 0.76
+    assert 1.32 < aspect.max() < 1.35
+    assert abs(np.log(aspect).mean()) < 0.02
+    largest = np.minimum(np.minimum(aspect * height / width, width / height / aspect), 1)
+    fraction = (area - np.minimum(0.08, largest)) / np.maximum(largest - 0.08, 1e-9)
+    if largest.max() > 0.3:
+        assert abs(np.quantile(fraction, [0.1, 0.5, 0.9]) - [0.1, 0.5, 0.9]).max() < 0.04, "uniform in area"
+
+
+def test_a_crop_is_read_from_frames_large_enough_for_it() -> None:
+    for height, width in ((300, 300), (360, 640), (640, 360)):
+        for draw in draws(RELATIVE):
+            assert draw.crop is not None
+            scale = draw.short_side / min(height, width)
+            assert scale * min(draw.crop.size_in(height, width)) > GRID.size - 1e-6
+    sides = [draw.short_side for draw in draws(RELATIVE)]
+    assert min(sides) < 1.1 * GRID.size, "large crops are read from small frames"
+
+
+def test_random_resized_crops_change_no_other_draw_and_no_test_view() -> None:
+    for seed in range(50):
+        plain, relative = (draw_clip(ClipRequest(0, GRID, seed), sampling) for sampling in (PLAIN, RELATIVE))
+        assert (plain.stride, plain.start, plain.flip) == (relative.stride, relative.start, relative.flip)
+    view = ClipRequest(0, Grid(4, 100, (2, 2), (100, 100)), 9, View(0, 1, 1))
+    assert draw_clip(view, RELATIVE) == draw_clip(view, PLAIN)

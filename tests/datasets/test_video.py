@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from videos import read_number, write_video
 
-from mgvideo.datasets.decoders import Decord, PyAV
+from mgvideo.datasets.decoders import Decord, PyAV, Video
 from mgvideo.datasets.lists import video_list
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, View
@@ -129,3 +130,41 @@ def test_fingerprint_depends_on_the_list_and_not_the_root(root: Path, tmp_path: 
 def test_numbers_survive_resizing(root: Path) -> None:
     with PyAV().open(str(root / "clips/video 0.mp4"), 32) as video:
         assert [read_number(frame) for frame in video.read([3, 17, 29])] == [3, 17, 29]
+
+
+class CountingDecoder(PyAV):
+    """Counts how often a video is opened."""
+
+    opened = 0
+
+    def open(self, path: str, short_side: int | None = None) -> Video:
+        self.opened += 1
+        return super().open(path, short_side)
+
+
+@pytest.mark.parametrize("crop_area", [None, (0.08, 1.0)], ids=str)
+@pytest.mark.parametrize("size", [16, 32])  # frames of 80 × 60 pixels are shrunk while decoding for the smaller
+def test_repeated_clips_are_decoded_once_and_the_same_as_alone(root: Path, size: int, crop_area: tuple | None) -> None:
+    decoder = CountingDecoder()
+    dataset = video_list(str(root), "list.csv", decoder=decoder)
+    dataset.sampling = replace(dataset.sampling, crop_area=crop_area)
+    grid, seeds = Grid(frames=4, size=size, strides=(1, 4), scales=(size, size + 4)), tuple(range(20, 23))
+    for index in range(4):
+        requests = [ClipRequest(index, grid, seed, repeats=seeds) for seed in seeds]
+        before = decoder.opened
+        together = dataset.load_repeats(requests)
+        assert decoder.opened == before + 1
+        for request, sample in zip(requests, together, strict=True):
+            alone = dataset[request]
+            assert torch.equal(sample.clip, alone.clip)
+            assert (sample.index, sample.label) == (alone.index, alone.label)
+        assert not torch.equal(together[0].clip, together[1].clip)
+
+
+def test_repeated_clips_of_a_broken_video_get_the_substitutes_that_they_get_alone(broken: Path) -> None:
+    dataset = video_list(str(broken), "list.csv")
+    requests = [ClipRequest(2, GRID, seed, repeats=(7, 8)) for seed in (7, 8)]
+    for sample, request in zip(dataset.load_repeats(requests), requests, strict=True):
+        alone = dataset[request]
+        assert torch.equal(sample.clip, alone.clip)
+        assert (sample.index, sample.failures) == (alone.index, alone.failures)

@@ -86,3 +86,25 @@ def test_a_video_that_fails_for_several_reasons_is_one_failure(motion_root: str)
     result = evaluate(r2plus1d_small(8, width=4).eval(), Views(Grid(4, 32, (2, 2), (40, 40)), num_clips=3, num_crops=1))
     assert [(failure.index, failure.reason) for failure in result.failures] == [(1, "damage 0")]
     assert result.scores.isnan().all(1).tolist() == [False, True]
+
+
+def test_class_weights_and_smoothing_are_the_same_for_classes_and_for_shares_of_them() -> None:
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels, weights = torch.tensor([0, 1, 2, 3, 3, 0]), torch.tensor([1.0, 2.0, 0.5, 0.0])
+    task = SingleLabel(weights, label_smoothing=0.1)
+    loss = task.loss(logits, labels)
+    soft = torch.nn.functional.one_hot(labels, 4).float()
+    torch.testing.assert_close(task.loss(logits, soft), loss)
+    target = soft.double() * 0.9 + 0.1 / 4
+    expected = -(weights.double() * target * logits.log_softmax(1)).sum()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(task.loss(logits[:2], labels[:2]) + task.loss(logits[2:], labels[2:]), loss)
+    mixed = (SingleLabel().loss(logits[:1], labels[:1]) + 3 * SingleLabel().loss(logits[:1], labels[1:2])) / 4
+    torch.testing.assert_close(SingleLabel().loss(logits[:1], 0.25 * soft[:1] + 0.75 * soft[1:2]), mixed)
+
+
+def test_class_weights_of_several_classes_a_video_scale_the_loss_of_each_class() -> None:
+    logits, labels = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    first, second = (MultiLabel().loss(logits[:, [i]], labels[:, [i]]) for i in range(2))
+    weighted = MultiLabel(torch.tensor([3.0, 0.5])).loss(logits, labels)
+    torch.testing.assert_close(weighted, (3 * first + 0.5 * second) / 2)

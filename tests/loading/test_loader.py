@@ -23,6 +23,7 @@ from training import KNOBS, ROOT, start_process, tiny_plan
 
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.motion import motion
+from mgvideo.datasets.video import VideoDataset
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch, ClipDataset, Loader, LoaderOptions, collate, explain_dead_worker
 from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample
@@ -52,7 +53,7 @@ def test_a_worker_stacks_the_same_batch_in_shared_memory(motion_root: str, metho
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_batch_carries_its_shard(motion_root: str, method: str) -> None:
+def test_a_batch_carries_its_shard_and_seeds(motion_root: str, method: str) -> None:
     sampler = ClipSampler(tiny_plan("baseline"), KNOBS.train, seed=0)
     requests = partial(sampler.shard, rank=1, world_size=2)
     loader = Loader(motion(motion_root, KNOBS, "train", PyAV()), LoaderOptions(num_workers=2, start_method=method))
@@ -60,7 +61,25 @@ def test_a_batch_carries_its_shard(motion_root: str, method: str) -> None:
     for step, batch in enumerate(batches):
         clips, shard = requests(step)
         assert batch.shard == shard
+        assert batch.seeds is not None
+        assert batch.seeds.tolist() == [clip.seed for clip in clips]
         assert batch.indices.tolist() == [clip.index for clip in clips]
+
+
+def test_clips_of_a_repeated_video_are_loaded_together_and_the_same_on_another_number_of_ranks(
+    motion_root: str,
+) -> None:
+    dataset, opened = motion(motion_root, KNOBS, "train", PyAV()), []
+    sampler = ClipSampler(tiny_plan("baseline"), KNOBS.train, seed=0, repeat=2)
+    loader = Loader(dataset, LoaderOptions(num_workers=0))
+    whole = next(loader.load_steps(sampler.shard, range(1)))
+    dataset.path = lambda index: opened.append(index) or VideoDataset.path(dataset, index)  # type: ignore
+    parts = [next(loader.load_steps(partial(sampler.shard, rank=rank, world_size=8), range(1))) for rank in range(8)]
+    assert len(opened) == 8
+    assert torch.equal(torch.cat([part.clips for part in parts]), whole.clips), "each rank has one of two clips"
+    opened.clear()
+    next(loader.load_steps(sampler.shard, range(1)))
+    assert opened == whole.indices[::2].tolist(), "a video is opened once"
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns if there is no GPU to pin memory for

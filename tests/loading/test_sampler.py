@@ -8,7 +8,7 @@ import pytest
 
 from mgvideo.loading import sampler
 from mgvideo.loading.requests import ClipRequest
-from mgvideo.loading.sampler import ClipSampler, shuffled_videos
+from mgvideo.loading.sampler import ClassOrder, ClipSampler, shuffled_videos
 from mgvideo.plan import schedules
 from mgvideo.plan.plan import Base, Plan
 
@@ -118,3 +118,50 @@ def test_orders_of_many_videos_are_uncorrelated() -> None:
     (seed_2,) = shuffled_videos(np.arange(size, dtype=np.uint64), size, seed=2).reshape(1, size)
     for a, b in ((first, np.arange(size)), (first, second), (first, seed_2), (first[1:], first[:-1])):
         assert abs(np.corrcoef(a.astype(float), b.astype(float))[0, 1]) < 4 / size**0.5
+
+
+def test_repeated_clips_of_a_video_are_neighbours_with_their_own_seeds() -> None:
+    base = Base(**{**vars(BASE), "batch_size": 12})
+    plan = schedules.multigrid(base, 3 * SIZE, epoch_factor=1.5, round_epochs=False)
+    sampler = ClipSampler(plan, SIZE, seed=3, repeat=3)
+    sequence = [clip for step in range(plan.steps) for clip in sampler.shard(step).clips]
+    groups = [sequence[i : i + 3] for i in range(0, len(sequence), 3)]
+    for group in groups:
+        assert len({clip.index for clip in group}) == 1
+        assert {clip.repeats for clip in group} == {tuple(clip.seed for clip in group)}
+        assert len({clip.seed for clip in group}) == 3
+    videos = [group[0].index for group in groups]
+    assert sorted(videos[:SIZE]) == list(range(SIZE)), "a pass has every video once"
+    parts = [clip for rank in range(4) for clip in sampler.shard(0, rank, 4).clips]
+    assert parts == list(sampler.shard(0).clips)
+
+
+LABELS = np.array([0] * 60 + [3] * 30 + [5] * 7 + [6] * 3)  # classes 1, 2 and 4 have no videos
+
+
+def balanced_sampler(seed: int = 3) -> ClipSampler:
+    return ClipSampler(make_test_plan(), SIZE, seed, classes=ClassOrder.of_labels(LABELS))
+
+
+def test_a_balanced_sampler_shows_every_class_equally_often_and_all_videos_of_a_class() -> None:
+    plan, sampler = make_test_plan(), balanced_sampler()
+    indices = [clip.index for step in range(plan.steps) for clip in sampler.shard(step).clips]
+    classes = LABELS[indices]
+    for start in range(0, len(classes) - 4, 4):
+        assert sorted(classes[start : start + 4]) == [0, 3, 5, 6]
+    for label in (0, 3, 5, 6):
+        videos = [index for index in indices if LABELS[index] == label]
+        size = (label == LABELS).sum()
+        passes = [videos[i : i + size] for i in range(0, len(videos) - size + 1, size)]
+        assert len(passes) > 2
+        assert all(sorted(part) == np.flatnonzero(label == LABELS).tolist() for part in passes)
+        assert len({tuple(part) for part in passes}) > 1, "each pass has its own order"
+
+
+def test_a_balanced_batch_depends_only_on_its_step_and_not_on_ranks() -> None:
+    sampler = balanced_sampler()
+    for step in (5, 0, make_test_plan().steps - 1):
+        whole = list(sampler.shard(step).clips)
+        assert [clip for rank in range(4) for clip in sampler.shard(step, rank, 4).clips] == whole
+        assert list(pickle.loads(pickle.dumps(sampler)).shard(step).clips) == whole
+    assert list(balanced_sampler(seed=4).shard(0).clips) != list(sampler.shard(0).clips)

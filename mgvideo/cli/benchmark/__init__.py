@@ -30,6 +30,7 @@ from mgvideo.storage.paths import explain_write_errors
 BENCHMARKS = {
     "loader": "clips per second of the loader at each grid of a plan, compared with decoding alone",
     "step": "milliseconds of a training step at each grid, by model, precision, memory format and compilation",
+    "augment": "milliseconds of augmentation on the device at each grid, beside those of a training step",
     "soak": "whether memory and open files of the loader workers stay flat over many clips",
     "sampler": "time in which a rank computes its clips of a step, at several numbers of ranks",
     "ranks": "simulate the first and last of many ranks through a long cycle: shards, collectives, host time",
