@@ -29,8 +29,8 @@ from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Loader, explain_dead_worker
+from mgvideo.plan.options import statistics_plan
 from mgvideo.plan.plan import Plan
-from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_plan_table
 from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder
@@ -61,6 +61,7 @@ from .resume import (
     keep_micro_batch_clips,
     load_checkpoint,
     lower_lr_command,
+    resolve_decay_from,
     resume_fingerprint,
     software_versions,
 )
@@ -88,10 +89,11 @@ def run(cfg: DictConfig) -> None:
             run_test(cfg, device, position)
             return
         data = build_data(cfg)
+        resolve_decay_from(cfg)
         plan = build_plan(cfg, len(data.train))
         check_shards(plan, world_size())
         if cfg.train.precise_bn_clips:
-            check_shards(baseline_of(plan), world_size())
+            check_shards(statistics_plan(plan), world_size())
         precision = choose_precision(cfg.precision, device)
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
