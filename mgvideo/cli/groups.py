@@ -80,7 +80,7 @@ def holds_text(cfg: DictConfig, key: str) -> bool | None:
         return isinstance(node._value(), str)
     declared = {"dataset": DatasetKeys, "schedule": ScheduleOptions}.get(parent_key)
     hints = {**_hints(parent), **(get_type_hints(declared) if declared else {})}
-    return str in _kinds(hints.get(name))
+    return _kinds(hints.get(name)) == {str}
 
 
 def _hints(node: DictConfig) -> dict[str, Any]:
