@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import LoaderOptions
 from mgvideo.loading.shared_memory import BatchSizes, check_shared_memory_space
+from mgvideo.plan.options import ScheduleOptions
 from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
@@ -36,6 +38,7 @@ from .app import flat_keys
 from .recipe import fill_recipe
 from .training import build_task, set_crops
 
+OPTION_KEYS = tuple(field.name for field in fields(ScheduleOptions))
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
 
@@ -124,19 +127,23 @@ def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
     repeat, batch_size = cfg.augment.repeat, cfg.base.batch_size
     is_multiple = batch_size % repeat == 0
     require(is_multiple, f"base.batch_size={batch_size} is no multiple of augment.repeat={repeat}: change one of them")
-    plan = build_schedule(cfg)(Base(**base), dataset_size * repeat)
+    plan = schedule_options(cfg).apply(build_schedule(cfg))(Base(**base), dataset_size * repeat)
     require(isinstance(plan, Plan), f"schedule: {cfg.schedule._target_} returned no Plan but {type(plan).__name__}")
     notes = filter(None, (recipe_note, few_steps_warning(plan)))
     return replace(plan, notes=(*notes, *plan.notes))
 
 
 def build_schedule(cfg: DictConfig) -> Schedule:
-    """Build the schedule, a callable `(base, dataset_size) → Plan`.
+    """Build the schedule, a callable `(base, dataset_size) → Plan`, without the options that all schedules have.
 
     Raises:
         UserError: The keys of `schedule` are not the arguments of its function.
     """
-    schedule = instantiate(cfg.schedule)
+    own_keys = copy.deepcopy(cfg.schedule)
+    OmegaConf.set_struct(own_keys, False)
+    for key in OPTION_KEYS:
+        own_keys.pop(key, None)
+    schedule = instantiate(own_keys)
     target = cfg.schedule._target_
     require(callable(schedule), f"schedule: {target} returned no function: add _partial_: true to the schedule's YAML")
     function, keys = getattr(schedule, "func", schedule), getattr(schedule, "keywords", {})  # of a functools.partial
@@ -145,6 +152,16 @@ def build_schedule(cfg: DictConfig) -> Schedule:
     except TypeError as error:
         raise UserError(f"schedule: {target}: {error}; change the keys of the schedule's YAML") from error
     return schedule
+
+
+def schedule_options(cfg: DictConfig) -> ScheduleOptions:
+    """Return the options of `schedule`; where they are null, the finish has the test's crop, on the run's GPUs."""
+    options = {key: cfg.schedule[key] for key in OPTION_KEYS if key in cfg.schedule}
+    if options.get("finish") is not None and options.get("finish_size") is None:
+        options["finish_size"] = cfg.test.crop_size
+    if options.get("gpus") is None:
+        options["gpus"] = world_size()
+    return ScheduleOptions(**options)
 
 
 def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = True) -> nn.Module:

@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from mgvideo.engine.tasks import TASKS
 from mgvideo.errors import UserError
+from mgvideo.plan.options import ScheduleOptions
 
 from .schema import check_value, key
 
@@ -46,6 +47,7 @@ def check_groups(cfg: DictConfig) -> None:
         UserError: Names the first key with a value of the wrong type, and the right type.
     """
     _check_types("dataset", cfg.dataset, get_type_hints(DatasetKeys))
+    _check_types("schedule", cfg.schedule, get_type_hints(ScheduleOptions))
     for entry in fields(DatasetKeys):
         if entry.name in cfg.dataset and not OmegaConf.is_missing(cfg.dataset, entry.name):
             check_value(f"dataset.{entry.name}", cfg.dataset[entry.name], entry.metadata["limits"])
@@ -76,8 +78,9 @@ def holds_text(cfg: DictConfig, key: str) -> bool | None:
         return None if node is None else False
     if not (node._is_none() or node._is_missing() or node._is_interpolation()):
         return isinstance(node._value(), str)
-    hints = get_type_hints(DatasetKeys) if parent_key == "dataset" else _hints(parent)
-    return str in _kinds(hints.get(name))
+    declared = {"dataset": DatasetKeys, "schedule": ScheduleOptions}.get(parent_key)
+    hints = {**_hints(parent), **(get_type_hints(declared) if declared else {})}
+    return _kinds(hints.get(name)) == {str}
 
 
 def _hints(node: DictConfig) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 from mgvideo.storage.paths import explain_write_errors
 
 from . import app, keys
-from .build import build_plan, build_schedule, require_dataset_keys, unset_dataset_key
+from .build import build_plan, build_schedule, require_dataset_keys, schedule_options, unset_dataset_key
+from .resume import resolve_decay_from
 from .schema import key
 
 DEFAULT_GPUS = 8  # if this machine has none; the number in the published recipes
@@ -73,6 +74,9 @@ def read_keys(overrides: Sequence[str]) -> PlanKeys:
 
 def show(options: PlanKeys, cfg: DictConfig) -> None:
     """Print or draw the plan of a config."""
+    resolve_decay_from(cfg)
+    if "gpus" in cfg.schedule and cfg.schedule.gpus is None:
+        cfg.schedule.gpus = options.gpus or torch.cuda.device_count() or DEFAULT_GPUS
     plan = _plan(options, cfg)
     gpus, notes = (options.gpus, ()) if options.gpus is not None else _gpus_of_this_machine(plan)
     plan = replace(plan, notes=(*plan.notes, *notes))
@@ -83,7 +87,7 @@ def show(options: PlanKeys, cfg: DictConfig) -> None:
         if options.format == "png":
             from mgvideo.plan.figure import draw_plans  # imports matplotlib
 
-            draw_plans(variants(plan, build_schedule(cfg)), options.out)
+            draw_plans(variants(plan, build_schedule(cfg), schedule_options(cfg).apply), options.out)
             _print_notes(plan, sys.stdout)
         else:
             with open(options.out, "w", encoding="utf-8") as file:
@@ -143,10 +147,13 @@ def _benchmark(options: PlanKeys, plan: Plan) -> Benchmark | None:
     return Benchmark({slot.grid.name: options.step_time for phase in plan.phases for slot in phase.slots})
 
 
-def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
+def variants(
+    plan: Plan, schedule: Schedule, with_options: Callable[[Schedule], Schedule] = lambda schedule: schedule
+) -> list[Plan]:
     """Return the plans to draw below each other, the baseline first.
 
-    For a schedule of the paper these are all four, with the keys that they share with it; for another it is its own.
+    For a schedule of the paper these are all four, with the keys and options that they share with it; for another it is
+    its own.
     """
     keys = getattr(schedule, "keywords", {})
     if getattr(schedule, "func", schedule) not in (baseline, short, long, multigrid):
@@ -154,7 +161,8 @@ def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
     plans = [baseline_of(plan)]
     for function in (short, long, multigrid):
         shared = keys.keys() & signature(function).parameters.keys() - {"name"}
-        plans.append(function(plan.base, plan.dataset_size, **{key: keys[key] for key in shared}))
+        same_keys = with_options(partial(function, **{key: keys[key] for key in shared}))
+        plans.append(same_keys(plan.base, plan.dataset_size))
     return plans
 
 

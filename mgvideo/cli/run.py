@@ -31,8 +31,8 @@ from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Loader, explain_dead_worker
 from mgvideo.models.features import find_classifier
+from mgvideo.plan.options import statistics_plan
 from mgvideo.plan.plan import Plan
-from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_plan_table
 from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder
@@ -63,6 +63,7 @@ from .resume import (
     keep_micro_batch_clips,
     load_checkpoint,
     lower_lr_command,
+    resolve_decay_from,
     resume_fingerprint,
     software_versions,
 )
@@ -90,11 +91,12 @@ def run(cfg: DictConfig) -> None:
             run_test(cfg, device, position)
             return
         data = build_data(cfg)
+        resolve_decay_from(cfg)
         plan = build_plan(cfg, len(data.train))
         torch.backends.cudnn.benchmark = not cfg.deterministic and is_worth_tuning(plan)
         check_shards(plan, world_size())
         if cfg.train.precise_bn_clips:
-            check_shards(baseline_of(plan), world_size())
+            check_shards(statistics_plan(plan), world_size())
         precision = choose_precision(cfg.precision, device)
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder

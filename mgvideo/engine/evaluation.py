@@ -155,8 +155,8 @@ def precise_bn(
     """Replace BN's running statistics in `model` with those of the sampler's first `batches` global batches.
 
     Every BN group of every batch has the same weight, and all ranks get the same statistics. A rank runs at most
-    `train_step.micro_batch_clips` clips at once. An exception leaves the running statistics unchanged. Frozen parts of
-    the network keep their statistics.
+    `train_step.micro_batch_clips` clips of the base grid at once. An exception leaves the running statistics unchanged.
+    Frozen parts of the network keep their statistics.
 
     Args:
         model: the network that `train_step` trains, or the average of its weights.
@@ -177,7 +177,8 @@ def precise_bn(
                 random_seed(sampler.seed, Stream.DROPOUT, done),
             )
             clips = batch.clips.to(precision.device, non_blocking=True)
-            for start, stop, groups in split_into_micro_batches(shard, train_step.micro_batch_clips):
+            limit = train_step.clips_per_micro_batch(sampler.plan.slot(done).grid)
+            for start, stop, groups in split_into_micro_batches(shard, limit):
                 progress_callback(done, batches, False)
                 set_bn_groups(model, groups, group)
                 torch.manual_seed(seed)

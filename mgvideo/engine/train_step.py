@@ -31,6 +31,8 @@ from .tasks import Task
 if TYPE_CHECKING:
     from .augmentation import Augmentation
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 class TrainStep:
     """Takes a plan's optimizer steps.
@@ -89,6 +91,7 @@ class TrainStep:
         self.warmed_up: set[tuple[Slot, int]] = set()  # slots that have run, with their number of BN groups
         # Copy clips while the GPU still computes the previous step.
         self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._frozen_in_finish = frozen_in_finish(model)
         self.wrapped_model: nn.Module = model
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -126,7 +129,7 @@ class TrainStep:
     def _explain_out_of_memory(self, step: int, shard: BatchShard) -> str:
         """Say where memory ran out, and which config key to lower."""
         grid = self.plan.slot(step).grid
-        micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(grid))
+        micro_batches = split_into_micro_batches(shard, self.clips_per_micro_batch(grid))
         clips = max(stop - start for start, stop, _ in micro_batches)
         lower = suggest_micro_batch_clips(clips, grid, self.plan.base)
         if lower is None:
@@ -135,7 +138,7 @@ class TrainStep:
             advice = f"try train.micro_batch_clips={lower} (now {self.micro_batch_clips})"
         return f"at {self.plan.describe(step)}, where this rank runs {clips} clips at once: {advice}"
 
-    def _clips_per_micro_batch(self, grid: Grid) -> int:
+    def clips_per_micro_batch(self, grid: Grid) -> int:
         """Return how many clips of a grid to run at once."""
         return max(1, self.micro_batch_clips * self.plan.base.num_frames * self.plan.base.crop_size**2 // grid.volume)
 
@@ -165,7 +168,7 @@ class TrainStep:
     def _accumulate(self, step: int, shard: BatchShard, clips: Tensor, labels: Tensor) -> Tensor:
         """Accumulate the gradients of the mean loss over the global batch; return this rank's part of that loss."""
         slot = self.plan.slot(step)
-        micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(slot.grid))
+        micro_batches = split_into_micro_batches(shard, self.clips_per_micro_batch(slot.grid))
         group = self.subgroups.of_size(len(shard.ranks))
         total = torch.zeros((), device=self.device)
         # The seed of dropout depends on the run's seed and the step, not on the rank. So all ranks draw the same
@@ -184,7 +187,7 @@ class TrainStep:
                 torch.manual_seed(seed)
                 with ExitStack() as stack:
                     clip_range = shard.start + start, shard.start + stop
-                    stack.enter_context(dropout_for_clips(self.model, shard.batch, *clip_range))
+                    stack.enter_context(dropout_for_clips(self.model, shard.batch, *clip_range, slot.strength))
                     if i < len(micro_batches) - 1:  # DDP averages gradients once a step, in the last micro-batch
                         stack.enter_context(getattr(self.wrapped_model, "no_sync", nullcontext)())
                     pixels = self.normalize(clips[start:stop])
@@ -206,6 +209,9 @@ class TrainStep:
         continues. At a scale of 1, which other precisions always have, an overflow means that the gradients themselves
         are not finite.
         """
+        if self.plan.phase(step).trains == "head":
+            for parameter in self._frozen_in_finish:
+                parameter.grad = None  # the optimizer skips it, also its weight decay and momentum
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])  # the same on all ranks
@@ -220,6 +226,17 @@ class TrainStep:
         if self.ema is not None:
             self.ema.update(step, skip)
         self.scaler.update()
+
+
+def frozen_in_finish(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a finish of the head does not train.
+
+    It trains those of the last linear layer, which is the head, and of the normalisation layers.
+    """
+    linear_layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    trained = {id(parameter) for module in (*norms, *linear_layers[-1:]) for parameter in module.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in trained]
 
 
 def compile_model(model: nn.Module, mode: str, plan: Plan) -> nn.Module:

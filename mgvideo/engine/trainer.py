@@ -20,8 +20,8 @@ from mgvideo.errors import NonFiniteError, UserError, one_line
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.loading.sampler import ClipSampler
+from mgvideo.plan.options import statistics_plan
 from mgvideo.plan.plan import Plan
-from mgvideo.plan.schedules import baseline_of
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.profiler import Profiler
 from mgvideo.tracking.run_logger import RunLogger
@@ -308,15 +308,16 @@ class Trainer:
     def precise_bn(self) -> None:
         """Replace BN's running statistics in the evaluated network with exact ones for its current weights.
 
-        Uses whole batches of the base grid: at most `precise_bn_clips` clips and one pass over the dataset, but at
-        least one batch. Which clips depends on the step, so that a resumed run uses the same.
+        Uses whole batches of the base grid, or of the finish if the plan has one: at most `precise_bn_clips` clips and
+        one pass over the dataset, but at least one batch. Which clips depends on the step, so that a resumed run uses
+        the same.
         """
         clips = self.options.precise_bn_clips
         if not clips:
             return
-        plan, videos = baseline_of(self.plan), len(self.loader.dataset)
+        plan, videos = statistics_plan(self.plan), len(self.loader.dataset)
         sampler = ClipSampler(plan, videos, random_seed(self.train_step.seed, Stream.PRECISE_BN, self.progress.step))
-        batches = max(1, min(clips, videos) // plan.base.batch_size)
+        batches = max(1, min(clips, videos) // plan.phases[0].batch)
         on_progress = self.logger.showing_progress("precise BN", self.progress_callback("in precise BN", -3))
         precise_bn(self.evaluated_model, self.train_step, self.loader, sampler, batches, on_progress)
 

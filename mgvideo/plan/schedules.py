@@ -55,7 +55,7 @@ def baseline(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(epoch_factor=epoch_factor, round_epochs=round_epochs, bn_group=bn_group, min_size=min_size)
+    check_keys(epoch_factor=epoch_factor, round_epochs=round_epochs, bn_group=bn_group, min_size=min_size)
     drafts = _base_grid_drafts(base, make_slots(base, min_size=min_size), epoch_factor, round_epochs)
     return make_plan(name, base, dataset_size, drafts, bn_group)
 
@@ -82,7 +82,7 @@ def short(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(
+    check_keys(
         epoch_factor=epoch_factor, short_factors=short_factors, jitter=jitter, bn_group=bn_group,
         round_epochs=round_epochs, min_size=min_size,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def long(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(
+    check_keys(
         epoch_factor=epoch_factor, long_factors=long_factors, jitter=jitter, lr_scaling=lr_scaling, fine_tune=fine_tune,
         bn_group=bn_group, random_stride=random_stride, round_epochs=round_epochs, min_size=min_size,
     )  # fmt: skip
@@ -153,7 +153,7 @@ def multigrid(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(
+    check_keys(
         epoch_factor=epoch_factor, long_factors=long_factors, short_factors=short_factors, jitter=jitter,
         lr_scaling=lr_scaling, fine_tune=fine_tune, bn_group=bn_group, random_stride=random_stride,
         round_epochs=round_epochs, min_size=min_size,
@@ -241,7 +241,7 @@ def _note_single_stage(plan: Plan) -> Plan:
     return replace(plan, notes=(*plan.notes, note))
 
 
-def _check_keys(**values: Any) -> None:
+def check_keys(**values: Any) -> None:
     """Raise UserError if a value of a schedule's key is invalid. The message names the key."""
     for key, value in values.items():
         setting = f"schedule.{key}={value}"

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from recipes import KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, SSV2
+from recipes import ALL_SCHEDULES, KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, SSV2
 
 from mgvideo.errors import UserError
 from mgvideo.plan.drafts import PhaseDraft, lr_factor_of_batch, make_plan, make_slots
@@ -32,8 +32,8 @@ def test_long_cycle_alone_matches_hand_computed_epochs() -> None:
     assert {len(phase.slots) for phase in plan.phases} == {1}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
-@pytest.mark.parametrize("policy", ["step", "cosine"])
+@pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=lambda schedule: schedule.__name__)
+@pytest.mark.parametrize("policy", ["step", "cosine", "wsd"])
 @pytest.mark.parametrize("base", [KINETICS, SSV2, SMALL], ids=["kinetics", "something", "small"])
 def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) -> None:
     plan = schedule(replace(base, lr_policy=policy), 1024)

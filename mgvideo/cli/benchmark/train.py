@@ -136,11 +136,11 @@ def run(options: Keys, cfg: DictConfig) -> None:
 
 
 def shorten_plan(plan: Plan, visits: int) -> Plan:
-    """Return the plan with few steps in each phase: one for the boundary and `visits` for each slot."""
+    """Return the plan with few steps in each phase: one for the boundary and `visits` for each slot, in turn."""
     phases, step = [], 0
     for phase in plan.phases:
         steps = visits * len(phase.slots) + 1  # the first includes the boundary
-        phases.append(replace(phase, steps=(step, step + steps)))
+        phases.append(replace(phase, steps=(step, step + steps), weights=()))
         step += steps
     return replace(plan, phases=tuple(phases))
 
