@@ -112,3 +112,12 @@ def _is_convertible(conv: nn.Conv3d) -> bool:
         return True
     kernel = list(zip(conv.kernel_size, conv.padding, strict=True))  # (size, padding) of each dimension
     return kernel[0] == (1, 0) or (conv.kernel_size[0] > 1 and kernel[1:] == [(1, 0), (1, 0)])
+
+
+def has_depthwise_convolutions(model: nn.Module) -> bool:
+    """Whether a model has 3-D convolutions of each channel by itself.
+
+    torch's kernels for them are fast in channels_last_3d only: contiguous, forward and backward take 1.4 to 28 times as
+    long (docs/benchmarks/speed.md).
+    """
+    return any(isinstance(module, nn.Conv3d) and module.groups > 1 for module in model.modules())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mgvideo.cpu.convolutions import convert_convolutions
+from mgvideo.cpu.convolutions import convert_convolutions, has_depthwise_convolutions
 from mgvideo.cpu.memory import keep_freed_memory
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Grid, Plan
@@ -45,12 +45,15 @@ class Precision:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and memory format, in place, and return it.
 
-        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory.
+        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory. There,
+        networks with depthwise convolutions are always in channels_last_3d.
         """
+        channels_last = self.channels_last
         if self.device.type == "cpu":
             keep_freed_memory()
             convert_convolutions(model)
-        memory_format = torch.channels_last_3d if self.channels_last else torch.contiguous_format
+            channels_last = channels_last or has_depthwise_convolutions(model)
+        memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
         return model.to(device=self.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
     @property

@@ -67,7 +67,8 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         CUDA has fast kernels for channels_last only, and this view of a channels_last_3d tensor is channels_last.
         """
         single_group = self.groups == 1 and self.process_group is None
-        if not self.training or (single_group and not self.deferring):
+        recomputes = is_recomputing()
+        if not self.training or (single_group and not self.deferring and not recomputes):
             return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
@@ -90,6 +91,8 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             mean, var = torch.zeros((2, 1, self.num_features), dtype=stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
             statistics = GroupStatistics(mean, var)
+        if recomputes:
+            return output
         if not self.deferring:
             if self.track_running_stats:
                 update_running_stats([self], sum_over_groups(statistics))
@@ -100,6 +103,14 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             if len(self.deferred_forwards) == MAX_DEFERRED_FORWARDS:
                 add_deferred([self])
         return output
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass runs inside of a backward pass, as activation checkpointing does.
+
+    The statistics of its input are already counted then. Compiled code contains both passes, and updates buffers once.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def convert_group_batchnorm(model: nn.Module) -> nn.Module:
