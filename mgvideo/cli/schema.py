@@ -94,6 +94,8 @@ class BaseKeys:
     warmup_epochs: float | None = key(0.0, "epochs of linear warm-up")
     warmup_lr: float | None = key(0.0, "LR at the start of warm-up")
     lr_policy: str = key("step", "LR schedule: step or cosine")
+    final_lr: float = key(0.0, "LR at the end of a cosine")
+    cosine_after_warmup: bool = key(False, "the cosine starts after the warm-up; false: at epoch 0")
 
 
 @dataclass

@@ -34,6 +34,8 @@ class Base:
     warmup_epochs: float
     warmup_lr: float  # LR at the start of the warm-up
     lr_policy: str = "step"  # or "cosine", see Plan.lr_at
+    final_lr: float = 0.0  # LR at the end of a cosine
+    cosine_after_warmup: bool = False  # the cosine starts after the warm-up; False: at epoch 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "short_side", tuple(self.short_side))
@@ -43,12 +45,15 @@ class Base:
             require(isinstance(value, int) and value >= 1, f"base.{key}={value}: give a whole number from 1 up")
         for key in ("epochs", "lr", "gamma"):
             require(finite_or_nan(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
-        for key in ("warmup_epochs", "warmup_lr"):
+        for key in ("warmup_epochs", "warmup_lr", "final_lr"):
             require(finite_or_nan(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
         self._check_short_side()
         self._check_lr_milestones()
         message = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
-        require(self.warmup_epochs <= self.epochs, message)
+        longest = self.epochs if not self.cosine_after_warmup else math.nextafter(self.epochs, 0)
+        require(self.warmup_epochs <= longest, message)
+        message = f"base.final_lr={self.final_lr} is above base.lr={self.lr}: lower it"
+        require(self.final_lr <= self.lr, message)
         policies = ("step", "cosine")
         require(self.lr_policy in policies, f"base.lr_policy={self.lr_policy}: choose one of {', '.join(policies)}")
 
@@ -211,7 +216,8 @@ class Plan:
         With the policy "cosine", `lr_factor` includes no decay. The LR is also multiplied by a half cosine over the
         baseline's epochs, evaluated at the equivalent baseline epoch: a run that is 30 % through the steps of LR stage
         k uses the cosine at 30 % of the baseline's stage k. So `lr_milestones` bound the long cycles under both
-        policies, the baseline follows the usual cosine, and every schedule reaches 0 at the end of the run.
+        policies, the baseline follows the usual cosine, and every schedule reaches `final_lr` at the end of the run.
+        With `cosine_after_warmup` it is a half cosine over the baseline's epochs after the warm-up.
         """
         warmup = self.base.warmup_epochs
         if epoch < warmup:
@@ -224,7 +230,10 @@ class Plan:
         lr = self.base.lr * phase.lr_factor
         if self.base.lr_policy == "step":
             return lr
-        return lr * (1 + math.cos(math.pi * self._baseline_epoch(phase, epoch) / self.base.epochs)) / 2
+        skipped = self.base.warmup_epochs if self.base.cosine_after_warmup else 0.0
+        progress = max(0.0, self._baseline_epoch(phase, epoch) - skipped)
+        cosine = (1 + math.cos(math.pi * progress / (self.base.epochs - skipped))) / 2
+        return self.base.final_lr + (lr - self.base.final_lr) * cosine
 
     def _phase_at(self, epoch: float) -> Phase:
         return self.phases[max(0, bisect_right(self.phases, epoch, key=lambda phase: phase.epochs[0]) - 1)]
@@ -244,8 +253,12 @@ class Plan:
         return sum(phase.clips(steps) for phase, steps in steps_done if steps > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for `json.dump`. `Plan.from_json` converts it back to an equal plan."""
+        """Return plain data for `json.dump`. `Plan.from_json` converts it back to an equal plan.
+
+        Fields that only some plans use are left out where they have their default.
+        """
         data = asdict(self)
+        _drop_defaults(data["base"], final_lr=0.0, cosine_after_warmup=False)
         for phase in data["phases"]:
             del phase["index"]
         return data
@@ -273,6 +286,12 @@ def require(ok: bool, message: str) -> None:
 def finite_or_nan(value: object) -> float:
     """Return `value` if it is a finite number, else NaN, which makes every comparison false."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
+
+
+def _drop_defaults(data: dict[str, Any], **defaults: Any) -> None:
+    for key, default in defaults.items():
+        if data[key] == default:
+            del data[key]
 
 
 def _phase_from(data: dict[str, Any]) -> Phase:
