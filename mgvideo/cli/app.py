@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from argparse import ArgumentError, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from .sweep import SweptRun, print_sweep
 from .values import override_key
 
 CONFIGS = "mgvideo.configs"
+MAX_ADAM_LR = 0.01  # larger ones are for SGD: published recipes of AdamW and LAMB have 1e-4 to 8e-3
 MAX_PUBLISHED_LR = 3.2  # of the linear rule: Goyal et al., arXiv 1706.02677, at a batch of 8,192 images
 
 
@@ -290,7 +291,7 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
     scales_lr = "base.batch_size" in keys and "base.lr" not in keys and rule != "none"
     scales_epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
     if not (scales_lr or scales_epochs):
-        return []
+        return _sgd_lr_warning(cfg, keys)
     rest = [override for override in overrides if override_key(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
@@ -303,7 +304,7 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
             f"base.batch_size={base.batch_size} ({rule} rule; set base.lr to choose another)"
         )
-        messages += _large_lr_warning(cfg) if rule == "linear" else []
+        messages += _large_lr_warning(cfg) if rule == "linear" else _sgd_lr_warning(cfg, keys)
     if scales_epochs and not unset & {"epochs", "lr_milestones", "warmup_epochs"} and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
@@ -314,6 +315,19 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"{recipe.warmup_epochs:g} becomes {base.warmup_epochs:g} (set either to choose both)"
         )
     return messages
+
+
+def _sgd_lr_warning(cfg: DictConfig, keys: Collection[str]) -> list[str]:
+    """Return a warning if an optimizer like AdamW gets the recipe's LR, which is for SGD."""
+    base = cfg.base
+    if cfg.recipe.lr_scaling != "sqrt" or "base.lr" in keys or OmegaConf.is_missing(base, "lr") or base.lr is None:
+        return []
+    if base.lr <= MAX_ADAM_LR:
+        return []
+    return [
+        f"warning: base.lr={base.lr:g} of the recipe is for SGD, and too large for this optimizer: set base.lr, for "
+        "example to 1e-3"
+    ]
 
 
 def _large_lr_warning(cfg: DictConfig) -> list[str]:

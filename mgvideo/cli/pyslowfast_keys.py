@@ -245,6 +245,38 @@ def _scaled_lr(key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
     return translate
 
 
+def _optimizer(method: str, settings: Settings) -> Translation:
+    if method not in ("sgd", "adamw"):
+        return Translation(reason="not there, because the optimizers are sgd, adamw and lamb", blocks=True)
+    if method == "sgd":
+        return Translation()
+    linear = {"schedule.lr_scaling": "linear"} if settings["MULTIGRID.LONG_CYCLE"] else {}
+    return Translation({"optimizer": "adamw", **linear})
+
+
+def _of_optimizer(method: str, key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
+    """Return a function that translates to `key` if the config has that optimizer."""
+    return lambda value, settings: {key: _plain(value)} if settings["SOLVER.OPTIMIZING_METHOD"] == method else {}
+
+
+def _of_cosine(key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
+    """Return a function that translates to `key` if the LR is a cosine."""
+    return lambda value, settings: {key: value} if settings["SOLVER.LR_POLICY"] == "cosine" else {}
+
+
+def _final_lr(lr: float, settings: Settings) -> Mapping[str, Any]:
+    is_cosine = settings["SOLVER.LR_POLICY"] == "cosine" and lr
+    return _scaled_lr("base.final_lr")(lr, settings) if is_cosine else {}
+
+
+def _clip_grad_norm(norm: float | None, settings: Settings) -> Mapping[str, Any]:
+    return {"train.clip_grad_norm": norm} if norm else {}
+
+
+def _layer_decay(decay: float, settings: Settings) -> Mapping[str, Any]:
+    return {} if decay == 1 else {"optimizer.layer_decay": decay}
+
+
 def milestones(settings: Settings) -> list[float]:
     """Return SOLVER.STEPS without the 0."""
     return [step for step in settings["SOLVER.STEPS"] if step > 0]
@@ -491,21 +523,19 @@ RULES: dict[str, Rule] = {
     "SOLVER.WARMUP_FACTOR": no_effect("SOLVER.WARMUP_START_LR sets the first LR, in PySlowFast too"),
     "SOLVER.STEP_SIZE": no_effect("no LR policy uses it in PySlowFast either"),
     "SOLVER.BASE_LR_SCALE_NUM_SHARDS": part_of("`base.lr` times NUM_SHARDS", False),
-    "SOLVER.COSINE_END_LR": absent("the cosine ends at 0", off=0.0),
-    "SOLVER.COSINE_AFTER_WARMUP": absent("the cosine starts with the warm-up", off=False),
-    "SOLVER.OPTIMIZING_METHOD": absent(
-        "the only optimizer is SGD; docs/extending.md adds AdamW", off="sgd", blocks=True, default="sgd"
-    ),
-    "SOLVER.MOMENTUM": copied("optimizer.momentum", 0.9),
+    "SOLVER.COSINE_END_LR": computed("`base.final_lr`", _final_lr, 0.0),
+    "SOLVER.COSINE_AFTER_WARMUP": computed("`base.cosine_after_warmup`", _of_cosine("base.cosine_after_warmup"), False),
+    "SOLVER.OPTIMIZING_METHOD": computed("`optimizer=adamw`, `optimizer=sgd`", _optimizer, "sgd"),
+    "SOLVER.MOMENTUM": computed("`optimizer.momentum` of sgd", _of_optimizer("sgd", "optimizer.momentum"), 0.9),
     "SOLVER.DAMPENING": absent("SGD has no dampening", off=0.0),
-    "SOLVER.NESTEROV": copied("optimizer.nesterov", True),
+    "SOLVER.NESTEROV": computed("`optimizer.nesterov` of sgd", _of_optimizer("sgd", "optimizer.nesterov"), True),
     "SOLVER.WEIGHT_DECAY": copied("optimizer.weight_decay", 1e-4),
     "SOLVER.ZERO_WD_1D_PARAM": part_of("`optimizer.decay_norm_and_bias=false`", False),
-    "SOLVER.BETAS": no_effect("SGD has none"),
-    "SOLVER.CLIP_GRAD_VAL": absent("there is no gradient clipping"),
-    "SOLVER.CLIP_GRAD_L2NORM": absent("there is no gradient clipping"),
+    "SOLVER.BETAS": computed("`optimizer.betas` of adamw", _of_optimizer("adamw", "optimizer.betas"), [0.9, 0.999]),
+    "SOLVER.CLIP_GRAD_VAL": absent("gradients are clipped by their norm, with `train.clip_grad_norm`"),
+    "SOLVER.CLIP_GRAD_L2NORM": computed("`train.clip_grad_norm`", _clip_grad_norm),
     "SOLVER.LARS_ON": absent("there is no LARS", off=False),
-    "SOLVER.LAYER_DECAY": absent("all layers have the same LR", off=1.0),
+    "SOLVER.LAYER_DECAY": computed("`optimizer.layer_decay`", _layer_decay, 1.0),
     "BN.WEIGHT_DECAY": computed("`optimizer.decay_norm_and_bias=false` for 0", _weight_decay_of_norms, 0.0),
     "BN.USE_PRECISE_STATS": computed("`train.precise_bn_clips`, 0 for `False`", _precise_bn, False),
     "BN.NUM_BATCHES_PRECISE": part_of("`train.precise_bn_clips`: clips, not batches", 200),

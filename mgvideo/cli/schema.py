@@ -100,6 +100,8 @@ class BaseKeys:
     lr_policy: str = key(
         "step", "LR schedule: step, cosine, or wsd (constant, then from the last milestone linear to 0)"
     )
+    final_lr: float = key(0.0, "LR at the end of a cosine")
+    cosine_after_warmup: bool = key(False, "the cosine starts after the warm-up; false: at epoch 0")
 
 
 @dataclass

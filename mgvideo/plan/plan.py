@@ -40,6 +40,8 @@ class Base:
     warmup_epochs: float
     warmup_lr: float  # LR at the start of the warm-up
     lr_policy: str = "step"  # or "cosine" or "wsd", see Plan.lr_at
+    final_lr: float = 0.0  # LR at the end of a cosine
+    cosine_after_warmup: bool = False  # the cosine starts after the warm-up; False: at epoch 0
     # Pairs (name of a grid, batch multiplier) that replace the multipliers computed from volumes; empty: none.
     batch_multipliers: tuple[tuple[str, int], ...] = ()
 
@@ -52,12 +54,14 @@ class Base:
             require(isinstance(value, int) and value >= 1, f"base.{key}={value}: give a whole number from 1 up")
         for key in ("epochs", "lr", "gamma"):
             require(finite_or_nan(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
-        for key in ("warmup_epochs", "warmup_lr"):
+        for key in ("warmup_epochs", "warmup_lr", "final_lr"):
             require(finite_or_nan(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
         self._check_short_side()
         self._check_lr_milestones()
         message = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
-        require(self.warmup_epochs <= self.epochs, message)
+        longest = self.epochs if not self.cosine_after_warmup else math.nextafter(self.epochs, 0)
+        require(self.warmup_epochs <= longest, message)
+        require(self.final_lr <= self.lr, f"base.final_lr={self.final_lr} is above base.lr={self.lr}: lower it")
         unknown = f"base.lr_policy={self.lr_policy}: choose one of {', '.join(LR_POLICIES)}"
         require(self.lr_policy in LR_POLICIES, unknown)
         no_decay = (
@@ -255,7 +259,8 @@ class Plan:
         With the policy "cosine", `lr_factor` includes no decay. The LR is also multiplied by a half cosine over the
         baseline's epochs, evaluated at the equivalent baseline epoch: a run that is 30 % through the steps of LR stage
         k uses the cosine at 30 % of the baseline's stage k. So `lr_milestones` bound the long cycles under both
-        policies, the baseline follows the usual cosine, and every schedule reaches 0 at the end of the run.
+        policies, the baseline follows the usual cosine, and every schedule reaches `final_lr` at the end of the run.
+        With `cosine_after_warmup` it is a half cosine over the baseline's epochs after the warm-up.
 
         With "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395) `lr_factor` includes no decay either. The LR is
         constant up to the last of `lr_milestones`, as an equivalent baseline epoch, and then falls linearly to 0.
@@ -279,7 +284,9 @@ class Plan:
         progress = self._baseline_epoch(phase, epoch)
         if base.lr_policy == "wsd":
             return lr * min(1.0, (base.epochs - progress) / (base.epochs - base.lr_milestones[-1]))
-        return lr * (1 + math.cos(math.pi * progress / base.epochs)) / 2
+        skipped = base.warmup_epochs if base.cosine_after_warmup else 0.0
+        cosine = (1 + math.cos(math.pi * max(0.0, progress - skipped) / (base.epochs - skipped))) / 2
+        return base.final_lr + (lr - base.final_lr) * cosine
 
     def _phase_at(self, epoch: float) -> Phase:
         return self.phases[max(0, bisect_right(self.phases, epoch, key=lambda phase: phase.epochs[0]) - 1)]
@@ -304,7 +311,7 @@ class Plan:
         Fields that only some plans use are left out where they have their default.
         """
         data = asdict(self)
-        _drop_defaults(data["base"], batch_multipliers=())
+        _drop_defaults(data["base"], batch_multipliers=(), final_lr=0.0, cosine_after_warmup=False)
         for phase in data["phases"]:
             del phase["index"]
             _drop_defaults(phase, weights=(), draw_seed=0, trains="all")

@@ -209,8 +209,13 @@ def test_out_is_blamed_for_its_own_errors_alone(
     ("overrides", "lr", "ends", "starts"),
     [
         (["base.batch_size=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
-        (["base.batch_size=64", "recipe.lr_scaling=sqrt"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch"]),
+        (
+            ["base.batch_size=64", "recipe.lr_scaling=sqrt"], 0.1, [12, 18, 20],
+            ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1", "warning: base.lr=0.1 of the recipe is for SGD"],
+        ),
         (["base.batch_size=32", "recipe.lr_scaling=none"], 0.05, [12, 18, 20], []),
+        (["optimizer=adamw"], 0.05, [12, 18, 20], ["warning: base.lr=0.05 of the recipe is for SGD"]),
+        (["optimizer=lamb", "base.lr=0.002"], 0.002, [12, 18, 20], []),
         (["base.batch_size=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
         (
             ["base.epochs=30"], 0.05, [18, 27, 30],

@@ -11,7 +11,7 @@ from recipes import ALL_SCHEDULES, KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, S
 
 from mgvideo.errors import UserError
 from mgvideo.plan.drafts import PhaseDraft, lr_factor_of_batch, make_plan, make_slots
-from mgvideo.plan.plan import Base
+from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid
 
 
@@ -77,6 +77,24 @@ def test_baseline_has_the_usual_cosine() -> None:
     assert plan.lr_at(239 / 2) == pytest.approx(0.05)
     assert plan.lr_at(239 / 3) == pytest.approx(0.075)
     assert plan.lr_at(239) == pytest.approx(0)
+
+
+def test_a_cosine_after_the_warm_up_ends_at_the_final_lr() -> None:
+    changes = {"lr_policy": "cosine", "lr": 1.6e-3, "final_lr": 1.6e-5, "warmup_lr": 1.6e-5, "warmup_epochs": 30}
+    base = replace(KINETICS, cosine_after_warmup=True, **changes)
+    plan = baseline(base, KINETICS_CLIPS)
+    assert plan.lr_at(0) == 1.6e-5
+    assert plan.lr_at(15) == pytest.approx((1.6e-3 + 1.6e-5) / 2)
+    assert plan.lr_at(30) == pytest.approx(1.6e-3)
+    assert plan.lr_at((30 + 239) / 2) == pytest.approx((1.6e-3 + 1.6e-5) / 2)
+    for schedule in SCHEDULES:
+        plan = schedule(base, KINETICS_CLIPS)
+        assert plan.lr_at(plan.epochs) == pytest.approx(1.6e-5)
+        assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(UserError, match=r"base\.final_lr=1 is above base\.lr=0\.0016"):
+        replace(base, final_lr=1)
+    with pytest.raises(UserError, match=r"base\.warmup_epochs=239 is longer"):
+        replace(base, warmup_epochs=239)
 
 
 def test_cosine_with_long_cycles() -> None:
