@@ -11,6 +11,7 @@ from torch import Tensor
 from training import PRELOADED_MODULES, free_port, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.distributed.process_group import process_group
+from mgvideo.engine.augmentation import Augmentation, AugmentOptions
 from mgvideo.errors import NonFiniteError
 from mgvideo.loading.workers import start_fork_server
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.numeric
 # With a base batch of 8, the last phase of the plan has one BN group, which two ranks share. With 16, every rank has
 # whole groups in every phase.
 BATCH_SIZES = (8, 16)
+# of the runs with the smaller batch
+AUGMENTATION = AugmentOptions(randaugment_ops=2, erasing_prob=0.25, mixup_alpha=0.8, cutmix_alpha=1.0)
 # Of the three BN groups of 24 clips, two ranks have one and two; they share the single group of 8 clips.
 PRECISE_BN_BATCH_SIZES = (8, 24)
 
@@ -44,7 +47,16 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
         for run, batch, resume_from in jobs:
             plan = tiny_plan("long", batch_size=batch, epochs=0.75 * batch, lr_milestones=(), lr=0.01)
             run_folder = folder / run / str(batch)
-            trainer = tiny_trainer(run_folder, motion_root, plan, double=True, validate=batch == 8, log_every=1)
+            augmentation = Augmentation(AUGMENTATION, 8, (0.45,) * 3, (0.225,) * 3, torch.device("cpu"))
+            trainer = tiny_trainer(
+                run_folder,
+                motion_root,
+                plan,
+                double=True,
+                validate=batch == 8,
+                log_every=1,
+                augmentation=augmentation if batch == 8 else None,
+            )
             if resume_from:
                 checkpoints = Checkpoints(folder / resume_from / str(batch) / "checkpoints")
                 trainer.load(read_checkpoint(checkpoints.path(checkpoints.steps()[0])))
