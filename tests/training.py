@@ -15,7 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -41,6 +41,9 @@ from mgvideo.plan import schedules
 from mgvideo.plan.plan import Base, Plan
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 from mgvideo.tracking.run_logger import RunLogger
+
+if TYPE_CHECKING:
+    from mgvideo.engine.augmentation import Augmentation
 
 ROOT = Path(__file__).parents[1]
 KNOBS = Knobs(train=64, val=12, frames=20, height=48, width=64)
@@ -86,6 +89,7 @@ def tiny_trainer(
     seed: int = 0,
     validate: bool = False,
     build_optimizer: Callable[..., Optimizer] = sgd,
+    augmentation: Augmentation | None = None,
     **options: float | str,
 ) -> Trainer:
     """Build a trainer of a small R(2+1)D, or of `model`, on the CPU; in float64 if `double`."""
@@ -115,6 +119,7 @@ def tiny_trainer(
             seed=seed,
             normalize=normalize,
             precision=precision,
+            augmentation=augmentation,
             **step_options,
         ),
         train,

@@ -69,7 +69,8 @@ def _chosen_augmentation(cfg: DictConfig, data: Data) -> dict[str, Any]:
 
     Without the defaults, checkpoints of versions that had no such keys still fit.
     """
-    augment, defaults = dict(cfg.augment), AugmentKeys()
+    augment: Any = OmegaConf.to_container(cfg.augment)
+    defaults = AugmentKeys()
     chosen = {f"augment.{name}": value for name, value in augment.items() if value != getattr(defaults, name)}
     if cfg.sampler != RunKeys.sampler:
         chosen["sampler"] = cfg.sampler

@@ -107,6 +107,19 @@ OTHER_NAMES = {
     "model.dropout": "dropout_rate dropout_ratio drop_rate drop",
     "model.depth": "resnet.depth num_layers",
     "model.width": "width_per_group base_channels num_filters",
+    "augment": "aug augmentation augmentations auto_augment autoaugment aa data_augmentation",
+    "augment.color_jitter": "colorjitter jitter_param",
+    "augment.randaugment_ops": "rand_augment randaugment aa_type",
+    "augment.erasing_prob": "random_erasing reprob re_prob",
+    "augment.mixup_alpha": "mixup",
+    "augment.cutmix_alpha": "cutmix",
+    "augment.mix_prob": "mixup_prob",
+    "augment.cutmix_prob": "switch_prob mixup_switch_prob",
+    "augment.repeat": "num_sample repeated_aug aug_repeats num_aug_repeats",
+    "augment.crop_area": "train_jitter_scales_relative random_resized_crop",
+    "train.label_smoothing": "smoothing label_smooth_value label_smooth",
+    "train.class_weights": "class_weight",
+    "sampler": "train_sampler weighted_sampler balanced_sampler class_balanced",
     "schedule": "multigrid multigrid.long_cycle multigrid.short_cycle long_cycle short_cycle multigrid_schedule",
     "schedule.epoch_factor": "epoch_factor",
     "schedule.long_factors": "long_cycle_factors",
@@ -128,12 +141,6 @@ NOT_A_KEY = {
         "eval_only evaluate test_only eval only_test val_only do_train do_eval"
     ),
     "there is no early stopping": "patience early_stopping early_stop early_stopping_patience",
-    "there is no mixup, CutMix or label smoothing": (
-        "mixup cutmix mixup_alpha cutmix_alpha label_smoothing smoothing mixup_prob"
-    ),
-    "clips are only scaled, cropped and flipped; there are no other augmentations": (
-        "color_jitter random_erasing rand_augment randaugment autoaugment aa reprob aug auto_augment"
-    ),
     "set base.epochs instead; mgvideo plan shows how many steps that makes": (
         "max_steps max_iters iterations num_iters total_steps max_iter num_steps niters"
     ),

@@ -180,7 +180,9 @@ class Trainer:
             self.running_metrics.wait_s += time.perf_counter() - wait_start
             phase = self.plan.phase(step)
             if step == phase.steps[0]:
-                self.logger.log_clips(step, phase.index, self.train_step.load_on_device(batch)[0])
+                augments = self.train_step.augmentation is not None
+                clips = self.train_step.load_on_device(batch)[0] if augments else batch.clips
+                self.logger.log_clips(step, phase.index, clips)
             yield step, batch
 
     def _end_step(self, step: int) -> int:

@@ -38,6 +38,8 @@ WRONG_VALUES = [
     *("train.clip_grad_norm=0", "train.ema=1", "train.ema=-1", "train.freeze=stage9"),
     *("test.num_clips=0", "test.num_crops=2", "test.crop_size=0", "test.batch_size=0"),
     *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
+    *("train.label_smoothing=2", "sampler=random", "augment.repeat=0", "augment.repeat=3"),
+    *("augment.mix_prob=2", "augment.crop_area=[1,0.5]", "augment.randaugment_magnitude=11"),
     *("loader.timeout=inf", "train.micro_batch_clips=0"),
     *("checkpoint.every_steps=-1", "checkpoint.every_minutes=-1", "checkpoint.every_minutes=nan", "checkpoint.keep=0"),
     *("normalize.mean=[0.5]", "normalize.mean=[0,0,nan]", "normalize.std=[1,1,0]", "precision=fp8", "seed=-1"),
@@ -85,6 +87,7 @@ GROUP_VALUES = [
     *("dataset.pyramid=7", "dataset.pyramid=/nowhere", "dataset.frame_cache=/proc/none"),
     *("dataset.knobs.train=x", "dataset.knobs.crf=x", "dataset.knobs.turning=x"),
     *("dataset.train.split=7", "dataset.val.split=7", "dataset=kinetics400 dataset.train.flip=x"),
+    *("train.class_weights=[1]", "train.class_weights=/nowhere.csv"),
     *("dataset=folder dataset.train.val_share=x", "dataset=hmdb51 dataset.train.fold=x"),
 ]
 

@@ -13,6 +13,7 @@ from videos import DECORD, needs_decord
 
 from mgvideo.cli import app
 from mgvideo.cli.benchmark import ResultLog, main
+from mgvideo.cli.benchmark import augment as benchmark_augment
 from mgvideo.cli.benchmark import step as benchmark_step
 from mgvideo.cli.benchmark import train as benchmark_train
 from mgvideo.cli.benchmark.loader import read_keys, run
@@ -195,3 +196,19 @@ def test_results_are_printed_and_kept_as_they_come(tmp_path: Path, capsys: pytes
     assert not Path(f"{out}.part").exists()
     with pytest.raises(UserError, match=r"^cannot write out=.*: No such file"), ResultLog(1, f"{tmp_path}/no/file"):
         pass
+
+
+def test_augment_json_has_a_step_and_each_option_at_each_grid(tmp_path: Path, motion_root: str) -> None:
+    out = tmp_path / "augment.json"
+    overrides = ["seconds=0.01", "rounds=1", "clips=2", "options=[none,strong]", "grids=[2x16,8x32]", f"out={out}"]
+    cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}"])
+    benchmark_augment.run(benchmark_augment.read_keys([*overrides, "format=json"]), cfg)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["grid"] for row in rows] == ["2x16", "8x32"]
+    assert [row["clips"] for row in rows] == [32, 2], "of equal volume"
+    for row in rows:
+        assert row["augment"]["none"] == 0
+        assert row["augment"]["strong"] > 0
+        assert row["step"] > 0
+    with pytest.raises(UserError, match="options=wild: choose from run, light, none, strong"):
+        benchmark_augment.read_keys(["options=[wild]"])

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from refusals import error_line
@@ -321,3 +322,24 @@ def test_help_of_each_command_lists_its_keys(name: str, capsys: pytest.CaptureFi
     main([name, "--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {key}" in text for key in COMMANDS[name].keys.__annotations__)
+
+
+def test_clips_are_drawn_as_read_and_as_augmented_with_their_labels(
+    motion_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, overrides = tmp_path / "clips.png", [*TINY, f"dataset.root={motion_root}", "output_dir=none"]
+    own_overrides = [f"out={out}", "step=1", "clips=3", "frames=2"]
+    prepare("clips", own_overrides, overrides)
+    picture = np.asarray(Image.open(out))
+    left, right = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 :]
+    gap = (picture == 255).all((0, 2)).sum()
+    width = (picture.shape[1] - gap) // 2
+    assert np.array_equal(left[:, :width], right[:, -width:]), "without augmentation both sides are the same"
+    assert "row 3: " in capsys.readouterr().out
+    prepare("clips", own_overrides, [*overrides, "augment=strong"])
+    strong = np.asarray(Image.open(out))
+    assert strong.shape == picture.shape
+    assert not np.array_equal(strong[:, :width], strong[:, -width:])
+    assert "% " in capsys.readouterr().out, "mixed labels have shares"
+    with pytest.raises(UserError, match="step=100000: the plan has"):
+        prepare("clips", ["step=100000"], overrides)

@@ -56,6 +56,8 @@ def test_names_of_missing_features_are_not_part_of_a_key(keys: set[str]) -> None
         ("DATA.PATH_TO_DATA_DIR=/d", "did you mean dataset.root?"),
         ("MULTIGRID.LONG_CYCLE=true", "did you mean schedule?"),
         ("NUM_GPUS=8", "torchrun --nproc-per-node"),
+        ("mixup_alpha=0.8", "did you mean augment.mixup_alpha?"),
+        ("RandAugment=4", "did you mean augment.randaugment_ops?"),
         ("epochs=9", "did you mean base.epochs?"),
         ("num_workers=4", "did you mean loader.num_workers?"),
         ("weight_decay=0", "did you mean optimizer.weight_decay?"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from training import TINY
 
 from mgvideo.cli.app import compose_config
-from mgvideo.cli.build import build_plan
+from mgvideo.cli.build import build_data, build_plan
+from mgvideo.cli.resume import resume_fingerprint
 from mgvideo.cli.schema import check_values
 from mgvideo.cli.training import (
     balanced_weights,
@@ -21,7 +24,9 @@ from mgvideo.cli.training import (
     set_crops,
 )
 from mgvideo.datasets.sampling import Sampling
+from mgvideo.engine.precision import choose_precision
 from mgvideo.errors import UserError
+from mgvideo.storage.checkpoints import describe_differences
 
 NAMES = ["walk", "run, fast", "jump"]
 
@@ -144,3 +149,25 @@ def test_values_that_do_not_fit_are_refused_in_one_line(overrides: str, message:
     with pytest.raises(UserError, match=message) as error:
         build_all(overrides)
     assert "\n" not in str(error.value)
+
+
+def test_the_fingerprint_has_the_chosen_keys_as_plain_values_that_a_checkpoint_can_hold(
+    motion_root: str, tmp_path: Path
+) -> None:
+    def fingerprint(*overrides: str) -> dict[str, Any]:
+        cfg = composed(*TINY, f"dataset.root={motion_root}", *overrides)
+        cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+        return resume_fingerprint(cfg, build_data(cfg), choose_precision("fp32", torch.device("cpu")))
+
+    plain = fingerprint()
+    assert not [key for key in plain if key.startswith(("augment", "sampler", "train.class", "train.label"))]
+    chosen = fingerprint("augment=strong", "sampler=balanced", "train.class_weights=balanced")
+    torch.save(chosen, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt", weights_only=True) == chosen
+    lines = describe_differences(plain, chosen)
+    assert "sampler was not set, is balanced" in lines
+    assert "augment.crop_area was not set, is [0.08, 1.0]" in lines
+    assert any(line.startswith("train.class_weights was not set, is balanced") for line in lines)
+    other = fingerprint("augment=strong", "sampler=balanced", f"train.class_weights={[1] * 8}".replace(" ", ""))
+    (line,) = describe_differences(chosen, other)
+    assert line.startswith("train.class_weights was balanced")

@@ -11,6 +11,7 @@ from torch import Tensor
 from training import PRELOADED_MODULES, free_port, metrics, tiny_plan, tiny_trainer
 
 from mgvideo.distributed.process_group import process_group
+from mgvideo.engine.augmentation import Augmentation, AugmentOptions
 from mgvideo.engine.freezing import freeze
 from mgvideo.errors import NonFiniteError
 from mgvideo.loading.workers import start_fork_server
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.numeric
 # With a base batch of 8, the last phase of the plan has one BN group, which two ranks share. With 16, every rank has
 # whole groups in every phase.
 BATCH_SIZES = (8, 16)
+# of the runs with the smaller batch
+AUGMENTATION = AugmentOptions(randaugment_ops=2, erasing_prob=0.25, mixup_alpha=0.8, cutmix_alpha=1.0)
 # Of the three BN groups of 24 clips, two ranks have one and two; they share the single group of 8 clips.
 PRECISE_BN_BATCH_SIZES = (8, 24)
 
@@ -53,8 +56,17 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
             if batch == 16:
                 freeze(model, "stem", find_classifier)
                 options = {"clip_grad_norm": 0.5, "ema": 0.9}
+            augmentation = Augmentation(AUGMENTATION, 8, (0.45,) * 3, (0.225,) * 3, torch.device("cpu"))
             trainer = tiny_trainer(
-                run_folder, motion_root, plan, model=model, double=True, validate=batch == 8, log_every=1, **options
+                run_folder,
+                motion_root,
+                plan,
+                model=model,
+                double=True,
+                validate=batch == 8,
+                log_every=1,
+                augmentation=augmentation if batch == 8 else None,
+                **options,
             )
             if resume_from:
                 checkpoints = Checkpoints(folder / resume_from / str(batch) / "checkpoints")
