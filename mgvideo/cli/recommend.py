@@ -56,7 +56,7 @@ class Candidate:
 
 
 def candidates(base: Base, dataset_size: int, options: ScheduleOptions, keys: Mapping[str, Any]) -> list[Candidate]:
-    """Return every schedule of mgvideo with its plan. They take `RECIPE_KEYS` from `keys`; the baseline never rounds."""
+    """Return every schedule with its plan. They take `RECIPE_KEYS` from `keys`; only the baseline never rounds."""
     found = []
     for function in SCHEDULES:
         accepted = signature(function).parameters.keys() - ({"round_epochs"} if function is baseline else set())

@@ -326,7 +326,7 @@ def test_all_schedules_are_listed_for_a_budget_with_time_and_evidence(
     assert "the evidence favours multigrid; it is published: " in printed
     assert "monotone, cooldown, random may be better: nothing is known of them yet" in printed
     shortest = run_show(["videos=1024", "gpus=1", "recommend=true"], ["schedule.budget=0.12"], capsys)
-    assert "baseline does not fit: schedule.budget=0.12: base.warmup_epochs=3.0 is longer than the run" in shortest
+    assert "baseline does not fit: schedule.budget=0.12: no run is that short: raise it" in shortest
     with pytest.raises(UserError, match=r"recommend=true prints a table: leave out format=json"):
         read_keys(["recommend=true", "format=json"])
 
