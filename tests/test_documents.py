@@ -23,6 +23,7 @@ from mgvideo.cli.groups import DatasetKeys
 from mgvideo.cli.help import GROUPS, group_options
 from mgvideo.cli.schema import RunKeys
 from mgvideo.datasets.motion import Knobs
+from mgvideo.plan.options import ScheduleOptions
 
 SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
 PROGRAM_KEYS = [
@@ -42,6 +43,7 @@ def known_keys() -> frozenset[str]:
             is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
             keys |= {*app.flat_keys(OmegaConf.load(path), "" if is_global else f"{group}.")}
     keys |= {f"dataset.{each.name}" for each in fields(DatasetKeys)}
+    keys |= {f"schedule.{each.name}" for each in fields(ScheduleOptions)}
     for program in PROGRAM_KEYS:
         keys |= {each.name for each in fields(program)}
     return frozenset(keys)

@@ -190,6 +190,8 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """
     overrides = quote_texts(config_name, overrides)
     cfg = check(config_name, overrides, with_hydra=True)
+    if "model_option" in cfg:
+        cfg.model_option = cfg.hydra.runtime.choices.get("model")  # its resolver requires a running program
     fill_clip(cfg)
     scale_base(config_name, cfg, overrides)
     return cfg

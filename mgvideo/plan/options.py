@@ -230,4 +230,4 @@ class _BudgetSearch:
             return f"it allows more than {MAX_EPOCH_FACTOR:g} times the recipe's epochs: lower it"
         least = format_duration(self.cheapest) if is_time else f"{self.cheapest / self.limit:.3g} times as much"
         reason = f" ({self.problem})" if self.problem else ""
-        return f"no run is that short, the shortest of this recipe takes {least}{reason}: raise it"
+        return f"no run is that short: raise it, as the shortest of this recipe takes {least}{reason}"

@@ -66,7 +66,7 @@ def test_hours_and_a_budget_in_predicted_time(benchmark: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"budget": 1e-5}, "schedule.budget=1e-05: no run is that short, the shortest of this recipe takes"),
+        ({"budget": 1e-5}, "schedule.budget=1e-05: no run is that short: raise it, as the shortest of this"),
         ({"budget": 5000}, "schedule.budget=5000: it allows more than 64 times the recipe's epochs: lower it"),
         ({"budget": 0}, "schedule.budget=0: give a number above 0"),
         ({"budget": 0.5, "hours": 1}, "give schedule.budget or schedule.hours, not both"),
