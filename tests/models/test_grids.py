@@ -10,7 +10,7 @@ from tolerance import needs_bf16
 from torch import nn
 from zoo import NAMES, build, build_narrow
 
-from mgvideo.cpu.convolutions import CpuConv3d, convert_convolutions
+from mgvideo.cpu.convolutions import CpuConv3d, CpuDepthwiseConv3d, convert_convolutions
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import slow_indices
 
@@ -56,7 +56,7 @@ def test_every_network_trains_on_every_published_grid(name: str, frames: int, si
 def test_every_convolution_has_a_fast_cpu_version(name: str) -> None:
     model = convert_convolutions(build(name) if name.startswith(("mvit", "swin3d", "vit")) else build(name, width=64))
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv3d)]
-    assert all(isinstance(conv, CpuConv3d) for conv in convolutions if conv.groups == 1)  # depthwise: torch's own
+    assert all(isinstance(conv, CpuConv3d | CpuDepthwiseConv3d) for conv in convolutions)
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8])
