@@ -54,7 +54,7 @@ class ExportKeys:
     batch: int = key(1, "clips in a batch", least=1)
     dynamic: bool = key(
         False,
-        "accept any batch, height, width and number of frames (SlowFast: not of frames; transformers: any batch alone); "
+        "accept any batch, height, width and number of frames (SlowFast: fixed frames; transformers: only any batch); "
         "the values above are examples",
     )
     normalize: bool = key(False, "accept uint8 RGB frames [n, t, h, w, 3] and include their normalisation")
