@@ -13,7 +13,7 @@ Turn off DDP's `broadcast_buffers`: every rank computes the same running statist
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,14 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         # _unsafe_view: autograd does not treat the result as a view, of which an in-place ReLU would copy the gradient.
         return torch.ops.aten._unsafe_view(output, input.shape)
 
+    @contextmanager
+    def _running_stats_kept(self) -> Iterator[None]:
+        """Restore the running statistics at the end of the block."""
+        kept = [(buffer, buffer.clone()) for buffer in self.buffers() if buffer is not None]
+        yield
+        for buffer, value in kept:
+            buffer.copy_(value)
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept the 4-D view that `_normalise` passes to `nn.BatchNorm3d.forward`; `forward` checks the input."""
 
@@ -68,8 +76,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         """
         single_group = self.groups == 1 and self.process_group is None
         recomputes = is_recomputing()
-        if not self.training or (single_group and not self.deferring and not recomputes):
-            return super().forward(input)
+        if not self.training or (single_group and not self.deferring):
+            with self._running_stats_kept() if recomputes and self.training else nullcontext():
+                return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
                 f"batch norm: {input.shape[0]} clips cannot be cut into {self.groups} equal groups; "

@@ -155,7 +155,7 @@ def test_the_augmentation_of_mvit_is_our_strong_one(translate: Any) -> None:
 
 
 @pytest.mark.parametrize(("config", "network"), [(X3D_M, "x3d"), (MVITV2_S, "mvit")])
-def test_networks_that_are_not_there_are_one_line_after_a_list_of_what_exists(
+def test_networks_that_are_not_translated_are_one_line_after_a_list_of_what_exists(
     config: str, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text(config)
@@ -164,7 +164,8 @@ def test_networks_that_are_not_there_are_one_line_after_a_list_of_what_exists(
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert err.count("\n") == 1
-    assert f"MODEL.ARCH={network}: this network is not there yet" in err
+    option = {"x3d": "x3d_xs", "mvit": "mvit_v1_b"}[network]
+    assert f"MODEL.ARCH={network}: configs of this network are not translated yet: choose model={option}" in err
     assert "tools/run_net.py" not in out
     settings = yaml.safe_load(config)
     assert f"base.batch_size={128 if network == 'x3d' else 32}" in out  # MViT: two samples of each video

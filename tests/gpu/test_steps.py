@@ -27,7 +27,10 @@ from mgvideo.plan.shards import shard_batch
 # a rounding error changes which frame max pooling takes; in bf16 0.07. With non-local blocks 2.3e-3 and 0.14.
 MAX_ERROR = {None: 2e-3, torch.bfloat16: 0.12}
 MAX_NON_LOCAL_ERROR = {None: 1e-2, torch.bfloat16: 0.25}
-FAMILIES = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")
+FAMILIES = (
+    *("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small"),
+    *("x3d_small", "mvit_small", "vit_small"),
+)
 CLASSES = 8
 DATASET_SIZE = 1000
 
