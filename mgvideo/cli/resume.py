@@ -37,6 +37,7 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
+    sections["model"].pop("checkpointing", None)  # changes memory and time alone
     sections["precision"] = precision.name
     sections["train"] = {"precise_bn_clips": cfg.train.precise_bn_clips}
     splits = ("train", "val")
