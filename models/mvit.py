@@ -57,7 +57,7 @@ def relative_rows(table: Tensor, queries: int, keys: int) -> Tensor:
 class Pool(TorchvisionPool):
     """torchvision's pooling of `[n, heads, 1 + tokens, c]`, in channels_last_3d, which is the order of the tokens.
 
-    A depthwise convolution of contiguous feature maps takes 2 to 28 times as long (docs/benchmarks/speed.md).
+    A depthwise convolution of contiguous feature maps takes about twice as long on CPUs (docs/benchmarks/speed.md).
     """
 
     def forward(self, x: Tensor, thw: Triple) -> tuple[Tensor, Triple]:

@@ -340,7 +340,7 @@ def _fill_shortcut_norm(copy: WeightsCopy, state: Mapping[str, Tensor]) -> list[
     if copy.source != "pytorchvideo" or f"{norm}.weight" not in state or f"{norm}.weight" in copy.tensors:
         return []
     values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - X3D_EPS}
-    copy.tensors |= {f"{norm}.{kind}": torch.full_like(state[f"{norm}.{kind}"], x) for kind, x in values.items()}
+    copy.tensors |= {f"{norm}.{kind}": torch.full(state[f"{norm}.{kind}"].shape, x) for kind, x in values.items()}
     return [f"{norm}, which PyTorchVideo lacks, starts as the identity (model.shortcut_norm=false leaves it out)"]
 
 

@@ -44,6 +44,7 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
     sections["schedule"] = {key: value for key, value in config["schedule"].items() if not _is_idle_option(key, value)}
+    sections["model"].pop("checkpointing", None)  # changes memory and time alone
     sections["precision"] = precision.name
     sections["train"] = {name: config["train"][name] for name in TRAIN_KEYS}
     sections |= _chosen_augmentation(cfg, data)

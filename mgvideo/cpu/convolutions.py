@@ -95,7 +95,7 @@ def _temporal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
 class CpuDepthwiseConv3d(nn.Conv3d):
     """`nn.Conv3d` of each channel by itself, in any precision; same parameters and results.
 
-    torch's kernels for it are fast in channels_last_3d only: of contiguous clips, forward and backward take 1.9 to 28
+    torch's kernels for it are fast in channels_last_3d only: of contiguous clips, forward and backward take 1.9 to 3.4
     times as long (docs/benchmarks/speed.md).
     """
 

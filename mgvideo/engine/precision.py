@@ -146,6 +146,8 @@ def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Preci
         stems = [m for m in model.modules() if isinstance(m, nn.Conv3d) and m.in_channels == 3]
         for conv in {(m.out_channels, m.kernel_size, m.stride, m.padding): m for m in stems}.values():
             for grid in {grid.name: grid for grid in grids}.values():
+                if not _covers_kernel(grid, conv):
+                    continue  # ViT pads clips that are smaller than its tubelets
                 clips = torch.randn(2, grid.frames, grid.size, grid.size, 3, device=precision.device)
                 clips = clips.permute(0, 4, 1, 2, 3)
                 error = (_gradient_norm(conv, clips, precision) / _gradient_norm(conv, clips, None) - 1).abs()
@@ -160,6 +162,14 @@ def is_worth_tuning(plan: Plan) -> bool:
     """Whether cuDNN should time its kernels at each shape of a plan (`torch.backends.cudnn.benchmark`)."""
     shapes = {(slot.grid.name, slot.batch) for phase in plan.phases for slot in phase.slots}
     return plan.steps >= MIN_STEPS_TO_TUNE * len(shapes)
+
+
+def _covers_kernel(grid: Grid, conv: nn.Conv3d) -> bool:
+    """Whether a clip of a grid, padded by the convolution, is at least as large as its kernel."""
+    if isinstance(conv.padding, str):
+        return True
+    sides = zip(conv.kernel_size, (grid.frames, grid.size, grid.size), conv.padding, strict=True)
+    return all(kernel <= side + 2 * padding for kernel, side, padding in sides)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Turn off DDP's `broadcast_buffers`: every rank computes the same running statist
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,9 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         single_group = self.groups == 1 and self.process_group is None
         recomputes = is_recomputing()
         if not self.training or (single_group and not self.deferring):
-            with self._running_stats_kept() if recomputes and self.training else nullcontext():
+            if not (self.training and recomputes):
+                return super().forward(input)
+            with self._running_stats_kept():
                 return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
