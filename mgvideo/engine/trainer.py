@@ -93,6 +93,7 @@ class Trainer:
             "model": self.model.state_dict(),
             **({} if self.train_step.ema is None else {"model_ema": self.evaluated_model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
             "scaler": self.train_step.scaler.state_dict(),
             "progress": dict(vars(self.progress)),
             "window": self.running_metrics.state() if self.running_metrics.steps else None,
@@ -107,6 +108,13 @@ class Trainer:
         Raises:
             UserError: the checkpoint belongs to another network or optimizer.
         """
+        own_class = type(self.optimizer).__name__
+        saved_class = state.get("optimizer_class", own_class)  # missing in checkpoints of earlier versions
+        if saved_class != own_class:
+            raise UserError(
+                f"the checkpoint holds the state of {saved_class}, which is not for {own_class}: choose the same "
+                "optimizer, or start from its weights with init_from=… and another output_dir"
+            )
         try:
             self.model.load_state_dict(state["model"])
             if self.train_step.ema is not None:

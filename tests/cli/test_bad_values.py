@@ -35,7 +35,7 @@ WRONG_VALUES = [
     *("base.final_lr=-1", "base.final_lr=9"),
     *("recipe.jitter=none", "recipe.weight_decay=-1", "recipe.lr_scaling=cubic"),
     *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_clips=-1"),
-    *("train.clip_grad_norm=0", "train.ema=1", "train.ema=-1", "train.freeze=stage9"),
+    *("train.clip_grad_norm=0", "train.ema=1", "train.ema=-1"),
     *("test.num_clips=0", "test.num_crops=2", "test.crop_size=0", "test.batch_size=0"),
     *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
     *("train.label_smoothing=2", "sampler=random", "augment.repeat=0", "augment.repeat=3"),
@@ -54,8 +54,10 @@ TYPES = {
     if str(key.type) != "Any"
 }
 
-# Keys of the config groups: values of a type that the group's target does not declare, and values out of range.
+# Keys of the config groups: values of a type that the group's target does not declare, and values out of range. And
+# train.freeze, whose values have several types.
 GROUP_VALUES = [
+    *("train.freeze=stage9", "train.freeze=[stem,9]", "train.freeze=3"),
     *("model.dropout=x", "model.dropout=2", "model.dropout=nan", "model.width=x", "model.width=2.5"),
     *(
         "model=i3d_r50 model.depth=51",

@@ -345,6 +345,10 @@ def test_loading_keeps_the_settings_of_the_optimizer_and_the_scale_of_another_pr
     with pytest.raises(UserError, match="does not fit this network"):
         other.load(state)
     other.logger.close()
+    other = tiny_trainer(tmp_path / "adamw", motion_root, plan, build_optimizer=adamw)
+    with pytest.raises(UserError, match=r"the state of SGD, which is not for AdamW: .*init_from="):
+        other.load(state)
+    other.logger.close()
 
 
 def test_an_out_of_memory_error_in_evaluation_names_the_key_to_lower(tmp_path: Path, motion_root: str) -> None:
