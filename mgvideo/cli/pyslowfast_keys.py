@@ -7,7 +7,6 @@ Names and defaults are those of PySlowFast's slowfast/config/defaults.py. The ki
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,7 @@ from omegaconf import OmegaConf
 from mgvideo.models.resnet import BLOCKS
 
 from .help import group_options
+from .pyslowfast_augmentation import AUGMENTATION_RULES, ONLY_AUGMENT_KEYS
 from .pyslowfast_rules import Rule, Settings, Translation, absent, computed, copied, equal, no_effect, part_of
 from .yaml_keys import find_option
 
@@ -383,51 +383,6 @@ def _output_dir(path: str, _: Settings) -> Translation:
     return Translation({"output_dir": path})
 
 
-# Augmentation
-
-
-def _relative_crops(key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
-    def translate(value: Sequence[float], settings: Settings) -> Mapping[str, Any]:
-        return {key: _plain(value)} if settings["DATA.TRAIN_JITTER_SCALES_RELATIVE"] and value else {}
-
-    return translate
-
-
-def _if_on(switch: str, key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
-    """Return a function that translates to `key` if the key `switch` of the config is true."""
-    return lambda value, settings: {key: value} if settings[switch] else {}
-
-
-def _only_if_on(off: Any, because: str) -> Callable[[Any, Settings], Translation]:
-    """Return a function for a key of AUG that has one value here, `off`."""
-
-    def translate(value: Any, settings: Settings) -> Translation:
-        is_same = not settings["AUG.ENABLE"] or equal(value, off)
-        return Translation(reason="" if is_same else f"not there, because {because}")
-
-    return translate
-
-
-def _randaugment(policy: str, settings: Settings) -> Translation:
-    """Translate a policy such as `rand-m7-n4-mstd0.5-inc1`; timm's defaults are 2 operations of magnitude 10."""
-    if not settings["AUG.ENABLE"] or not policy:
-        return Translation()
-    name, *parts = policy.split("-")
-    found = [re.fullmatch(r"(m|n|mstd|inc)([0-9.]+)", part) for part in parts]
-    values = {match[1]: float(match[2]) for match in found if match}
-    if name != "rand" or not all(found):
-        return Translation(reason="not there, because there is RandAugment, without weights, and no other policy")
-    keys = {
-        "augment.randaugment_ops": int(values.get("n", 2)),
-        "augment.randaugment_magnitude": values.get("m", 10.0),
-        "augment.randaugment_magnitude_std": values.get("mstd", 0.0),
-    }
-    reason = "" if "inc" in values else "all operations here grow stronger with the magnitude, as with timm's inc1"
-    return Translation(keys, reason)
-
-
-_ONLY_CROPS = "clips are changed only by the keys of `augment`"
-
 RULES: dict[str, Rule] = {
     # the order is that of the words of the command: groups first
     "MODEL.ARCH": computed("chooses `model`, with the other keys of the network", choose_network, "slowfast"),
@@ -498,14 +453,12 @@ RULES: dict[str, Rule] = {
     "DATA.INPUT_CHANNEL_NUM": no_effect("clips have three channels, and a network takes its pathways' frames itself"),
     "DATA.REVERSE_INPUT_CHANNEL": no_effect("clips are always RGB"),
     "DATA.TARGET_FPS": no_effect("strides count frames of the file, whatever its frame rate"),
-    "DATA.TRAIN_PCA_EIGVAL": no_effect(_ONLY_CROPS),
-    "DATA.TRAIN_PCA_EIGVEC": no_effect(_ONLY_CROPS),
-    "DATA.TRAIN_JITTER_SCALES_RELATIVE": computed("`augment.crop_area`", _relative_crops("augment.crop_area"), []),
-    "DATA.TRAIN_JITTER_ASPECT_RELATIVE": computed("`augment.crop_aspect`", _relative_crops("augment.crop_aspect"), []),
-    "DATA.TRAIN_JITTER_MOTION_SHIFT": absent(_ONLY_CROPS, off=False),
+    "DATA.TRAIN_PCA_EIGVAL": no_effect(ONLY_AUGMENT_KEYS),
+    "DATA.TRAIN_PCA_EIGVEC": no_effect(ONLY_AUGMENT_KEYS),
+    "DATA.TRAIN_JITTER_MOTION_SHIFT": absent(ONLY_AUGMENT_KEYS, off=False),
     "DATA.TRAIN_JITTER_FPS": absent("strides are whole numbers of frames", off=0.0),
-    "DATA.COLOR_RND_GRAYSCALE": absent(_ONLY_CROPS, off=0.0),
-    "DATA.TIME_DIFF_PROB": absent(_ONLY_CROPS, off=0.0),
+    "DATA.COLOR_RND_GRAYSCALE": absent(ONLY_AUGMENT_KEYS, off=0.0),
+    "DATA.TIME_DIFF_PROB": absent(ONLY_AUGMENT_KEYS, off=0.0),
     "DATA.USE_OFFSET_SAMPLING": absent("a clip starts at any frame with equal probability", off=False),
     "DATA.TRAIN_CROP_NUM_TEMPORAL": absent("a sample is one clip", off=1),
     "DATA.TRAIN_CROP_NUM_SPATIAL": absent("a sample is one crop", off=1),
@@ -612,26 +565,7 @@ RULES: dict[str, Rule] = {
     "LOG_PERIOD": copied("train.log_every"),
     "LOG_MODEL_INFO": no_effect("`python -m mgvideo.models.table` prints parameters and FLOPs"),
     "DIST_BACKEND": no_effect("GPUs use NCCL, CPUs Gloo"),
-    "AUG.ENABLE": part_of("the other keys of AUG count only if it is true", False),
-    "AUG.NUM_SAMPLE": computed(
-        "`augment.repeat`; it multiplies `base.batch_size` too", _if_on("AUG.ENABLE", "augment.repeat"), 1
-    ),
-    "AUG.COLOR_JITTER": no_effect("PySlowFast itself uses it only for images; `augment.color_jitter` is for clips"),
-    "AUG.AA_TYPE": computed("`augment.randaugment_ops` and its magnitude", _randaugment, "rand-m9-mstd0.5-inc1"),
-    "AUG.INTERPOLATION": no_effect("geometric operations are bilinear"),
-    "AUG.RE_PROB": computed("`augment.erasing_prob`", _if_on("AUG.ENABLE", "augment.erasing_prob"), 0.25),
-    "AUG.RE_MODE": computed("only `pixel`", _only_if_on("pixel", "an erased part is noise in each pixel"), "pixel"),
-    "AUG.RE_COUNT": computed("only `1`", _only_if_on(1, "one part is erased"), 1),
-    "AUG.RE_SPLIT": computed("only `False`", _only_if_on(False, "there are no splits of a batch"), False),
-    "AUG.*": absent(_ONLY_CROPS),
-    "MIXUP.ENABLE": part_of("the other keys of MIXUP count only if it is true", False),
-    "MIXUP.ALPHA": computed("`augment.mixup_alpha`", _if_on("MIXUP.ENABLE", "augment.mixup_alpha"), 0.8),
-    "MIXUP.CUTMIX_ALPHA": computed("`augment.cutmix_alpha`", _if_on("MIXUP.ENABLE", "augment.cutmix_alpha"), 1.0),
-    "MIXUP.PROB": computed("`augment.mix_prob`", _if_on("MIXUP.ENABLE", "augment.mix_prob"), 1.0),
-    "MIXUP.SWITCH_PROB": computed("`augment.cutmix_prob`", _if_on("MIXUP.ENABLE", "augment.cutmix_prob"), 0.5),
-    "MIXUP.LABEL_SMOOTH_VALUE": computed(
-        "`train.label_smoothing`", _if_on("MIXUP.ENABLE", "train.label_smoothing"), 0.1
-    ),
+    **AUGMENTATION_RULES,
     "X3D.*": absent("configs of X3D are not translated yet: `model=x3d_m` and its like have its networks"),
     "MVIT.*": absent("configs of MViT are not translated yet: `model=mvit_v2_s` and its like have its networks"),
     "MASK.*": absent("there is no self-supervised training"),

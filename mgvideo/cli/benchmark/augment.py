@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from mgvideo.engine.augmentation import Augmentation
 from mgvideo.plan.plan import Grid, require
 from mgvideo.plan.shards import BatchShard
 
-from .step import StepBenchmark, StepTimes, parse_variant
+from .step import StepBenchmark, parse_variant
 
 CLASSES = 400
 BN_GROUP = 8  # clips, or all of a batch if it has fewer
@@ -55,7 +56,7 @@ class Keys:
 
 @dataclass
 class AugmentTimes:
-    """Seconds of a batch at one grid: of the training step, and of each option's augmentation."""
+    """Seconds of a batch at one grid, on a CPU processor time: of the training step, and of each augmentation."""
 
     grid: str
     clips: int
@@ -112,44 +113,57 @@ def measure(
     options: Keys,
 ) -> AugmentTimes:
     """Measure one grid: medians of the training step and of each augmentation, which take turns."""
-    cell = StepTimes(clips, 0.0)
-    times: dict[str, list[float]] = {name: [] for name in augmentations}
-    for round_number in range(options.rounds):
-        steps.measure(grid, cell, options.seconds)
-        for name, augmentation in augmentations.items():
-            times[name] += _augment_seconds(augmentation, grid, clips, steps.device, options.seconds, round_number)
-    medians = {name: float(np.median(values)) for name, values in times.items()}
-    return AugmentTimes(grid.name, clips, cell.seconds, medians)
-
-
-def _augment_seconds(
-    augmentation: Augmentation | None, grid: Grid, clips: int, device: torch.device, seconds: float, seed: int
-) -> list[float]:
-    """Return the time of each of the batches that are augmented in some seconds, each with other draws."""
-    if augmentation is None:
-        return [0.0]
+    device = steps.device
     shape = (clips, grid.frames, grid.size, grid.size, 3)
     batch = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.zeros(clips, dtype=torch.int64, device=device)
+    pixels = batch.float().permute(0, 4, 1, 2, 3)
     group = BN_GROUP if clips % BN_GROUP == 0 else clips
     shard = BatchShard(clips, 0, clips, clips // group, group, (0,))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {name: [] for name in ("step", *augmentations)}
+    for _ in range(options.rounds):
+        times["step"] += _times(lambda: steps.step(pixels, labels), device, options.seconds)
+        for name, augmentation in augmentations.items():
+            if augmentation is not None:
+                augment = partial(augmentation, batch, labels, shard=shard)
+                times[name] += _times(
+                    lambda call=augment: call(seeds=rng.integers(2**64, size=clips, dtype=np.uint64)),  # type: ignore[misc]
+                    device,
+                    options.seconds,
+                )
+    medians = {name: float(np.median(values)) if values else 0.0 for name, values in times.items()}
+    return AugmentTimes(grid.name, clips, medians.pop("step"), medians)
+
+
+def _times(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Return the time of each of the calls that fit into some seconds, without the first one, which may load kernels.
+
+    On a CPU it is the processor time of all threads, which other processes of a busy machine change less.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 2 or time.perf_counter() - started < seconds:
-        start = time.perf_counter()
-        augmentation(batch, labels, rng.integers(2**64, size=clips, dtype=np.uint64), shard)
+        start = clock()
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times[1:]  # the first one may load kernels
+        times.append(clock() - start)
+    return times[1:]
 
 
 def table(model: str, rows: Sequence[AugmentTimes]) -> Table:
     """Return a table with a row for each grid: milliseconds, and the share that augmentation adds to a step."""
     names = list(rows[0].augment) if rows else []
     columns: list[Any] = [column for name in names for column in (f"{name} ms", f"{name} / step")]
-    report = plain_table(f"augmentation beside a training step of {model}", "grid", "clips", "step ms", *columns)
+    report = plain_table(
+        f"augmentation beside a training step of {model}; on a CPU, ms of processor time",
+        "grid",
+        "clips",
+        "step ms",
+        *columns,
+    )
     for row in rows:
         cells = [
             text
