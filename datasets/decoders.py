@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class _LibraryVideo(Video):
     """A video open in decord or torchcodec. PyAV reads the frames if that library fails."""
 
     def __init__(self, pyav_video: PyAVVideo, short_side: int | None) -> None:
-        self.path, self.local = pyav_video.path, pyav_video.local
+        self.path, self.local, self.rate = pyav_video.path, pyav_video.local, pyav_video.rate
         self.frames, self.times = pyav_video.frames, pyav_video.times
         self.height, self.width, self.short_side = pyav_video.height, pyav_video.width, short_side
         self.reader = self._open_reader()
@@ -48,11 +49,15 @@ class _LibraryVideo(Video):
         """Decode whole frames, uint8 RGB `[n, height, width, 3]`."""
 
 
+@dataclass
 class _LibraryDecoder(ABC):
     """A decoder that uses PyAV for files that its library does not read correctly."""
 
+    shrink: bool = True  # see `Decoder.open`
+
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `Decoder.open`."""
+        short_side = short_side if self.shrink else None
         pyav_video = PyAV().open(path, short_side)
         if not pyav_video.simple or not self._supports(pyav_video):
             return pyav_video
@@ -75,7 +80,7 @@ class _LibraryDecoder(ABC):
 class Decord(_LibraryDecoder):
     """Decodes with decord, and with PyAV where decord returns wrong frames."""
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         _require_library("decord", "decord")
 
     def _supports(self, pyav_video: PyAVVideo) -> bool:
@@ -98,7 +103,7 @@ class _DecordVideo(_LibraryVideo):
 class TorchCodec(_LibraryDecoder):
     """Decodes with torchcodec (requires FFmpeg's shared libraries), and with PyAV where that returns wrong frames."""
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         _require_library("torchcodec.decoders", "torchcodec")
 
     def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo:

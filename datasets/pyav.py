@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,14 +31,17 @@ from .videofile import Box, DecodeError, Video, check_file, raise_decode_errors,
 SIMPLE_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 
 
+@dataclass
 class PyAV:
     """Decodes with the FFmpeg libraries of PyAV: reads every codec, skips frames to which no other frame refers."""
+
+    shrink: bool = True  # see `Decoder.open`
 
     def open(self, path: str, short_side: int | None = None) -> PyAVVideo:
         """See `Decoder.open`."""
         with raise_decode_errors(path):
             check_file(path, copy := local_copy(path))
-            return PyAVVideo(path, copy, short_side)
+            return PyAVVideo(path, copy, short_side if self.shrink else None)
 
 
 class PyAVVideo(Video):

@@ -19,8 +19,8 @@ from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample, View
 from mgvideo.plan.plan import Grid
 from mgvideo.storage.paths import join
 
-from .decoders import DecodeError, Decoder, Decord
-from .sampling import Sampling, clip_indices, crop_boxes, draw_clip, frame_span
+from .decoders import DecodeError, Decoder, Decord, Video
+from .sampling import ClipDraw, Sampling, clip_indices, crop_boxes, draw_clip, frame_span, scaled_crops
 
 MAX_TRIES = 10  # videos to try for one training clip before raising UserError
 
@@ -161,22 +161,31 @@ class VideoDataset:
                 first, stop = frame_span(span, video.times)
             if first >= stop:
                 raise DecodeError(video.path, f"ends before {span[0]:g} s, where its span starts")
-            indices = clip_indices(request, draw, self.sampling, first, stop)
-            boxes = crop_boxes(request, draw, video.height, video.width)
-            frames = video.read(indices, boxes[0] if request.view is None else None)
+            indices = clip_indices(request, draw, self.sampling, first, stop, video)
+            clips = self._read_crops(video, indices, request, draw)
             seconds = (float(video.times[indices[0]]), float(video.times[indices[-1]])) if self.timed_labels else None
-        size = request.grid.size
         if request.view is not None:
-            return torch.stack([resize(box.crop(frames), size) for box in boxes]), seconds
-        clip = resize(frames, size)
-        return clip.flip(2) if draw.flip else clip, seconds
+            return torch.stack(clips), seconds
+        return (clips[0].flip(2) if draw.flip else clips[0].contiguous()), seconds
+
+    def _read_crops(self, video: Video, indices: np.ndarray, request: ClipRequest, draw: ClipDraw) -> list[Tensor]:
+        """Read frames and return each crop of the request, uint8 `[t, size, size, 3]`."""
+        size, antialias = request.grid.size, self.sampling.antialias
+        if self.sampling.published:
+            crops = scaled_crops(request, draw, video.height, video.width)
+            return crops.apply(video.read(indices, crops.box), antialias)
+        boxes = crop_boxes(request, draw, video.height, video.width)
+        if request.view is None:
+            return [resize(video.read(indices, boxes[0]), size, antialias)]
+        frames = video.read(indices)
+        return [resize(box.crop(frames), size, antialias) for box in boxes]
 
 
-def resize(frames: Tensor, size: int) -> Tensor:
-    """Resize square frames uint8 `[t, n, n, 3]` to contiguous `[t, size, size, 3]`, bilinear and antialiased."""
+def resize(frames: Tensor, size: int, antialias: bool = True) -> Tensor:
+    """Resize square frames uint8 `[t, n, n, 3]` to contiguous `[t, size, size, 3]`, bilinear."""
     if frames.shape[1] == size:
         return frames.contiguous()
-    planes = interpolate(frames.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
+    planes = interpolate(frames.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=antialias)
     return planes.permute(0, 2, 3, 1).contiguous()
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
@@ -35,6 +35,9 @@ from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, strip_file_scheme
 from .app import flat_keys
 from .recipe import fill_recipe
 
+if TYPE_CHECKING:
+    from mgvideo.datasets.sampling import Sampling
+
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
 
@@ -61,9 +64,9 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
         barrier()
-    decoder = build_decoder(cfg)
-    training = instantiate(cfg.dataset.train, decoder=decoder) if train else None
-    val = instantiate(cfg.dataset.val, decoder=decoder)
+    training = instantiate(cfg.dataset.train, decoder=build_decoder(cfg)) if train else None
+    # exact test clips: decoders shrink large frames with antialiasing
+    val = instantiate(cfg.dataset.val, decoder=build_decoder(cfg, shrink=cfg.sampling.antialias))
     first = training or val
     classes = len(first.class_names)
     if cfg.dataset.num_classes is None:
@@ -78,6 +81,8 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
     for dataset in (training, val):
         if dataset is not None and hasattr(dataset, "grid"):  # the shape of dataset[number]
             dataset.grid = Views.of_size(cfg.base.num_frames, cfg.base.frame_stride, cfg.base.crop_size).grid
+        if dataset is not None and hasattr(dataset, "sampling"):
+            dataset.sampling = build_sampling(cfg, dataset.sampling)
     return Data(training, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
 
 
@@ -96,9 +101,24 @@ def require_dataset_keys(cfg: DictConfig) -> None:
     require(name is None, f"{name} is not set: add {name}=… to the command")
 
 
-def build_decoder(cfg: DictConfig) -> Any:
-    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set."""
+def build_sampling(cfg: DictConfig, sampling: Sampling) -> Sampling:
+    """Return the sampling of a dataset with the keys of `sampling`."""
+    return replace(
+        sampling,
+        protocol=cfg.sampling.protocol,
+        target_fps=cfg.sampling.target_fps,
+        antialias=cfg.sampling.antialias,
+    )
+
+
+def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
+    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set.
+
+    `shrink`: whether our decoders shrink large frames while decoding, see `videofile.Decoder`.
+    """
     decoder = instantiate(cfg.decoder)
+    if hasattr(decoder, "shrink"):
+        decoder.shrink = shrink
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder

@@ -33,7 +33,7 @@ from mgvideo.plan.plan import require
 from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
 from . import app
-from .build import build_normalize, loader_options
+from .build import build_normalize, build_sampling, loader_options
 from .overlay import HeatMaps
 from .progress import ProgressLog
 from .schema import key
@@ -94,9 +94,10 @@ class Predictor:
         """Run a model with `outputs` output channels on every view, and combine the views as the task says."""
         cfg = self.trained.cfg
         label: Any = 0 if task.zero_labels(1, outputs).ndim == 1 else ()
-        sampling = Sampling(flip=False, segments=self.samples_segments)
+        sampling = build_sampling(cfg, Sampling(flip=False, segments=self.samples_segments))
+        decoder = PyAV(shrink=sampling.antialias)
         entries = [VideoEntry(path, label, span) for path, span in zip(paths, spans, strict=True)]
-        dataset = VideoDataset("", entries, [str(output) for output in range(outputs)], PyAV(), sampling)
+        dataset = VideoDataset("", entries, [str(output) for output in range(outputs)], decoder, sampling)
         loader = Loader(dataset, loader_options(cfg), self.precision.device.type == "cuda")
         evaluator = Evaluator(loader, task, outputs, self.normalize, self.precision, cfg.test.batch_size)
         with ProgressLog(name) as progress:

@@ -36,7 +36,10 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     Keys of the returned dictionary are dotted. `precision` is the one in use, because `auto` depends on the machine.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
+    sections = {
+        key: config[key]
+        for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder", "sampling")
+    }
     sections["precision"] = precision.name
     sections["train"] = {"precise_bn_clips": cfg.train.precise_bn_clips}
     splits = ("train", "val")
