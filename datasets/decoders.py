@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from mgvideo.errors import UserError
 
+from .packet_index import PacketIndex
 from .pyav import PyAV, PyAVVideo
 from .videofile import Box, DecodeError, Decoder, Video
 
@@ -49,16 +50,20 @@ class _LibraryVideo(Video):
         """Decode whole frames, uint8 RGB `[n, height, width, 3]`."""
 
 
-@dataclass
 class _LibraryDecoder(ABC):
-    """A decoder that uses PyAV for files that its library does not read correctly."""
+    """A decoder that uses PyAV for files that its library does not read correctly; attributes as of PyAV."""
 
-    shrink: bool = True  # see `Decoder.open`
+    library: tuple[str, str]  # its module and its package
+
+    def __init__(self) -> None:
+        _require_library(*self.library)
+        self.shrink = True
+        self.indexes: Mapping[str, PacketIndex] = {}
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `Decoder.open`."""
         short_side = short_side if self.shrink else None
-        pyav_video = PyAV().open(path, short_side)
+        pyav_video = PyAV(self.shrink, self.indexes).open(path, short_side)
         if not pyav_video.simple or not self._supports(pyav_video):
             return pyav_video
         try:
@@ -80,8 +85,7 @@ class _LibraryDecoder(ABC):
 class Decord(_LibraryDecoder):
     """Decodes with decord, and with PyAV where decord returns wrong frames."""
 
-    def __post_init__(self) -> None:
-        _require_library("decord", "decord")
+    library = ("decord", "decord")
 
     def _supports(self, pyav_video: PyAVVideo) -> bool:
         return pyav_video.width > 72  # decord fails to copy frames of six of the widths up to 72
@@ -103,8 +107,7 @@ class _DecordVideo(_LibraryVideo):
 class TorchCodec(_LibraryDecoder):
     """Decodes with torchcodec (requires FFmpeg's shared libraries), and with PyAV where that returns wrong frames."""
 
-    def __post_init__(self) -> None:
-        _require_library("torchcodec.decoders", "torchcodec")
+    library = ("torchcodec.decoders", "torchcodec")
 
     def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo:
         return _TorchCodecVideo(pyav_video, short_side)

@@ -30,7 +30,7 @@ from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
 from mgvideo.plan.small_recipe import few_steps_warning
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, strip_file_scheme
+from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, require_local_path, strip_file_scheme
 
 from .app import flat_keys
 from .recipe import fill_recipe
@@ -119,6 +119,8 @@ def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
     decoder = instantiate(cfg.decoder)
     if hasattr(decoder, "shrink"):
         decoder.shrink = shrink
+    if hasattr(decoder, "indexes"):
+        decoder.indexes = build_indexes(cfg)
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
@@ -128,6 +130,27 @@ def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
     from mgvideo.datasets.pyramid import Pyramid
 
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+
+
+def build_indexes(cfg: DictConfig) -> dict[str, Any]:
+    """Build the packet indexes of `dataset.index` by folder, for `indexes` of a decoder.
+
+    `auto` stands for one in `dataset.root` and one in `dataset.pyramid`. With `dataset.frame_cache`, each video is
+    opened only once, and an index is of no use.
+    """
+    from mgvideo.datasets.packet_index import PacketIndex, folder_index
+
+    file = cfg.dataset.get("index")
+    if file is None:
+        return {}
+    if file != "auto":
+        path = require_local_path("dataset.index", file)
+        indexes = {"/": PacketIndex(path)}
+    elif cfg.dataset.get("frame_cache") is not None and cfg.dataset.get("pyramid") is None:
+        indexes = {}
+    else:
+        indexes = folder_index(cfg.dataset.root) | folder_index(cfg.dataset.get("pyramid"))
+    return indexes
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
