@@ -69,6 +69,15 @@ class PyAV:
             return video
 
 
+def index_video(decoder: PyAV, path: str) -> str:
+    """Add a video to the indexes of a decoder; return the error of a video that cannot be read, or ""."""
+    try:
+        decoder.open(path).close()
+    except DecodeError as error:
+        return str(error)
+    return ""
+
+
 class PyAVVideo(Video):
     """A video open in PyAV.
 

@@ -21,6 +21,7 @@ from mgvideo.loading.requests import ClipRequest
 
 from .videofile import TIME_ROUNDING_S, Box, Video
 
+MEDIAN_FRAMES = 500  # frames before and after the start of a span that give the usual time between frames
 ROUNDING = 1e-9  # added to real positions before they are truncated, because whole ones may be computed a bit too small
 
 
@@ -88,7 +89,9 @@ def frame_span(seconds: Sequence[float] | np.ndarray, times: np.ndarray) -> tupl
     frames = len(times) - 1
     if start <= times[0] and end > times[-1]:
         return 0, frames
-    tolerance = min(TIME_ROUNDING_S, 0.4 * float(np.median(np.diff(times))))
+    near = np.searchsorted(times, start)
+    gaps = np.diff(times[max(0, near - MEDIAN_FRAMES) : near + MEDIAN_FRAMES])
+    tolerance = min(TIME_ROUNDING_S, 0.4 * float(np.median(gaps if len(gaps) else np.diff(times))))
     if start > times[-1] - tolerance:
         return frames, frames
     first = max(0, int(np.searchsorted(times[:-1], start + tolerance, "right")) - 1)
@@ -107,16 +110,27 @@ def clip_indices(
         return first + _segment_indices(request, length)
     if video is not None and video.is_folder and sampling.published:
         sampling = replace(sampling, protocol="regular", target_fps=None)  # PySlowFast counts the images of a folder
-    step, mean_gap = float(draw.stride), 0.0
-    if video is not None and sampling.target_fps is not None:
-        if video.rate is None:  # positions are in units of the mean time between two frames
-            mean_gap = float(video.times[stop] - video.times[first]) / length
-        step *= (video.rate or (1 / mean_gap if mean_gap else sampling.target_fps)) / sampling.target_fps
+    ratio, mean_gap = (1.0, 0.0) if video is None else target_ratio(sampling, video, first, stop)
+    step = draw.stride * ratio
     positions = _clip_positions(request, draw, sampling.published, step, length)
     if video is not None and mean_gap:
         seconds = float(video.times[first]) + positions * mean_gap + ROUNDING
         positions = np.searchsorted(video.times[first:stop], seconds, "right") - 1
     return first + np.clip(positions + ROUNDING, 0, length - 1).astype(np.int64)
+
+
+def target_ratio(sampling: Sampling, video: Video, first: int, stop: int) -> tuple[float, float]:
+    """Return how many frames of a video make one at `target_fps`, and the mean seconds of one if they are uneven.
+
+    The ratio is 1 without `target_fps`, or if all frames have one time. The seconds are 0 if the frames from `first` to
+    `stop` (exclusive) are evenly spaced.
+    """
+    if sampling.target_fps is None:
+        return 1.0, 0.0
+    if video.rate is not None:
+        return video.rate / sampling.target_fps, 0.0
+    mean_gap = float(video.times[stop] - video.times[first]) / (stop - first)
+    return (1 / (mean_gap * sampling.target_fps), mean_gap) if mean_gap else (1.0, 0.0)
 
 
 def _clip_positions(request: ClipRequest, draw: ClipDraw, published: bool, step: float, length: int) -> np.ndarray:

@@ -120,6 +120,8 @@ class VideoFacts:
     def times(self) -> np.ndarray:
         """See `Video.times`."""
         ticks, base = self.table.ticks, self.time_base
+        if isinstance(ticks, range):
+            ticks = np.arange(ticks.start, ticks.stop, ticks.step)
         seconds = (np.append(ticks, self.end) - ticks[0]) * base.numerator / base.denominator
         return seconds + self.shift if self.shift else seconds
 

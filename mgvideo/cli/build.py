@@ -120,7 +120,7 @@ def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
     if hasattr(decoder, "shrink"):
         decoder.shrink = shrink
     if hasattr(decoder, "indexes"):
-        decoder.indexes = build_indexes(cfg)
+        decoder.indexes = build_indexes(cfg, cfg.dataset.get("pyramid"))
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
@@ -132,10 +132,10 @@ def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
 
 
-def build_indexes(cfg: DictConfig) -> dict[str, Any]:
-    """Build the packet indexes of `dataset.index` by folder, for `indexes` of a decoder.
+def build_indexes(cfg: DictConfig, pyramid: str | None = None) -> dict[str, Any]:
+    """Build the packet indexes of `dataset.index` by folder, for `indexes` of a decoder; damaged ones start anew.
 
-    `auto` stands for one in `dataset.root` and one in `dataset.pyramid`. With `dataset.frame_cache`, each video is
+    `auto` stands for one in `dataset.root` and one in the folder `pyramid`. With `dataset.frame_cache`, each video is
     opened only once, and an index is of no use.
     """
     from mgvideo.datasets.packet_index import PacketIndex, folder_index
@@ -144,12 +144,13 @@ def build_indexes(cfg: DictConfig) -> dict[str, Any]:
     if file is None:
         return {}
     if file != "auto":
-        path = require_local_path("dataset.index", file)
-        indexes = {"/": PacketIndex(path)}
-    elif cfg.dataset.get("frame_cache") is not None and cfg.dataset.get("pyramid") is None:
+        indexes = {"/": PacketIndex(require_local_path("dataset.index", file))}
+    elif cfg.dataset.get("frame_cache") is not None and pyramid is None:
         indexes = {}
     else:
-        indexes = folder_index(cfg.dataset.root) | folder_index(cfg.dataset.get("pyramid"))
+        indexes = folder_index(cfg.dataset.root) | folder_index(pyramid)
+    for index in indexes.values():
+        index.check()
     return indexes
 
 
