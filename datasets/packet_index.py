@@ -93,7 +93,7 @@ class PacketIndex:
             self._replace_damaged()
         except OSError as error:  # a read-only folder, a full disk
             self.writable = False
-            _print_once("write", f"note: {self.file} cannot be written: {error.strerror}; videos stay without index")
+            _print_once("write", f"note: {self.file} cannot be written: {error.strerror or error}; videos stay without index")
 
     def check(self) -> None:
         """Replace the file by an empty one, with a note, if its tables are damaged."""

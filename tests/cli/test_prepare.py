@@ -352,7 +352,7 @@ def test_files_and_levels_are_indexed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(PacketIndex(str(levels / ".packets.index"))) == 2 * len(list(levels.glob("short*")))
     decoder = build_decoder(app.compose_config("run", [*overrides, f"dataset.pyramid={levels}"]))
     with decoder.open(str(root / "a.mp4"), 64) as video:
-        assert (Path(video.path).parent.name, video.container) == ("short64", None)
+        assert (Path(video.path).parent.parent, video.container) == (levels, None)
     prepare("check", ["processes=1", f"out={tmp_path / 'found.csv'}"], [*overrides, "dataset.index=null"])
     with pytest.raises(UserError, match=r"dataset\.index=null: give auto, or a file"):
         prepare("index", [], [*overrides, "dataset.index=null"])
