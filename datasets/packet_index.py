@@ -93,7 +93,8 @@ class PacketIndex:
             self._replace_damaged()
         except OSError as error:  # a read-only folder, a full disk
             self.writable = False
-            _print_once("write", f"note: {self.file} cannot be written: {error.strerror or error}; videos stay without index")
+            reason = error.strerror or str(error)
+            _print_once("write", f"note: {self.file} cannot be written: {reason}; videos stay without index")
 
     def check(self) -> None:
         """Replace the file by an empty one, with a note, if its tables are damaged."""
@@ -140,6 +141,8 @@ class PacketIndex:
             if os.fstat(file.fileno()).st_size < len(MAGIC) + TABLE.size:
                 raise DamagedIndexError("too short")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM"):  # read no pages ahead: the next lookup needs others
+            self._map.madvise(mmap.MADV_RANDOM)
         if self._map[: len(MAGIC)] != MAGIC:
             raise DamagedIndexError("not an index")
 
