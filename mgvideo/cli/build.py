@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
@@ -32,11 +32,14 @@ from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
 from mgvideo.plan.small_recipe import few_steps_warning
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, strip_file_scheme
+from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, require_local_path, strip_file_scheme
 
 from .app import flat_keys
 from .recipe import fill_recipe
 from .training import build_task, set_crops
+
+if TYPE_CHECKING:
+    from mgvideo.datasets.sampling import Sampling
 
 OPTION_KEYS = tuple(field.name for field in fields(ScheduleOptions))
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
@@ -65,9 +68,9 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
         barrier()
-    decoder = build_decoder(cfg)
-    training = instantiate(cfg.dataset.train, decoder=decoder) if train else None
-    val = instantiate(cfg.dataset.val, decoder=decoder)
+    training = instantiate(cfg.dataset.train, decoder=build_decoder(cfg)) if train else None
+    # exact test clips: decoders shrink large frames with antialiasing
+    val = instantiate(cfg.dataset.val, decoder=build_decoder(cfg, shrink=cfg.sampling.antialias))
     first = training or val
     if training is not None:
         set_crops(cfg, training)
@@ -84,6 +87,8 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
     for dataset in (training, val):
         if dataset is not None and hasattr(dataset, "grid"):  # the shape of dataset[number]
             dataset.grid = Views.of_size(cfg.base.num_frames, cfg.base.frame_stride, cfg.base.crop_size).grid
+        if dataset is not None and hasattr(dataset, "sampling"):
+            dataset.sampling = build_sampling(cfg, dataset.sampling)
     task = TASKS[cfg.dataset.task]() if training is None else build_task(cfg, training, first.class_names)
     return Data(training, val, cfg.dataset.num_classes, task)
 
@@ -103,9 +108,26 @@ def require_dataset_keys(cfg: DictConfig) -> None:
     require(name is None, f"{name} is not set: add {name}=… to the command")
 
 
-def build_decoder(cfg: DictConfig) -> Any:
-    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set."""
+def build_sampling(cfg: DictConfig, sampling: Sampling) -> Sampling:
+    """Return the sampling of a dataset with the keys of `sampling`."""
+    return replace(
+        sampling,
+        protocol=cfg.sampling.protocol,
+        target_fps=cfg.sampling.target_fps,
+        antialias=cfg.sampling.antialias,
+    )
+
+
+def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
+    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set.
+
+    `shrink`: whether our decoders shrink large frames while decoding, see `videofile.Decoder`.
+    """
     decoder = instantiate(cfg.decoder)
+    if hasattr(decoder, "shrink"):
+        decoder.shrink = shrink
+    if hasattr(decoder, "indexes"):
+        decoder.indexes = build_indexes(cfg, cfg.dataset.get("pyramid"))
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
@@ -115,6 +137,28 @@ def build_decoder(cfg: DictConfig) -> Any:
     from mgvideo.datasets.pyramid import Pyramid
 
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+
+
+def build_indexes(cfg: DictConfig, pyramid: str | None = None) -> dict[str, Any]:
+    """Build the packet indexes of `dataset.index` by folder, for `indexes` of a decoder; damaged ones start anew.
+
+    `auto` stands for one in `dataset.root` and one in the folder `pyramid`. With `dataset.frame_cache`, each video is
+    opened only once, and an index is of no use.
+    """
+    from mgvideo.datasets.packet_index import PacketIndex, folder_index
+
+    file = cfg.dataset.get("index")
+    if file is None:
+        return {}
+    if file != "auto":
+        indexes = {"/": PacketIndex(require_local_path("dataset.index", file))}
+    elif cfg.dataset.get("frame_cache") is not None and pyramid is None:
+        indexes = {}
+    else:
+        indexes = folder_index(cfg.dataset.root) | folder_index(pyramid)
+    for index in indexes.values():
+        index.check()
+    return indexes
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:

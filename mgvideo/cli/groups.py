@@ -33,6 +33,9 @@ class DatasetKeys:
     )
     num_classes: int | None = key(None, "number of classes; null: count them in the data", least=1)
     pyramid: str | None = key(None, "folder of the dataset's pyramid; null: read the original videos")
+    index: str | None = key(
+        "auto", "packet index of the videos; auto: .packets.index in root and in pyramid; null: no index"
+    )
     frame_cache: str | None = key(None, "folder that caches decoded frames; null: no cache")
     frame_cache_gib: float = key(4.0, "size limit of the frame cache, in GiB", least=0)
     max_bad_fraction: float = key(

@@ -180,6 +180,12 @@ def _inverse_jitter(inverse: bool, settings: Settings) -> Translation:
     return Translation(reason=f"not there, because this dataset draws {drawn} uniformly")
 
 
+def _target_fps(fps: float, settings: Settings) -> Mapping[str, Any] | Translation:
+    if settings["TRAIN.DATASET"] == "kinetics":
+        return {"sampling.target_fps": fps}
+    return Translation(reason="has no effect, as in PySlowFast, which counts the frames of this dataset")
+
+
 def _ensemble(method: str, settings: Settings) -> Translation:
     ours = "max" if settings["DATA.MULTI_LABEL"] else "sum"
     kind = "several labels" if settings["DATA.MULTI_LABEL"] else "one label"
@@ -452,14 +458,14 @@ RULES: dict[str, Rule] = {
     "DATA.ENSEMBLE_METHOD": computed("`max` where videos have several labels, else the mean", _ensemble, "sum"),
     "DATA.INPUT_CHANNEL_NUM": no_effect("clips have three channels, and a network takes its pathways' frames itself"),
     "DATA.REVERSE_INPUT_CHANNEL": no_effect("clips are always RGB"),
-    "DATA.TARGET_FPS": no_effect("strides count frames of the file, whatever its frame rate"),
+    "DATA.TARGET_FPS": computed("`sampling.target_fps` for Kinetics", _target_fps, 30),
     "DATA.TRAIN_PCA_EIGVAL": no_effect(ONLY_AUGMENT_KEYS),
     "DATA.TRAIN_PCA_EIGVEC": no_effect(ONLY_AUGMENT_KEYS),
     "DATA.TRAIN_JITTER_MOTION_SHIFT": absent(ONLY_AUGMENT_KEYS, off=False),
-    "DATA.TRAIN_JITTER_FPS": absent("strides are whole numbers of frames", off=0.0),
+    "DATA.TRAIN_JITTER_FPS": absent("`sampling.target_fps` is one rate", off=0.0),
     "DATA.COLOR_RND_GRAYSCALE": absent(ONLY_AUGMENT_KEYS, off=0.0),
     "DATA.TIME_DIFF_PROB": absent(ONLY_AUGMENT_KEYS, off=0.0),
-    "DATA.USE_OFFSET_SAMPLING": absent("a clip starts at any frame with equal probability", off=False),
+    "DATA.USE_OFFSET_SAMPLING": absent("test clip k of K starts at k / K of the video", off=False),
     "DATA.TRAIN_CROP_NUM_TEMPORAL": absent("a sample is one clip", off=1),
     "DATA.TRAIN_CROP_NUM_SPATIAL": absent("a sample is one crop", off=1),
     "DATA.PATH_TO_PRELOAD_IMDB": absent("there is no ImageNet training", off="", shown="an empty path"),

@@ -42,7 +42,10 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     Keys of the returned dictionary are dotted. `precision` is the one in use, because `auto` depends on the machine.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
+    sections = {
+        key: config[key]
+        for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder", "sampling")
+    }
     sections["schedule"] = {key: value for key, value in config["schedule"].items() if not _is_idle_option(key, value)}
     sections["model"].pop("checkpointing", None)  # changes memory and time alone
     sections["precision"] = precision.name

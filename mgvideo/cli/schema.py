@@ -213,6 +213,21 @@ class TestKeys:
 
 
 @dataclass
+class SamplingKeys:
+    """Frames and crops of clips; published recipes set them. docs/datasets/sampling.md has the rules."""
+
+    protocol: str = key(
+        "regular",
+        "published: the frames and crops of PySlowFast; regular: whole strides, test clips up to the video's end",
+        choices=("regular", "published"),
+    )
+    target_fps: float | None = key(
+        None, "frame rate at which base.frame_stride counts; null: count the frames of each file", above=0
+    )
+    antialias: bool = key(True, "resize frames with antialiasing, which PySlowFast does not")
+
+
+@dataclass
 class LoaderKeys:
     """Loader workers; these keys do not change which clips a step uses."""
 
@@ -271,6 +286,7 @@ class RunKeys:
     train: TrainKeys = key(TrainKeys, "")
     augment: AugmentKeys = key(AugmentKeys, "")
     test: TestKeys = key(TestKeys, "")
+    sampling: SamplingKeys = key(SamplingKeys, "")
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")

@@ -316,3 +316,11 @@ def test_the_page_shows_what_the_program_prints(translate: Any) -> None:
 def test_the_page_has_every_key() -> None:
     page = pyslowfast_page.PAGE.read_text(encoding="utf-8")
     assert [key for key in RULES if f"`{key}`" not in page and "*" not in key] == []
+
+
+def test_target_rate_is_that_of_kinetics(translate: Any) -> None:
+    assert translate(KINETICS, "DATA.TARGET_FPS", "25").cfg.sampling.target_fps == 25
+    assert translate(KINETICS).cfg.sampling.target_fps == 30
+    charades = translate(CHARADES, "DATA.TARGET_FPS", "25")
+    assert not any(word.startswith("sampling.") for word in charades.overrides)
+    assert "DATA.TARGET_FPS: has no effect, as in PySlowFast, which counts the frames" in charades.output
