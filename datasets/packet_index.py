@@ -89,7 +89,7 @@ class PacketIndex:
             with FileLock(f"{self.file}.lock", timeout=LOCK_TIMEOUT_S), self._open() as file:
                 position = _append(file, _record(entry, arrays))
                 _link(file, _hash(key), position)
-        except DamagedIndexError:
+        except (DamagedIndexError, struct.error):
             self._replace_damaged()
         except OSError as error:  # a read-only folder, a full disk
             self.writable = False
@@ -176,6 +176,8 @@ class PacketIndex:
     def _replace_damaged(self) -> None:
         """Put an empty index in place of a damaged one, unless another process has done so."""
         damaged, self._map = self._map, None
+        if not self.writable:
+            return
         try:
             with FileLock(f"{self.file}.lock", timeout=LOCK_TIMEOUT_S):
                 with suppress(DamagedIndexError, struct.error):
@@ -190,8 +192,10 @@ class PacketIndex:
                 os.replace(part, self.file)
             self._map = None
             _print_once("damaged", f"warning: {self.file} is damaged; it is built again")
-        except OSError:
+        except OSError as error:
             self.writable = False
+            reason = error.strerror or str(error)
+            _print_once("write", f"note: {self.file} is damaged and cannot be replaced: {reason}; it is not used")
 
 
 def find_index(path: str, files: Mapping[str, PacketIndex]) -> PacketIndex | None:
