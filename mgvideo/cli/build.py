@@ -203,8 +203,8 @@ def schedule_options(cfg: DictConfig) -> ScheduleOptions:
     options = {key: cfg.schedule[key] for key in OPTION_KEYS if key in cfg.schedule}
     if options.get("finish") is not None and options.get("finish_size") is None:
         options["finish_size"] = cfg.test.crop_size
-    if options.get("gpus") is None:
-        options["gpus"] = world_size()
+    if options.get("gpu_count") is None:
+        options["gpu_count"] = world_size()
     return ScheduleOptions(**options)
 
 

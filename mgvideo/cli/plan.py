@@ -82,8 +82,8 @@ def show(options: PlanKeys, cfg: DictConfig) -> None:
     if options.benchmark is None and options.step_time is None:
         options.benchmark = cfg.schedule.get("benchmark")
     resolve_decay_from(cfg)
-    if "gpus" in cfg.schedule and cfg.schedule.gpus is None:
-        cfg.schedule.gpus = options.gpus or torch.cuda.device_count() or DEFAULT_GPUS
+    if "gpu_count" in cfg.schedule and cfg.schedule.gpu_count is None:
+        cfg.schedule.gpu_count = options.gpus or torch.cuda.device_count() or DEFAULT_GPUS
     plan = _plan(options, cfg)
     gpus, notes = (options.gpus, ()) if options.gpus is not None else _gpus_of_this_machine(plan)
     plan = replace(plan, notes=(*plan.notes, *notes))

@@ -90,7 +90,7 @@ def _chosen_augmentation(cfg: DictConfig, data: Data) -> dict[str, Any]:
 def _is_idle_option(key: str, value: Any) -> bool:
     """Whether a key of the schedule has no effect: an option at its default, or one that the plan shows by itself."""
     defaults = {field.name: field.default for field in fields(ScheduleOptions)}
-    return key in ("benchmark", "gpus") or (key in defaults and value == defaults[key])
+    return key in ("benchmark", "gpu_count") or (key in defaults and value == defaults[key])
 
 
 def resolve_decay_from(cfg: DictConfig) -> None:

@@ -42,14 +42,14 @@ class ScheduleOptions:
     hours: float | None = None
     benchmark: str | None = None  # path of a benchmark file, see `read_benchmark`
     batches: str = "volume"
-    gpus: int | None = None  # that `hours` are counted on; None: 1
+    gpu_count: int | None = None  # that `hours` are counted on; None: 1
 
     def __post_init__(self) -> None:
         for key, choices in (("strength", STRENGTHS), ("finish", (None, *FINISHES)), ("batches", BATCHES)):
             value = getattr(self, key)
             names = ", ".join("null" if choice is None else choice for choice in choices)
             require(value in choices, f"schedule.{key}={value}: choose one of {names}")
-        for key in ("finish_epochs", "finish_lr", "budget", "hours", "finish_size", "gpus"):
+        for key in ("finish_epochs", "finish_lr", "budget", "hours", "finish_size", "gpu_count"):
             value = getattr(self, key)
             require(value is None or finite_or_nan(value) > 0, f"schedule.{key}={value}: give a number above 0")
         require(self.budget is None or self.hours is None, "give schedule.budget or schedule.hours, not both")
@@ -159,7 +159,7 @@ def _fit(
     Raises:
         UserError: no epoch factor fits.
     """
-    gpus = options.gpus or 1
+    gpus = options.gpu_count or 1
 
     def cost(plan: Plan) -> float:
         if benchmark is None:

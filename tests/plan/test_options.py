@@ -55,7 +55,7 @@ def test_hours_and_a_budget_in_predicted_time(benchmark: str) -> None:
         return sum(time.seconds for time in predict_phase_times(plan, gpus, measured)) / 3600
 
     for gpus in (1, 2):
-        plan = ScheduleOptions(hours=0.5, benchmark=benchmark, gpus=gpus).apply(monotone)(SMALL, 4096)
+        plan = ScheduleOptions(hours=0.5, benchmark=benchmark, gpu_count=gpus).apply(monotone)(SMALL, 4096)
         assert 0.48 < hours(plan, gpus) <= 0.5
     assert plan.notes[0].endswith("30:00 min of training on 2 GPUs, as predicted") or "29:" in plan.notes[0]
     plan = ScheduleOptions(budget=0.5, benchmark=benchmark).apply(monotone)(SMALL, 4096)
