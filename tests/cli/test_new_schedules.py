@@ -85,6 +85,7 @@ def test_a_finish_of_the_head_trains_head_and_norms_alone(tmp_path: Path, motion
     assert {name for name, value in before.items() if value.dim() == 2} <= changed  # the head's weights
 
 
+@pytest.mark.slow
 def test_drawn_grids_resume_exactly(tmp_path: Path, motion_root: str) -> None:
     options = ["schedule=random", "schedule.strength=volume", "schedule.budget=0.6", "checkpoint.every_steps=2"]
     options += ["checkpoint.keep=100", "train.micro_batch_clips=4", "model.dropout=0.3"]
