@@ -50,11 +50,13 @@ setup(
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],  # what a run needs to log to a server; `mlflow` has the server and local databases
         "hub": ["huggingface_hub"],
+        "camera": ["scikit-image"],  # the photographs of dataset=camera; nothing imports it
         "dev": [
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "build", "setuptools>=77"),
             *("boto3", "moto[s3]", "flask", "flask-cors"),  # an S3 server for the tests
             *("wandb", "mlflow-skinny", "huggingface_hub"),  # the tests run them offline or on a local server
             "fvcore",  # what the tests compare FLOPs and precise BN with
+            "scikit-image",  # photographs
         ],
     },
 )

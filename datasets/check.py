@@ -177,7 +177,7 @@ def _time_problems(video: PyAVVideo) -> Iterator[tuple[str, str]]:
         low, high = (float(gap * base) for gap in (gaps.min(), gaps.max()))
         yield (
             "variable frame rate",
-            f"{low:.3g} to {high:.3g} s between frames; frame_stride counts frames",
+            f"{low:.3g} to {high:.3g} s between frames; frame_stride counts frames unless sampling.target_fps is set",
         )
     if video.frames > 1 and table.ticks[0] == table.ticks[-1]:
         yield "zero duration", "all frames have the same time"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from mgvideo.errors import UserError
 
+from .packet_index import PacketIndex
 from .pyav import PyAV, PyAVVideo
 from .videofile import Box, DecodeError, Decoder, Video
 
@@ -27,7 +29,7 @@ class _LibraryVideo(Video):
     """A video open in decord or torchcodec. PyAV reads the frames if that library fails."""
 
     def __init__(self, pyav_video: PyAVVideo, short_side: int | None) -> None:
-        self.path, self.local = pyav_video.path, pyav_video.local
+        self.path, self.local, self.rate = pyav_video.path, pyav_video.local, pyav_video.rate
         self.frames, self.times = pyav_video.frames, pyav_video.times
         self.height, self.width, self.short_side = pyav_video.height, pyav_video.width, short_side
         self.reader = self._open_reader()
@@ -49,11 +51,19 @@ class _LibraryVideo(Video):
 
 
 class _LibraryDecoder(ABC):
-    """A decoder that uses PyAV for files that its library does not read correctly."""
+    """A decoder that uses PyAV for files that its library does not read correctly; attributes as of PyAV."""
+
+    library: tuple[str, str]  # its module and its package
+
+    def __init__(self) -> None:
+        _require_library(*self.library)
+        self.shrink = True
+        self.indexes: Mapping[str, PacketIndex] = {}
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """See `Decoder.open`."""
-        pyav_video = PyAV().open(path, short_side)
+        short_side = short_side if self.shrink else None
+        pyav_video = PyAV(self.shrink, self.indexes).open(path, short_side)
         if not pyav_video.simple or not self._supports(pyav_video):
             return pyav_video
         try:
@@ -75,8 +85,7 @@ class _LibraryDecoder(ABC):
 class Decord(_LibraryDecoder):
     """Decodes with decord, and with PyAV where decord returns wrong frames."""
 
-    def __init__(self) -> None:
-        _require_library("decord", "decord")
+    library = ("decord", "decord")
 
     def _supports(self, pyav_video: PyAVVideo) -> bool:
         return pyav_video.width > 72  # decord fails to copy frames of six of the widths up to 72
@@ -98,8 +107,17 @@ class _DecordVideo(_LibraryVideo):
 class TorchCodec(_LibraryDecoder):
     """Decodes with torchcodec (requires FFmpeg's shared libraries), and with PyAV where that returns wrong frames."""
 
+    library = ("torchcodec.decoders", "torchcodec")
+
     def __init__(self) -> None:
-        _require_library("torchcodec.decoders", "torchcodec")
+        super().__init__()
+        from torchcodec.decoders import VideoDecoder
+
+        try:
+            VideoDecoder(b"no video")  # torchcodec 0.17 loads FFmpeg's libraries with the first video, not on import
+        except (OSError, RuntimeError, ValueError) as error:
+            if "libtorchcodec" in str(error):
+                raise _missing_ffmpeg("torchcodec") from None
 
     def _open_video(self, pyav_video: PyAVVideo, short_side: int | None) -> _LibraryVideo:
         return _TorchCodecVideo(pyav_video, short_side)
@@ -129,7 +147,11 @@ def _require_library(module: str, package: str) -> None:
     except ImportError:
         raise UserError(f"decoder: {package} is not installed; pip install {package}, or choose decoder=pyav") from None
     except (OSError, RuntimeError):
-        raise UserError(
-            f"decoder: {package} is installed but cannot load FFmpeg's shared libraries; install FFmpeg 4 to 8 "
-            "(Debian: apt-get install ffmpeg; conda: conda install ffmpeg), or choose decoder=pyav"
-        ) from None
+        raise _missing_ffmpeg(package) from None
+
+
+def _missing_ffmpeg(package: str) -> UserError:
+    return UserError(
+        f"decoder: {package} is installed but cannot load FFmpeg's shared libraries; install FFmpeg 4 to 8 "
+        "(Debian: apt-get install ffmpeg; conda: conda install ffmpeg), or choose decoder=pyav"
+    )

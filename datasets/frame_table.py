@@ -7,7 +7,7 @@ times that are reset, fields in separate packets, skipped frames), all frames ar
 from __future__ import annotations
 
 import os
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -41,11 +41,16 @@ class Start(NamedTuple):
         frame_id: ID of the first frame that is decoded and displayed, see `FrameTable.frame_ids`.
         seek: The time to seek to, in ticks.
         stamp: The `pts` of the packet, or its `dts` in a table by number.
+        packet: Number of the packet in storage order.
     """
 
     frame_id: int
     seek: int
     stamp: int
+    packet: int
+
+
+NO_STARTS = np.empty((0, len(Start._fields)), np.int64)
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,12 @@ class FrameTable:
     """The frames of a stream in display order.
 
     Attributes:
-        ticks: Display time of each frame in units of the stream's time base: int64 `[frames]`, non-decreasing.
-        frame_ids: Identifies each decoded frame: int64 `[frames]`, increasing. Its display time if `by_time`, else its
-            number.
-        starts: Packets at which decoding can start, sorted. If empty, decoding starts at the beginning.
+        ticks: Display time of each frame in units of the stream's time base: int64 `[frames]`, or a range;
+            non-decreasing.
+        frame_ids: Identifies each decoded frame: int64 `[frames]`, or a range; increasing. Its display time if
+            `by_time`, else its number.
+        starts: Packets at which decoding can start, sorted: int64 `[starts, 4]`, the fields of `Start`. If empty,
+            decoding starts at the beginning.
         by_time: Whether frames are identified by time.
         packed: Whether packets must pass FFmpeg's filter `mpeg4_unpack_bframes`.
         counted: Whether the table was made by decoding all packets; those that cannot be decoded are skipped.
@@ -68,9 +75,9 @@ class FrameTable:
         breaks: Number of frames of a counted table with missing, repeated or reset times.
     """
 
-    ticks: np.ndarray
-    frame_ids: np.ndarray
-    starts: tuple[Start, ...]
+    ticks: np.ndarray | range
+    frame_ids: np.ndarray | range
+    starts: np.ndarray
     by_time: bool = False
     packed: bool = False
     counted: bool = False
@@ -82,14 +89,14 @@ class FrameTable:
 
     def start(self, frame_id: int) -> Start | None:
         """Return the last start from which the frame can be decoded; None: the beginning of the file."""
-        number = bisect_right(self.starts, frame_id, key=lambda start: start.frame_id)
-        return self.starts[number - 1] if number else None
+        number = int(np.searchsorted(self.starts[:, 0], frame_id, "right"))
+        return Start(*self.starts[number - 1].tolist()) if number else None
 
     def reaches(self, packet: Any, start: Start) -> bool:
         """Return whether decoding from `packet`, where a seek to `start` ended, reaches the frames of `start`."""
         if not self.by_time:
             return bool(packet.dts == start.stamp)
-        return any(other.stamp == packet.pts for other in self.starts if other.frame_id <= start.frame_id)
+        return bool((self.starts[self.starts[:, 0] <= start.frame_id, 2] == packet.pts).any())
 
     def from_frame(self, frame_id: int) -> FrameTable:
         """Return the table without the frames before `frame_id`, which cannot be decoded."""
@@ -180,10 +187,12 @@ def decode_packets(
         yield from context.decode(None)
 
 
-def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable:
+def read_table(
+    path: str, local: str, container: Any, stream: Any, on_packet: Callable[[Any], None] | None = None
+) -> FrameTable:
     """Read the frame table of a newly opened stream of the file `local`; errors name the file `path`.
 
-    If the packets do not identify the frames, decodes all of them.
+    If the packets do not identify the frames, decodes all of them. `on_packet` is called with each packet.
 
     Raises:
         DecodeError: The stream has no frames. Errors of PyAV are not converted.
@@ -197,6 +206,8 @@ def read_table(path: str, local: str, container: Any, stream: Any) -> FrameTable
     for packet in container.demux(stream):
         if not packet.size:
             continue
+        if on_packet is not None:
+            on_packet(packet)
         number = len(pts)
         pts.append(packet.pts)
         dts.append(packet.dts)
@@ -265,9 +276,9 @@ def _table_by_time(
             if not later:
                 continue
             time = min(later)
-        starts.append(Start(time, seek, pts[number]))
+        starts.append(Start(time, seek, pts[number], number))
     starts.sort(key=lambda start: start.frame_id)
-    return FrameTable(ticks, ticks, tuple(starts), by_time=True, simple=simple)
+    return FrameTable(ticks, ticks, _start_array(starts), by_time=True, simple=simple)
 
 
 def _table_in_decoding_order(
@@ -282,8 +293,14 @@ def _table_in_decoding_order(
         return None
     if None in times or any(b <= a for a, b in pairwise(times)):
         times = stamps
-    starts = [Start(number, dts[i], dts[i]) for number, i in enumerate(shown) if parser.starts.get(i) == CLOSED_START]
-    return FrameTable(np.array(times), np.arange(len(times)), tuple(starts), packed=parser.packed)
+    starts = [
+        Start(number, dts[i], dts[i], i) for number, i in enumerate(shown) if parser.starts.get(i) == CLOSED_START
+    ]
+    return FrameTable(np.array(times), np.arange(len(times)), _start_array(starts), packed=parser.packed)
+
+
+def _start_array(starts: Sequence[Start]) -> np.ndarray:
+    return np.array(starts, np.int64).reshape(-1, len(Start._fields))
 
 
 def _count_frames(path: str, local: str, index: int, decoding: Sequence[int] | None) -> FrameTable:
@@ -295,7 +312,7 @@ def _count_frames(path: str, local: str, index: int, decoding: Sequence[int] | N
     if decoding is not None:
         times = (*decoding[: len(times)], *((None,) * (len(times) - len(decoding))))
     breaks = sum(b is None or (a is not None and b <= a) for a, b in pairwise((None, *times)))
-    return FrameTable(make_monotonic(times, gap), np.arange(len(times)), (), counted=True, breaks=breaks)
+    return FrameTable(make_monotonic(times, gap), np.arange(len(times)), NO_STARTS, counted=True, breaks=breaks)
 
 
 @lru_cache(MAX_CACHED_FILES)
@@ -307,7 +324,7 @@ def _decoded_times(path: str, local: str, index: int, size: int, changed: int) -
     container, stream = open_stream(path, local, index)
     with container:
         frames = decode_packets(
-            stream, stored_packets(container, stream), FrameTable(np.empty(0), np.empty(0), (), counted=True)
+            stream, stored_packets(container, stream), FrameTable(np.empty(0), np.empty(0), NO_STARTS, counted=True)
         )
         times = tuple(frame.dts if frame.pts is None else frame.pts for frame in frames)
         return times, frame_ticks(stream)

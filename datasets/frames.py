@@ -29,6 +29,8 @@ class FrameFolders:
 
 
 class _FrameFolder(Video):
+    is_folder = True
+
     def __init__(self, path: str, fps: float) -> None:
         self.path = path
         names = [name for name in os.listdir(path) if not is_leftover(name)]

@@ -8,26 +8,20 @@ the class.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from mgvideo.errors import UserError
-from mgvideo.storage.files import replace_when_complete
-from mgvideo.storage.paths import require_local_path
 
 from .decoders import Decoder
+from .generated import DrawnVideo, VideoKnobs, make_dataset
 from .lists import video_list
-from .parallel import FileProgress, ignore_progress, parallel_map
+from .parallel import FileProgress, ignore_progress
 from .video import VideoDataset
 
 CLASSES = (
@@ -48,16 +42,9 @@ Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(VideoKnobs):
     """Settings of a Motion dataset, which determine its difficulty. Lengths are fractions of the frame's height."""
 
-    train: int = 1024  # videos
-    val: int = 256
-    frames: int = 48
-    height: int = 84
-    width: int = 96
-    fps: int = 24
-    keyframe: int = 12  # frames from one keyframe to the next
     shapes: int = 1  # blobs in a video, each of a different class; more than one makes the task multi-label
     sizes: tuple[float, float] = (0.26, 0.5)  # range of the distance from the centre of a blob to its farthest point
     speeds: tuple[float, float] = (0.0095, 0.019)  # range of the speed of a moving blob, per frame
@@ -66,8 +53,6 @@ class Knobs:
     contrast: tuple[float, float] = (0.2, 0.4)  # range of the difference in brightness between blob and background
     texture: tuple[float, float] = (0.03, 0.1)  # strength of the background's and of the blob's texture
     colour: float = 0.1  # strength of tints
-    crf: int = 20  # x264's quality: smaller is better
-    seed: int = 0
 
     def __post_init__(self) -> None:
         low, high = self.sizes
@@ -82,33 +67,12 @@ class Knobs:
         if min(self.train, self.val, self.frames) < 1:
             raise UserError("Motion: train, val and frames must be at least 1")
 
-    @property
-    def name(self) -> str:
-        """Name of the dataset's folder, which contains a hash of the settings."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
-        return f"{self.train}+{self.val}-{self.frames}x{self.width}x{self.height}-{digest[:8]}"
-
 
 def make_motion(
     root: str, knobs: Knobs, processes: int | None = None, progress: FileProgress = ignore_progress
 ) -> Path:
-    """Create the dataset under `root` unless it exists; returns its folder.
-
-    The folder holds mp4 files, `train.csv` and `val.csv` (`path label`, several labels joined by `;`), `classes.txt`
-    and `knobs.json`. It gets its name when it is complete. If several processes call this, one creates the dataset and
-    the others wait. A repeat continues an interrupted build.
-    """
-    root = require_local_path("dataset.root", root)
-    folder = Path(root) / knobs.name
-    if folder.is_dir():
-        return folder
-    Path(root).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(root) / f".{knobs.name}.lock"):
-        if not folder.is_dir():
-            part = folder.with_name(f".{knobs.name}.part")
-            _build(part, knobs, processes, progress)
-            part.rename(folder)
-    return folder
+    """Create the dataset under `root` unless it exists; returns its folder, see `make_dataset`."""
+    return make_dataset(root, knobs, CLASSES, draw_video, processes, progress)
 
 
 def motion(root: str, knobs: Knobs, split: str, decoder: Decoder | None = None) -> VideoDataset:
@@ -118,45 +82,12 @@ def motion(root: str, knobs: Knobs, split: str, decoder: Decoder | None = None) 
     )
 
 
-def _build(folder: Path, knobs: Knobs, processes: int | None, progress: FileProgress) -> None:
-    jobs = [(split, i) for split, count in (("train", knobs.train), ("val", knobs.val)) for i in range(count)]
-    for split in ("train", "val"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-    lines = []
-    for line in parallel_map(partial(_make_video, folder, knobs), jobs, processes):
-        lines.append(line)
-        progress(len(lines), len(jobs))
-    for split in ("train", "val"):
-        text = "".join(x for (s, _), x in zip(jobs, lines, strict=True) if s == split)
-        (folder / f"{split}.csv").write_text(text, encoding="utf-8")
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
-    (folder / "knobs.json").write_text(json.dumps(asdict(knobs), indent=2) + "\n", encoding="utf-8")
-
-
-def _make_video(folder: Path, knobs: Knobs, job: tuple[str, int]) -> str:
-    """Write one video unless it exists; returns its line of the list file."""
-    split, index = job
+def draw_video(knobs: Knobs, split: str, index: int) -> DrawnVideo:
+    """Draw a video of the dataset: a pure function of its arguments."""
     rng = np.random.default_rng((knobs.seed, split == "val", index))
     others = [c for c in rng.permutation(len(CLASSES)).tolist() if c != index % len(CLASSES)]
     labels = [index % len(CLASSES), *others[: knobs.shapes - 1]]
-    path = f"{split}/{index:05d}.mp4"
-    if not (folder / path).exists():
-        with replace_when_complete(folder / path) as part:
-            write_video(part, draw_frames(labels, knobs, rng), knobs)
-    return f"{path} {';'.join(map(str, sorted(labels)))}\n"
-
-
-def write_video(path: Path, frames: Iterator[NDArray[np.uint8]], knobs: Knobs) -> None:
-    """Encode RGB frames `[h, w, 3]` as H.264; the same frames give the same file."""
-    with av.open(str(path), "w") as container:
-        # One thread and no macroblock tree, because either makes the output of x264 differ between runs.
-        options = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
-        options |= {"crf": str(knobs.crf), "g": str(knobs.keyframe)}
-        stream: Any = container.add_stream("libx264", rate=knobs.fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = knobs.width, knobs.height, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    return DrawnVideo(labels, draw_frames(labels, knobs, rng))
 
 
 def draw_frames(labels: list[int], knobs: Knobs, rng: np.random.Generator) -> Iterator[NDArray[np.uint8]]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from mgvideo.storage.files import parse_json_lines, replace_when_complete
 from mgvideo.storage.paths import belongs_to, is_remote, join, read_bytes, relative, strip_file_scheme
 
 from .orientation import Orientation
+from .packet_index import PacketIndex
 from .parallel import FileProgress, ignore_progress, parallel_map
 from .pyav import PyAV, PyAVVideo
 from .videofile import DecodeError, Decoder, Video, raise_decode_errors
@@ -130,6 +131,7 @@ def encode_pyramid(
     processes: int | None = None,
     progress: FileProgress = ignore_progress,
     estimate: Callable[[int], None] = lambda level_bytes: None,
+    indexes: Mapping[str, PacketIndex] | None = None,
 ) -> list[ManifestRow]:
     """Encode the videos `paths` (relative to `root`, or absolute, or URLs) and return their rows of the manifest.
 
@@ -139,6 +141,7 @@ def encode_pyramid(
         processes: Number of worker processes; None: one a core.
         progress: Called with (videos done, videos to do) after each video.
         estimate: Called once with the estimated bytes of the whole pyramid, after `SAMPLE_VIDEOS` videos.
+        indexes: The packet indexes to which the levels are added.
 
     Raises:
         UserError: The folder is a URL, holds another pyramid, cannot be written or is too small.
@@ -154,7 +157,7 @@ def encode_pyramid(
     # Encode an evenly spaced sample first: neighbouring files are similar, so the first ones are a biased sample.
     spaced = (remaining[i * len(remaining) // sample] for i in range(sample))
     remaining = list(dict.fromkeys([*spaced, *remaining]))
-    encode = partial(encode_video, folder, root, layout)
+    encode = partial(encode_video, folder, root, layout, indexes or {})
     with (
         open(local_folder / "rows.jsonl", "a", encoding="utf-8") as manifest,
         closing(parallel_map(encode, remaining, processes)) as rows,
@@ -197,6 +200,14 @@ def read_manifest(folder: str) -> tuple[PyramidLayout, list[ManifestRow]]:
     return PyramidLayout(tuple(layout["sides"]), layout["largest"]), list(rows.values())
 
 
+def pyramid_levels(folder: str, root: str, paths: Iterable[str]) -> list[str]:
+    """Return the levels in a pyramid of the videos `paths`; raises UserError."""
+    layout, rows = read_manifest(folder)
+    complete = {row.path for row in rows if not row.failure}
+    names = [name for path in paths if (name := name_video(path, root)) in complete]
+    return [level_path(folder, side, name) for name in names for side in layout.sides]
+
+
 def _resume(folder: Path, layout: PyramidLayout) -> dict[str, ManifestRow]:
     """Return the finished rows of an interrupted build, or start a new manifest. Raises UserError if layouts differ."""
     if not (folder / "layout.json").exists():
@@ -227,8 +238,18 @@ def _estimate_bytes(folder: Path, root: str, paths: Sequence[str], done: dict[st
     return total
 
 
-def encode_video(folder: str, root: str, layout: PyramidLayout, name: str) -> ManifestRow:
+def encode_video(
+    folder: str, root: str, layout: PyramidLayout, indexes: Mapping[str, PacketIndex], name: str
+) -> ManifestRow:
     """Encode and verify all levels of one video, upright. Levels get their final names when all are complete."""
+    row = _encode_levels(folder, root, layout, name)
+    if indexes and not row.failure:
+        for side in layout.sides:
+            PyAV(indexes=indexes).open(level_path(folder, side, name)).close()
+    return row
+
+
+def _encode_levels(folder: str, root: str, layout: PyramidLayout, name: str) -> ManifestRow:
     source = join(root, name)
     try:
         with raise_decode_errors(source), _raise_folder_errors(folder), ExitStack() as stack:

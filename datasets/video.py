@@ -12,7 +12,6 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from mgvideo.errors import UserError
 from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample, View
@@ -20,7 +19,7 @@ from mgvideo.plan.plan import Grid
 from mgvideo.storage.paths import join
 
 from .decoders import Box, DecodeError, Decoder, Decord, Video
-from .sampling import ClipDraw, Sampling, clip_indices, crop_boxes, draw_clip, frame_span, opening_short_side
+from .sampling import ClipDraw, Sampling, clip_crops, clip_indices, draw_clip, frame_span, opening_short_side
 
 MAX_TRIES = 10  # videos to try for one training clip before raising UserError
 
@@ -180,18 +179,16 @@ class VideoDataset:
             if first >= stop:
                 raise DecodeError(video.path, f"ends before {span[0]:g} s, where its span starts")
             clips = list(zip(requests, draws, strict=True))
-            indices = [clip_indices(request, draw, self.sampling, first, stop) for request, draw in clips]
-            boxes = [crop_boxes(request, draw, video.height, video.width) for request, draw in clips]
-            if requests[0].view is not None:
-                parts = [video.read(indices[0])]
-            else:
-                parts = _read_parts(video, indices, [box for (box,) in boxes])
+            indices = [clip_indices(request, draw, self.sampling, first, stop, video) for request, draw in clips]
+            crops = [clip_crops(request, draw, self.sampling, video.height, video.width) for request, draw in clips]
+            parts = _read_boxes(video, indices, [crop.box for crop in crops])
             times = [(float(video.times[i[0]]), float(video.times[i[-1]])) for i in indices]
-        finished = [_finish(*clip, part, crops) for clip, part, crops in zip(clips, parts, boxes, strict=True)]
+        cropped = [crop.apply(part, self.sampling.antialias) for crop, part in zip(crops, parts, strict=True)]
+        finished = [_finish(*clip, frames) for clip, frames in zip(clips, cropped, strict=True)]
         return list(zip(finished, times if self.timed_labels else [None] * len(times), strict=True))
 
 
-def _read_parts(video: Video, indices: Sequence[np.ndarray], boxes: Sequence[Box]) -> list[Tensor]:
+def _read_boxes(video: Video, indices: Sequence[np.ndarray], boxes: Sequence[Box]) -> list[Tensor]:
     """Read the frames of several clips, each cropped to its box, in one pass over the video."""
     if len(indices) == 1:
         return [video.read(indices[0], boxes[0])]
@@ -205,21 +202,11 @@ def _read_parts(video: Video, indices: Sequence[np.ndarray], boxes: Sequence[Box
     ]
 
 
-def _finish(request: ClipRequest, draw: ClipDraw, frames: Tensor, boxes: Sequence[Box]) -> Tensor:
-    """Resize the cropped frames of a clip and mirror them if drawn; crop and resize the frames of a view."""
-    size = request.grid.size
+def _finish(request: ClipRequest, draw: ClipDraw, crops: Sequence[Tensor]) -> Tensor:
+    """Return the crops of a view, stacked, or the one crop of a training clip, mirrored if drawn."""
     if request.view is not None:
-        return torch.stack([resize(box.crop(frames), size) for box in boxes])
-    clip = resize(frames, size)
-    return clip.flip(2) if draw.flip else clip
-
-
-def resize(frames: Tensor, size: int) -> Tensor:
-    """Resize frames uint8 `[t, h, w, 3]` to contiguous `[t, size, size, 3]`, bilinear and antialiased."""
-    if frames.shape[1:3] == (size, size):
-        return frames.contiguous()
-    planes = interpolate(frames.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
-    return planes.permute(0, 2, 3, 1).contiguous()
+        return torch.stack(list(crops))
+    return crops[0].flip(2) if draw.flip else crops[0].contiguous()
 
 
 def _label_array(labels: Sequence[int | tuple[int, ...]], classes: int) -> np.ndarray:

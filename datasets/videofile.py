@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,9 @@ from mgvideo.errors import UserError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+TIME_ROUNDING_S = 0.0015  # containers and annotations round times by less
 
 
 class DecodeError(Exception):
@@ -53,6 +57,7 @@ class Video(ABC):
         height, width: Size at which frames are read, in pixels.
         times: Seconds at which a player shows each frame, then the end of the last frame: float64 `[frames + 1]`,
             non-decreasing.
+        is_folder: Whether the frames are images of a folder, whose times are assumed.
     """
 
     path: str
@@ -60,6 +65,12 @@ class Video(ABC):
     height: int
     width: int
     times: np.ndarray
+    is_folder = False
+
+    @cached_property
+    def rate(self) -> float | None:
+        """Frames per second if the frames are evenly spaced, else None; see `frame_rate`."""
+        return frame_rate(self.times)
 
     def read(self, indices: Sequence[int] | np.ndarray, box: Box | None = None) -> Tensor:
         """Read frames `indices` (any order, repeats allowed), or a box of them: uint8 RGB `[n, height, width, 3]`.
@@ -91,13 +102,31 @@ class Video(ABC):
         self.close()
 
 
+def frame_rate(times: np.ndarray) -> float | None:
+    """Return the frames per second of `times` (see `Video.times`), or None if the frames are not evenly spaced.
+
+    A rate that the times fit to their rounding is exact: a whole number, or one times 1000 / 1001. Other rates are the
+    mean rate if no frame is further than half a frame from its place.
+    """
+    frames, duration = len(times) - 1, float(times[-1] - times[0])
+    if duration <= 0:
+        return None
+    mean, numbers, offsets = frames / duration, np.arange(frames), times[:-1] - times[0]
+    exact = (max(1, round(mean)), max(1, round(mean * 1.001)) / 1.001)
+    for rate in sorted(exact, key=lambda rate: abs(rate - mean)):
+        if abs(rate / mean - 1) < 0.01 and np.abs(offsets - numbers / rate).max() <= TIME_ROUNDING_S:
+            return float(rate)
+    return mean if np.abs(offsets * mean - numbers).max() <= 0.5 else None
+
+
 class Decoder(Protocol):
     """Opens videos. Holds no open file, so it can be pickled and sent to a worker process."""
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """Open a file.
 
-        Frames whose short side is at least 3 × `short_side` are shrunk to `short_side` while decoding. Smaller frames
+        Frames whose short side is at least 3 × `short_side` are shrunk to `short_side` while decoding, with
+        antialiasing, unless the decoder has an attribute `shrink` that is False. Smaller frames
         keep their size, because cropping before resizing is faster: on one core, 32 frames of 340 × 256 for a crop of
         224 take 3.5 ms instead of 9 (decord) or 15 (PyAV).
 

@@ -1,4 +1,4 @@
-"""The tensor names of our networks in PySlowFast, its Caffe2 model zoo, PyTorchVideo and torchvision.
+"""The tensor names of our networks in PySlowFast, its Caffe2 model zoo, PyTorchVideo, torchvision and transformers.
 
 A source is a list of rules that rewrite our names to its names. To load a checkpoint, the rules are applied to the
 names of the network: the result is the names that the file must contain.
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from torch import nn
 
 from mgvideo.errors import UserError
+
+from .x3d import X3D
 
 Rules = list[tuple[str, str]]  # (regular expression, replacement) pairs, applied in this order
 
@@ -31,6 +33,22 @@ PYSLOWFAST: Rules = [
     *((rf"^fusions\.{i}\.conv", f"s{i + 1}_fuse.conv_f2s") for i in STAGES),
     *((rf"^fusions\.{i}\.bn", f"s{i + 1}_fuse.bn") for i in STAGES),
     (r"^head\.fc", "head.projection"),
+    (r"\.se\.", ".branch2.se."),  # this line and the next two: X3D
+    (r"^head\.(conv|lin)\.", r"head.\1_5."),
+    (r"^head\.bn\.", "head.conv_5_bn."),
+]
+
+PYSLOWFAST_MVIT: Rules = [
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^pos_encoding\.class_token$", "cls_token"),
+    (r"^pos_encoding\.(spatial|temporal|class)_pos$", r"pos_embed_\1"),
+    (r"\.attn\.project\.0\.", ".attn.proj."),
+    (r"\.attn\.pool_([qkv])\.pool\.", r".attn.pool_\1."),
+    (r"\.attn\.pool_([qkv])\.norm_act\.0\.", r".attn.norm_\1."),
+    (r"^(blocks\.\d+)\.project\.", r"\1.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"^head\.1\.", "head.projection."),
 ]
 
 CAFFE2: Rules = [
@@ -66,6 +84,19 @@ TORCHVISION: Rules = [
     (r"^head\.fc", "fc"),
 ]
 
+# VideoMAE's ViT. Queries, keys and values are concatenated first: see `state_dicts.fuse_attention`.
+HUGGINGFACE: Rules = [
+    (r"^patch_embed\.proj\.", "videomae.embeddings.patch_embeddings.projection."),
+    (r"^blocks\.", "videomae.encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.", ".attention.attention."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"^head\.", "classifier."),
+]
+
 
 def pytorchvideo_rules(model: nn.Module) -> Rules:
     """Return the rules for PyTorchVideo, which numbers all parts of a network in one list, pooling layers included."""
@@ -79,6 +110,18 @@ def pytorchvideo_rules(model: nn.Module) -> Rules:
             rules.append((rf"^{name}\.{part}\.", rf"blocks.{i}{branches[name]}."))
             parts = i + 1
     head = parts if len(pathways) == 1 else parts + 1  # PyTorchVideo numbers SlowFast's pooling separately
+    if isinstance(model, X3D):
+        # PyTorchVideo's stem has the two names the wrong way round, and squeeze-and-excitation belongs to the norm
+        rules += [
+            (r"^blocks\.0\.conv\.", "blocks.0.conv.conv_xy."),
+            (r"^blocks\.0\.conv_xy\.", "blocks.0.conv.conv_t."),
+            (r"^(blocks\..*)\.bn_b\.", r"\1.branch2.norm_b.0."),
+            (r"^(blocks\..*)\.se\.fc1\.", r"\1.branch2.norm_b.1.block.0."),
+            (r"^(blocks\..*)\.se\.fc2\.", r"\1.branch2.norm_b.1.block.2."),
+            (r"^head\.conv\.", f"blocks.{head}.pool.pre_conv."),
+            (r"^head\.bn\.", f"blocks.{head}.pool.pre_norm."),
+            (r"^head\.lin\.", f"blocks.{head}.pool.post_conv."),
+        ]
     return [
         *rules,
         (r"^fusions\.(\d)\.conv", r"blocks.\1.multipathway_fusion.conv_fast_to_slow"),
@@ -94,10 +137,11 @@ def pytorchvideo_rules(model: nn.Module) -> Rules:
 
 SOURCES: dict[str, Callable[[nn.Module], Rules]] = {
     "mgvideo": lambda model: [],
-    "pyslowfast": lambda model: PYSLOWFAST,
+    "pyslowfast": lambda model: PYSLOWFAST_MVIT if hasattr(model, "pos_encoding") else PYSLOWFAST,
     "caffe2": lambda model: CAFFE2,
     "pytorchvideo": pytorchvideo_rules,
     "torchvision": lambda model: TORCHVISION,
+    "huggingface": lambda model: HUGGINGFACE,
 }
 
 

@@ -1,8 +1,8 @@
 """Load pretrained weights from other projects, and export ours to PySlowFast.
 
-Loads checkpoints of PySlowFast (`.pyth`, and the Caffe2 `.pkl` of its model zoo), PyTorchVideo, torchvision and
-mgvideo, and checkpoints of other trainers that contain one of these networks. The source is recognised by the names of
-the tensors.
+Loads checkpoints of PySlowFast (`.pyth`, and the Caffe2 `.pkl` of its model zoo), PyTorchVideo, torchvision, VideoMAE
+(its authors' and transformers') and mgvideo, and checkpoints of other trainers that contain one of these networks. The
+source is recognised by the names of the tensors.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import nn
 
 from mgvideo.errors import UserError
 
+from .mvit import MViT
 from .naming import source_names
 from .r2plus1d import R2Plus1D, R2Plus1DBottleneck
 from .state_dicts import find_copy
+from .swin import Swin3D
+from .vit import VisionTransformer
 from .weights_file import read_weights
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ def load_pretrained(
         weights: a file, a URL, a checkpoint in memory, or the name of torchvision weights such as
             `R2Plus1D_18_Weights.KINETICS400_V1`, which are downloaded.
         source: whose tensor names the checkpoint uses: `mgvideo`, `pyslowfast`, `caffe2`, `pytorchvideo`,
-            `torchvision`, or `auto`.
+            `torchvision`, `huggingface`, or `auto`.
         key: the name of the copy to load if there are several.
 
     Returns:
@@ -67,9 +70,19 @@ def export_pyslowfast(model: nn.Module) -> dict[str, Any]:
     Raises:
         UserError: PySlowFast has no such network.
     """
-    if isinstance(model, R2Plus1D):
-        raise UserError("PySlowFast has no R(2+1)D of basic blocks: use the state dict, whose names are torchvision's")
+    if isinstance(model, R2Plus1D | Swin3D | VisionTransformer):
+        raise UserError(
+            f"PySlowFast has no such {type(model).__name__}: use the state dict, which has its authors' names"
+        )
     state = model.state_dict()
+    if isinstance(model, MViT):  # PySlowFast's tables and tokens have dimensions of size 1 before the others
+        named = {name: state[ours] for name, ours in source_names(model, "pyslowfast").items()}
+        tables = {
+            name: tensor.reshape(1, -1, tensor.shape[-1])
+            for name, tensor in named.items()
+            if name.startswith(("cls_", "pos_"))
+        }
+        return {"model_state": named | tables}
     if isinstance(model, R2Plus1DBottleneck):  # PySlowFast uses PyTorchVideo's network
         return {
             "model_state": {f"model.{name}": state[ours] for name, ours in source_names(model, "pytorchvideo").items()}

@@ -42,10 +42,10 @@ def temporal_kernels(depth: int, cycles: Kernels, temporal_depth: int | None = N
     ]
 
 
-def conv(in_channels: int, channels: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> nn.Conv3d:
+def conv(in_channels: int, channels: int, kernel: Triple, stride: Triple = (1, 1, 1), groups: int = 1) -> nn.Conv3d:
     """Return a convolution without bias, padded by half its kernel."""
     t, h, w = kernel
-    return nn.Conv3d(in_channels, channels, kernel, stride, (t // 2, h // 2, w // 2), bias=False)
+    return nn.Conv3d(in_channels, channels, kernel, stride, (t // 2, h // 2, w // 2), groups=groups, bias=False)
 
 
 class Stem(nn.Sequential):

@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from .i3d import ResNet3d
 from .slowfast import SlowFast
+from .x3d import X3D
 
 if TYPE_CHECKING:
+    from .mvit import MViT
     from .r2plus1d import R2Plus1D
+    from .vit import VisionTransformer
 
 
 def slowfast_small(num_classes: int, *, width: int = 32, dropout: float = 0.0) -> SlowFast:
@@ -43,3 +46,53 @@ def r2plus1d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0) -
     from .r2plus1d import R2Plus1D  # imports torchvision, which takes about a second
 
     return R2Plus1D(num_classes, (1, 1, 2), width=width, dropout=dropout)
+
+
+def x3d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0, checkpointing: bool = False) -> X3D:
+    """X3D with two stages of two and three blocks."""
+    return X3D(
+        num_classes,
+        (2, 3),
+        width=width,
+        dropout=dropout,
+        shortcut_norm=True,
+        checkpointing=checkpointing,
+        head_channels=16 * width,
+    )
+
+
+def mvit_small(
+    num_classes: int, *, width: int = 32, dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False
+) -> MViT:
+    """MViTv2 with four blocks in three stages, and position tables for clips of 16 × 64²."""
+    from .mvit import mvit  # imports torchvision
+
+    return mvit(
+        num_classes,
+        width=width,
+        depth=4,
+        stages=(1, 3),
+        table_frames=16,
+        table_size=64,
+        dropout=dropout,
+        drop_path=drop_path,
+        checkpointing=checkpointing,
+    )
+
+
+def vit_small(
+    num_classes: int, *, width: int = 96, dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False
+) -> VisionTransformer:
+    """ViT with four blocks of three heads, and tubelets of 2 × 8 × 8."""
+    from .vit import vit  # imports torchvision
+
+    return vit(
+        num_classes,
+        width=width,
+        depth=4,
+        heads=3,
+        patch_size=8,
+        dropout=dropout,
+        drop_path=drop_path,
+        checkpointing=checkpointing,
+    )

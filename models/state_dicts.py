@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import shorten
 
+from .mvit import resample
 from .naming import SOURCES, source_names
 from .weights_file import Placeholder
 
@@ -22,6 +23,8 @@ from .weights_file import Placeholder
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module")
 AVERAGED = re.compile(r"(^|_)(ema|swa|avg|averaged?|averaging|teacher|shadow)(_|$)")
 HEADS = re.compile(r"(^|_)(head|fc|cls|classifier|logits)(_|\d|$)")
+POSITION_TABLES = re.compile(r"\.(rel_pos_[thw]|temporal_pos)$")  # MViT's, each along one axis
+X3D_EPS = 1e-5  # of batch norm
 MIN_SHARED_NAMES = 0.2  # a copy of a network has at least this fraction of the network's names
 MAX_LISTED_TENSORS = 20  # a message lists this many tensors that do not fit and counts the rest
 MAX_LISTED_GROUPS = 4  # a message lists this many groups of unused tensors and counts the rest
@@ -63,7 +66,7 @@ def find_copy(
     Raises:
         UserError: the checkpoint has no copy of this network, or none that fits. The message lists the reasons.
     """
-    checkpoint_tensors = dict(named_tensors(checkpoint))
+    checkpoint_tensors = fuse_attention(dict(named_tensors(checkpoint)))
     if not checkpoint_tensors:
         raise UserError(f"{origin} contains no weights: {describe_contents(checkpoint)}")
     sources = list(SOURCES) if source == "auto" else [source]
@@ -89,7 +92,7 @@ def find_copy(
     if not fitting:
         raise UserError(_describe_problems(max(copies, key=lambda copy: (-len(copy.problems), len(copy.names)))))
     chosen = min(fitting, key=lambda copy: (copy.num_classes is None, not copy.is_averaged, copy.position))
-    chosen.notes = _describe_rest(chosen, fitting, copies, checkpoint_tensors, checkpoint)
+    chosen.notes += _describe_rest(chosen, fitting, copies, checkpoint_tensors, checkpoint)
     return chosen
 
 
@@ -107,6 +110,25 @@ def named_tensors(node: Any, prefix: str = "", ancestors: tuple[int, ...] = ()) 
     elif id(node) not in ancestors:
         for name, child in _items(node):
             yield from named_tensors(child, f"{prefix}{name}.", (*ancestors, id(node)))
+
+
+def fuse_attention(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join the attention weights that transformers saves apart, as VideoMAE's authors save them.
+
+    `query.weight`, `key.weight` and `value.weight` become `qkv.weight`, and `query.bias` and `value.bias`, which older
+    versions of transformers call so already, `q_bias` and `v_bias`. Other tensors keep their names.
+    """
+    fused = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".attention.attention.")
+        parts = [f"{layer}.attention.attention.{part}.weight" for part in ("query", "key", "value")]
+        if not layer or not all(part in tensors for part in parts):
+            fused[name] = tensor
+        elif kind == "query.weight":
+            fused[f"{layer}.attention.attention.qkv.weight"] = torch.cat([tensors[part] for part in parts])
+        elif kind not in ("key.weight", "value.weight"):
+            fused[re.sub(r"(query|value)\.bias$", lambda match: f"{match[1][0]}_bias", name)] = tensor
+    return fused
 
 
 def _items(node: Any) -> Iterable[tuple[Any, Any]]:
@@ -176,18 +198,20 @@ def _fill(copy: WeightsCopy, model: nn.Module, checkpoint_tensors: Mapping[str, 
     """Set a copy's `tensors`, reshaped to the network's shapes, and its `problems`."""
     state = model.state_dict()
     copy.tensors = {
-        ours: fit_to_shape(checkpoint_tensors[name], state[ours].shape) for ours, name in copy.names.items()
+        ours: fit_to_shape(checkpoint_tensors[name], state[ours].shape, POSITION_TABLES.search(ours) is not None)
+        for ours, name in copy.names.items()
     }
     own_head = {name for name in _fill_head(copy, model, checkpoint_tensors) if name in state}
     names_in_source = {ours: name for name, ours in source_names(model, copy.source).items()}
     unexpected = _unexpected_names(copy, checkpoint_tensors, names_in_source.values())
     copy.problems = [f"{name} is unexpected" for name in unexpected]
+    copy.notes += _fill_shortcut_norm(copy, state)
     for ours, parameter in state.items():
         name, tensor = f"{copy.prefix}{names_in_source[ours]}", copy.tensors.get(ours)
         if ours in own_head:
             copy.tensors.pop(ours, None)
         elif tensor is None:
-            if not may_be_missing(ours, copy.source):
+            if not may_be_missing(ours, copy.source, copy.keeps_own_head):
                 copy.problems.append(f"{name} is missing")
         elif tensor.shape != parameter.shape:
             copy.problems.append(f"{name} has shape {list(tensor.shape)}, not {list(parameter.shape)}")
@@ -267,6 +291,8 @@ def _unexpected_names(
         if not name.startswith(copy.prefix) or name in names_of_copy:
             continue
         unwrapped = ".".join(part for part in name[len(copy.prefix) :].split(".") if part not in WRAPPERS)
+        if copy.source == "huggingface" and unwrapped.startswith("videomae.layernorm."):
+            continue  # of pre-trained networks; the average over all tokens takes its place
         if (first_part(unwrapped) in first_parts) if copy.source != "caffe2" else not _is_solver_state(unwrapped):
             unexpected.append(name)
     return unexpected
@@ -277,27 +303,45 @@ def _is_solver_state(name: str) -> bool:
     return name.endswith("_momentum") or name in ("lr", "model_iter")
 
 
-def fit_to_shape(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Inflate a 2-D kernel to a 3-D one, or add or remove dimensions of size 1 at the end, to reach `shape`.
+def fit_to_shape(tensor: Tensor, shape: torch.Size, is_position_table: bool = False) -> Tensor:
+    """Inflate a 2-D kernel to a 3-D one, or add or remove dimensions of size 1 at an end, to reach `shape`.
 
-    Inflating repeats the kernel over time and divides it by the number of repetitions. A tensor of any other shape is
-    returned unchanged.
+    Inflating repeats the kernel over time and divides it by the number of repetitions. A table of positions along one
+    axis is interpolated to another number of rows. A tensor of any other shape is returned unchanged.
     """
     if tensor.ndim == 4 and len(shape) == 5:
         return tensor.unsqueeze(2).expand(-1, -1, shape[2], -1, -1) / shape[2]
     short, long = sorted((tuple(tensor.shape), tuple(shape)), key=len)
-    if long[len(short) :] == (1,) * (len(long) - len(short)) and long[: len(short)] == short:
+    ones = (1,) * (len(long) - len(short))
+    if long in (short + ones, ones + short):
         return tensor.reshape(shape)
+    if is_position_table and tensor.shape[-1] == shape[-1]:
+        return resample(tensor.flatten(0, -2), shape[0])
     return tensor
 
 
-def may_be_missing(name: str, source: str) -> bool:
+def may_be_missing(name: str, source: str, keeps_own_head: bool) -> bool:
     """Whether a copy fits without this tensor.
 
-    True for batch counters, which nothing reads, and for non-local blocks when the weights are those of an image
-    network: such a block starts as the identity.
+    True for batch counters, which nothing reads, for non-local blocks when the weights are those of an image network
+    (such a block starts as the identity), and for the norm before a head that is missing too, as in pre-trained ViTs.
     """
+    if name.startswith("fc_norm."):
+        return keeps_own_head
     return name.endswith("num_batches_tracked") or (source == "torchvision" and ".nonlocal" in name)
+
+
+def _fill_shortcut_norm(copy: WeightsCopy, state: Mapping[str, Tensor]) -> list[str]:
+    """Make the batch norm that PyTorchVideo's X3D lacks the identity, if the network has it. Return a note about that.
+
+    With a variance of 1 − eps, evaluation divides by 1.
+    """
+    norm = "trunk.res2.block0.shortcut_bn"
+    if copy.source != "pytorchvideo" or f"{norm}.weight" not in state or f"{norm}.weight" in copy.tensors:
+        return []
+    values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1 - X3D_EPS}
+    copy.tensors |= {f"{norm}.{kind}": torch.full(state[f"{norm}.{kind}"].shape, x) for kind, x in values.items()}
+    return [f"{norm}, which PyTorchVideo lacks, starts as the identity (model.shortcut_norm=false leaves it out)"]
 
 
 def _is_named(copy: WeightsCopy, key: str) -> bool:

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from training import ROOT
 
 from mgvideo.cli import app, export, features, plan, predict, prepare, reproduce
+from mgvideo.cli.benchmark import index as benchmark_index
 from mgvideo.cli.benchmark import loader as benchmark_loader
 from mgvideo.cli.benchmark import soak as benchmark_soak
 from mgvideo.cli.benchmark import step as benchmark_step
@@ -23,11 +24,15 @@ from mgvideo.cli.groups import DatasetKeys
 from mgvideo.cli.help import GROUPS, group_options
 from mgvideo.cli.schema import RunKeys
 from mgvideo.datasets.motion import Knobs
+from mgvideo.plan.options import ScheduleOptions
 
-SECTIONS = ("base", "train", "test", "loader", "checkpoint", "normalize", "dataset", "schedule", "model", "optimizer")
+SECTIONS = (
+    *("base", "train", "test", "sampling", "loader", "checkpoint"),
+    *("normalize", "dataset", "schedule", "model", "optimizer"),
+)
 PROGRAM_KEYS = [
     plan.PlanKeys, reproduce.ReproduceKeys, predict.PredictKeys, features.FeatureKeys, export.ExportKeys,
-    benchmark_loader.Keys, benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
+    benchmark_loader.Keys, benchmark_index.Keys, benchmark_step.Keys, benchmark_train.Keys, benchmark_soak.Keys, Knobs,
     *(command.keys for command in prepare.COMMANDS.values()),
 ]  # fmt: skip
 
@@ -42,6 +47,7 @@ def known_keys() -> frozenset[str]:
             is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
             keys |= {*app.flat_keys(OmegaConf.load(path), "" if is_global else f"{group}.")}
     keys |= {f"dataset.{each.name}" for each in fields(DatasetKeys)}
+    keys |= {f"schedule.{each.name}" for each in fields(ScheduleOptions)}
     for program in PROGRAM_KEYS:
         keys |= {each.name for each in fields(program)}
     return frozenset(keys)

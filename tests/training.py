@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mgvideo import cli
 from mgvideo.datasets.decoders import PyAV
@@ -87,8 +88,9 @@ def tiny_trainer(
     workers: int = 0,
     seed: int = 0,
     validate: bool = False,
+    build_optimizer: Callable[..., Optimizer] = sgd,
     augmentation: Augmentation | None = None,
-    **options: int | str,
+    **options: float | str,
 ) -> Trainer:
     """Build a trainer of a small R(2+1)D, or of `model`, on the CPU; in float64 if `double`."""
     torch.manual_seed(seed)
@@ -102,10 +104,12 @@ def tiny_trainer(
     views = Views.of_size(plan.base.num_frames, 2, plan.base.crop_size)
     step_options: dict[str, Any] = {"micro_batch_clips": 1000}
     step_options |= {
-        key: options.pop(key) for key in ("micro_batch_clips", "compile", "hang_timeout") if key in options
+        key: options.pop(key)
+        for key in ("micro_batch_clips", "compile", "hang_timeout", "clip_grad_norm", "ema")
+        if key in options
     }
     settings = {"log_every": 2, "precise_bn_clips": 0, **options}
-    optimizer = sgd(model, plan.base.lr)
+    optimizer = build_optimizer(model, plan.base.lr)
     return Trainer(
         TrainStep(
             model,
@@ -140,8 +144,8 @@ def end_state(folder: Path) -> dict[str, object]:
     assert newest is not None
     assert not warnings
     state = read_checkpoint(newest)
-    moments = [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()]
-    tensors = [*state["model"].values(), *moments]
+    moments = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+    tensors = [*state["model"].values(), *state.get("model_ema", {}).values(), *moments]
     progress = {key: state["progress"][key] for key in ("step", "best", "evaluated", "clips", "bad")}
     return {**progress, "tensors": [tensor.numpy().tobytes() for tensor in tensors]}
 

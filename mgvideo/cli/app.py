@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from argparse import ArgumentError, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from mgvideo.cpu.resources import available_cpus, cpu_count, set_cpu_affinity
 from mgvideo.distributed.process_group import limit_threads
 from mgvideo.distributed.watchdog import RankError
 from mgvideo.errors import UserError, print_error
-from mgvideo.plan.schedules import scale_lr
+from mgvideo.plan.drafts import lr_factor_of_batch
 
 from . import values
 from .help import group_options, help_text
@@ -38,6 +38,7 @@ from .sweep import SweptRun, print_sweep
 from .values import override_key
 
 CONFIGS = "mgvideo.configs"
+MAX_ADAM_LR = 0.01  # larger ones are for SGD: published recipes of AdamW and LAMB have 1e-4 to 8e-3
 MAX_PUBLISHED_LR = 3.2  # of the linear rule: Goyal et al., arXiv 1706.02677, at a batch of 8,192 images
 
 
@@ -189,6 +190,8 @@ def compose_config(config_name: str, overrides: Sequence[str]) -> DictConfig:
     """
     overrides = quote_texts(config_name, overrides)
     cfg = check(config_name, overrides, with_hydra=True)
+    if "model_option" in cfg:
+        cfg.model_option = cfg.hydra.runtime.choices.get("model")  # its resolver requires a running program
     fill_clip(cfg)
     scale_base(config_name, cfg, overrides)
     return cfg
@@ -282,27 +285,28 @@ def flat_keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Scale the recipe in `cfg` if the overrides set `base.batch_size` or `base.epochs`; return a line for each change.
 
-    base.lr scales linearly with base.batch_size, unless the overrides set it. base.lr_milestones and base.warmup_epochs
-    scale linearly with base.epochs, unless the overrides set one of them.
+    base.lr scales with base.batch_size by the optimizer's rule, `recipe.lr_scaling`, unless the overrides set it.
+    base.lr_milestones and base.warmup_epochs scale linearly with base.epochs, unless the overrides set one of them.
     """
     keys = {override_key(override) for override in overrides}
-    scales_lr = "base.batch_size" in keys and "base.lr" not in keys
+    rule = cfg.recipe.lr_scaling
+    scales_lr = "base.batch_size" in keys and "base.lr" not in keys and rule != "none"
     scales_epochs = "base.epochs" in keys and not keys & {"base.lr_milestones", "base.warmup_epochs"}
     if not (scales_lr or scales_epochs):
-        return []
+        return _sgd_lr_warning(cfg, keys)
     rest = [override for override in overrides if override_key(override) not in ("base.batch_size", "base.epochs")]
     with _initialized():
         recipe, base = compose(config_name, overrides=rest).base, cfg.base
     # keys that no recipe sets, or that are computed later
     unset = {key for key in recipe if OmegaConf.is_missing(recipe, key) or recipe[key] is None}
     messages = []
-    if scales_lr and not unset & {"batch_size", "lr"}:
-        base.lr = scale_lr(recipe.batch_size, recipe.lr, base.batch_size)
+    if scales_lr and not unset & {"batch_size", "lr"} and base.batch_size > 0:
+        base.lr = recipe.lr * lr_factor_of_batch(base.batch_size / recipe.batch_size, rule)
         messages.append(
             f"base.lr: {recipe.lr:g} at the recipe's batch of {recipe.batch_size} becomes {base.lr:g} at "
-            f"base.batch_size={base.batch_size} (linear rule; set base.lr to choose another)"
+            f"base.batch_size={base.batch_size} ({rule} rule; set base.lr to choose another)"
         )
-        messages += _large_lr_warning(cfg)
+        messages += _large_lr_warning(cfg) if rule == "linear" else _sgd_lr_warning(cfg, keys)
     if scales_epochs and not unset & {"epochs", "lr_milestones", "warmup_epochs"} and 0 < base.epochs != recipe.epochs:
         factor = base.epochs / recipe.epochs
         base.lr_milestones = [factor * milestone for milestone in recipe.lr_milestones]
@@ -313,6 +317,19 @@ def scale_base(config_name: str, cfg: DictConfig, overrides: Sequence[str]) -> l
             f"{recipe.warmup_epochs:g} becomes {base.warmup_epochs:g} (set either to choose both)"
         )
     return messages
+
+
+def _sgd_lr_warning(cfg: DictConfig, keys: Collection[str]) -> list[str]:
+    """Return a warning if an optimizer like AdamW gets the recipe's LR, which is for SGD."""
+    base = cfg.base
+    if cfg.recipe.lr_scaling != "sqrt" or "base.lr" in keys or OmegaConf.is_missing(base, "lr") or base.lr is None:
+        return []
+    if base.lr <= MAX_ADAM_LR:
+        return []
+    return [
+        f"warning: base.lr={base.lr:g} of the recipe is for SGD, and too large for this optimizer: set base.lr, for "
+        "example to 1e-3"
+    ]
 
 
 def _large_lr_warning(cfg: DictConfig) -> list[str]:
@@ -329,7 +346,7 @@ def _large_lr_warning(cfg: DictConfig) -> list[str]:
 
 def _largest_lr_factor(schedule: DictConfig) -> int:
     """Return the largest factor by which the long cycle multiplies the LR, 1 without one."""
-    if not (schedule.get("lr_scaling") and schedule.get("long_factors")):
+    if not (schedule.get("lr_scaling") == "linear" and schedule.get("long_factors")):
         return 1
     try:
         return max(round(1 / (frames * size**2)) for frames, size in schedule.long_factors)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
@@ -25,17 +26,22 @@ from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.layers.dropout import convert_clip_dropout
 from mgvideo.loading.loader import LoaderOptions
 from mgvideo.loading.shared_memory import BatchSizes, check_shared_memory_space
+from mgvideo.plan.options import ScheduleOptions
 from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule
 from mgvideo.plan.shards import shard_batch
 from mgvideo.plan.small_recipe import few_steps_warning
 from mgvideo.storage.checkpoints import Checkpoints
-from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, strip_file_scheme
+from mgvideo.storage.paths import HUB_WEIGHTS, is_remote, require_local_path, strip_file_scheme
 
 from .app import flat_keys
 from .recipe import fill_recipe
 from .training import build_task, set_crops
 
+if TYPE_CHECKING:
+    from mgvideo.datasets.sampling import Sampling
+
+OPTION_KEYS = tuple(field.name for field in fields(ScheduleOptions))
 MAX_WORKERS = 16  # default limit of worker processes per rank; loader.num_workers may exceed it; not measured yet
 
 
@@ -62,9 +68,9 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
         barrier()
-    decoder = build_decoder(cfg)
-    training = instantiate(cfg.dataset.train, decoder=decoder) if train else None
-    val = instantiate(cfg.dataset.val, decoder=decoder)
+    training = instantiate(cfg.dataset.train, decoder=build_decoder(cfg)) if train else None
+    # exact test clips: decoders shrink large frames with antialiasing
+    val = instantiate(cfg.dataset.val, decoder=build_decoder(cfg, shrink=cfg.sampling.antialias))
     first = training or val
     if training is not None:
         set_crops(cfg, training)
@@ -81,6 +87,8 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
     for dataset in (training, val):
         if dataset is not None and hasattr(dataset, "grid"):  # the shape of dataset[number]
             dataset.grid = Views.of_size(cfg.base.num_frames, cfg.base.frame_stride, cfg.base.crop_size).grid
+        if dataset is not None and hasattr(dataset, "sampling"):
+            dataset.sampling = build_sampling(cfg, dataset.sampling)
     task = TASKS[cfg.dataset.task]() if training is None else build_task(cfg, training, first.class_names)
     return Data(training, val, cfg.dataset.num_classes, task)
 
@@ -100,9 +108,26 @@ def require_dataset_keys(cfg: DictConfig) -> None:
     require(name is None, f"{name} is not set: add {name}=… to the command")
 
 
-def build_decoder(cfg: DictConfig) -> Any:
-    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set."""
+def build_sampling(cfg: DictConfig, sampling: Sampling) -> Sampling:
+    """Return the sampling of a dataset with the keys of `sampling`."""
+    return replace(
+        sampling,
+        protocol=cfg.sampling.protocol,
+        target_fps=cfg.sampling.target_fps,
+        antialias=cfg.sampling.antialias,
+    )
+
+
+def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
+    """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set.
+
+    `shrink`: whether our decoders shrink large frames while decoding, see `videofile.Decoder`.
+    """
     decoder = instantiate(cfg.decoder)
+    if hasattr(decoder, "shrink"):
+        decoder.shrink = shrink
+    if hasattr(decoder, "indexes"):
+        decoder.indexes = build_indexes(cfg, cfg.dataset.get("pyramid"))
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
@@ -112,6 +137,28 @@ def build_decoder(cfg: DictConfig) -> Any:
     from mgvideo.datasets.pyramid import Pyramid
 
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+
+
+def build_indexes(cfg: DictConfig, pyramid: str | None = None) -> dict[str, Any]:
+    """Build the packet indexes of `dataset.index` by folder, for `indexes` of a decoder; damaged ones start anew.
+
+    `auto` stands for one in `dataset.root` and one in the folder `pyramid`. With `dataset.frame_cache`, each video is
+    opened only once, and an index is of no use.
+    """
+    from mgvideo.datasets.packet_index import PacketIndex, folder_index
+
+    file = cfg.dataset.get("index")
+    if file is None:
+        return {}
+    if file != "auto":
+        indexes = {"/": PacketIndex(require_local_path("dataset.index", file))}
+    elif cfg.dataset.get("frame_cache") is not None and pyramid is None:
+        indexes = {}
+    else:
+        indexes = folder_index(cfg.dataset.root) | folder_index(pyramid)
+    for index in indexes.values():
+        index.check()
+    return indexes
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
@@ -124,19 +171,23 @@ def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
     repeat, batch_size = cfg.augment.repeat, cfg.base.batch_size
     is_multiple = batch_size % repeat == 0
     require(is_multiple, f"base.batch_size={batch_size} is no multiple of augment.repeat={repeat}: change one of them")
-    plan = build_schedule(cfg)(Base(**base), dataset_size * repeat)
+    plan = schedule_options(cfg).apply(build_schedule(cfg))(Base(**base), dataset_size * repeat)
     require(isinstance(plan, Plan), f"schedule: {cfg.schedule._target_} returned no Plan but {type(plan).__name__}")
     notes = filter(None, (recipe_note, few_steps_warning(plan)))
     return replace(plan, notes=(*notes, *plan.notes))
 
 
 def build_schedule(cfg: DictConfig) -> Schedule:
-    """Build the schedule, a callable `(base, dataset_size) → Plan`.
+    """Build the schedule, a callable `(base, dataset_size) → Plan`, without the options that all schedules have.
 
     Raises:
         UserError: The keys of `schedule` are not the arguments of its function.
     """
-    schedule = instantiate(cfg.schedule)
+    own_keys = copy.deepcopy(cfg.schedule)
+    OmegaConf.set_struct(own_keys, False)
+    for key in OPTION_KEYS:
+        own_keys.pop(key, None)
+    schedule = instantiate(own_keys)
     target = cfg.schedule._target_
     require(callable(schedule), f"schedule: {target} returned no function: add _partial_: true to the schedule's YAML")
     function, keys = getattr(schedule, "func", schedule), getattr(schedule, "keywords", {})  # of a functools.partial
@@ -145,6 +196,16 @@ def build_schedule(cfg: DictConfig) -> Schedule:
     except TypeError as error:
         raise UserError(f"schedule: {target}: {error}; change the keys of the schedule's YAML") from error
     return schedule
+
+
+def schedule_options(cfg: DictConfig) -> ScheduleOptions:
+    """Return the options of `schedule`; where they are null, the finish has the test's crop, on the run's GPUs."""
+    options = {key: cfg.schedule[key] for key in OPTION_KEYS if key in cfg.schedule}
+    if options.get("finish") is not None and options.get("finish_size") is None:
+        options["finish_size"] = cfg.test.crop_size
+    if options.get("gpus") is None:
+        options["gpus"] = world_size()
+    return ScheduleOptions(**options)
 
 
 def build_model(cfg: DictConfig, precision: Precision, load_init_from: bool = True) -> nn.Module:

@@ -69,7 +69,8 @@ def _key_table(entries: Iterable[Field], prefix: str = "") -> Iterator[str]:
 
 def _type_text(field: Field) -> str:
     """Describe the values that a key takes: choices, or a type with its limits."""
-    limits, kind = field.metadata["limits"], str(field.type)
+    limits = field.metadata["limits"]
+    kind = limits.get("kind", str(field.type))
     text = re.sub(r"list\[(\w+)\]", r"list of \1", kind.removesuffix(" | None"))
     if "length" in limits:
         text = text.replace("list of", f"list of {limits['length']}")

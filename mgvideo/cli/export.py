@@ -14,7 +14,10 @@ from torch.export import Dim, ExportedProgram
 
 from mgvideo.engine.precision import Normalize
 from mgvideo.errors import UserError
+from mgvideo.models.mvit import MViT
 from mgvideo.models.slowfast import SlowFast
+from mgvideo.models.swin import Swin3D
+from mgvideo.models.vit import VisionTransformer
 from mgvideo.plan.plan import require
 from mgvideo.storage.files import replace_when_complete
 from mgvideo.storage.paths import explain_write_errors
@@ -51,7 +54,8 @@ class ExportKeys:
     batch: int = key(1, "clips in a batch", least=1)
     dynamic: bool = key(
         False,
-        "accept any batch, height and width, and any number of frames (not SlowFast); the values above are examples",
+        "accept any batch, height, width and number of frames (SlowFast: fixed frames; transformers: only any batch); "
+        "the values above are examples",
     )
     normalize: bool = key(False, "accept uint8 RGB frames [n, t, h, w, 3] and include their normalisation")
 
@@ -69,10 +73,11 @@ class ClipFormat:
             return torch.randint(0, 256, (batch, frames, height, width, 3), dtype=torch.uint8, generator=draws)
         return torch.randn(batch, 3, frames, height, width, generator=draws)
 
-    def dims(self, any_frames: bool) -> dict[int, object]:
-        """Return the dynamic dimensions: batch, height, width and, if `any_frames`, time."""
+    def dims(self, any_frames: bool, any_size: bool) -> dict[int, object]:
+        """Return the dynamic dimensions: batch, if `any_frames` time, and if `any_size` height and width."""
         time = 1 if self.raw else 2
-        return dict.fromkeys([0, *([time] if any_frames else []), time + 1, time + 2], Dim.DYNAMIC)
+        sides = [time + 1, time + 2] if any_size else []
+        return dict.fromkeys([0, *([time] if any_frames else []), *sides], Dim.DYNAMIC)
 
 
 class NormalizedNetwork(nn.Module):
@@ -172,16 +177,17 @@ def export(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:
     network = trained.model
     if options.normalize:
         network = NormalizedNetwork(network, Normalize(tuple(cfg.normalize.mean), tuple(cfg.normalize.std))).eval()
-    any_frames = takes_any_frames(trained.model)
+    any_frames, any_size = takes_any_frames(trained.model), takes_any_size(trained.model)
     frames, size = options.frames or cfg.base.num_frames, options.size or cfg.base.crop_size
     # torch.export treats a dimension of size 1 as fixed, so a dynamic batch needs an example of at least 2
     batch = max(2, options.batch) if options.dynamic else options.batch
     examples = [clips.random(batch, frames, size, size)]
     if options.dynamic:
-        examples.append(clips.random(1, 2 * frames if any_frames else frames, size + 32, size + 16))
+        height, width = (size + 32, size + 16) if any_size else (size, size)
+        examples.append(clips.random(1, 2 * frames if any_frames else frames, height, width))
     print(trained.load_summary)
     print(trained)
-    program = trace_network(network, examples[0], clips.dims(any_frames) if options.dynamic else None)
+    program = trace_network(network, examples[0], clips.dims(any_frames, any_size) if options.dynamic else None)
     save, load = (save_onnx, load_onnx) if options.format == "onnx" else (save_torch, load_torch)
     save(program, str(file))
     check_output(load(str(file)), network, examples)
@@ -190,7 +196,12 @@ def export(options: ExportKeys, overrides: Sequence[str], file: Path) -> None:
 
 def takes_any_frames(model: nn.Module) -> bool:
     """Return whether one graph works for any number of frames. SlowFast's graph has fixed slow-pathway indices."""
-    return not isinstance(model, SlowFast)
+    return takes_any_size(model) and not isinstance(model, SlowFast)
+
+
+def takes_any_size(model: nn.Module) -> bool:
+    """Return whether one graph works for any height and width. Windows, tables and padding of transformers do not."""
+    return not isinstance(model, MViT | Swin3D | VisionTransformer)
 
 
 def trace_network(network: nn.Module, example: Tensor, dims: dict[int, object] | None) -> ExportedProgram:
@@ -243,15 +254,19 @@ def check_output(program: Runner, network: nn.Module, examples: Sequence[Tensor]
 
 def print_summary(options: ExportKeys, trained: Trained, example: Tensor, size: int) -> None:
     """Print the input and output of the file, and which dimension is fixed."""
-    cfg, shape, any_frames = trained.cfg, [str(side) for side in example.shape], takes_any_frames(trained.model)
+    cfg, shape = trained.cfg, [str(side) for side in example.shape]
+    any_frames, any_size = takes_any_frames(trained.model), takes_any_size(trained.model)
     if options.dynamic:
         names = ["n", "t", "h", "w", "3"] if options.normalize else ["n", "3", "t", "h", "w"]
-        shape = [side if name == "t" and not any_frames else name for name, side in zip(names, shape, strict=True)]
+        fixed = ([] if any_frames else ["t"]) + ([] if any_size else ["h", "w"])
+        shape = [side if name in fixed else name for name, side in zip(names, shape, strict=True)]
     mean, std = list(cfg.normalize.mean), list(cfg.normalize.std)
     pixels = "uint8 RGB" if options.normalize else f"float32 RGB in 0–1, minus mean {mean}, divided by std {std}"
     scores = "softmax" if cfg.dataset.task == "single_label" else "sigmoid"
     print(f"{options.out}: {decimal(size)}")
     print(f"  input clips [{', '.join(shape)}]: {pixels}; frames at stride {cfg.base.frame_stride}")
     print(f"  output logits [{shape[0]}, {trained.classes}], before the {scores}")
-    if options.dynamic and not any_frames:
+    if options.dynamic and not any_size:
+        print("  the size of a clip is fixed, because the graph holds the positions of a transformer for one grid")
+    elif options.dynamic and not any_frames:
         print("  the number of frames is fixed, because export fixes the frame indices of SlowFast's slow pathway")

@@ -60,7 +60,7 @@ def load_for_test(
         return TestedNetwork(model, name, cfg.init_from or "random", TrainProgress()), warnings
     state = read_checkpoint(path)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state.get("model_ema", state["model"]))
     except RuntimeError as error:
         raise UserError(f"{path} does not fit model=…: {one_line(error)}") from error
     progress = TrainProgress(**state["progress"])

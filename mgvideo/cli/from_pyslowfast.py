@@ -160,7 +160,7 @@ def compose_command(overrides: Mapping[str, Any]) -> list[str]:
     Raises:
         UserError: The run would refuse them.
     """
-    words = _words({key: value for key, value in overrides.items() if key in ("model", "dataset", "schedule")})
+    words = _words({key: value for key, value in overrides.items() if key in GROUPS})
     for _ in range(MAX_PASSES):
         cfg = app.compose_config("run", words)
         chosen = {values.override_key(word) for word in words}

@@ -15,6 +15,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from mgvideo.engine.tasks import TASKS
 from mgvideo.errors import UserError
+from mgvideo.plan.options import ScheduleOptions
 
 from .schema import check_value, key
 
@@ -32,6 +33,9 @@ class DatasetKeys:
     )
     num_classes: int | None = key(None, "number of classes; null: count them in the data", least=1)
     pyramid: str | None = key(None, "folder of the dataset's pyramid; null: read the original videos")
+    index: str | None = key(
+        "auto", "packet index of the videos; auto: .packets.index in root and in pyramid; null: no index"
+    )
     frame_cache: str | None = key(None, "folder that caches decoded frames; null: no cache")
     frame_cache_gib: float = key(4.0, "size limit of the frame cache, in GiB", least=0)
     max_bad_fraction: float = key(
@@ -46,6 +50,7 @@ def check_groups(cfg: DictConfig) -> None:
         UserError: Names the first key with a value of the wrong type, and the right type.
     """
     _check_types("dataset", cfg.dataset, get_type_hints(DatasetKeys))
+    _check_types("schedule", cfg.schedule, get_type_hints(ScheduleOptions))
     for entry in fields(DatasetKeys):
         if entry.name in cfg.dataset and not OmegaConf.is_missing(cfg.dataset, entry.name):
             check_value(f"dataset.{entry.name}", cfg.dataset[entry.name], entry.metadata["limits"])
@@ -76,8 +81,9 @@ def holds_text(cfg: DictConfig, key: str) -> bool | None:
         return None if node is None else False
     if not (node._is_none() or node._is_missing() or node._is_interpolation()):
         return isinstance(node._value(), str)
-    hints = get_type_hints(DatasetKeys) if parent_key == "dataset" else _hints(parent)
-    return str in _kinds(hints.get(name))
+    declared = {"dataset": DatasetKeys, "schedule": ScheduleOptions}.get(parent_key)
+    hints = {**_hints(parent), **(get_type_hints(declared) if declared else {})}
+    return _kinds(hints.get(name)) == {str}
 
 
 def _hints(node: DictConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mgvideo.cpu.resources import available_cpus, set_cpu_affinity
 from mgvideo.distributed.signals import raise_if_stopped, received_signal
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import format_duration
@@ -65,8 +66,8 @@ class Job:
         """Return whether the folder holds a report of this recipe."""
         return (self.folder / "report.json").exists() and not self.recipe_differences()
 
-    def prepare_folder(self) -> None:
-        """Create the folder, write the recipe to `cell.json`, and remove an old report.
+    def prepare_folder(self, jobs_at_once: int = 1) -> None:
+        """Create the folder, write the recipe and `jobs_at_once` to `cell.json`, and remove an old report.
 
         Raises:
             UserError: the folder cannot be written.
@@ -74,7 +75,8 @@ class Job:
         with explain_write_errors("out", self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "report.json").unlink(missing_ok=True)
-        write_atomic(self.folder / "cell.json", json.dumps(self.recipe, indent=1).encode())
+        content = {**self.recipe, **({"jobs_at_once": jobs_at_once} if jobs_at_once > 1 else {})}
+        write_atomic(self.folder / "cell.json", json.dumps(content, indent=1).encode())
 
     def initial_weights(self) -> list[str]:
         """Return the `init_from=` override for a cell that starts from another cell's weights, with the same seed.
@@ -155,11 +157,26 @@ class RunProgress:
         return " · ".join(part for part in parts if part)
 
 
-def start_process(command: Sequence[str], folder: Path) -> subprocess.Popen:
-    """Start a process that appends its output to the folder's log.
+def split_cpus(jobs: int) -> list[frozenset[int]]:
+    """Divide the CPUs of this process among `jobs` runs at once; with more runs than CPUs, several share one."""
+    cpus = sorted(available_cpus())
+    if jobs > len(cpus):
+        return [frozenset({cpus[i % len(cpus)]}) for i in range(jobs)]
+    return [frozenset(cpus[i * len(cpus) // jobs : (i + 1) * len(cpus) // jobs]) for i in range(jobs)]
+
+
+def start_process(command: Sequence[str], folder: Path, cpus: frozenset[int] | None = None) -> subprocess.Popen:
+    """Start a process that appends its output to the folder's log; it runs on `cpus` alone, if the system allows that.
 
     It stays in this process group, so Ctrl-C in the terminal reaches it too.
     """
+    if cpus is not None:
+        own = available_cpus()
+        set_cpu_affinity(cpus)  # the process inherits it
+        try:
+            return start_process(command, folder)
+        finally:
+            set_cpu_affinity(own)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOG_NAME, "a", encoding="utf-8", errors="surrogateescape") as log:
         log.write(f"$ {' '.join(command)}\n")
@@ -171,15 +188,15 @@ def start_process(command: Sequence[str], folder: Path) -> subprocess.Popen:
 
 
 def wait_for_processes(
-    processes: Sequence[subprocess.Popen], on_poll: Callable[[], None], interval_s: float = 0.5
+    processes: Sequence[subprocess.Popen], on_poll: Callable[[], None], interval_s: float = 0.5, first: bool = False
 ) -> None:
-    """Wait for processes to exit, and call `on_poll` every `interval_s` seconds.
+    """Wait for processes to exit, all or with `first` one of them, and call `on_poll` every `interval_s` seconds.
 
     A stop signal is forwarded to them once; `Stopped` is raised after they have exited.
     """
     forwarded = False
     try:
-        while any(process.poll() is None for process in processes):
+        while (all if first and not forwarded else any)(process.poll() is None for process in processes):
             if received_signal() and not forwarded:
                 forwarded = True
                 for process in processes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from hydra.errors import HydraException
@@ -22,14 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from mgvideo.errors import UserError
 from mgvideo.plan.forecast import Benchmark, predict_phase_times, read_benchmark, suggest_loader_changes
 from mgvideo.plan.json_format import plan_to_json
-from mgvideo.plan.plan import Grid, Plan, require
+from mgvideo.plan.plan import Base, Grid, Plan, require
 from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid, short
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_loader_demand_table, make_plan_table
 from mgvideo.storage.paths import explain_write_errors
 
-from . import app, keys
-from .build import build_plan, build_schedule, require_dataset_keys, unset_dataset_key
+from . import app, keys, recommend
+from .build import build_plan, build_schedule, require_dataset_keys, schedule_options, unset_dataset_key
+from .resume import resolve_decay_from
 from .schema import key
 
 DEFAULT_GPUS = 8  # if this machine has none; the number in the published recipes
@@ -47,7 +48,10 @@ class PlanKeys:
         None, "training videos; null: as listed, or as published if dataset.root is not set", least=1
     )
     step_time: float | None = key(None, "seconds of a training step: adds what the loaders must deliver", above=0)
-    benchmark: str | None = key(None, "JSON of measured step times and loader rates: adds predicted time and waiting")
+    benchmark: str | None = key(
+        None, "JSON of measured step times and loader rates: adds predicted time and waiting; null: schedule.benchmark"
+    )
+    recommend: bool = key(False, "list all schedules for this recipe and budget instead, and the evidence for them")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -68,11 +72,18 @@ def read_keys(overrides: Sequence[str]) -> PlanKeys:
     options = keys.read(PlanKeys, overrides)
     require(options.format != "png" or options.out is not None, "format=png needs a file: add out=plan.png")
     require(options.step_time is None or options.benchmark is None, "give step_time or benchmark, not both")
+    fits = not options.recommend or options.format == "table"
+    require(fits, f"recommend=true prints a table: leave out format={options.format}")
     return options
 
 
 def show(options: PlanKeys, cfg: DictConfig) -> None:
     """Print or draw the plan of a config."""
+    if options.benchmark is None and options.step_time is None:
+        options.benchmark = cfg.schedule.get("benchmark")
+    resolve_decay_from(cfg)
+    if "gpus" in cfg.schedule and cfg.schedule.gpus is None:
+        cfg.schedule.gpus = options.gpus or torch.cuda.device_count() or DEFAULT_GPUS
     plan = _plan(options, cfg)
     gpus, notes = (options.gpus, ()) if options.gpus is not None else _gpus_of_this_machine(plan)
     plan = replace(plan, notes=(*plan.notes, *notes))
@@ -83,7 +94,7 @@ def show(options: PlanKeys, cfg: DictConfig) -> None:
         if options.format == "png":
             from mgvideo.plan.figure import draw_plans  # imports matplotlib
 
-            draw_plans(variants(plan, build_schedule(cfg)), options.out)
+            draw_plans(variants(plan, build_schedule(cfg), schedule_options(cfg).apply), options.out)
             _print_notes(plan, sys.stdout)
         else:
             with open(options.out, "w", encoding="utf-8") as file:
@@ -116,6 +127,9 @@ def _gpus_of_this_machine(plan: Plan) -> tuple[int, tuple[str, ...]]:
 
 def write(options: PlanKeys, gpus: int, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
     """Write the plan as a table or as JSON, with predicted times if a benchmark or step time is given."""
+    if options.recommend:
+        _write_recommendation(options, gpus, cfg, plan, file)
+        return
     benchmark = _benchmark(options, plan)
     times = predict_phase_times(plan, gpus, benchmark) if benchmark else None
     if options.format == "json":
@@ -128,6 +142,19 @@ def write(options: PlanKeys, gpus: int, cfg: DictConfig, plan: Plan, file: TextI
         console.print(make_loader_demand_table(plan, gpus, benchmark))
         for remedy in suggest_loader_changes(plan, times, benchmark.workers):
             console.print(remedy)
+
+
+def _write_recommendation(options: PlanKeys, gpus: int, cfg: DictConfig, plan: Plan, file: TextIO) -> None:
+    """Write a table of all schedules for the recipe of a plan, and what is known of them."""
+    benchmark = _benchmark(options, plan)
+    of_recipe = {"jitter": cfg.recipe.jitter, "round_epochs": cfg.recipe.round_epochs}
+    keys = {**of_recipe, **getattr(build_schedule(cfg), "keywords", {})}
+    base: Any = OmegaConf.to_container(cfg.base, resolve=True)  # plan.base may have fewer milestones
+    found = recommend.candidates(Base(**base), plan.dataset_size, schedule_options(cfg), keys)
+    console = Console(file=file, soft_wrap=True, highlight=False, markup=False)
+    console.print(recommend.make_candidate_table(found, clip_flops(cfg), gpus, benchmark))
+    for line in recommend.advice(found):
+        console.print(line)
 
 
 def _print_notes(plan: Plan, file: TextIO) -> None:
@@ -143,10 +170,13 @@ def _benchmark(options: PlanKeys, plan: Plan) -> Benchmark | None:
     return Benchmark({slot.grid.name: options.step_time for phase in plan.phases for slot in phase.slots})
 
 
-def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
+def variants(
+    plan: Plan, schedule: Schedule, with_options: Callable[[Schedule], Schedule] = lambda schedule: schedule
+) -> list[Plan]:
     """Return the plans to draw below each other, the baseline first.
 
-    For a schedule of the paper these are all four, with the keys that they share with it; for another it is its own.
+    For a schedule of the paper these are all four, with the keys and options that they share with it; for another it is
+    its own.
     """
     keys = getattr(schedule, "keywords", {})
     if getattr(schedule, "func", schedule) not in (baseline, short, long, multigrid):
@@ -154,7 +184,8 @@ def variants(plan: Plan, schedule: Schedule) -> list[Plan]:
     plans = [baseline_of(plan)]
     for function in (short, long, multigrid):
         shared = keys.keys() & signature(function).parameters.keys() - {"name"}
-        plans.append(function(plan.base, plan.dataset_size, **{key: keys[key] for key in shared}))
+        same_keys = with_options(partial(function, **{key: keys[key] for key in shared}))
+        plans.append(same_keys(plan.base, plan.dataset_size))
     return plans
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from mgvideo.datasets.decoders import PyAV
 from mgvideo.datasets.lists import read_classes
-from mgvideo.datasets.sampling import Sampling
+from mgvideo.datasets.sampling import Sampling, target_ratio
 from mgvideo.datasets.scan import scan_folder
 from mgvideo.datasets.video import VideoDataset, VideoEntry
 from mgvideo.engine.evaluation import Evaluator, Scores, Views
@@ -33,7 +33,7 @@ from mgvideo.plan.plan import require
 from mgvideo.storage.paths import exists, is_remote, strip_file_scheme
 
 from . import app
-from .build import build_normalize, loader_options
+from .build import build_normalize, build_sampling, loader_options
 from .overlay import HeatMaps
 from .progress import ProgressLog
 from .schema import key
@@ -71,6 +71,11 @@ class Predictor:
         return bool(self.trained.cfg.dataset.val.get("segments", False))
 
     @cached_property
+    def sampling(self) -> Sampling:
+        """How the run samples a test clip."""
+        return build_sampling(self.trained.cfg, Sampling(flip=False, segments=self.samples_segments))
+
+    @cached_property
     def task(self) -> Any:
         """The task, which turns logits into scores by softmax or sigmoid."""
         return TASKS[self.trained.cfg.dataset.task]()
@@ -93,10 +98,11 @@ class Predictor:
     ) -> Scores:
         """Run a model with `outputs` output channels on every view, and combine the views as the task says."""
         cfg = self.trained.cfg
+        sampling = self.sampling
         label: Any = 0 if task.zero_labels(1, outputs).ndim == 1 else ()
-        sampling = Sampling(flip=False, segments=self.samples_segments)
+        decoder = PyAV(shrink=sampling.antialias)
         entries = [VideoEntry(path, label, span) for path, span in zip(paths, spans, strict=True)]
-        dataset = VideoDataset("", entries, [str(output) for output in range(outputs)], PyAV(), sampling)
+        dataset = VideoDataset("", entries, [str(output) for output in range(outputs)], decoder, sampling)
         loader = Loader(dataset, loader_options(cfg), self.precision.device.type == "cuda")
         evaluator = Evaluator(loader, task, outputs, self.normalize, self.precision, cfg.test.batch_size)
         with ProgressLog(name) as progress:
@@ -121,7 +127,8 @@ class Predictor:
         grid = self.views.grid
         maps = []
         with PyAV().open(path, grid.size) as video, torch.no_grad(), self.precision.autocast():
-            span = video.frames if self.samples_segments else grid.frames * grid.strides[0]
+            stride = grid.strides[0] * target_ratio(self.sampling, video, 0, video.frames)[0]
+            span = video.frames if self.samples_segments else max(1, round(grid.frames * stride))
             room, windows = max(0, video.frames - span), -(-video.frames // span)
             starts = np.linspace(0, room, windows).round().astype(int).tolist()
             for start in starts:

@@ -32,8 +32,9 @@ from mgvideo.datasets.check import (
 )
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
-from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid
+from mgvideo.datasets.parallel import parallel_map
+from mgvideo.datasets.pyav import PyAV, index_video
+from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid, pyramid_levels
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
@@ -43,7 +44,7 @@ from mgvideo.plan.table import set_full_width
 from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
-from .build import build_plan, require_dataset_keys
+from .build import build_indexes, build_plan, require_dataset_keys
 from .draw_clips import ClipKeys, draw_clips
 from .progress import ProgressLog
 from .recipe import sample_size
@@ -78,6 +79,15 @@ class PyramidKeys:
     out: str | None = key(None, "folder to build in, for dataset.pyramid; a stopped build resumes")
     split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     processes: int | None = key(None, "files encoded at a time; null: one per core", least=1)
+
+
+@dataclass
+class IndexKeys:
+    """Keys of `prepare index`."""
+
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
+    renew: bool = key(False, "index all files anew, not only new and changed ones")
+    processes: int | None = key(None, "files indexed at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -152,7 +162,8 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
 
     Exits with 1 if the share of missing and unreadable files exceeds `max_broken`. A stopped check resumes.
     """
-    datasets = dict(zip(SPLITS[options.split], _datasets(cfg, options.split), strict=True))
+    decoder = PyAV(indexes=build_indexes(cfg), renew=True)
+    datasets = dict(zip(SPLITS[options.split], _datasets(cfg, options.split, decoder), strict=True))
     first = next(iter(datasets.values()))
     require(
         all(type(dataset.decoder) is type(first.decoder) for dataset in datasets.values()),
@@ -193,11 +204,11 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
         raise SystemExit(1)
 
 
-def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
+def _datasets(cfg: DictConfig, split: str, decoder: Any = None) -> list[VideoDataset]:
     require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
-    datasets = [instantiate(cfg.dataset[part], decoder=PyAV()) for part in SPLITS[split]]
+    datasets = [instantiate(cfg.dataset[part], decoder=decoder or PyAV()) for part in SPLITS[split]]
     for note in dict.fromkeys(note for dataset in datasets for note in dataset.notes):
         print(f"note: {note}")
     return datasets
@@ -252,9 +263,38 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
 
     names = [relative(path, root) for path in paths]
     with ProgressLog("pyramid") as progress:
-        rows = encode_pyramid(str(options.out), root, names, layout, options.processes, progress, estimate)
+        indexes = build_indexes(cfg, str(options.out))
+        rows = encode_pyramid(str(options.out), root, names, layout, options.processes, progress, estimate, indexes)
     _print_rows(rows, cfg.dataset.max_bad_fraction)
     print(f"train with dataset.pyramid={options.out}")
+
+
+def index_files(options: IndexKeys, cfg: DictConfig) -> None:
+    """Add a dataset's files, and the levels of its pyramid, to the packet index."""
+    require(cfg.dataset.get("index") is not None, "dataset.index=null: give auto, or a file to write the index to")
+    require_dataset_keys(cfg)
+    pyramid = cfg.dataset.get("pyramid")
+    indexes = build_indexes(cfg, pyramid)
+    require(bool(indexes), f"dataset.root={cfg.dataset.root}: there is no index of a URL; set dataset.index=FILE")
+    datasets = _datasets(cfg, options.split)
+    require(
+        all(isinstance(dataset.decoder, PyAV) for dataset in datasets),
+        f"dataset {cfg.dataset.name}: frames are images, no video to index",
+    )
+    paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
+    if pyramid is not None:
+        paths += pyramid_levels(pyramid, cfg.dataset.root, paths)
+    work = partial(index_video, PyAV(indexes=indexes, renew=options.renew))
+    failures = []
+    with ProgressLog("index") as progress:
+        for number, failure in enumerate(parallel_map(work, paths, options.processes), start=1):
+            failures += [failure] if failure else []
+            progress(number, len(paths))
+    for index in indexes.values():
+        if os.path.exists(index.file):
+            print(f"{index.file}: {len(index)} videos, {decimal(os.path.getsize(index.file))}")
+    if failures:
+        print(f"{len(failures)} of {len(paths)} files cannot be read: {shorten(failures)}")
 
 
 def _short_side(paths: Sequence[str]) -> int:
@@ -377,6 +417,7 @@ COMMANDS = {
     "pyramid": Command(
         PyramidKeys, build_pyramid, "encode small copies of a dataset, from which coarse clips are read faster"
     ),
+    "index": Command(IndexKeys, index_files, "note where the frames of each video lie in its file"),
     "list": Command(ListKeys, write_lists, "write list files from official annotations and the files on disk"),
     "clips": Command(ClipKeys, draw_clips, "draw training clips as they are read and as augmentation changes them"),
     "motion": Command(MotionKeys, make_videos, "make the embedded dataset; width=340 stands for dataset.knobs.width"),

@@ -28,6 +28,10 @@ TARGETS = {  # MODEL.ARCH → function of our network
     "c2d": "mgvideo.models.i3d.c2d",
     "r2plus1d": "mgvideo.models.r2plus1d.r2plus1d_bottleneck",
 }
+NOT_TRANSLATED = {  # MODEL.ARCH → options of `model` whose configs are not translated
+    "x3d": "x3d_xs, x3d_s, x3d_m, x3d_l",
+    "mvit": "mvit_v1_b, mvit_v2_s, mvit_v2_b",
+}
 KINETICS = {600: "kinetics600", 700: "kinetics700"}  # classes → dataset; other numbers are kinetics400's
 DATASETS = ("kinetics", "charades", "ssv2")
 STAGES = ("res2", "res3", "res4", "res5")
@@ -39,6 +43,9 @@ SPATIAL_STRIDES = (1, 2, 2, 2)  # of the stages of every ResNet here
 
 def choose_network(arch: str, settings: Settings) -> Translation:
     """Choose the option of `model` that differs least from a network, and the keys in which it differs."""
+    if arch in NOT_TRANSLATED:
+        reason = f"configs of this network are not translated yet: choose model={NOT_TRANSLATED[arch]}"
+        return Translation(reason=reason, blocks=True)
     if arch not in TARGETS:
         names = ", ".join(sorted(TARGETS))
         return Translation(reason=f"this network is not there yet; there are {names}", blocks=True)
@@ -173,6 +180,12 @@ def _inverse_jitter(inverse: bool, settings: Settings) -> Translation:
     return Translation(reason=f"not there, because this dataset draws {drawn} uniformly")
 
 
+def _target_fps(fps: float, settings: Settings) -> Mapping[str, Any] | Translation:
+    if settings["TRAIN.DATASET"] == "kinetics":
+        return {"sampling.target_fps": fps}
+    return Translation(reason="has no effect, as in PySlowFast, which counts the frames of this dataset")
+
+
 def _ensemble(method: str, settings: Settings) -> Translation:
     ours = "max" if settings["DATA.MULTI_LABEL"] else "sum"
     kind = "several labels" if settings["DATA.MULTI_LABEL"] else "one label"
@@ -243,6 +256,38 @@ def _scaled_lr(key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
         return {key: lr * (_shards(settings) if settings["SOLVER.BASE_LR_SCALE_NUM_SHARDS"] else 1)}
 
     return translate
+
+
+def _optimizer(method: str, settings: Settings) -> Translation:
+    if method not in ("sgd", "adamw"):
+        return Translation(reason="not there, because the optimizers are sgd, adamw and lamb", blocks=True)
+    if method == "sgd":
+        return Translation()
+    linear = {"schedule.lr_scaling": "linear"} if settings["MULTIGRID.LONG_CYCLE"] else {}
+    return Translation({"optimizer": "adamw", **linear})
+
+
+def _of_optimizer(method: str, key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
+    """Return a function that translates to `key` if the config has that optimizer."""
+    return lambda value, settings: {key: _plain(value)} if settings["SOLVER.OPTIMIZING_METHOD"] == method else {}
+
+
+def _of_cosine(key: str) -> Callable[[Any, Settings], Mapping[str, Any]]:
+    """Return a function that translates to `key` if the LR is a cosine."""
+    return lambda value, settings: {key: value} if settings["SOLVER.LR_POLICY"] == "cosine" else {}
+
+
+def _final_lr(lr: float, settings: Settings) -> Mapping[str, Any]:
+    is_cosine = settings["SOLVER.LR_POLICY"] == "cosine" and lr
+    return _scaled_lr("base.final_lr")(lr, settings) if is_cosine else {}
+
+
+def _clip_grad_norm(norm: float | None, settings: Settings) -> Mapping[str, Any]:
+    return {"train.clip_grad_norm": norm} if norm else {}
+
+
+def _layer_decay(decay: float, settings: Settings) -> Mapping[str, Any]:
+    return {} if decay == 1 else {"optimizer.layer_decay": decay}
 
 
 def milestones(settings: Settings) -> list[float]:
@@ -413,14 +458,14 @@ RULES: dict[str, Rule] = {
     "DATA.ENSEMBLE_METHOD": computed("`max` where videos have several labels, else the mean", _ensemble, "sum"),
     "DATA.INPUT_CHANNEL_NUM": no_effect("clips have three channels, and a network takes its pathways' frames itself"),
     "DATA.REVERSE_INPUT_CHANNEL": no_effect("clips are always RGB"),
-    "DATA.TARGET_FPS": no_effect("strides count frames of the file, whatever its frame rate"),
+    "DATA.TARGET_FPS": computed("`sampling.target_fps` for Kinetics", _target_fps, 30),
     "DATA.TRAIN_PCA_EIGVAL": no_effect(ONLY_AUGMENT_KEYS),
     "DATA.TRAIN_PCA_EIGVEC": no_effect(ONLY_AUGMENT_KEYS),
     "DATA.TRAIN_JITTER_MOTION_SHIFT": absent(ONLY_AUGMENT_KEYS, off=False),
-    "DATA.TRAIN_JITTER_FPS": absent("strides are whole numbers of frames", off=0.0),
+    "DATA.TRAIN_JITTER_FPS": absent("`sampling.target_fps` is one rate", off=0.0),
     "DATA.COLOR_RND_GRAYSCALE": absent(ONLY_AUGMENT_KEYS, off=0.0),
     "DATA.TIME_DIFF_PROB": absent(ONLY_AUGMENT_KEYS, off=0.0),
-    "DATA.USE_OFFSET_SAMPLING": absent("a clip starts at any frame with equal probability", off=False),
+    "DATA.USE_OFFSET_SAMPLING": absent("test clip k of K starts at k / K of the video", off=False),
     "DATA.TRAIN_CROP_NUM_TEMPORAL": absent("a sample is one clip", off=1),
     "DATA.TRAIN_CROP_NUM_SPATIAL": absent("a sample is one crop", off=1),
     "DATA.PATH_TO_PRELOAD_IMDB": absent("there is no ImageNet training", off="", shown="an empty path"),
@@ -444,21 +489,19 @@ RULES: dict[str, Rule] = {
     "SOLVER.WARMUP_FACTOR": no_effect("SOLVER.WARMUP_START_LR sets the first LR, in PySlowFast too"),
     "SOLVER.STEP_SIZE": no_effect("no LR policy uses it in PySlowFast either"),
     "SOLVER.BASE_LR_SCALE_NUM_SHARDS": part_of("`base.lr` times NUM_SHARDS", False),
-    "SOLVER.COSINE_END_LR": absent("the cosine ends at 0", off=0.0),
-    "SOLVER.COSINE_AFTER_WARMUP": absent("the cosine starts with the warm-up", off=False),
-    "SOLVER.OPTIMIZING_METHOD": absent(
-        "the only optimizer is SGD; docs/extending.md adds AdamW", off="sgd", blocks=True, default="sgd"
-    ),
-    "SOLVER.MOMENTUM": copied("optimizer.momentum", 0.9),
+    "SOLVER.COSINE_END_LR": computed("`base.final_lr`", _final_lr, 0.0),
+    "SOLVER.COSINE_AFTER_WARMUP": computed("`base.cosine_after_warmup`", _of_cosine("base.cosine_after_warmup"), False),
+    "SOLVER.OPTIMIZING_METHOD": computed("`optimizer=adamw`, `optimizer=sgd`", _optimizer, "sgd"),
+    "SOLVER.MOMENTUM": computed("`optimizer.momentum` of sgd", _of_optimizer("sgd", "optimizer.momentum"), 0.9),
     "SOLVER.DAMPENING": absent("SGD has no dampening", off=0.0),
-    "SOLVER.NESTEROV": copied("optimizer.nesterov", True),
+    "SOLVER.NESTEROV": computed("`optimizer.nesterov` of sgd", _of_optimizer("sgd", "optimizer.nesterov"), True),
     "SOLVER.WEIGHT_DECAY": copied("optimizer.weight_decay", 1e-4),
     "SOLVER.ZERO_WD_1D_PARAM": part_of("`optimizer.decay_norm_and_bias=false`", False),
-    "SOLVER.BETAS": no_effect("SGD has none"),
-    "SOLVER.CLIP_GRAD_VAL": absent("there is no gradient clipping"),
-    "SOLVER.CLIP_GRAD_L2NORM": absent("there is no gradient clipping"),
+    "SOLVER.BETAS": computed("`optimizer.betas` of adamw", _of_optimizer("adamw", "optimizer.betas"), [0.9, 0.999]),
+    "SOLVER.CLIP_GRAD_VAL": absent("gradients are clipped by their norm, with `train.clip_grad_norm`"),
+    "SOLVER.CLIP_GRAD_L2NORM": computed("`train.clip_grad_norm`", _clip_grad_norm),
     "SOLVER.LARS_ON": absent("there is no LARS", off=False),
-    "SOLVER.LAYER_DECAY": absent("all layers have the same LR", off=1.0),
+    "SOLVER.LAYER_DECAY": computed("`optimizer.layer_decay`", _layer_decay, 1.0),
     "BN.WEIGHT_DECAY": computed("`optimizer.decay_norm_and_bias=false` for 0", _weight_decay_of_norms, 0.0),
     "BN.USE_PRECISE_STATS": computed("`train.precise_bn_clips`, 0 for `False`", _precise_bn, False),
     "BN.NUM_BATCHES_PRECISE": part_of("`train.precise_bn_clips`: clips, not batches", 200),
@@ -529,8 +572,8 @@ RULES: dict[str, Rule] = {
     "LOG_MODEL_INFO": no_effect("`python -m mgvideo.models.table` prints parameters and FLOPs"),
     "DIST_BACKEND": no_effect("GPUs use NCCL, CPUs Gloo"),
     **AUGMENTATION_RULES,
-    "X3D.*": absent("X3D is not there yet"),
-    "MVIT.*": absent("MViT is not there yet"),
+    "X3D.*": absent("configs of X3D are not translated yet: `model=x3d_m` and its like have its networks"),
+    "MVIT.*": absent("configs of MViT are not translated yet: `model=mvit_v2_s` and its like have its networks"),
     "MASK.*": absent("there is no self-supervised training"),
     "CONTRASTIVE.*": absent("there is no self-supervised training"),
     "TASK": absent("there is no self-supervised training", off="", shown="an empty name"),

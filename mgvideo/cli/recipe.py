@@ -24,7 +24,7 @@ def fill_clip(cfg: DictConfig) -> None:
 def fill_recipe(cfg: DictConfig, dataset_size: int) -> str | None:
     """Set all keys of `base.*` that are null; return a line on those that depend on the number of videos, or None."""
     fill_clip(cfg)
-    chosen = _fill_base(cfg, fit_training(dataset_size, bool(cfg.init_from), cfg.base))
+    chosen = _fill_base(cfg, fit_training(dataset_size, bool(cfg.init_from), cfg.base, cfg.recipe.lr_scaling))
     if not chosen:
         return None
     values = " ".join(f"base.{key}={_format(value)}" for key, value in chosen.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
 from mgvideo.reproduce.tables import ResultTable
+from mgvideo.reproduce.time_to_accuracy import describe_times
 from mgvideo.storage.files import write_atomic
 from mgvideo.storage.paths import explain_write_errors
 
@@ -32,6 +34,7 @@ from .jobs import (
     RunProgress,
     failure_reason,
     launcher_overrides,
+    split_cpus,
     start_process,
     sweep_command,
     sweep_folder,
@@ -49,12 +52,13 @@ class ReproduceKeys:
     """Keys of this program, besides the keys of a run."""
 
     table: str | None = key(None, "table to reproduce; null: list all tables")
-    preset: str = key("motion", "motion, kinetics, charades or ssv2")
+    preset: str = key("motion", "motion, camera, kinetics, charades or ssv2")
     seeds: list[int] | None = key(None, "seeds of each cell, such as [0,1,2]; null: those of the preset")
     out: str | None = key(
         None, "folder of runs and reports, shared by the tables of a preset; null: runs/tables/PRESET"
     )
     processes: int | None = key(None, "processes of a run, one per GPU; null: those of the preset", least=1)
+    jobs: int = key(1, "runs at once on this machine, which share its GPUs and divide its CPU cores", least=1)
     launcher: str | None = key(
         None, "a Hydra launcher, such as slurm: runs all cells at once, the seeds of a cell as one sweep"
     )
@@ -80,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
         if options.table is None or "--list" in arguments:
             show(options, run_overrides)
             return
+        require(options.jobs == 1 or options.launcher is None, "give jobs=N or launcher=…, not both")
         table = load_table(options.table, options.preset)
         queue = [override for override in run_overrides if override.lstrip("+").startswith("hydra")]
         require(options.launcher is not None or not queue, f"{' '.join(queue)}: is a key of a launcher; add launcher=…")
@@ -98,6 +103,7 @@ def _description() -> str:
         "",
         "  python tools/reproduce.py table=schedules                      the embedded dataset, minutes per cell",
         "  python tools/reproduce.py table=schedules --list               its cost",
+        "  python tools/reproduce.py table=beyond jobs=8                  eight runs at once on one GPU",
         "  python tools/reproduce.py table=tradeoff preset=kinetics launcher=slurm dataset.root=/data/k400",
         "",
         "Tables and their presets:",
@@ -119,6 +125,24 @@ def show(options: ReproduceKeys, overrides: Sequence[str]) -> None:
         table = load_table(name, options.preset)
         entries = compose_entries(table, overrides, options.weights)
         prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, options.gpus)
+
+
+@dataclass
+class RunningJob:
+    """A job that runs on this machine."""
+
+    job: Job
+    label: str
+    progress: RunProgress
+    process: subprocess.Popen
+    started: float  # on the monotonic clock, seconds
+    cpus: frozenset[int] | None  # those it may run on; None: all
+
+
+def _next_job(waiting: Sequence[Job], running: Sequence[RunningJob]) -> Job | None:
+    """Return the first waiting job whose initial weights no unfinished job computes."""
+    unfinished = {job.name for job in [*waiting, *(each.job for each in running)]}
+    return next((job for job in waiting if f"{job.entry.cell.weights_of}_seed{job.seed}" not in unfinished), None)
 
 
 class Reproduction:
@@ -204,23 +228,41 @@ class Reproduction:
         return sorted(self.chosen, key=lambda job: job.entry.cell.weights_of is not None)
 
     def _run_locally(self, jobs: Sequence[Job]) -> None:
-        """Run one job after the other on this machine."""
-        for i, job in enumerate(jobs):
-            raise_if_stopped()
-            label = f"[{len(self.chosen) - len(jobs) + i + 1}/{len(self.chosen)}] {job.name}"
-            try:
-                job.prepare_folder()
-                command = job.command()
-            except UserError as error:
-                self.failures[job.name] = str(error)
-                continue
-            progress, started = RunProgress(job), time.monotonic()
-            self.console.print(f"{label} starts, log {job.folder / LOG_NAME}")
-            with StatusLine(self.console) as line:
-                process = start_process(command, job.folder)
-                wait_for_processes([process], self._status_callback(line, label, progress, jobs[i + 1 :], started))
-            self._record_end(job, process.returncode, time.monotonic() - started)
-            self.report()
+        """Run the jobs on this machine, `options.jobs` at once."""
+        waiting, running = list(jobs), list[RunningJob]()
+        slots = split_cpus(self.options.jobs) if self.options.jobs > 1 else [None]
+        with StatusLine(self.console) as line:
+            while waiting or running:
+                raise_if_stopped()
+                free = [cpus for cpus in slots if cpus not in [job.cpus for job in running]] or slots
+                while waiting and len(running) < self.options.jobs and (job := _next_job(waiting, running)):
+                    waiting.remove(job)
+                    done = len(self.chosen) - len(waiting)
+                    started = self._start(job, f"[{done}/{len(self.chosen)}]", free[0])
+                    free = free[1:] or slots
+                    running += [started] if started else []
+                if not running:
+                    continue
+                processes = [job.process for job in running]
+                wait_for_processes(processes, self._status_callback(line, running, waiting), first=True)
+                for ended in [job for job in running if job.process.poll() is not None]:
+                    running.remove(ended)
+                    self._record_end(ended.job, ended.process.returncode, time.monotonic() - ended.started)
+                self.report()
+
+    def _start(self, job: Job, number: str, cpus: frozenset[int] | None) -> RunningJob | None:
+        """Start a run; None if it cannot start, which is recorded as its failure."""
+        try:
+            job.prepare_folder(self.options.jobs)
+            command = job.command()
+        except UserError as error:
+            self.failures[job.name] = str(error)
+            return None
+        self.console.print(f"{number} {job.name} starts, log {job.folder / LOG_NAME}")
+        progress, started = RunProgress(job), time.monotonic()
+        return RunningJob(
+            job, f"{number} {job.name}", progress, start_process(command, job.folder, cpus), started, cpus
+        )
 
     def _record_end(self, job: Job, code: int, seconds: float) -> None:
         if code == 0 and job.is_finished():
@@ -233,21 +275,25 @@ class Reproduction:
             self.console.print(f"  {job.name} failed after {format_duration(seconds)}: {self.failures[job.name]}")
 
     def _status_callback(
-        self, line: StatusLine, label: str, progress: RunProgress, later: Sequence[Job], started: float
+        self, line: StatusLine, running: Sequence[RunningJob], waiting: Sequence[Job]
     ) -> Callable[[], None]:
-        """Return a callback that shows the progress of a run and the time left for the whole table."""
-        run_flops = progress.job.entry.flops(progress.job.entry.plan)
-        later_flops = sum(job.entry.flops(job.entry.plan) for job in later)
+        """Return a callback that shows the progress of the runs and the time left for the whole table."""
+        waiting_flops = sum(job.entry.flops(job.entry.plan) for job in waiting)
 
         def show_progress() -> None:
-            progress.update()
-            left, elapsed = progress.seconds_left(), time.monotonic() - started
-            runs = [*self.spent, *([(elapsed + left, run_flops)] if left is not None else [])]
+            runs, left = list(self.spent), [0.0]
+            for each in running:
+                each.progress.update()
+                seconds_left, elapsed = each.progress.seconds_left(), time.monotonic() - each.started
+                if seconds_left is not None:
+                    runs.append((elapsed + seconds_left, each.job.entry.flops(each.job.entry.plan)))
+                    left.append(seconds_left)
             seconds, flops = sum(s for s, _ in runs), sum(f for _, f in runs)
             table_left = ""
-            if later and flops:
-                table_left = f" · table {format_duration((left or 0) + later_flops * seconds / flops)} left"
-            line.show(f"{label} · {progress}{table_left}")
+            if waiting and flops:
+                later = waiting_flops * seconds / flops / self.options.jobs
+                table_left = f" · table {format_duration(max(left) + later)} left"
+            line.show(" | ".join(f"{each.label} · {each.progress}" for each in running) + table_left)
 
         return show_progress
 
@@ -295,9 +341,10 @@ class Reproduction:
             rows.append(ReportRow(entry.cell, outcomes, flops, entry.skip_reason or failed or unfinished))
         results = Results(self.table, tuple(rows), self.command)
         figures = draw_results(results, self.folder)
-        write_atomic(
-            self.folder / "report.md", results.markdown([f"{name}.png" for name in figures]).encode(errors="replace")
-        )
+        text = results.markdown([f"{name}.png" for name in figures])
+        if self.table.figure == "budgets":
+            text += "".join(f"{line}\n" for line in ["", *describe_times(results)])
+        write_atomic(self.folder / "report.md", text.encode(errors="replace"))
         write_atomic(self.folder / "report.csv", results.csv().encode(errors="replace"))
         svg = [self.folder / f"{name}.svg" for name in figures]
         write_atomic(self.folder / "report.html", render_page(results, svg).encode(errors="replace"))

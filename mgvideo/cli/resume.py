@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from importlib import import_module
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +20,8 @@ from mgvideo.distributed.collectives import gather_objects, rank, world_size
 from mgvideo.engine.micro_batches import MAX_MEMORY_SHARE, MEMORY_SHARE, largest_step_clips
 from mgvideo.engine.precision import Precision
 from mgvideo.errors import UserError
+from mgvideo.plan.drafts import cut_plan
+from mgvideo.plan.options import ScheduleOptions
 from mgvideo.plan.plan import Plan
 from mgvideo.storage.checkpoints import Checkpoints, describe_differences, read_checkpoint
 from mgvideo.storage.paths import is_remote, strip_file_scheme
@@ -28,6 +32,7 @@ from .build import Data
 from .schema import AugmentKeys, RunKeys
 from .values import flatten
 
+TRAIN_KEYS = ("precise_bn_clips", "clip_grad_norm", "ema", "freeze")  # of train.*, which change the weights
 RESTART_COUNTERS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
@@ -37,9 +42,14 @@ def resume_fingerprint(cfg: DictConfig, data: Data, precision: Precision) -> dic
     Keys of the returned dictionary are dotted. `precision` is the one in use, because `auto` depends on the machine.
     """
     config: Any = OmegaConf.to_container(cfg, resolve=True)
-    sections = {key: config[key] for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder")}
+    sections = {
+        key: config[key]
+        for key in ("model", "schedule", "optimizer", "base", "normalize", "seed", "decoder", "sampling")
+    }
+    sections["schedule"] = {key: value for key, value in config["schedule"].items() if not _is_idle_option(key, value)}
+    sections["model"].pop("checkpointing", None)  # changes memory and time alone
     sections["precision"] = precision.name
-    sections["train"] = {"precise_bn_clips": cfg.train.precise_bn_clips}
+    sections["train"] = {name: config["train"][name] for name in TRAIN_KEYS}
     sections |= _chosen_augmentation(cfg, data)
     splits = ("train", "val")
     sections["dataset"] = {
@@ -77,6 +87,23 @@ def _chosen_augmentation(cfg: DictConfig, data: Data) -> dict[str, Any]:
     return chosen
 
 
+def _is_idle_option(key: str, value: Any) -> bool:
+    """Whether a key of the schedule has no effect: an option at its default, or one that the plan shows by itself."""
+    defaults = {field.name: field.default for field in fields(ScheduleOptions)}
+    return key in ("benchmark", "gpus") or (key in defaults and value == defaults[key])
+
+
+def resolve_decay_from(cfg: DictConfig) -> None:
+    """Set `schedule.decay_from` to the step of the checkpoint of `resume` where it is `now`.
+
+    Raises:
+        UserError: `resume` is no path, or its checkpoint cannot be read.
+    """
+    if cfg.schedule.get("decay_from") != "now" or cfg.resume in ("auto", "never"):
+        return  # the schedule refuses `now`
+    cfg.schedule.decay_from = read_checkpoint(cfg.resume)["progress"]["step"]
+
+
 def find_checkpoint(cfg: DictConfig, checkpoints: Checkpoints, mirror: RemoteOutput) -> tuple[str | None, list[str]]:
     """Return the path of the checkpoint to resume from, and warnings about damaged ones that it skips.
 
@@ -104,7 +131,16 @@ def load_checkpoint(
             `checkpoint.strict` is true.
     """
     state, warnings = read_checkpoint(path), []
-    changes = [*describe_differences(state["made_of"], fingerprint), *plan_differences(state["plan"], plan)]
+    saved, step = state["made_of"], state["progress"]["step"]
+    decay_from = fingerprint.get("schedule.decay_from")
+    if (
+        decay_from is not None and saved.get("schedule.decay_from") is None and step <= decay_from
+    ):  # a cooldown branches
+        saved = {**saved, "schedule.decay_from": decay_from}
+        differences = plan_differences(state["plan"], plan, step)
+    else:
+        differences = plan_differences(state["plan"], plan)
+    changes = [*describe_differences(saved, fingerprint), *differences]
     if changes:
         message = f"{path} has another recipe, model, dataset or plan: {'; '.join(changes)}"
         if cfg.checkpoint.strict:
@@ -123,12 +159,17 @@ def load_checkpoint(
     return state, warnings
 
 
-def plan_differences(saved: dict[str, Any], plan: Plan) -> list[str]:
-    """Describe how a saved plan differs from this one: numbers of steps and phases, and the first different phase."""
+def plan_differences(saved: dict[str, Any], plan: Plan, stop: int | None = None) -> list[str]:
+    """Describe how a saved plan differs from this one: numbers of steps and phases, and the first different phase.
+
+    With `stop`, only the steps before it are compared.
+    """
     try:
         old = Plan.from_json(saved)
     except UserError as error:
         return [f"the saved plan cannot be compared: {error}"]
+    if stop is not None:
+        old, plan = (_without_last_epoch(cut_plan(p, stop)) for p in (old, plan))
     if old.phases == plan.phases:
         return []
     first = next(i for i, (before, now) in enumerate(zip_longest(old.phases, plan.phases)) if before != now)
@@ -136,6 +177,12 @@ def plan_differences(saved: dict[str, Any], plan: Plan) -> list[str]:
         f"the plan had {old.steps} steps in {len(old.phases)} phases, has {plan.steps} in {len(plan.phases)}",
         f"phase {first + 1} had {_describe_phase(old, first)}, has {_describe_phase(plan, first)}",
     ]
+
+
+def _without_last_epoch(plan: Plan) -> Plan:
+    """Return a cut plan without the last epoch, which depends on where it was cut first by rounding."""
+    *phases, last = plan.phases
+    return replace(plan, phases=(*phases, replace(last, epochs=(last.epochs[0], math.inf))))
 
 
 def _describe_phase(plan: Plan, index: int) -> str:

@@ -23,14 +23,16 @@ from mgvideo.distributed.signals import Stopped, defer_signals, handle_signals
 from mgvideo.distributed.watchdog import LEAVING, Position
 from mgvideo.engine.evaluation import Evaluator, Views
 from mgvideo.engine.forward_check import check_forward
+from mgvideo.engine.freezing import freeze
 from mgvideo.engine.micro_batches import is_out_of_memory, largest_step_clips
-from mgvideo.engine.precision import Precision, choose_precision
+from mgvideo.engine.precision import Precision, choose_precision, is_worth_tuning
 from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer, TrainOptions
 from mgvideo.errors import NonFiniteError, UserError
 from mgvideo.loading.loader import Loader, explain_dead_worker
+from mgvideo.models.features import find_classifier
+from mgvideo.plan.options import statistics_plan
 from mgvideo.plan.plan import Plan
-from mgvideo.plan.schedules import baseline_of
 from mgvideo.plan.shards import check_shards
 from mgvideo.plan.table import make_plan_table
 from mgvideo.storage.checkpoints import Checkpoints, lock_run_folder
@@ -61,6 +63,7 @@ from .resume import (
     keep_micro_batch_clips,
     load_checkpoint,
     lower_lr_command,
+    resolve_decay_from,
     resume_fingerprint,
     software_versions,
 )
@@ -84,15 +87,16 @@ def run(cfg: DictConfig) -> None:
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = not cfg.deterministic  # a plan has few shapes, which repeat
         if not cfg.train.enable:
             run_test(cfg, device, position)
             return
         data = build_data(cfg)
+        resolve_decay_from(cfg)
         plan = build_plan(cfg, len(data.train))
+        torch.backends.cudnn.benchmark = not cfg.deterministic and is_worth_tuning(plan)
         check_shards(plan, world_size())
         if cfg.train.precise_bn_clips:
-            check_shards(baseline_of(plan), world_size())
+            check_shards(statistics_plan(plan), world_size())
         precision = choose_precision(cfg.precision, device)
         mirror = RemoteOutput(cfg.output_dir)
         folder = mirror.folder
@@ -100,8 +104,9 @@ def run(cfg: DictConfig) -> None:
         with locked_run_folder(folder), mirror.synced(), explain_errors(cfg, checkpoints, position):
             path, warnings = find_checkpoint(cfg, checkpoints, mirror)
             model = build_model(cfg, precision, load_init_from=path is None)
+            freeze(model, cfg.train.freeze, find_classifier)
             if path is None:
-                warnings += init_from_warnings(cfg)
+                warnings += [*init_from_warnings(cfg), *frozen_warnings(cfg)]
             precision, faults = fall_back_if_convolutions_are_wrong(cfg, model, plan, precision)
             checkpoints.fingerprint, checkpoints.versions = (
                 resume_fingerprint(cfg, data, precision),
@@ -215,6 +220,13 @@ def init_from_warnings(cfg: DictConfig) -> list[str]:
     return [f"init_from: {warning}"] if warning else []
 
 
+def frozen_warnings(cfg: DictConfig) -> list[str]:
+    """Return a warning if a run that starts anew freezes random weights."""
+    if cfg.train.freeze is None or cfg.init_from:
+        return []
+    return [f"train.freeze={cfg.train.freeze}: the frozen weights are random: set init_from=… to use trained ones"]
+
+
 def write_run_files(cfg: DictConfig, data: Data, plan: Plan | None, folder: Path) -> None:
     """Write config.yaml, classes.txt and, with a plan, plan.json into the run's folder. Rank 0 alone writes."""
     if rank() == 0:
@@ -287,6 +299,8 @@ def build_trainer(
         normalize=normalize,
         precision=precision,
         micro_batch_clips=max_clips,
+        clip_grad_norm=cfg.train.clip_grad_norm,
+        ema=cfg.train.ema,
         compile=cfg.compile,
         position=position,
         hang_timeout=cfg.hang_timeout,
@@ -317,10 +331,11 @@ def test_after_training(cfg: DictConfig, trainer: Trainer, data: Data, logger: R
         trainer.precise_bn()  # no validation has computed them for these weights
         logger.stop_progress()
     plan, train_step = trainer.plan, trainer.train_step
+    average = "" if train_step.ema is None else ", moving average"
     network = final_test.TestedNetwork(
-        model=trainer.model,
+        model=trainer.evaluated_model,
         name=f"{_run_name()}, {plan.schedule}",
-        weights=f"step {trainer.progress.step} of {plan.steps}",
+        weights=f"step {trainer.progress.step} of {plan.steps}{average}",
         progress=trainer.progress,
         plan=plan,
         advice=advice(cfg, data, plan.schedule),

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mgvideo.errors import UserError
+from mgvideo.plan.drafts import LR_SCALING
 from mgvideo.tracking.trackers import TRACKERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -30,7 +31,8 @@ def key(default: Any, text: str, **limits: Any) -> Any:
     keys).
 
     Limits: `least` (smallest allowed number), `most` (largest), `above` (numbers must be greater), `length` (of a list;
-    the others then apply to each item), `choices` (allowed values).
+    the others then apply to each item), `choices` (allowed values), `kind` (what values of the type Any may be, in
+    words).
     """
     metadata = {"help": text, "limits": limits}
     if isinstance(default, list | type):
@@ -95,7 +97,11 @@ class BaseKeys:
     gamma: float = key(0.1, "LR factor at each milestone")
     warmup_epochs: float | None = key(0.0, "epochs of linear warm-up")
     warmup_lr: float | None = key(0.0, "LR at the start of warm-up")
-    lr_policy: str = key("step", "LR schedule: step or cosine")
+    lr_policy: str = key(
+        "step", "LR schedule: step, cosine, or wsd (constant, then from the last milestone linear to 0)"
+    )
+    final_lr: float = key(0.0, "LR at the end of a cosine")
+    cosine_after_warmup: bool = key(False, "the cosine starts after the warm-up; false: at epoch 0")
 
 
 @dataclass
@@ -105,17 +111,37 @@ class RecipeKeys:
     jitter: str = key("paper", "schedule.jitter of short, long and multigrid", choices=("paper", "scaled"))
     round_epochs: bool = key(True, "schedule.round_epochs of short, long and multigrid")
     weight_decay: float = key(1e-4, "optimizer.weight_decay of sgd", least=0)
+    lr_scaling: str = key(
+        "linear",
+        "how the LR follows the batch size: linear, sqrt or none; the optimizer's YAML sets it",
+        choices=LR_SCALING,
+    )
 
 
 @dataclass
 class TrainKeys:
-    """Training: micro-batches, logging, validation, precise BN and profiling."""
+    """Training: micro-batches, clipping, moving average, frozen parts, logging, validation, precise BN, profiling."""
 
     enable: bool = key(True, "train; false: only test")
     micro_batch_clips: int | None = key(
         None,
         "micro-batch size per rank for gradient accumulation, in clips of base size; null: as many as memory holds",
         least=1,
+    )
+    clip_grad_norm: float | None = key(
+        None,
+        "scale gradients down to this norm, over all parameters of a step, if theirs is larger; null: off",
+        above=0,
+    )
+    ema: float | None = key(
+        None,
+        "decay per base batch of a moving average of the weights, such as 0.9999, which is evaluated; null: no average",
+        least=0,
+    )
+    freeze: Any = key(
+        None,
+        "parts that keep their weights: backbone (all but the classifier), or names such as [stem,res2]; null: none",
+        kind="str, list of str or null",
     )
     log_every: int = key(10, "steps between two lines of metrics.jsonl", least=1)
     evals_per_phase: int = key(1, "validations per phase of the plan, the last at its end; 0: none", least=0)
@@ -187,6 +213,21 @@ class TestKeys:
 
 
 @dataclass
+class SamplingKeys:
+    """Frames and crops of clips; published recipes set them. docs/datasets/sampling.md has the rules."""
+
+    protocol: str = key(
+        "regular",
+        "published: the frames and crops of PySlowFast; regular: whole strides, test clips up to the video's end",
+        choices=("regular", "published"),
+    )
+    target_fps: float | None = key(
+        None, "frame rate at which base.frame_stride counts; null: count the frames of each file", above=0
+    )
+    antialias: bool = key(True, "resize frames with antialiasing, which PySlowFast does not")
+
+
+@dataclass
 class LoaderKeys:
     """Loader workers; these keys do not change which clips a step uses."""
 
@@ -245,6 +286,7 @@ class RunKeys:
     train: TrainKeys = key(TrainKeys, "")
     augment: AugmentKeys = key(AugmentKeys, "")
     test: TestKeys = key(TestKeys, "")
+    sampling: SamplingKeys = key(SamplingKeys, "")
     loader: LoaderKeys = key(LoaderKeys, "")
     checkpoint: CheckpointKeys = key(CheckpointKeys, "")
     normalize: NormalizeKeys = key(NormalizeKeys, "")

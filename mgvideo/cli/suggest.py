@@ -36,6 +36,9 @@ OTHER_NAMES = {
     "optimizer": "optimizing_method optim opt optim_wrapper optimiser optimizer_name",
     "optimizer.momentum": "sgd_momentum",
     "optimizer.weight_decay": "wd decay weightdecay l2",
+    "optimizer.layer_decay": "layer_decay layerwise_lr_decay llrd",
+    "optimizer.betas": "betas beta1 beta2",
+    "optimizer.decay_norm_and_bias": "zero_wd_1d_param no_weight_decay paramwise_cfg",
     "loader.num_workers": (
         "workers n_workers nworkers num_threads workers_per_gpu dataloader_num_workers j num_data_workers data_workers"
     ),
@@ -46,6 +49,12 @@ OTHER_NAMES = {
         "grad_accum accumulation_steps grad_accum_steps accumulation update_freq "
         "max_clips_per_step"
     ),
+    "train.clip_grad_norm": (
+        "clip_grad clip_grad_norm clip_grad_l2norm clip_grad_val gradient_clip_val max_norm grad_clip clip_norm "
+        "max_grad_norm gradient_clip clip_gradients optimizer.clip optimizer.clip_norm grad_clip_norm"
+    ),
+    "train.ema": "ema model_ema ema_decay model_ema_decay use_ema ema_momentum swa",
+    "train.freeze": "freeze frozen frozen_stages linear_probe linear_probing freeze_backbone detach_final_fc",
     "train.log_every": "log_period log_interval log_every_n_steps print_freq logging_steps log_freq display_interval",
     "train.evals_per_phase": (
         "eval_period eval_interval val_interval eval_freq check_val_every_n_epoch val_check_interval eval_every "
@@ -131,11 +140,6 @@ NOT_A_KEY = {
     "train.enable=false tests without training": (
         "eval_only evaluate test_only eval only_test val_only do_train do_eval"
     ),
-    "there is no gradient clipping": (
-        "clip_grad clip_grad_norm clip_grad_l2norm clip_grad_val gradient_clip_val max_norm grad_clip clip_norm "
-        "max_grad_norm gradient_clip clip_gradients optimizer.clip optimizer.clip_norm grad_clip_norm"
-    ),
-    "there is no moving average of weights (EMA)": "ema model_ema ema_decay model_ema_decay use_ema ema_momentum swa",
     "there is no early stopping": "patience early_stopping early_stop early_stopping_patience",
     "set base.epochs instead; mgvideo plan shows how many steps that makes": (
         "max_steps max_iters iterations num_iters total_steps max_iter num_steps niters"

@@ -26,6 +26,7 @@ FOLDER = "table"  # inside mgvideo.configs
 # keys that change neither training nor results; `init_from` is here because recipe() compares its file name instead
 IGNORED_KEYS = (
     *("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "tracking", "decoder", "init_from"),
+    "model_option",
 )
 # schedule and optimizer hold the values of `recipe.*`; `published_clip` is only for a warning
 IGNORED_PREFIXES = ("train.log_every", "train.evals_per_phase", "dataset.train_videos", "recipe.", "published_clip")

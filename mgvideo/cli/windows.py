@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import floor
 
 from mgvideo.datasets.decoders import DecodeError, PyAV
-from mgvideo.datasets.sampling import ROUNDING_TOLERANCE_S
+from mgvideo.datasets.videofile import TIME_ROUNDING_S
 
 from .predictor import Predictor, Span
 
@@ -18,12 +18,12 @@ def cut_into_windows(first: float, end: float, length: float, step: float) -> li
     Windows start every `step` seconds and are `length` seconds long. If the last of them ends before the video does,
     one more window ends with the video. A video that is shorter than a window is one window.
     """
-    count = floor((end - first - length + ROUNDING_TOLERANCE_S) / step) + 1
+    count = floor((end - first - length + TIME_ROUNDING_S) / step) + 1
     if count < 1:
         return [(first, end)]
     windows = [(first + k * step, first + k * step + length) for k in range(count)]
     next_start = first + count * step
-    if windows[-1][1] < end - ROUNDING_TOLERANCE_S and next_start < end - ROUNDING_TOLERANCE_S:
+    if windows[-1][1] < end - TIME_ROUNDING_S and next_start < end - TIME_ROUNDING_S:
         windows.append((end - length, end))
     return windows
 
@@ -48,7 +48,7 @@ def find_windows(
             reasons[path] = error.reason
             continue
         windows[path] = cut_into_windows(first, end, length, step)
-        if clip_s > length + ROUNDING_TOLERANCE_S:
+        if clip_s > length + TIME_ROUNDING_S:
             print(
                 f"note: {path}: a clip lasts {clip_s:.2f} s, longer than window={length:g}, so it repeats a frame; "
                 f"set window={clip_s:.2f} or more, or a smaller base.frame_stride",

@@ -92,14 +92,30 @@ def _temporal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, 
     return y if bias is None else y + bias.to(y.dtype)
 
 
+class CpuDepthwiseConv3d(nn.Conv3d):
+    """`nn.Conv3d` of each channel by itself, in any precision; same parameters and results.
+
+    torch's kernels for it are fast in channels_last_3d only: of contiguous clips, forward and backward take 1.9 to 3.4
+    times as long (docs/benchmarks/speed.md).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `[n, channels, t, h, w]`, on a CPU in channels_last_3d, which the output then has."""
+        if input.device.type == "cpu":
+            input = input.contiguous(memory_format=torch.channels_last_3d)
+        return super().forward(input)
+
+
 def convert_convolutions(model: nn.Module) -> nn.Module:
-    """Turn every `nn.Conv3d` that `CpuConv3d` supports into one, in place, and return the model.
+    """Turn each `nn.Conv3d` that has a faster CPU version into it, in place, and return the model.
 
     The modules, their parameters and hooks stay the same objects.
     """
     for module in model.modules():
         if type(module) is nn.Conv3d and _is_convertible(module):
             module.__class__ = CpuConv3d
+        elif type(module) is nn.Conv3d and module.groups == module.in_channels > 1:
+            module.__class__ = CpuDepthwiseConv3d
     return model
 
 
@@ -112,3 +128,8 @@ def _is_convertible(conv: nn.Conv3d) -> bool:
         return True
     kernel = list(zip(conv.kernel_size, conv.padding, strict=True))  # (size, padding) of each dimension
     return kernel[0] == (1, 0) or (conv.kernel_size[0] > 1 and kernel[1:] == [(1, 0), (1, 0)])
+
+
+def has_depthwise_convolutions(model: nn.Module) -> bool:
+    """Whether a model, after `convert_convolutions`, has 3-D convolutions of each channel by itself."""
+    return any(isinstance(module, CpuDepthwiseConv3d) for module in model.modules())

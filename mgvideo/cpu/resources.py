@@ -42,7 +42,7 @@ def available_cpus() -> frozenset[int]:
 
 def set_cpu_affinity(cpus: frozenset[int]) -> None:
     """Set the CPU affinity of this thread, and of threads and processes it starts later, where the system allows it."""
-    if _affinity() != cpus:
+    if _affinity() != cpus and hasattr(os, "sched_setaffinity"):
         with suppress(OSError):
             os.sched_setaffinity(0, cpus)
 

@@ -21,6 +21,7 @@ from mgvideo.loading.requests import DecodeFailure
 from mgvideo.loading.sampler import ClipSampler, request_views
 from mgvideo.plan.plan import Grid
 
+from .freezing import set_training_mode
 from .micro_batches import explain_out_of_memory, split_into_micro_batches
 from .precision import Normalize, Precision
 from .tasks import Task
@@ -144,22 +145,27 @@ def report_batches(
 
 
 def precise_bn(
+    model: nn.Module,
     train_step: TrainStep,
     loader: Loader,
     sampler: ClipSampler,
     batches: int,
     progress_callback: ProgressCallback = lambda *_: None,
 ) -> None:
-    """Replace BN's running statistics with the exact ones of the sampler's first `batches` global batches.
+    """Replace BN's running statistics in `model` with those of the sampler's first `batches` global batches.
 
     Every BN group of every batch has the same weight, and all ranks get the same statistics. A rank runs at most
-    `train_step.micro_batch_clips` clips at once. An exception leaves the running statistics unchanged.
+    `train_step.micro_batch_clips` clips of the base grid at once. An exception leaves the running statistics unchanged.
+    Frozen parts of the network keep their statistics.
+
+    Args:
+        model: the network that `train_step` trains, or the average of its weights.
     """
-    model, normalize, precision = train_step.model, train_step.normalize, train_step.precision
-    if not any(isinstance(module, GroupBatchNorm3d) for module in model.modules()):
+    normalize, precision = train_step.normalize, train_step.precision
+    set_training_mode(model, train_step.frozen)
+    if not any(isinstance(module, GroupBatchNorm3d) and module.training for module in model.modules()):
         return
     requests = partial(sampler.shard, rank=rank(), world_size=world_size())
-    model.train()
     with torch.no_grad(), deferred_running_stats(model, momentum=1.0):
         progress_callback(0, batches, True)
         for done, batch in enumerate(loader.load_steps(requests, range(batches))):
@@ -171,7 +177,8 @@ def precise_bn(
                 random_seed(sampler.seed, Stream.DROPOUT, done),
             )
             clips = batch.clips.to(precision.device, non_blocking=True)
-            for start, stop, groups in split_into_micro_batches(shard, train_step.micro_batch_clips):
+            limit = train_step.clips_per_micro_batch(sampler.plan.slot(done).grid)
+            for start, stop, groups in split_into_micro_batches(shard, limit):
                 progress_callback(done, batches, False)
                 set_bn_groups(model, groups, group)
                 torch.manual_seed(seed)

@@ -56,29 +56,58 @@ def clips_that_fit(model: nn.Module, grid: Grid, precision: Precision, host_memo
     """Estimate how many clips of `grid` fit into memory in a training step, at least 1.
 
     Measures the activations that the forward pass of two clips saves for backward, on a copy of the model. They may
-    take `MEMORY_SHARE` of the free memory: of the GPU, or of the `host_memory` bytes on a CPU.
+    take `MEMORY_SHARE` of the free memory: of the GPU, or of the `host_memory` bytes on a CPU. With activation
+    checkpointing, which marks blocks by the attribute `recompute`, these are the inputs of the blocks, and all that the
+    largest block saves while backward runs it again.
     """
     model = copy.deepcopy(model).train()
-    saved_bytes: dict[int, int] = {}  # by the address of the storage
-
-    def record(tensor: Tensor) -> Tensor:
-        saved_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    dtype = next(model.parameters()).dtype
-    clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
-    with hooks, precision.autocast(), without_cudnn_benchmark():
-        output = model(clips.permute(0, 4, 1, 2, 3))
-    clip_bytes = sum(size for pointer, size in saved_bytes.items() if pointer not in parameters) / 2
-    del output
+    blocks = [module for module in model.modules() if getattr(module, "recompute", False)]
+    clip_bytes = _saved_bytes(model, grid, precision) / 2
+    if blocks:
+        for block in blocks:
+            block.recompute = False  # type: ignore[assignment]
+        clip_bytes += max(_saved_bytes_by_block(model, blocks, grid, precision)) / 2
     if precision.device.type == "cuda":
         torch.cuda.empty_cache()  # otherwise memory that earlier probes freed counts as used
         free = torch.cuda.mem_get_info(precision.device)[0]
     else:
         free = host_memory
     return max(1, int(MEMORY_SHARE * free / clip_bytes))
+
+
+def _saved_bytes(model: nn.Module, grid: Grid, precision: Precision, saved: dict[int, int] | None = None) -> int:
+    """Return the bytes that the forward pass of two clips saves for backward, without parameters.
+
+    `saved` is filled with the bytes of each storage by its address, in the order in which they are saved.
+    """
+    saved = {} if saved is None else saved
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def record(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    dtype = next(model.parameters()).dtype
+    clips = torch.zeros(2, grid.frames, grid.size, grid.size, 3, dtype=dtype, device=precision.device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor)
+    with hooks, precision.autocast(), without_cudnn_benchmark():
+        output = model(clips.permute(0, 4, 1, 2, 3))
+    del output
+    return sum(saved.values())
+
+
+def _saved_bytes_by_block(model: nn.Module, blocks: list[nn.Module], grid: Grid, precision: Precision) -> list[int]:
+    """Return the bytes that the forward pass of two clips saves inside of each block."""
+    saved: dict[int, int] = {}
+    bounds = []  # how much is saved before and after each block
+    hooks = [block.register_forward_pre_hook(lambda *_: bounds.append(sum(saved.values()))) for block in blocks]
+    hooks += [block.register_forward_hook(lambda *_: bounds.append(sum(saved.values()))) for block in blocks]
+    _saved_bytes(model, grid, precision, saved)
+    for hook in hooks:
+        hook.remove()
+    return [after - before for before, after in zip(bounds[::2], bounds[1::2], strict=True)]
 
 
 def largest_step_clips(plan: Plan, ranks: int) -> float:

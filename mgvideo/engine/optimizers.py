@@ -1,15 +1,18 @@
-"""The optimizer of the paper's recipes; for any optimizer, steps that can be skipped and loading of saved state."""
+"""The optimizers of the config group `optimizer`: SGD, AdamW and LAMB, with groups of parameters for each."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.utils._pytree import tree_leaves
+from torch import nn
+from torch.optim import SGD, AdamW
 
 from mgvideo.errors import UserError
+from mgvideo.plan.plan import finite_or_nan, require
+
+from .lamb import Lamb
 
 
 def sgd(
@@ -19,133 +22,137 @@ def sgd(
     nesterov: bool = True,
     weight_decay: float = 1e-4,
     decay_norm_and_bias: bool = True,
+    layer_decay: float | None = None,
 ) -> SGD:
-    """Build SGD with momentum. With `decay_norm_and_bias=False`, 1-D parameters have no weight decay.
+    """Build SGD with momentum, the optimizer of the paper's recipes.
 
     The fused kernel reads memory once and can skip a step by itself: see `SkippableStep`.
 
-    Raises:
-        UserError: `weight_decay` is negative.
-    """
-    if weight_decay < 0:  # SGD checks its own argument, not the value of a parameter group
-        raise UserError(f"optimizer.weight_decay={weight_decay}: give 0 or more")
-    decayed = [p for p in model.parameters() if p.requires_grad and (decay_norm_and_bias or p.dim() > 1)]
-    not_decayed = [p for p in model.parameters() if p.requires_grad and not (decay_norm_and_bias or p.dim() > 1)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return SGD([g for g in groups if g["params"]], lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
-
-
-class SkippableStep:
-    """Takes an optimizer's steps, except those that a tensor on the device marks to be skipped.
-
-    A skipped step leaves parameters and state unchanged. torch's fused optimizers skip inside their kernel. For any
-    other optimizer, the parameters and state are copied before the step and restored after it. Both run on the device,
-    and the host does not wait for `skip`.
-
-    One case cannot be undone on the device: state that a step creates, or that is on the host, such as a step count
-    that is a Python number. If training continues after a skipped step (`continues=True`, as with fp16), the host reads
-    `skip` in such steps. Otherwise nothing uses that state afterwards.
-    """
-
-    def __init__(self, optimizer: Optimizer, continues: bool) -> None:
-        self.optimizer, self.continues = optimizer, continues
-        self._stepped: set[Tensor] = set()  # parameters whose state exists
-        self._state_on_host = False
-
-    def __call__(self, skip: Tensor) -> None:
-        """Take a step, or skip it where `skip`, a bool scalar on the parameters' device, is true."""
-        optimizer = self.optimizer
-        if skips_in_kernel(optimizer):
-            _create_momentum(optimizer)
-            optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
-            optimizer.step()
-            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-        elif self.continues and (self._state_on_host or not self._stepped.issuperset(_with_gradients(optimizer))):
-            if not skip:
-                self._step_on_host(skip.device)
-        else:
-            _step_and_restore(optimizer, skip)
-
-    def _step_on_host(self, device: torch.device) -> None:
-        settings = _numbers(self.optimizer)
-        self.optimizer.step()
-        self._stepped.update(_with_gradients(self.optimizer))
-        values = tree_leaves(list(self.optimizer.state.values()))
-        on_device = all(isinstance(value, Tensor) and value.device == device for value in values)
-        all_listed = len(values) == len(_state(self.optimizer))  # no tensors that `_state` does not return
-        self._state_on_host = not (on_device and all_listed) or settings != _numbers(self.optimizer)
-
-
-def skips_in_kernel(optimizer: Optimizer) -> bool:
-    """Whether this is a fused optimizer of torch, whose kernel skips the step if `found_inf` is set.
-
-    False for classes derived from one, whose step may do other things. False with dampening: SGD's first step then
-    differs from a step with zero momentum, which `_create_momentum` assumes.
-    """
-    return type(optimizer).__module__.startswith("torch.optim.") and all(
-        group.get("fused") and not group.get("dampening") for group in optimizer.param_groups
-    )
-
-
-def _create_momentum(optimizer: Optimizer) -> None:
-    """Create SGD's missing momentum buffers as zeros, which makes no difference to the first step.
-
-    torch allocates them uninitialised and fills them in the first step. If the kernel skips that step, they would stay
-    uninitialised.
-    """
-    if not isinstance(optimizer, SGD):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] else []:
-            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-
-
-@torch.no_grad()
-def _step_and_restore(optimizer: Optimizer, skip: Tensor) -> None:
-    """Take a step, then restore parameters and state where `skip` is true."""
-    before = {key: value.clone() for key, value in _tensors(optimizer, skip.device).items()}
-    optimizer.step()
-    after = _tensors(optimizer, skip.device)
-    for key, old in before.items():
-        if key in after:
-            after[key].copy_(torch.where(skip, old, after[key]))
-
-
-def _tensors(optimizer: Optimizer, device: torch.device) -> dict[Any, Tensor]:
-    """Return the parameters and the tensors of their state that are on the device, by (parameter, name)."""
-    parameters = {(p, ""): p for group in optimizer.param_groups for p in group["params"]}
-    return parameters | {key: value for key, value in _state(optimizer).items() if value.device == device}
-
-
-def _state(optimizer: Optimizer) -> dict[Any, Tensor]:
-    """Return the tensors of an optimizer's state by (parameter, name)."""
-    states = [(p, values) for p, values in optimizer.state.items() if isinstance(p, Tensor)]
-    return {(p, name): v for p, values in states for name, v in values.items() if isinstance(v, Tensor)}
-
-
-def _with_gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _numbers(optimizer: Optimizer) -> list[dict[str, float]]:
-    """Return the Python numbers in an optimizer's groups: settings and, in some optimizers, step counts."""
-    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
-
-
-def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict of an optimizer, but keep this optimizer's settings, such as weight decay.
-
-    Gives each state tensor the memory layout of its parameter, because fused kernels read both in memory order. The run
-    that saved the state may have used another layout.
+    Args: see `parameter_groups`.
 
     Raises:
-        ValueError: the state belongs to an optimizer with other parameters.
+        UserError: a value is invalid, or the network has no depths for `layer_decay`.
     """
-    settings = [{key: group[key] for key in group.keys() - {"params"}} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, group_settings in zip(optimizer.param_groups, settings, strict=True):
-        group.update(group_settings)
-    for (parameter, name), value in _state(optimizer).items():
-        if value.shape == parameter.shape:
-            optimizer.state[parameter][name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    groups = parameter_groups(model, weight_decay, decay_norm_and_bias, layer_decay)
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+
+
+def adamw(
+    model: nn.Module,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.05,
+    decay_norm_and_bias: bool = False,
+    layer_decay: float | None = None,
+) -> AdamW:
+    """Build AdamW (Loshchilov and Hutter, arXiv 1711.05101) with torch's fused kernel, which can skip a step by itself.
+
+    Args: see `parameter_groups`.
+
+    Raises:
+        UserError: a value is invalid, or the network has no depths for `layer_decay`.
+    """
+    groups = parameter_groups(model, weight_decay, decay_norm_and_bias, layer_decay)
+    return AdamW(groups, lr=lr, betas=_check_betas(betas), eps=_check_eps(eps), fused=True)
+
+
+def lamb(
+    model: nn.Module,
+    lr: float,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    decay_norm_and_bias: bool = False,
+    layer_decay: float | None = None,
+) -> Lamb:
+    """Build LAMB. Parameters without weight decay take plain steps of AdamW, as in the paper's code.
+
+    Args: see `parameter_groups`.
+
+    Raises:
+        UserError: a value is invalid, or the network has no depths for `layer_decay`.
+    """
+    groups = parameter_groups(model, weight_decay, decay_norm_and_bias, layer_decay)
+    for group in groups:
+        group["adapts"] = group["decays"]
+    return Lamb(groups, lr, _check_betas(betas), _check_eps(eps))
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_norm_and_bias: bool, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Return the groups of a network's trainable parameters for an optimizer.
+
+    Each group has `params`, `weight_decay`, `decays` (whether it takes weight decay) and `lr_scale`, by which
+    `TrainStep` multiplies the plan's LR.
+
+    Args:
+        model: the network.
+        weight_decay: of the parameters that take it.
+        decay_norm_and_bias: False: no weight decay on parameters of one dimension (norms and biases), nor on those that
+            the network names in its attribute `no_weight_decay`, such as position tables.
+        layer_decay: LR of a layer, divided by that of the next deeper one. Needs a network with a method
+            `parameter_depths()`, which returns the depth of each parameter by name. None: the same LR everywhere.
+
+    Raises:
+        UserError: a value is invalid, the network has no depths, or it has no trainable parameters.
+    """
+    require(finite_or_nan(weight_decay) >= 0, f"optimizer.weight_decay={weight_decay}: give 0 or more")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    require(bool(parameters), "train.freeze leaves no parameters to train: freeze fewer parts of the network")
+    scales = _lr_scales(model, list(parameters), layer_decay)
+    not_decayed = set() if decay_norm_and_bias else _without_weight_decay(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decays = decay_norm_and_bias or (parameter.dim() > 1 and name not in not_decayed)
+        groups.setdefault((scales[name], decays), []).append(parameter)
+    return [
+        {"params": group, "weight_decay": weight_decay if decays else 0.0, "decays": decays, "lr_scale": scale}
+        for (scale, decays), group in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]
+
+
+def _without_weight_decay(model: nn.Module) -> set[str]:
+    """Return the parameters that match a pattern in the attribute `no_weight_decay` of the network or a part of it.
+
+    Patterns are relative to the part, as in `pos_embed` or `blocks.*.rel_pos_t`. In networks of timm it is a method.
+    """
+    names = set()
+    for prefix, module in model.named_modules():
+        patterns = getattr(module, "no_weight_decay", ())
+        for pattern in patterns() if callable(patterns) else patterns:
+            full = f"{prefix}.{pattern}" if prefix else pattern
+            names |= {name for name, _ in model.named_parameters() if fnmatchcase(name, full)}
+    return names
+
+
+def _lr_scales(model: nn.Module, names: Sequence[str], layer_decay: float | None) -> dict[str, float]:
+    """Return the LR factor of each parameter: 1 at the head, multiplied by `layer_decay` for each layer before it.
+
+    As in BEiT (Bao et al., arXiv 2106.08254) and the fine-tuning of VideoMAE (Tong et al., arXiv 2203.12602).
+    """
+    if layer_decay is None:
+        return dict.fromkeys(names, 1.0)
+    setting = f"optimizer.layer_decay={layer_decay}"
+    require(0 < finite_or_nan(layer_decay) <= 1, f"{setting}: give a number above 0 and up to 1")
+    get_depths = getattr(model, "parameter_depths", None)
+    if get_depths is None:
+        raise UserError(f"{setting}: {type(model).__name__} does not define the depths of its layers: set it to null")
+    depths = get_depths()
+    missing = [name for name in names if name not in depths]
+    require(not missing, f"{setting}: {type(model).__name__}.parameter_depths() lacks {', '.join(missing[:3])}")
+    deepest = max(depths.values())
+    return {name: layer_decay ** (deepest - depths[name]) for name in names}
+
+
+def _check_betas(betas: Sequence[float]) -> tuple[float, float]:
+    values = list(betas) if isinstance(betas, Sequence) and not isinstance(betas, str) else [betas]
+    valid = len(values) == 2 and all(0 <= finite_or_nan(beta) < 1 for beta in values)
+    require(valid, f"optimizer.betas={betas}: give two numbers from 0 up, below 1")
+    return values[0], values[1]
+
+
+def _check_eps(eps: float) -> float:
+    require(finite_or_nan(eps) > 0, f"optimizer.eps={eps}: give a number above 0")
+    return eps

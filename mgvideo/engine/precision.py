@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mgvideo.cpu.convolutions import convert_convolutions
+from mgvideo.cpu.convolutions import convert_convolutions, has_depthwise_convolutions
 from mgvideo.cpu.memory import keep_freed_memory
 from mgvideo.errors import UserError
-from mgvideo.plan.plan import Grid
+from mgvideo.plan.plan import Grid, Plan
 
 MAX_GRADIENT_ERROR = 0.05  # relative error of a gradient's norm; rounding to bf16 causes 0.003
 MAX_SLOWDOWN = 1.2  # relative to float32
+# Steps of a shape from which cuDNN's timing of its kernels pays. On an H200 it takes 18 s for SlowFast 8×8 R50 at
+# 8×112² (128 clips, bf16), whose step then takes 67 instead of 72 to 90 ms.
+MIN_STEPS_TO_TUNE = 2000
 X86 = ("x86_64", "AMD64")  # values of platform.machine()
 # values of ONEDNN_MAX_CPU_ISA that keep oneDNN from using bf16 instructions, or only in gradients (AVX2_VNNI_2)
 ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
@@ -42,12 +45,15 @@ class Precision:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and memory format, in place, and return it.
 
-        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory.
+        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory. There,
+        networks with depthwise convolutions are always in channels_last_3d.
         """
+        channels_last = self.channels_last
         if self.device.type == "cpu":
             keep_freed_memory()
             convert_convolutions(model)
-        memory_format = torch.channels_last_3d if self.channels_last else torch.contiguous_format
+            channels_last = channels_last or has_depthwise_convolutions(model)
+        memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
         return model.to(device=self.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
     @property
@@ -140,6 +146,8 @@ def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Preci
         stems = [m for m in model.modules() if isinstance(m, nn.Conv3d) and m.in_channels == 3]
         for conv in {(m.out_channels, m.kernel_size, m.stride, m.padding): m for m in stems}.values():
             for grid in {grid.name: grid for grid in grids}.values():
+                if not _covers_kernel(grid, conv):
+                    continue  # ViT pads clips that are smaller than its tubelets
                 clips = torch.randn(2, grid.frames, grid.size, grid.size, 3, device=precision.device)
                 clips = clips.permute(0, 4, 1, 2, 3)
                 error = (_gradient_norm(conv, clips, precision) / _gradient_norm(conv, clips, None) - 1).abs()
@@ -148,6 +156,20 @@ def probe_convolutions(model: nn.Module, grids: Iterable[Grid], precision: Preci
         slowdown = _slowdown(precision) if precision.device.type == "cuda" else 0.0
     slow = [f"convolutions take {slowdown:.1f} times as long as in float32"] if slowdown > MAX_SLOWDOWN else []
     return ConvolutionFaults(tuple(wrong), tuple(slow))
+
+
+def is_worth_tuning(plan: Plan) -> bool:
+    """Whether cuDNN should time its kernels at each shape of a plan (`torch.backends.cudnn.benchmark`)."""
+    shapes = {(slot.grid.name, slot.batch) for phase in plan.phases for slot in phase.slots}
+    return plan.steps >= MIN_STEPS_TO_TUNE * len(shapes)
+
+
+def _covers_kernel(grid: Grid, conv: nn.Conv3d) -> bool:
+    """Whether a clip of a grid, padded by the convolution, is at least as large as its kernel."""
+    if isinstance(conv.padding, str):
+        return True
+    sides = zip(conv.kernel_size, (grid.frames, grid.size, grid.size), conv.padding, strict=True)
+    return all(kernel <= side + 2 * padding for kernel, side, padding in sides)
 
 
 @contextmanager
@@ -185,13 +207,14 @@ def _slowdown(precision: Precision) -> float:
 
 
 def _gradient_norm(conv: nn.Conv3d, clips: Tensor, precision: Precision | None) -> Tensor:
-    """Return the norm of the weight gradient of the output's mean square. `precision=None` is float32."""
+    """Return the norm of the weight gradient of the output's sum of squares, scaled. `precision=None` is float32."""
     # Fill memory with NaN and free it: a kernel that reads uninitialised memory then returns NaN.
     torch.full((4 * clips.numel(),), float("nan"), device=clips.device)
     weight = conv.weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with precision.autocast() if precision else torch.autocast(clips.device.type, enabled=False):
         output = functional_call(conv, {"weight": weight}, clips)
-    (gradient,) = torch.autograd.grad(output.float().square().mean(), weight)
+    scale = output.numel() ** -0.5  # keeps the gradients of large outputs in the range of fp16, as a GradScaler would
+    (gradient,) = torch.autograd.grad(output.float().square().sum() * scale, weight)
     return gradient.norm()
 
 

@@ -51,6 +51,7 @@ class RunningMetrics:
 
     start_time: float = field(default_factory=time.perf_counter)
     loss: Tensor | None = None  # sum of step losses, on the device; exact in float64, whatever the order
+    grad_norm: Tensor | None = None  # sum of the gradients' finite norms, and their number; float64 on the device
     steps: int = 0
     clips: int = 0  # over all ranks
     clips_read: int = 0  # by this rank
@@ -58,14 +59,22 @@ class RunningMetrics:
     wait_s: float = 0.0  # seconds that this rank waited for batches
     failures: list[DecodeFailure] = field(default_factory=list)
 
-    def add(self, loss: Tensor, batch: Batch, global_batch_size: int) -> None:
-        """Add a training step: its loss, a scalar on the device, and this rank's batch."""
+    def add(self, loss: Tensor, grad_norm: Tensor, batch: Batch, global_batch_size: int) -> None:
+        """Add a training step: its loss and the norm of its gradients, scalars on the device, and this rank's batch."""
         self.loss = loss.double() if self.loss is None else self.loss + loss
+        is_finite = torch.isfinite(grad_norm)
+        norm = torch.stack((torch.where(is_finite, grad_norm, 0).double(), is_finite.double()))
+        self.grad_norm = norm if self.grad_norm is None else self.grad_norm + norm
         self.steps += 1
         self.clips += global_batch_size
         self.clips_read += len(batch.labels)
         self.failures += batch.failures
         self.bad_clips += batch.bad_clips
+
+    def mean_grad_norm(self) -> float | None:
+        """Return the mean norm of the gradients, over the steps where it is finite; None if there are none."""
+        total, steps = (0.0, 0.0) if self.grad_norm is None else self.grad_norm.tolist()
+        return total / steps if steps else None
 
     def state(self) -> dict[str, Any]:
         """Return plain values combined over ranks, so that a resumed run logs the same as one that was not stopped.
@@ -78,6 +87,7 @@ class RunningMetrics:
         losses, clips_read, waits_s, failure_lists, bad_clips = zip(*rank_values, strict=True)
         return {
             "loss": sum(losses[1:], start=losses[0]),
+            "grad_norm": None if self.grad_norm is None else self.grad_norm.cpu(),
             "steps": self.steps,
             "clips": self.clips,
             "read": sum(clips_read),
@@ -93,6 +103,8 @@ class RunningMetrics:
         metrics = cls(time.perf_counter() - state["seconds"], steps=state["steps"], clips=state["clips"])
         if rank() == 0:
             metrics.loss = state["loss"].to(device)
+            if state.get("grad_norm") is not None:  # missing in checkpoints of earlier versions
+                metrics.grad_norm = state["grad_norm"].to(device)
             metrics.clips_read, metrics.bad_clips, metrics.wait_s = state["read"], state["bad"], state["waited"]
             metrics.failures = [DecodeFailure(*values) for values in state["failures"]]
         return metrics

@@ -21,13 +21,17 @@ from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.plan.plan import Grid, Plan, Slot
 from mgvideo.plan.shards import BatchShard
 
+from .ema import ModelEma
+from .freezing import frozen_modules, set_training_mode
 from .micro_batches import explain_out_of_memory, split_into_micro_batches, suggest_micro_batch_clips
-from .optimizers import SkippableStep
 from .precision import Normalize, Precision
+from .skippable_step import SkippableStep
 from .tasks import Task
 
 if TYPE_CHECKING:
     from .augmentation import Augmentation
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class TrainStep:
@@ -36,6 +40,8 @@ class TrainStep:
     Args:
         model: on its device, converted by `convert_group_batchnorm`.
         micro_batch_clips: number of clips of the base grid that a rank runs at once at most.
+        clip_grad_norm: gradients of the whole step with a larger norm, over all parameters, are scaled down to it.
+        ema: decay of the moving average of the weights, see `ModelEma`; None: no average.
         compile: "off", or a mode of torch.compile.
         position: each forward and backward is reported to it before it runs.
         hang_timeout: seconds that this rank may take for one part of a step; 0: no limit. A slot's first step has no
@@ -45,6 +51,9 @@ class TrainStep:
     Attributes:
         bad_step: the first step whose loss or gradients were not finite, -1 if there is none; int64 scalar on the
             device, so that the host need not wait for it.
+        grad_norm: the norm of the last step's gradients, before they are clipped; scalar on the device.
+        ema: the moving average of the weights, None if there is none.
+        frozen: names of the modules that keep their weights; they stay in evaluation mode.
         subgroups: process groups of the ranks that share a BN group.
         wrapped_model: the model inside DDP (with several ranks) and torch.compile (unless it is off).
     """
@@ -60,6 +69,8 @@ class TrainStep:
         normalize: Normalize,
         precision: Precision,
         micro_batch_clips: int,
+        clip_grad_norm: float | None = None,
+        ema: float | None = None,
         compile: str = "off",
         position: Position | None = None,
         hang_timeout: float = 0.0,
@@ -68,15 +79,19 @@ class TrainStep:
         self.model, self.plan, self.task, self.optimizer = model, plan, task, optimizer
         self.seed, self.normalize, self.precision = seed, normalize, precision
         self.micro_batch_clips, self.compile, self.augmentation = micro_batch_clips, compile, augmentation
+        self.clip_grad_norm, self.frozen = clip_grad_norm, frozen_modules(model)
+        self.ema = None if ema is None else ModelEma(model, plan, ema)
         self.position, self.hang_timeout = position or Position(), hang_timeout
         self.subgroups = Subgroups()
         self.device = precision.device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype is torch.float16)
         self.skippable_step = SkippableStep(optimizer, continues=self.scaler.is_enabled())
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
         self.warmed_up: set[tuple[Slot, int]] = set()  # slots that have run, with their number of BN groups
         # Copy clips while the GPU still computes the previous step.
         self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._frozen_in_finish = frozen_in_finish(model)
         self.wrapped_model: nn.Module = model
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -99,7 +114,7 @@ class TrainStep:
         """
         assert batch.shard is not None, "a training batch carries its shard"
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr(step)
+            group["lr"] = self.plan.lr(step) * group.get("lr_scale", 1.0)
         with explain_out_of_memory(partial(self._explain_out_of_memory, step, batch.shard)):
             self.report_position(step, "augmenting", 1, has_time_limit=False)
             total = self._accumulate(step, batch.shard, *self.load_on_device(batch))
@@ -114,7 +129,7 @@ class TrainStep:
     def _explain_out_of_memory(self, step: int, shard: BatchShard) -> str:
         """Say where memory ran out, and which config key to lower."""
         grid = self.plan.slot(step).grid
-        micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(grid))
+        micro_batches = split_into_micro_batches(shard, self.clips_per_micro_batch(grid))
         clips = max(stop - start for start, stop, _ in micro_batches)
         lower = suggest_micro_batch_clips(clips, grid, self.plan.base)
         if lower is None:
@@ -123,7 +138,7 @@ class TrainStep:
             advice = f"try train.micro_batch_clips={lower} (now {self.micro_batch_clips})"
         return f"at {self.plan.describe(step)}, where this rank runs {clips} clips at once: {advice}"
 
-    def _clips_per_micro_batch(self, grid: Grid) -> int:
+    def clips_per_micro_batch(self, grid: Grid) -> int:
         """Return how many clips of a grid to run at once."""
         return max(1, self.micro_batch_clips * self.plan.base.num_frames * self.plan.base.crop_size**2 // grid.volume)
 
@@ -153,7 +168,7 @@ class TrainStep:
     def _accumulate(self, step: int, shard: BatchShard, clips: Tensor, labels: Tensor) -> Tensor:
         """Accumulate the gradients of the mean loss over the global batch; return this rank's part of that loss."""
         slot = self.plan.slot(step)
-        micro_batches = split_into_micro_batches(shard, self._clips_per_micro_batch(slot.grid))
+        micro_batches = split_into_micro_batches(shard, self.clips_per_micro_batch(slot.grid))
         group = self.subgroups.of_size(len(shard.ranks))
         total = torch.zeros((), device=self.device)
         # The seed of dropout depends on the run's seed and the step, not on the rank. So all ranks draw the same
@@ -163,7 +178,7 @@ class TrainStep:
         # A slot's first step may take minutes: it compiles, and on a GPU cuDNN times its kernels.
         warms_up = self.compile != "off" or self.device.type == "cuda"
         has_time_limit = not warms_up or graph in self.warmed_up
-        self.model.train()
+        set_training_mode(self.model, self.frozen)
         self.optimizer.zero_grad(set_to_none=True)
         with deferred_running_stats(self.model):
             for i, (start, stop, groups) in enumerate(micro_batches):
@@ -172,7 +187,7 @@ class TrainStep:
                 torch.manual_seed(seed)
                 with ExitStack() as stack:
                     clip_range = shard.start + start, shard.start + stop
-                    stack.enter_context(dropout_for_clips(self.model, shard.batch, *clip_range))
+                    stack.enter_context(dropout_for_clips(self.model, shard.batch, *clip_range, slot.strength))
                     if i < len(micro_batches) - 1:  # DDP averages gradients once a step, in the last micro-batch
                         stack.enter_context(getattr(self.wrapped_model, "no_sync", nullcontext)())
                     pixels = self.normalize(clips[start:stop])
@@ -194,14 +209,34 @@ class TrainStep:
         continues. At a scale of 1, which other precisions always have, an overflow means that the gradients themselves
         are not finite.
         """
+        if self.plan.phase(step).trains == "head":
+            for parameter in self._frozen_in_finish:
+                parameter.grad = None  # the optimizer skips it, also its weight decay and momentum
         self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        overflow = ~torch.isfinite(nn.utils.get_total_norm(grads))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])  # the same on all ranks
+        overflow = ~torch.isfinite(self.grad_norm)
         scale = self.scaler.scale(torch.ones((), device=self.device))
         bad = ~torch.isfinite(loss) | (overflow & (scale <= 1))
         self.bad_step = torch.where(bad & (self.bad_step < 0), step, self.bad_step)
-        self.skippable_step((self.bad_step >= 0) | overflow)
+        skip = (self.bad_step >= 0) | overflow
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, self.grad_norm)
+        self.skippable_step(skip)
+        if self.ema is not None:
+            self.ema.update(step, skip)
         self.scaler.update()
+
+
+def frozen_in_finish(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a finish of the head does not train.
+
+    It trains those of the last linear layer, which is the head, and of the normalisation layers.
+    """
+    linear_layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    trained = {id(parameter) for module in (*norms, *linear_layers[-1:]) for parameter in module.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in trained]
 
 
 def compile_model(model: nn.Module, mode: str, plan: Plan) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from mgvideo.distributed.collectives import RequestSync, barrier, gather_objects, rank, world_size
 from mgvideo.distributed.signals import Stopped, received_signal
@@ -19,15 +20,15 @@ from mgvideo.errors import NonFiniteError, UserError, one_line
 from mgvideo.loading.loader import Batch, Loader
 from mgvideo.loading.random_streams import Stream, random_seed
 from mgvideo.loading.sampler import ClipSampler
+from mgvideo.plan.options import statistics_plan
 from mgvideo.plan.plan import Plan
-from mgvideo.plan.schedules import baseline_of
 from mgvideo.storage.checkpoints import Checkpoints
 from mgvideo.tracking.profiler import Profiler
 from mgvideo.tracking.run_logger import RunLogger
 
 from .evaluation import Evaluator, ProgressCallback, Views, precise_bn, report_batches
-from .optimizers import load_optimizer_state
 from .running_metrics import RunningMetrics, TrainProgress
+from .skippable_step import load_optimizer_state
 from .train_step import TrainStep
 
 _CONTINUE, _SAVE, _STOP = range(3)  # actions after a step that a rank can request; the largest request wins
@@ -81,11 +82,18 @@ class Trainer:
         self._loaded_metrics: dict[str, Any] | None = None  # state of the running metrics, from a checkpoint
         self.profiler = Profiler(logger.folder / "profile", options.profile)
 
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network that is evaluated: the moving average of the weights if there is one."""
+        return self.model if self.train_step.ema is None else self.train_step.ema.model
+
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint. All ranks call it together."""
         return {
             "model": self.model.state_dict(),
+            **({} if self.train_step.ema is None else {"model_ema": self.evaluated_model.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
             "scaler": self.train_step.scaler.state_dict(),
             "progress": dict(vars(self.progress)),
             "window": self.running_metrics.state() if self.running_metrics.steps else None,
@@ -100,8 +108,17 @@ class Trainer:
         Raises:
             UserError: the checkpoint belongs to another network or optimizer.
         """
+        own_class = type(self.optimizer).__name__
+        saved_class = state.get("optimizer_class", own_class)  # missing in checkpoints of earlier versions
+        if saved_class != own_class:
+            raise UserError(
+                f"the checkpoint holds the state of {saved_class}, which is not for {own_class}: choose the same "
+                "optimizer, or start from its weights with init_from=… and another output_dir"
+            )
         try:
             self.model.load_state_dict(state["model"])
+            if self.train_step.ema is not None:
+                self.evaluated_model.load_state_dict(state.get("model_ema", state["model"]))
             load_optimizer_state(self.optimizer, state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint does not fit this network and optimizer: {one_line(error)}") from error
@@ -140,7 +157,7 @@ class Trainer:
         self.logger.start_progress(start)
         for step, batch in self._batches(start):
             loss = self.train_step(step, batch)
-            self.running_metrics.add(loss, batch, self.plan.slot(step).batch)
+            self.running_metrics.add(loss, self.train_step.grad_norm, batch, self.plan.slot(step).batch)
             step_end = self.progress.step = step + 1
             request = self._end_step(step)
             evaluate, phase_ends = step_end in evaluations, step_end == self.plan.phase(step).steps[1]
@@ -221,7 +238,7 @@ class Trainer:
         """
         metrics, step = self.running_metrics, self.progress.step
         assert metrics.loss is not None
-        loss = float(metrics.loss)
+        loss, grad_norm = float(metrics.loss), metrics.mean_grad_norm()
         self._check_finite()
         self.checkpoints.check()  # report a full disk now, not at the next checkpoint
         elapsed = time.perf_counter() - metrics.start_time
@@ -246,6 +263,7 @@ class Trainer:
                 "batch": slot.batch,
                 "lr": self.plan.lr(step - 1),
                 "loss": sum(losses) / metrics.steps,
+                **({} if grad_norm is None else {"grad_norm": grad_norm}),
                 "clips_per_s": round(metrics.clips / elapsed, 2),
                 "data_wait": round(max(waits_s) / elapsed, 4),
                 "memory_gib": round(_peak_gib(self.device) if cuda else _resident_gib(), 3),
@@ -273,7 +291,7 @@ class Trainer:
         step, started = self.progress.step, time.perf_counter()
         self.precise_bn()
         on_progress = self.logger.showing_progress("validation", self.progress_callback("validating", -2))
-        result = evaluator(self.model, views, on_progress)
+        result = evaluator(self.evaluated_model, views, on_progress)
         self.train_step.position.report(f"after step {step}, recording its evaluation", (step, -1))
         task = self.train_step.task
         metrics = task.metrics(result.scores, result.labels)
@@ -298,19 +316,20 @@ class Trainer:
         return report_batches(train_step.position, (step, part), where, train_step.hang_timeout, loads_here)
 
     def precise_bn(self) -> None:
-        """Replace BN's running statistics with exact ones for the current weights.
+        """Replace BN's running statistics in the evaluated network with exact ones for its current weights.
 
-        Uses whole batches of the base grid: at most `precise_bn_clips` clips and one pass over the dataset, but at
-        least one batch. Which clips depends on the step, so that a resumed run uses the same.
+        Uses whole batches of the base grid, or of the finish if the plan has one: at most `precise_bn_clips` clips and
+        one pass over the dataset, but at least one batch. Which clips depends on the step, so that a resumed run uses
+        the same.
         """
         clips = self.options.precise_bn_clips
         if not clips:
             return
-        plan, videos = baseline_of(self.plan), len(self.loader.dataset)
+        plan, videos = statistics_plan(self.plan), len(self.loader.dataset)
         sampler = ClipSampler(plan, videos, random_seed(self.train_step.seed, Stream.PRECISE_BN, self.progress.step))
-        batches = max(1, min(clips, videos) // plan.base.batch_size)
+        batches = max(1, min(clips, videos) // plan.phases[0].batch)
         on_progress = self.logger.showing_progress("precise BN", self.progress_callback("in precise BN", -3))
-        precise_bn(self.train_step, self.loader, sampler, batches, on_progress)
+        precise_bn(self.evaluated_model, self.train_step, self.loader, sampler, batches, on_progress)
 
     def _save(self, is_best: bool = False) -> None:
         """Write a checkpoint in the background, after flushing the log, which then reaches at least as far."""

@@ -20,10 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mgvideo.cpu.batchnorm import CpuGroupNormalise, fold_factor, stats_dtype
+from mgvideo.cpu.batchnorm import fold_factor, stats_dtype
 from mgvideo.errors import UserError
 
-from .bn_kernels import GpuGroupNormalise, MergedNormalise
+from .bn_kernels import MergedNormalise, choose_kernels
 from .bn_statistics import GroupStatistics, add_deferred, sum_over_groups, update_running_stats
 
 MAX_DEFERRED_FORWARDS = 16  # forward passes whose statistics a layer keeps before it adds them to its sums
@@ -58,6 +58,14 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         # _unsafe_view: autograd does not treat the result as a view, of which an in-place ReLU would copy the gradient.
         return torch.ops.aten._unsafe_view(output, input.shape)
 
+    @contextmanager
+    def _running_stats_kept(self) -> Iterator[None]:
+        """Restore the running statistics at the end of the block."""
+        kept = [(buffer, buffer.clone()) for buffer in self.buffers() if buffer is not None]
+        yield
+        for buffer, value in kept:
+            buffer.copy_(value)
+
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept the 4-D view that `_normalise` passes to `nn.BatchNorm3d.forward`; `forward` checks the input."""
 
@@ -67,8 +75,12 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
         CUDA has fast kernels for channels_last only, and this view of a channels_last_3d tensor is channels_last.
         """
         single_group = self.groups == 1 and self.process_group is None
+        recomputes = is_recomputing()
         if not self.training or (single_group and not self.deferring):
-            return super().forward(input)
+            if not (self.training and recomputes):
+                return super().forward(input)
+            with self._running_stats_kept():
+                return super().forward(input)
         if input.shape[0] % self.groups:
             raise UserError(
                 f"batch norm: {input.shape[0]} clips cannot be cut into {self.groups} equal groups; "
@@ -82,7 +94,7 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             ranks = 1 if self.process_group is None else dist.get_world_size(self.process_group)
             statistics = GroupStatistics(mean, var, ranks)
         elif self.groups > 1:
-            normalise = CpuGroupNormalise if input.device.type == "cpu" else GpuGroupNormalise
+            normalise = choose_kernels(input, self.groups)
             output, mean, invstd = normalise.apply(input, self.weight, self.bias, self.groups, self.eps)
             statistics = GroupStatistics(mean, invstd, size=input.numel() // mean.numel(), eps=self.eps)
         else:
@@ -90,6 +102,8 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             mean, var = torch.zeros((2, 1, self.num_features), dtype=stats_dtype(input), device=input.device)
             output = F.batch_norm(input, mean[0], var[0], self.weight, self.bias, True, 1.0, self.eps)
             statistics = GroupStatistics(mean, var)
+        if recomputes:
+            return output
         if not self.deferring:
             if self.track_running_stats:
                 update_running_stats([self], sum_over_groups(statistics))
@@ -100,6 +114,14 @@ class GroupBatchNorm3d(nn.BatchNorm3d):
             if len(self.deferred_forwards) == MAX_DEFERRED_FORWARDS:
                 add_deferred([self])
         return output
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass runs inside of a backward pass, as activation checkpointing does.
+
+    The statistics of its input are already counted then. Compiled code contains both passes, and updates buffers once.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def convert_group_batchnorm(model: nn.Module) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,13 +11,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mgvideo.cpu.batchnorm import make_dense, repeat_channels, split_groups, stats_dtype
+from mgvideo.cpu.batchnorm import CpuGroupNormalise, make_dense, repeat_channels, split_groups, stats_dtype
 
 aten = torch.ops.aten
 
 
+def choose_kernels(x: Tensor, groups: int) -> type[torch.autograd.Function]:
+    """Return the fastest kernels that normalise groups within one rank of x, `[n, channels, t · h, w]`.
+
+    On a GPU those in Triton, where it is installed and x is channels_last; torch.compile makes its own from the others.
+    """
+    if x.device.type == "cpu":
+        return CpuGroupNormalise
+    if x.device.type == "cuda" and not torch.compiler.is_compiling() and _has_triton(x.device.index):
+        from .bn_triton import TritonGroupNormalise, can_normalise
+
+        if can_normalise(x, groups):
+            return TritonGroupNormalise
+    return GpuGroupNormalise
+
+
+@cache
+def _has_triton(device: int) -> bool:
+    """Whether Triton is installed and supports the GPU: capability 7.0 or newer."""
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 class GpuGroupNormalise(torch.autograd.Function):
-    """Normalises groups within one rank on a GPU: each kernel covers all groups, since launches cost more than work.
+    """Normalises groups within one rank on any device with torch's operations, each of which covers all groups.
 
     Returns the output, and the groups' means and inverse standard deviations `[groups, channels]`.
     """

@@ -27,6 +27,12 @@ class ClipMask(nn.Module):
     batch: int | None = None
     # int64 `[n]`: which of them the input holds. A tensor, so that torch.compile does not recompile for each range.
     clips: Tensor | None = None
+    strength: float = 1.0  # of the slot, see `dropout_for_clips`
+
+    @property
+    def drop_probability(self) -> float:
+        """The probability with which elements are dropped."""
+        return self.p
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements of float `[rows, …]`, in training only, and scale the rest by 1 / (1 − p).
@@ -36,17 +42,18 @@ class ClipMask(nn.Module):
         Raises:
             UserError: the number of rows is not a multiple of the number of clips.
         """
-        if not self.training or self.p == 0:
+        p = self.drop_probability
+        if not self.training or p == 0:
             return input
-        if self.p == 1:
+        if p == 1:
             return input * 0
-        return input * self._keep_mask(input) / (1 - self.p)
+        return input * self._keep_mask(input, p) / (1 - p)
 
     def _mask_shape(self, shape: Sequence[int]) -> Sequence[int]:
         """Return the shape of the mask for one clip with features of `shape`; dimensions of size 1 share one draw."""
         return shape
 
-    def _keep_mask(self, input: Tensor) -> Tensor:
+    def _keep_mask(self, input: Tensor, p: float) -> Tensor:
         """Return a bool mask that broadcasts over `input`, true with probability 1 − p."""
         rows = len(input)
         batch = rows if self.batch is None else self.batch
@@ -62,7 +69,7 @@ class ClipMask(nn.Module):
         multiplier, offset = keys if self.clips is None else keys[:, self.clips]
         # An odd multiplier maps different integers to different numbers.
         numbers = torch.addcmul(offset, integers, multiplier | 1)
-        return (numbers >= int(self.p * 2**32) - 2**31).flatten(0, 1)
+        return (numbers >= int(p * 2**32) - 2**31).flatten(0, 1)
 
 
 class ClipDropout(ClipMask, nn.Dropout):
@@ -79,6 +86,8 @@ class ClipChannelDropout(ClipMask, nn.modules.dropout._DropoutNd):
 class ClipDropPath(ClipMask):
     """Drop path, also called stochastic depth: drops a residual branch independently for each clip.
 
+    Its probability is `p` times the strength of the step's slot.
+
     Use it as `x = x + drop_path(branch(x))`, like `torchvision.ops.StochasticDepth(p, mode="row")`.
     """
 
@@ -87,6 +96,11 @@ class ClipDropPath(ClipMask):
         if not 0 <= p <= 1:
             raise UserError(f"drop path: p={p}: give a probability from 0 to 1")
         self.p = p
+
+    @property
+    def drop_probability(self) -> float:
+        """The probability with which the branch of a clip is dropped."""
+        return self.p * self.strength
 
     def _mask_shape(self, shape: Sequence[int]) -> Sequence[int]:
         return [1] * len(shape)
@@ -154,17 +168,17 @@ def _replacement_advice(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def dropout_for_clips(model: nn.Module, batch: int, start: int, stop: int) -> Iterator[None]:
+def dropout_for_clips(model: nn.Module, batch: int, start: int, stop: int, strength: float = 1.0) -> Iterator[None]:
     """Set which clips all forward passes inside the block run: `[start, stop)` of a global batch of `batch` clips.
 
-    Outside of the block, each row of an input counts as a clip.
+    `strength` multiplies the probability of drop path. Outside of the block, each row of an input counts as a clip.
     """
     layers = [module for module in model.modules() if isinstance(module, ClipMask) and module.p > 0]
     clips = torch.arange(start, stop, device=next(model.parameters()).device) if layers else None
     for layer in layers:
-        layer.batch, layer.clips = batch, clips
+        layer.batch, layer.clips, layer.strength = batch, clips, strength
     try:
         yield
     finally:
         for layer in layers:
-            layer.batch = layer.clips = None
+            layer.batch, layer.clips, layer.strength = None, None, 1.0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .plan import Base, Grid, Phase, Plan, Slot, require
+
+LR_SCALING = ("linear", "sqrt", "none")  # how the LR follows the batch size
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class PhaseDraft:
     slots: tuple[Slot, ...]  # successive steps cycle through these; the last one has the largest grid
     lr_factor: float  # multiplies the base LR
     end: float  # epoch of the run at which the phase ends
+    weights: tuple[float, ...] = ()  # each step draws its slot with these weights; empty: steps cycle through the slots
+    draw_seed: int = 0
 
 
 def make_plan(name: str, base: Base, dataset_size: int, drafts: Sequence[PhaseDraft], bn_group: int = 8) -> Plan:
@@ -42,7 +46,7 @@ def make_plan(name: str, base: Base, dataset_size: int, drafts: Sequence[PhaseDr
     epoch, step = 0.0, 0
     for draft in drafts:
         if draft.end > epoch:
-            steps = max(1, round((draft.end - epoch) * dataset_size / mean([slot.batch for slot in draft.slots])))
+            steps = max(1, round((draft.end - epoch) * dataset_size / mean_batch(draft.slots, draft.weights)))
             phases.append(_make_phase(base, draft, bn_group, (epoch, draft.end), (step, step + steps)))
             epoch, step = phases[-1].epochs[1], phases[-1].steps[1]
         else:
@@ -97,18 +101,50 @@ def _make_grid(base: Base, frames: int, size: int, jitter: str, random_stride: b
 
 
 def batch_multiplier(base: Base, grid: Grid) -> int:
-    """Return how many clips of `grid` have as many pixels as one clip of the base's grid, rounded."""
-    return round(base.num_frames * base.crop_size**2 / grid.volume)
+    """Return how many clips of `grid` cost as much as one clip of the base's grid, rounded.
+
+    The cost is the number of pixels, or what `base.batch_multipliers` says.
+
+    Raises:
+        UserError: `base.batch_multipliers` lacks the grid.
+    """
+    if not base.batch_multipliers:
+        return round(base.num_frames * base.crop_size**2 / grid.volume)
+    measured = dict(base.batch_multipliers)
+    missing = f"schedule.batches=measured: schedule.benchmark has no grid {grid.name} (it has {', '.join(measured)})"
+    require(grid.name in measured, f"{missing}: measure it too")
+    return measured[grid.name]
 
 
 def mean_multiplier(base: Base, slots: tuple[Slot, ...]) -> float:
     """Return the mean batch size of the slots divided by the base's."""
-    return mean([slot.batch for slot in slots]) / base.batch_size
+    return mean_batch(slots) / base.batch_size
+
+
+def mean_batch(slots: Sequence[Slot], weights: Sequence[float] = ()) -> float:
+    """Return the mean batch size of slots that steps cycle through, or draw with `weights`."""
+    weights = weights or [1.0] * len(slots)
+    return sum(weight * slot.batch for weight, slot in zip(weights, slots, strict=True)) / sum(weights)
 
 
 def lr_decay(base: Base, stage: int) -> float:
-    """Return the LR factor of an LR stage. It is 1 with a cosine, which `Plan.lr_at` computes."""
+    """Return the LR factor of an LR stage. It is 1 with a cosine or wsd, which `Plan.lr_at` computes."""
     return base.gamma**stage if base.lr_policy == "step" else 1.0
+
+
+def lr_factor_of_batch(multiplier: float, rule: str) -> float:
+    """Return the factor of the LR for a batch that is `multiplier` times as large.
+
+    Args:
+        multiplier: factor of the batch size.
+        rule: `linear`, for SGD (Goyal et al., arXiv 1706.02677); `sqrt`, for Adam and AdamW (Malladi et al.,
+            arXiv 2205.10287) and LAMB (You et al., arXiv 1904.00962); `none`.
+
+    Raises:
+        UserError: there is no such rule.
+    """
+    require(rule in LR_SCALING, f"lr_scaling={rule}: choose one of {', '.join(LR_SCALING)}")
+    return {"linear": multiplier, "sqrt": math.sqrt(multiplier), "none": 1}[rule]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -128,8 +164,31 @@ def _make_phase(
     common_divisor = math.gcd(*(slot.batch for slot in draft.slots))
     max_groups = max(1, full_slot.batch // bn_group)
     groups = max(n for n in range(1, max_groups + 1) if common_divisor % n == 0)
-    multiplier = batch_multiplier(base, full_slot.grid)
-    return Phase(draft.stage, full_slot.grid, multiplier, draft.slots, draft.lr_factor, groups, epochs, steps)
+    multiplier = round(full_slot.batch / base.batch_size)
+    return Phase(
+        draft.stage, full_slot.grid, multiplier, draft.slots, draft.lr_factor, groups, epochs, steps, draft.weights,
+        draft.draw_seed,
+    )  # fmt: skip
+
+
+def append_phase(
+    plan: Plan, stage: int, slots: tuple[Slot, ...], lr_factor: float, steps: int, bn_group: int = 8
+) -> Plan:
+    """Return the plan with one more phase of `steps` steps at its end."""
+    epoch = plan.epochs + steps * mean_batch(slots) / plan.dataset_size
+    draft = PhaseDraft(stage, slots, lr_factor, epoch)
+    phase = _make_phase(plan.base, draft, bn_group, (plan.epochs, epoch), (plan.steps, plan.steps + steps))
+    return replace(plan, phases=(*plan.phases, phase))
+
+
+def cut_plan(plan: Plan, step: int) -> Plan:
+    """Return the plan up to a step: without the phases after it, and with the phase of the step shortened."""
+    phases = [phase for phase in plan.phases if phase.steps[0] < step]
+    last = phases[-1]
+    if step < last.steps[1]:
+        shortened = replace(last, steps=(last.steps[0], step), epochs=(last.epochs[0], plan.epoch(step)))
+        phases[-1] = shortened
+    return replace(plan, phases=tuple(phases))
 
 
 def _notes(phases: list[Phase], dropped: list[str], dataset_size: int) -> Iterator[str]:

@@ -14,6 +14,11 @@ from matplotlib.patches import Patch
 from .plan import Plan
 
 TITLES = {"short": "Short cycle", "long": "Long cycle", "multigrid": "Long + short cycle"}
+TITLES |= {
+    "monotone": "Coarse to fine, once",
+    "cooldown": "Coarse, then a cooldown",
+    "random": "A grid drawn each step",
+}
 MAX_BARS = 420  # bars drawn over the baseline's whole run; few enough to see the short cycle's single steps
 INK, RED, FRAME = "#333333", "#d1495b", "#b0b0b0"
 
@@ -57,9 +62,11 @@ def _draw_clips(axes: Axes, plan: Plan, baseline: Plan, colours: dict[int, str])
         start, end = (100 * step / baseline.steps for step in phase.steps)
         cycles = max(1, round((end - start) * MAX_BARS / 100 / len(phase.slots)))
         edges = np.linspace(start, end, cycles * len(phase.slots) + 1)
-        heights = [slot.grid.size for slot in phase.slots] * cycles
-        colour = colours[phase.grid.frames]
-        axes.stairs(heights, edges, fill=True, color=colour, linewidth=0)
+        slots = [phase.slot(phase.steps[0] + i) for i in range(min(len(edges) - 1, phase.num_steps))]
+        slots += [slots[i % len(slots)] for i in range(len(edges) - 1 - len(slots))]  # fewer steps than bars
+        for frames in dict.fromkeys(slot.grid.frames for slot in slots):
+            heights = [slot.grid.size if slot.grid.frames == frames else 0 for slot in slots]
+            axes.stairs(heights, edges, fill=True, color=colours[frames], linewidth=0)
         axes.axvline(end, color="white", linewidth=1.2)
     axes.set_title(
         TITLES.get(plan.schedule, plan.schedule.capitalize()), loc="left", fontsize=10, weight="bold", color=INK

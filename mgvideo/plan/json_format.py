@@ -35,7 +35,7 @@ def plan_to_json(
     plan_cost = total_cost(plan.phases, clip_cost)
     entries = []
     seconds = dict(zip(plan.phases, times, strict=True)) if times else {}
-    for _, group in groupby(plan.phases, key=lambda phase: (phase.stage, phase.slots)):
+    for _, group in groupby(plan.phases, key=lambda phase: (phase.stage, phase.slots, phase.trains)):
         phases = list(group)
         entry = _phase_entry(phases, gpus) | {"cost_share": total_cost(phases, clip_cost) / plan_cost}
         if times:
@@ -86,8 +86,17 @@ def _phase_entry(phases: list[Phase], gpus: int) -> dict[str, Any]:
                 "per_gpu_batch": clips_per_gpu(first, slot, gpus)[1],
                 "short_side_range": list(slot.grid.scales),
             }
-            for slot in first.slots
+            | _unusual_values(first, i)
+            for i, slot in enumerate(first.slots)
         ],
         "bn": bn_kind,
         "bn_groups": bn_count,
-    }
+    } | ({} if first.trains == "all" else {"trains": first.trains})
+
+
+def _unusual_values(phase: Phase, index: int) -> dict[str, Any]:
+    """Return those values of a slot that most schedules leave at their default."""
+    slot = phase.slots[index]
+    values: dict[str, Any] = {} if slot.grid.frames == phase.grid.frames else {"frames": slot.grid.frames}
+    values |= {} if slot.strength == 1 else {"strength": slot.strength}
+    return values | ({"weight": phase.weights[index]} if phase.weights else {})

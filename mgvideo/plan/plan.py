@@ -6,12 +6,18 @@ Pure data and arithmetic without torch. `mgvideo.plan.schedules` makes plans; th
 from __future__ import annotations
 
 import math
+import sys
+from array import array
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from functools import lru_cache
+from hashlib import shake_256
+from itertools import accumulate, pairwise
 from typing import Any
 
 from mgvideo.errors import UserError
+
+LR_POLICIES = ("step", "cosine", "wsd")
 
 
 @dataclass(frozen=True)
@@ -33,24 +39,35 @@ class Base:
     gamma: float  # LR factor from one stage to the next
     warmup_epochs: float
     warmup_lr: float  # LR at the start of the warm-up
-    lr_policy: str = "step"  # or "cosine", see Plan.lr_at
+    lr_policy: str = "step"  # or "cosine" or "wsd", see Plan.lr_at
+    final_lr: float = 0.0  # LR at the end of a cosine
+    cosine_after_warmup: bool = False  # the cosine starts after the warm-up; False: at epoch 0
+    # Pairs (name of a grid, batch multiplier) that replace the multipliers computed from volumes; empty: none.
+    batch_multipliers: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "short_side", tuple(self.short_side))
         object.__setattr__(self, "lr_milestones", tuple(self.lr_milestones))
+        object.__setattr__(self, "batch_multipliers", tuple((name, count) for name, count in self.batch_multipliers))
         for key in ("batch_size", "num_frames", "crop_size", "frame_stride"):
             value = getattr(self, key)
             require(isinstance(value, int) and value >= 1, f"base.{key}={value}: give a whole number from 1 up")
         for key in ("epochs", "lr", "gamma"):
             require(finite_or_nan(getattr(self, key)) > 0, f"base.{key}={getattr(self, key)}: give a number above 0")
-        for key in ("warmup_epochs", "warmup_lr"):
+        for key in ("warmup_epochs", "warmup_lr", "final_lr"):
             require(finite_or_nan(getattr(self, key)) >= 0, f"base.{key}={getattr(self, key)}: give a number from 0 up")
         self._check_short_side()
         self._check_lr_milestones()
         message = f"base.warmup_epochs={self.warmup_epochs} is longer than base.epochs={self.epochs}: lower it"
-        require(self.warmup_epochs <= self.epochs, message)
-        policies = ("step", "cosine")
-        require(self.lr_policy in policies, f"base.lr_policy={self.lr_policy}: choose one of {', '.join(policies)}")
+        longest = self.epochs if not self.cosine_after_warmup else math.nextafter(self.epochs, 0)
+        require(self.warmup_epochs <= longest, message)
+        require(self.final_lr <= self.lr, f"base.final_lr={self.final_lr} is above base.lr={self.lr}: lower it")
+        unknown = f"base.lr_policy={self.lr_policy}: choose one of {', '.join(LR_POLICIES)}"
+        require(self.lr_policy in LR_POLICIES, unknown)
+        no_decay = (
+            "base.lr_policy=wsd: give base.lr_milestones, the last of which is the epoch where the LR decay starts"
+        )
+        require(self.lr_policy != "wsd" or bool(self.lr_milestones), no_decay)
 
     def _check_short_side(self) -> None:
         setting = f"base.short_side={list(self.short_side)}"
@@ -102,6 +119,7 @@ class Slot:
 
     grid: Grid
     batch: int  # clips over all GPUs
+    strength: float = 1.0  # of augmentation and drop path, as a fraction of their full strength
 
 
 @dataclass(frozen=True)
@@ -111,11 +129,14 @@ class Phase:
     stage: int  # LR stage, from 0
     grid: Grid  # the long-cycle grid, the largest grid of the slots
     multiplier: int  # batch multiplier of `grid` relative to the base's grid
-    slots: tuple[Slot, ...]  # successive steps cycle through these; the last one has `grid`
+    slots: tuple[Slot, ...]  # successive steps cycle through these, or draw one of them; the last one has `grid`
     lr_factor: float  # multiplies the base LR
     bn_groups: int  # number of BN groups that the global batch of every slot is split into
     epochs: tuple[float, float]  # start, end
     steps: tuple[int, int]  # first step, one past the last
+    weights: tuple[float, ...] = ()  # each step draws its slot with these weights; empty: steps cycle through the slots
+    draw_seed: int = 0  # seed of these draws
+    trains: str = "all"  # weights that are trained: all, or head (with the norms)
     index: int = field(default=0, kw_only=True)  # place among the plan's phases, from 0; `Plan` sets it
 
     @property
@@ -130,16 +151,43 @@ class Phase:
 
     def slot(self, step: int) -> Slot:
         """Return the slot of a step of this phase. Steps are counted from the start of the run."""
-        return self.slots[(step - self.steps[0]) % len(self.slots)]
+        position = step - self.steps[0]
+        return self.slots[self._drawn_slots()[position] if self.weights else position % len(self.slots)]
 
     def steps_per_slot(self, steps: int | None = None) -> tuple[int, ...]:
         """Return how many of the phase's first `steps` steps (default: all) run each slot."""
         count = self.num_steps if steps is None else steps
+        if self.weights:
+            drawn = self._drawn_slots()
+            return tuple(drawn.count(i, 0, count) for i in range(len(self.slots)))
         return tuple(-((i - count) // len(self.slots)) for i in range(len(self.slots)))
 
     def clips(self, steps: int | None = None) -> int:
         """Return how many clips the phase's first `steps` steps (default: all) train on."""
         return sum(n * slot.batch for n, slot in zip(self.steps_per_slot(steps), self.slots, strict=True))
+
+    def _drawn_slots(self) -> bytes:
+        """Return the index of the slot of each step of a phase with weights."""
+        return draw_slots(self.weights, self.draw_seed, self.steps[0], self.num_steps)
+
+
+@lru_cache(maxsize=64)
+def draw_slots(weights: tuple[float, ...], seed: int, first_step: int, count: int) -> bytes:
+    """Return `count` indices of slots, drawn with `weights`: a pure function of its arguments.
+
+    Each step takes 16 bits of the SHAKE-256 hash of the seed and the first step, so weights are rounded to 1/65536.
+    """
+    words = array("H", shake_256(f"{seed} {first_step}".encode()).digest(2 * count))
+    if sys.byteorder == "big":
+        words.byteswap()
+    return bytes(map(_slot_of_word(weights).__getitem__, words))
+
+
+@lru_cache(maxsize=16)
+def _slot_of_word(weights: tuple[float, ...]) -> bytes:
+    """Return the index of the slot that each of the 65,536 words stands for."""
+    bounds = list(accumulate(weights))
+    return bytes(bisect_right(bounds, (word + 0.5) / 2**16 * bounds[-1]) for word in range(2**16))
 
 
 @dataclass(frozen=True)
@@ -151,7 +199,7 @@ class Plan:
     """
 
     base: Base
-    schedule: str  # name of the schedule: baseline, short, long or multigrid
+    schedule: str  # name of the schedule, such as baseline or multigrid
     dataset_size: int  # clips of an epoch: the training videos, times the clips that are read of each
     phases: tuple[Phase, ...]
     notes: tuple[str, ...] = ()  # warnings to print before the run starts, one line each
@@ -211,7 +259,13 @@ class Plan:
         With the policy "cosine", `lr_factor` includes no decay. The LR is also multiplied by a half cosine over the
         baseline's epochs, evaluated at the equivalent baseline epoch: a run that is 30 % through the steps of LR stage
         k uses the cosine at 30 % of the baseline's stage k. So `lr_milestones` bound the long cycles under both
-        policies, the baseline follows the usual cosine, and every schedule reaches 0 at the end of the run.
+        policies, the baseline follows the usual cosine, and every schedule reaches `final_lr` at the end of the run.
+        With `cosine_after_warmup` it is a half cosine over the baseline's epochs after the warm-up.
+
+        With "wsd" (warm-up, stable, decay; Hu et al., arXiv 2404.06395) `lr_factor` includes no decay either. The LR is
+        constant up to the last of `lr_milestones`, as an equivalent baseline epoch, and then falls linearly to 0.
+
+        In a finish (a phase after the last LR stage) the LR falls linearly to 0, under all policies.
         """
         warmup = self.base.warmup_epochs
         if epoch < warmup:
@@ -221,10 +275,18 @@ class Plan:
 
     def _scheduled_lr(self, epoch: float) -> float:
         phase = self._phase_at(epoch)
-        lr = self.base.lr * phase.lr_factor
-        if self.base.lr_policy == "step":
+        base, lr = self.base, self.base.lr * phase.lr_factor
+        start, end = phase.epochs
+        if phase.stage >= len(base.lr_bounds) - 1:  # a finish
+            return lr * (end - min(epoch, end)) / (end - start)
+        if base.lr_policy == "step":
             return lr
-        return lr * (1 + math.cos(math.pi * self._baseline_epoch(phase, epoch) / self.base.epochs)) / 2
+        progress = self._baseline_epoch(phase, epoch)
+        if base.lr_policy == "wsd":
+            return lr * min(1.0, (base.epochs - progress) / (base.epochs - base.lr_milestones[-1]))
+        skipped = base.warmup_epochs if base.cosine_after_warmup else 0.0
+        cosine = (1 + math.cos(math.pi * max(0.0, progress - skipped) / (base.epochs - skipped))) / 2
+        return base.final_lr + (lr - base.final_lr) * cosine
 
     def _phase_at(self, epoch: float) -> Phase:
         return self.phases[max(0, bisect_right(self.phases, epoch, key=lambda phase: phase.epochs[0]) - 1)]
@@ -244,10 +306,17 @@ class Plan:
         return sum(phase.clips(steps) for phase, steps in steps_done if steps > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for `json.dump`. `Plan.from_json` converts it back to an equal plan."""
+        """Return plain data for `json.dump`. `Plan.from_json` converts it back to an equal plan.
+
+        Fields that only some plans use are left out where they have their default.
+        """
         data = asdict(self)
+        _drop_defaults(data["base"], batch_multipliers=(), final_lr=0.0, cosine_after_warmup=False)
         for phase in data["phases"]:
             del phase["index"]
+            _drop_defaults(phase, weights=(), draw_seed=0, trains="all")
+            for slot in phase["slots"]:
+                _drop_defaults(slot, strength=1.0)
         return data
 
     @classmethod
@@ -275,8 +344,14 @@ def finite_or_nan(value: object) -> float:
     return value if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
 
 
+def _drop_defaults(data: dict[str, Any], **defaults: Any) -> None:
+    for key, default in defaults.items():
+        if data[key] == default:
+            del data[key]
+
+
 def _phase_from(data: dict[str, Any]) -> Phase:
-    slots = tuple(Slot(_grid_from(slot["grid"]), slot["batch"]) for slot in data["slots"])
+    slots = tuple(Slot(**{**slot, "grid": _grid_from(slot["grid"])}) for slot in data["slots"])
     return Phase(**{**_tuples(data), "grid": _grid_from(data["grid"]), "slots": slots})
 
 

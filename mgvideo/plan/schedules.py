@@ -12,7 +12,17 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from .drafts import PhaseDraft, batch_multiplier, lr_decay, make_plan, make_slots, mean, mean_multiplier
+from .drafts import (
+    LR_SCALING,
+    PhaseDraft,
+    batch_multiplier,
+    lr_decay,
+    lr_factor_of_batch,
+    make_plan,
+    make_slots,
+    mean,
+    mean_multiplier,
+)
 from .plan import Base, Plan, Slot, finite_or_nan, require
 
 Schedule = Callable[[Base, int], Plan]  # (recipe, number of training clips) → plan
@@ -45,7 +55,7 @@ def baseline(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(epoch_factor=epoch_factor, round_epochs=round_epochs, bn_group=bn_group, min_size=min_size)
+    check_keys(epoch_factor=epoch_factor, round_epochs=round_epochs, bn_group=bn_group, min_size=min_size)
     drafts = _base_grid_drafts(base, make_slots(base, min_size=min_size), epoch_factor, round_epochs)
     return make_plan(name, base, dataset_size, drafts, bn_group)
 
@@ -72,7 +82,7 @@ def short(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(
+    check_keys(
         epoch_factor=epoch_factor, short_factors=short_factors, jitter=jitter, bn_group=bn_group,
         round_epochs=round_epochs, min_size=min_size,
     )  # fmt: skip
@@ -89,7 +99,7 @@ def long(
     epoch_factor: float = 1.5,
     long_factors: Sequence[Sequence[float]] = LONG_FACTORS,
     jitter: str = "paper",
-    lr_scaling: bool = True,
+    lr_scaling: str = "linear",
     fine_tune: bool = True,
     bn_group: int = 8,
     random_stride: bool = True,
@@ -102,7 +112,7 @@ def long(
         base, dataset_size, name, epoch_factor, bn_group, min_size: as in `baseline`.
         long_factors: the cycle's grids as fractions of the base's frames and crop size.
         jitter: as in `short`.
-        lr_scaling: scale the LR with the batch size of the long cycle.
+        lr_scaling: how the LR follows the batch size of the long cycle, see `lr_factor_of_batch`.
         fine_tune: train the last LR stage on the base's grid; False: it runs the cycle too.
         random_stride: draw the stride; False: always the stride that covers the base's time span.
         round_epochs: phases end on whole epochs, as in the paper.
@@ -110,7 +120,7 @@ def long(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(
+    check_keys(
         epoch_factor=epoch_factor, long_factors=long_factors, jitter=jitter, lr_scaling=lr_scaling, fine_tune=fine_tune,
         bn_group=bn_group, random_stride=random_stride, round_epochs=round_epochs, min_size=min_size,
     )  # fmt: skip
@@ -129,7 +139,7 @@ def multigrid(
     long_factors: Sequence[Sequence[float]] = LONG_FACTORS,
     short_factors: Sequence[float] = SHORT_FACTORS,
     jitter: str = "paper",
-    lr_scaling: bool = True,
+    lr_scaling: str = "linear",
     fine_tune: bool = True,
     bn_group: int = 8,
     random_stride: bool = True,
@@ -143,7 +153,7 @@ def multigrid(
     Raises:
         UserError: a value is invalid, or recipe, schedule and dataset do not fit together.
     """
-    _check_keys(
+    check_keys(
         epoch_factor=epoch_factor, long_factors=long_factors, short_factors=short_factors, jitter=jitter,
         lr_scaling=lr_scaling, fine_tune=fine_tune, bn_group=bn_group, random_stride=random_stride,
         round_epochs=round_epochs, min_size=min_size,
@@ -160,11 +170,6 @@ def baseline_of(plan: Plan) -> Plan:
     return baseline(plan.base, plan.dataset_size, bn_group=last.batch // last.bn_groups, min_size=1)
 
 
-def scale_lr(recipe_batch: int, recipe_lr: float, batch: int) -> float:
-    """Return the LR for a global batch of `batch` clips by the linear scaling rule (Goyal et al., arXiv 1706.02677)."""
-    return recipe_lr * batch / recipe_batch
-
-
 def _base_grid_drafts(base: Base, slots: tuple[Slot, ...], epoch_factor: float, round_epochs: bool) -> list[PhaseDraft]:
     """Draft one phase per LR stage, all with the same slots. `round_epochs` rounds their ends down."""
     ends = [end * epoch_factor for end in base.lr_bounds[1:]]
@@ -179,7 +184,7 @@ def _long_cycle_drafts(
     cycle: Sequence[tuple[Slot, ...]],
     fine_tune_slots: tuple[Slot, ...] | None,
     epoch_factor: float,
-    lr_scaling: bool,
+    lr_scaling: str,
     round_epochs: bool,
 ) -> list[PhaseDraft]:
     """Draft phases that run all long-cycle grids, for equally many steps, in every LR stage but the last.
@@ -197,7 +202,7 @@ def _long_cycle_drafts(
     for stage, (start, end) in enumerate(cycle_stages):
         for slots, multiplier in zip(cycle, multipliers, strict=True):
             epochs += (end - start) * multiplier / sum(multipliers)
-            lr_factor = lr_decay(base, stage) * (batch_multiplier(base, slots[-1].grid) if lr_scaling else 1)
+            lr_factor = lr_decay(base, stage) * lr_factor_of_batch(batch_multiplier(base, slots[-1].grid), lr_scaling)
             drafts.append(PhaseDraft(stage, slots, lr_factor, epochs))
     if fine_tune_stage and fine_tune_slots:
         start, end = fine_tune_stage
@@ -236,7 +241,7 @@ def _note_single_stage(plan: Plan) -> Plan:
     return replace(plan, notes=(*plan.notes, note))
 
 
-def _check_keys(**values: Any) -> None:
+def check_keys(**values: Any) -> None:
     """Raise UserError if a value of a schedule's key is invalid. The message names the key."""
     for key, value in values.items():
         setting = f"schedule.{key}={value}"
@@ -248,6 +253,8 @@ def _check_keys(**values: Any) -> None:
             require(finite_or_nan(value) > 0, f"{setting}: give a number above 0")
         elif key == "jitter":
             require(value in ("paper", "scaled"), f"{setting}: choose paper or scaled")
+        elif key == "lr_scaling":
+            require(value in LR_SCALING, f"{setting}: choose one of {', '.join(LR_SCALING)}")
         elif key in ("bn_group", "min_size"):
             require(isinstance(value, int) and value >= 1, f"{setting}: give a whole number from 1 up")
         else:

@@ -30,20 +30,22 @@ def make_plan_table(
 ) -> Table:
     """Return a table with a row per phase: grid, batch, layout on `gpus` GPUs, epochs, steps, LR and share of the cost.
 
-    Columns of a short cycle list crops, clips and clips per GPU in the order of the steps. BN `sub k` means k groups on
-    each GPU, `sync k` one group over k GPUs, `plain` one group on each GPU. The caption has the totals. The table is
-    about 100 columns wide.
+    Columns of a short cycle list crops, clips and clips per GPU in the order of the steps; the first is called "drawn"
+    where steps draw their slots. BN `sub k` means k groups on each GPU, `sync k` one group over k GPUs, `plain` one
+    group on each GPU. The caption has the totals. The table is about 100 columns wide.
     """
     table = _make_table(
         f"Plan: {plan.schedule}, {plan.dataset_size:,} clips" + (f" on {gpus} GPUs" if gpus > 1 else "")
     )
     has_short_cycle = any(len(phase.slots) > 1 for phase in plan.phases)
+    draws = any(phase.weights for phase in plan.phases)
     columns = {"stage": True, "phase": True, "grid": True, "short cycle": has_short_cycle, "clips/step": True}
     columns |= {"per GPU": gpus > 1, "BN": True, "epochs": True, "steps": True, "LR": True, "cost": True}
     columns["time"] = times is not None
     headings = [heading for heading, shown in columns.items() if shown]
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("LR", "BN") else "right", no_wrap=True)
+        title = "drawn" if draws and heading == "short cycle" else heading
+        table.add_column(title, justify="left" if heading in ("LR", "BN") else "right", no_wrap=True)
     plan_cost = total_cost(plan.phases, clip_cost)
     last_phases = {phase.stage: i for i, phase in enumerate(plan.phases)}  # LR stage → index of its last phase
     for i, phase in enumerate(plan.phases):
@@ -53,7 +55,7 @@ def make_plan_table(
             "stage": f"{phase.stage}" if new_stage else "",
             "phase": f"{i + 1}",
             "grid": f"{phase.grid.frames}×{phase.grid.size}²",
-            "short cycle": " ".join(f"{slot.grid.size}" for slot in phase.slots),
+            "short cycle": " ".join(_format_slot(phase, slot) for slot in phase.slots),
             "clips/step": " ".join(str(slot.batch) for slot in phase.slots),
             "per GPU": " ".join(_format_clips_per_gpu(phase, slot, gpus) for slot in phase.slots),
             "BN": _format_bn_layout(phase, gpus),
@@ -80,6 +82,11 @@ def set_full_width(table: Table) -> Table:
     wide = Console(width=1000)
     table.width = Measurement.get(wide, wide.options, table).maximum
     return table
+
+
+def _format_slot(phase: Phase, slot: Slot) -> str:
+    """Return the slot's crop, with its frames if those differ from the phase's."""
+    return f"{slot.grid.size}" if slot.grid.frames == phase.grid.frames else f"{slot.grid.frames}×{slot.grid.size}"
 
 
 def _format_clips_per_gpu(phase: Phase, slot: Slot, gpus: int) -> str:

@@ -25,6 +25,7 @@ TIME_UNITS = (  # (from so many seconds, length of the unit in seconds, name)
     (0, 1, "seconds"),
 )
 COLOURS = {"baseline": "#5b7fa6", "short": "#e0a03c", "long": "#4c9f79", "multigrid": "#d1495b"}
+COLOURS |= {"monotone": "#8d6cab", "cooldown": "#5fa8b8", "random": "#a0785a"}
 OTHER_COLOURS = ("#8d6cab", "#4c9f79", "#e0a03c", "#5fa8b8", "#a0785a", "#c77fa8", "#7d8f3c", "#5b7fa6")
 
 
@@ -36,6 +37,8 @@ def draw_results(results: Results, folder: Path) -> list[str]:
         names.append(_save(_accuracy_over_time(rows), folder, "accuracy_over_time"))
     if rows and results.table.figure == "factors":
         names.append(_save(_accuracy_by_schedule(rows), folder, "tradeoff"))
+    if rows and results.table.figure == "budgets":
+        names.append(_save(_accuracy_by_budget(rows), folder, "budgets"))
     if rows and results.table.figure == "dots":
         names.append(_save(_accuracy_dots(rows), folder, "accuracy"))
     if any(len(outcome.curve) > 1 for row in rows for outcome in row.outcomes):
@@ -76,6 +79,33 @@ def _accuracy_by_schedule(rows: list[ReportRow]) -> Figure:
         for x, y, factor in points:
             _draw_label(axes, factor, x, y, colour, above=i % 2 == 1)
     axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    return figure
+
+
+def _accuracy_by_budget(rows: list[ReportRow]) -> Figure:
+    """Draw accuracy over training time, one panel a row of the table, one line a schedule, with error bars over seeds.
+
+    A dashed line is the accuracy of the longest baseline.
+    """
+    panels: dict[str, list[ReportRow]] = defaultdict(list)
+    for row in rows:
+        panels[row.cell.row].append(row)
+    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (title, members) in zip(grid.flat, panels.items(), strict=True):
+        unit = _set_up_time_axis(axes, members)
+        for schedule in dict.fromkeys(row.schedule for row in members):
+            colour = COLOURS.get(schedule, OTHER_COLOURS[0])
+            points = sorted(_draw_point(axes, row, colour, unit) for row in members if row.schedule == schedule)
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, label=schedule, linewidth=1.8)
+        baselines = [row for row in members if row.schedule == "baseline"]
+        if baselines:
+            whole = max(baselines, key=lambda row: row.seconds)
+            axes.axhline(
+                (whole.score(str(whole.metric)) or (0.0,))[0], color=COLOURS["baseline"], dashes=(4, 3), linewidth=1
+            )
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.legend(frameon=False, labelcolor=INK, loc="lower right", fontsize=9)
     return figure
 
 
@@ -149,6 +179,11 @@ def _make_axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
     """Return a figure with axes of accuracy over log training time, and the time unit in seconds."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
+    return figure, axes, _set_up_time_axis(axes, rows)
+
+
+def _set_up_time_axis(axes: Axes, rows: list[ReportRow]) -> float:
+    """Make the x axis one of log training time, and the y axis one of accuracy; returns the time unit in seconds."""
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -160,7 +195,7 @@ def _make_axes(rows: list[ReportRow]) -> tuple[Figure, Axes, float]:
     axes.set_xlabel(f"training time, {name} (log scale)", color=INK)
     axes.set_ylabel(f"{METRICS[str(rows[0].metric)]}, %", color=INK)
     style_axes(axes, grid=True)
-    return figure, axes, unit
+    return unit
 
 
 def _draw_point(axes: Axes, row: ReportRow, colour: str, unit: float) -> tuple[float, float]:

@@ -28,6 +28,7 @@ class Outcome:
     report: dict[str, Any]
     plan: Plan | None  # None if the run only tested weights
     curve: tuple[tuple[float, float], ...]
+    jobs_at_once: int = 1  # runs of the table that shared the machine
 
     @property
     def trained(self) -> bool:
@@ -43,7 +44,9 @@ def read_outcome(folder: Path, seed: int) -> Outcome:
     metric = f"val_{next(iter(report['metrics']), '')}"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     curve = tuple((record["seconds"], record[metric]) for record in parse_json_lines(lines) if metric in record)
-    return Outcome(seed, report, plan, curve)
+    cell_file = folder / "cell.json"
+    cell = json.loads(cell_file.read_text(encoding="utf-8")) if cell_file.exists() else {}
+    return Outcome(seed, report, plan, curve, cell.get("jobs_at_once", 1))
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class ReportRow:
         values = [o.report["metrics"][metric] for o in self.outcomes if metric in o.report["metrics"]]
         return (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
 
+    @property
+    def jobs_at_once(self) -> tuple[int, ...]:
+        """The different numbers of runs that shared the machine, over the seeds."""
+        return tuple(sorted({outcome.jobs_at_once for outcome in self.outcomes}))
+
     def shared(self, key: str) -> str:
         """Return the distinct values of a key in the reports of all seeds, joined by `; `."""
         return "; ".join(dict.fromkeys(str(outcome.report[key]) for outcome in self.outcomes))
@@ -104,15 +112,15 @@ class Results:
     def savings(self, row: ReportRow) -> dict[str, float]:
         """Return how many times fewer steps and FLOPs, and how many times faster, than the baseline of the row.
 
-        Keys are steps, FLOPs and clock. clock is only there if both ran on the same hardware; without a trained
-        baseline there are no keys.
+        Keys are steps, FLOPs and clock. clock is only there if both ran on the same hardware, beside equally many other
+        runs; without a trained baseline there are no keys.
         """
         baseline_cell = self.table.baseline_of(row.cell)
         baseline = next((other for other in self.rows if baseline_cell and other.cell.name == baseline_cell.name), None)
         if baseline is None or not baseline.trained or not row.trained:
             return {}
         savings = {"steps": baseline.plan.steps / row.plan.steps, "FLOPs": baseline.flops / row.flops}
-        if baseline.shared("hardware") == row.shared("hardware"):
+        if baseline.shared("hardware") == row.shared("hardware") and baseline.jobs_at_once == row.jobs_at_once:
             savings["clock"] = baseline.seconds / row.seconds
         return savings
 
@@ -169,6 +177,9 @@ class Results:
                 "± is the standard deviation over seeds; training is the mean time without evaluations; fewer and "
                 f"faster are against {self.table.baseline}; FLOPs are those of all training clips"
             )
+        at_once = max((n for row in self.rows for n in row.jobs_at_once), default=1)
+        if at_once > 1:
+            yield f"up to {at_once} runs shared the machine: each took longer than it would alone"
         bad_videos = sum(outcome.report["bad_videos"] for row in self.rows for outcome in row.outcomes)
         if bad_videos:
             yield f"{bad_videos} tested videos could not be read and count as wrong"

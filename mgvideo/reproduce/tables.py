@@ -11,9 +11,9 @@ from mgvideo.plan.plan import require
 
 Block = TypeVar("Block")
 PRESET_KEYS = frozenset({"common", "cells", "without", "published"})  # that a table's file may set for a preset
-# Accuracy over training time, with a point for each cell (time) or a line for each schedule (factors); accuracy alone
-# (dots); only learning curves (none).
-FIGURES = ("time", "factors", "dots", "none")
+# Accuracy over training time, with a point for each cell (time) or a line for each schedule (factors; with a panel for
+# each row and the time to the baseline's accuracy: budgets); accuracy alone (dots); only learning curves (none).
+FIGURES = ("time", "factors", "budgets", "dots", "none")
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ WRONG_VALUES = [
     ),
     *("base.epochs=0", "base.lr=-1", "base.lr=nan", "base.lr_milestones=[0]", "base.lr_milestones=[9]", "base.gamma=0"),
     *("base.warmup_epochs=-1", "base.warmup_epochs=9", "base.warmup_lr=-1", "base.lr_policy=linear"),
-    *("recipe.jitter=none", "recipe.weight_decay=-1"),
+    *("base.final_lr=-1", "base.final_lr=9"),
+    *("recipe.jitter=none", "recipe.weight_decay=-1", "recipe.lr_scaling=cubic"),
     *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_clips=-1"),
+    *("train.clip_grad_norm=0", "train.ema=1", "train.ema=-1"),
     *("test.num_clips=0", "test.num_crops=2", "test.crop_size=0", "test.batch_size=0"),
     *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
     *("train.label_smoothing=2", "sampler=random", "augment.repeat=0", "augment.repeat=3"),
@@ -52,8 +54,10 @@ TYPES = {
     if str(key.type) != "Any"
 }
 
-# Keys of the config groups: values of a type that the group's target does not declare, and values out of range.
+# Keys of the config groups: values of a type that the group's target does not declare, and values out of range. And
+# train.freeze, whose values have several types.
 GROUP_VALUES = [
+    *("train.freeze=stage9", "train.freeze=[stem,9]", "train.freeze=3"),
     *("model.dropout=x", "model.dropout=2", "model.dropout=nan", "model.width=x", "model.width=2.5"),
     *(
         "model=i3d_r50 model.depth=51",
@@ -62,7 +66,13 @@ GROUP_VALUES = [
     ),
     *("model=slowfast_4x16_r50 model.beta_inv=true", "model=slowfast_4x16_r50 model.fusion_kernel=x"),
     *("model._target_=mgvideo.nowhere", "model.num_classes=x"),
-    *("schedule.bn_group=x", "schedule.bn_group=0", "schedule.jitter=7", "schedule.fine_tune=1"),
+    *(
+        "schedule.bn_group=x",
+        "schedule.bn_group=0",
+        "schedule.jitter=7",
+        "schedule.fine_tune=1",
+        "schedule.lr_scaling=true",
+    ),
     *("schedule.long_factors=x", "schedule.long_factors=[0.5]", "schedule.short_factors=[2]"),
     *("optimizer.momentum=x", "optimizer.momentum=-1", "optimizer.nesterov=maybe", "optimizer.nesterov=1"),
     *(
@@ -70,6 +80,9 @@ GROUP_VALUES = [
         "optimizer.weight_decay=x",
         "optimizer.weight_decay=-1",
         "optimizer.decay_norm_and_bias=x",
+        "optimizer.layer_decay=0.5",
+        "optimizer=adamw optimizer.betas=[1]",
+        "optimizer=lamb optimizer.eps=0",
     ),
     *("dataset.task=x", "dataset.max_bad_fraction=x", "dataset.max_bad_fraction=-1", "dataset.frame_cache_gib=x"),
     *("dataset.frame_cache_gib=-1", "dataset.num_classes=x", "dataset.num_classes=0", "dataset.num_classes=9"),

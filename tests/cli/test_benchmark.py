@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 
 import pytest
+import torch
 from refusals import error_line
 from training import KNOBS, TINY
 from videos import DECORD, needs_decord
@@ -14,6 +15,7 @@ from videos import DECORD, needs_decord
 from mgvideo.cli import app
 from mgvideo.cli.benchmark import ResultLog, main
 from mgvideo.cli.benchmark import augment as benchmark_augment
+from mgvideo.cli.benchmark import index as benchmark_index
 from mgvideo.cli.benchmark import step as benchmark_step
 from mgvideo.cli.benchmark import train as benchmark_train
 from mgvideo.cli.benchmark.loader import read_keys, run
@@ -69,6 +71,25 @@ def test_loader_table_of_chosen_grids(motion_root: str, capsys: pytest.CaptureFi
     assert sum(line.startswith("8x32") for line in text.splitlines()) == 2
     with pytest.raises(UserError, match=r"grids=1x1: the plan has .*8x32"):
         run(read_keys(["grids=[1x1]"]), app.compose_config("run", [*TINY, f"dataset.root={motion_root}"]))
+
+
+def test_index_report_has_each_recording_with_and_without_index(tmp_path: Path, motion_root: str) -> None:
+    cfg = app.compose_config("run", [*TINY, f"dataset.root={motion_root}"])
+    out = tmp_path / "index.json"
+    lengths = [KNOBS.frames / KNOBS.fps, 5 * KNOBS.frames / KNOBS.fps]
+    options = benchmark_index.read_keys([f"lengths={lengths}".replace(" ", ""), "clips=2", "format=json", f"out={out}"])
+    benchmark_index.run(options, cfg)
+    report = json.loads(out.read_text())
+    cases = {(row["length"], row["indexed"], row["cold"]) for row in report["rows"]}
+    assert cases == set(product(lengths, (False, True), (False, True)))
+    assert all(row["wall_ms"] > 0 for row in report["rows"])
+    source = motion(motion_root, KNOBS, "train").path(0)
+    with PyAV().open(benchmark_index.repeat_video(source, tmp_path, lengths[1])) as video, PyAV().open(source) as one:
+        assert video.frames == 5 * one.frames
+        assert video.rate == one.rate
+        assert torch.equal(video.read([one.frames + 7]), one.read([7]))
+    with pytest.raises(UserError, match=r"lengths=\[0\.0\]: give at least one"):
+        benchmark_index.read_keys(["lengths=[0]"])
 
 
 def test_the_clock_counts_each_stage_once(motion_root: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,6 @@ def test_the_command_of_every_section_composes(rehearse: bool, tmp_path: Path) -
 
 def test_every_layer_variant_is_measured() -> None:
     times = benchmark_gpu.measure_layers(torch.device("cpu"), benchmark_gpu.SMALL_FEATURE_MAP_SHAPES)
-    assert len(times) == 6
+    assert len(times) == 8
     assert all(time > 0 for time in times.values())
     json.dumps(times)

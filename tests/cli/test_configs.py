@@ -70,7 +70,8 @@ def test_default_output_folder_names_the_experiment(overrides: list[str], folder
 
 RECIPES = {
     "kinetics400": "kinetics", "kinetics600": "kinetics", "kinetics700": "kinetics", "charades": "charades",
-    "ssv2": "ssv2", "motion": "motion", "ucf101": "finetune", "hmdb51": "finetune", "folder": "folder",
+    "ssv2": "ssv2", "motion": "motion", "camera": "camera", "ucf101": "finetune", "hmdb51": "finetune",
+    "folder": "folder",
 }  # fmt: skip
 
 
@@ -198,6 +199,8 @@ def test_scaled_recipe_has_the_fingerprint_of_an_explicit_one(motion_root: str) 
     assert describe_differences(scaled, fingerprint("base.epochs=10", "base.batch_size=32", *explicit)) == []
     changed = " ".join(describe_differences(scaled, fingerprint("base.epochs=5", "base.batch_size=32")))
     assert all(key in changed for key in ("base.epochs", "base.lr_milestones", "base.warmup_epochs"))
+    plain, checkpointed = fingerprint("model=x3d_small"), fingerprint("model=x3d_small", "model.checkpointing=true")
+    assert describe_differences(plain, checkpointed) == []
 
 
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])

@@ -56,7 +56,7 @@ def test_every_option_and_its_keys_have_a_row(page: str) -> None:
         assert [option for option in options if f"| `{option}` |" not in section] == []
     assert "| `model.fusion_kernel` | `5`: " in page
     assert "| `dataset.val.list_file` | `val.csv`: kinetics400, kinetics600, kinetics700 | list of paths" in page
-    assert "| `optimizer.weight_decay` | `${recipe.weight_decay}` | L2 penalty |" in page
+    assert "| `optimizer.weight_decay` | `${recipe.weight_decay}`: sgd | L2 penalty |" in page
     assert "| `schedule.epoch_factor` | `1.5`; `1.0`: baseline | epochs as a multiple of base.epochs |" in page
 
 

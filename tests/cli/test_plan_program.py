@@ -209,6 +209,13 @@ def test_out_is_blamed_for_its_own_errors_alone(
     ("overrides", "lr", "ends", "starts"),
     [
         (["base.batch_size=32"], 0.1, [12, 18, 20], ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1"]),
+        (
+            ["base.batch_size=64", "recipe.lr_scaling=sqrt"], 0.1, [12, 18, 20],
+            ["base.lr: 0.05 at the recipe's batch of 16 becomes 0.1", "warning: base.lr=0.1 of the recipe is for SGD"],
+        ),
+        (["base.batch_size=32", "recipe.lr_scaling=none"], 0.05, [12, 18, 20], []),
+        (["optimizer=adamw"], 0.05, [12, 18, 20], ["warning: base.lr=0.05 of the recipe is for SGD"]),
+        (["optimizer=lamb", "base.lr=0.002"], 0.002, [12, 18, 20], []),
         (["base.batch_size=32", "base.lr=0.07"], 0.07, [12, 18, 20], []),
         (
             ["base.epochs=30"], 0.05, [18, 27, 30],
@@ -309,3 +316,49 @@ def test_wrong_keys_of_a_schedule_are_one_line(
 ) -> None:
     command = ["--config-dir", str(schedule_folder), *arguments, "videos=1024", "gpus=1"]
     assert error_line(main, command, capsys).startswith(message)
+
+
+def test_all_schedules_are_listed_for_a_budget_with_time_and_evidence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = tmp_path / "benchmark.json"
+    grids = {f"{frames}x{size}": 0.5 for frames in (4, 8, 16) for size in (32, 45, 64)}
+    benchmark.write_text(json.dumps({"step_seconds": grids}))
+    budget = ["schedule=cooldown", "schedule.budget=0.2", f"schedule.benchmark={benchmark}"]
+    printed = run_show(["videos=1024", "gpus=1", "recommend=true"], budget, capsys)
+    rows = {words[0]: words for line in printed.splitlines() if len(words := line.split()) > 4}
+    for name in set(group_options()["schedule"]):
+        assert 250 <= int(rows[name][2]) <= 256, "a fifth of 1,280 steps of equal time"
+        assert rows[name][4:6] in (["2:08", "min"], ["2:07", "min"], ["2:06", "min"], ["2:05", "min"])
+    assert "the evidence favours multigrid; it is published: " in printed
+    assert "monotone, cooldown, random may be better: nothing is known of them yet" in printed
+    shortest = run_show(["videos=1024", "gpus=1", "recommend=true"], ["schedule.budget=0.12"], capsys)
+    assert "baseline does not fit: schedule.budget=0.12: no run is that short: raise it" in shortest
+    with pytest.raises(UserError, match=r"recommend=true prints a table: leave out format=json"):
+        read_keys(["recommend=true", "format=json"])
+
+
+def test_plans_of_all_schedules_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("random", "cooldown"):
+        run_show(
+            ["videos=1024", "gpus=1", "format=png", f"out={tmp_path / name}"],
+            [f"schedule={name}", "schedule.finish=all", "test.crop_size=80"],
+            capsys,
+        )
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"schedule\.decay_from=now: add resume=PATH"):
+        run_show(["videos=1024"], ["schedule=cooldown", "schedule.decay_from=now"], capsys)
+
+
+def test_json_has_what_is_particular_to_a_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["schedule.strength=volume", "schedule.finish=head", "test.crop_size=80"]
+    result = json.loads(run_show(["videos=1024", "format=json", "gpus=1"], ["schedule=random", *options], capsys))
+    slots = result["phases"][0]["short_cycle"]
+    assert [(slot.get("frames", 16), slot["crop"], slot["weight"]) for slot in slots] == [
+        (4, 45, 1), (8, 45, 1), (8, 64, 1), (16, 64, 1),
+    ]  # fmt: skip
+    assert [slot.get("strength", 1) for slot in slots] == [0.3516, 0.4972, 0.7071, 1]
+    assert result["phases"][-1]["trains"] == "head"
+    plain = json.loads(run_show(["videos=1024", "format=json", "gpus=1"], [], capsys))
+    assert not {"trains"} & plain["phases"][0].keys()
+    assert plain["phases"][0]["short_cycle"][0].keys() == {"crop", "batch", "per_gpu_batch", "short_side_range"}

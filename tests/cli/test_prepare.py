@@ -24,6 +24,7 @@ from mgvideo.cli.build import build_decoder
 from mgvideo.cli.prepare import COMMANDS, _motion_overrides, main, read_keys
 from mgvideo.datasets.kinetics import kinetics
 from mgvideo.datasets.motion import make_motion
+from mgvideo.datasets.packet_index import PacketIndex
 from mgvideo.errors import UserError
 
 KINETICS = ["dataset=kinetics400", "dataset.num_classes=8"]
@@ -343,3 +344,49 @@ def test_clips_are_drawn_as_read_and_as_augmented_with_their_labels(
     assert "% " in capsys.readouterr().out, "mixed labels have shares"
     with pytest.raises(UserError, match="step=100000: the plan has"):
         prepare("clips", ["step=100000"], overrides)
+
+
+def test_files_and_levels_are_indexed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` and `pyramid` make indexes too; a run makes what is missing."""
+    root, levels = tmp_path / "videos", tmp_path / "levels"
+    for name in "abc":
+        write_video(root / f"{name}.mp4", 12, 70, 90)
+    (root / "b.mp4").write_bytes(b"not a video")
+    for split in ("train", "val"):
+        (root / f"{split}.csv").write_text("a.mp4 0\nb.mp4 1\nc.mp4 2\n")
+    overrides = ["dataset=kinetics400", "dataset.num_classes=3", f"dataset.root={root}", "base.crop_size=64"]
+    overrides += ["base.short_side=[64,72]", "dataset.max_bad_fraction=0.5"]
+    prepare("index", ["processes=1"], overrides)
+    output = capsys.readouterr().out
+    assert f"{root}/.packets.index: 2 videos, " in output
+    assert f"1 of 3 files cannot be read: {root}/b.mp4: Invalid data found" in output
+    content = (root / ".packets.index").read_bytes()
+    prepare("index", ["processes=1"], overrides)
+    assert (root / ".packets.index").read_bytes() == content, "nothing is new"
+    (root / ".packets.index").unlink()
+    prepare("check", ["processes=1", f"out={tmp_path / 'found.csv'}"], overrides)
+    assert len(PacketIndex(str(root / ".packets.index"))) == 2
+    prepare("pyramid", [f"out={levels}", "processes=1"], overrides)
+    assert len(PacketIndex(str(levels / ".packets.index"))) == 2 * len(list(levels.glob("short*")))
+    capsys.readouterr()
+    (levels / ".packets.index").unlink()
+    prepare("index", ["processes=1"], [*overrides, f"dataset.pyramid={levels}"])
+    assert len(PacketIndex(str(levels / ".packets.index"))) == 2 * len(list(levels.glob("short*")))
+    decoder = build_decoder(app.compose_config("run", [*overrides, f"dataset.pyramid={levels}"]))
+    with decoder.open(str(root / "a.mp4"), 64) as video:
+        assert (Path(video.path).parent.parent, video.container) == (levels, None)
+    prepare("check", ["processes=1", f"out={tmp_path / 'found.csv'}"], [*overrides, "dataset.index=null"])
+    with pytest.raises(UserError, match=r"dataset\.index=null: give auto, or a file"):
+        prepare("index", [], [*overrides, "dataset.index=null"])
+
+
+def test_index_can_be_any_file_for_all_videos(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 12)
+    overrides = ["dataset=kinetics400", f"dataset.root={tmp_path}", f"dataset.index={tmp_path}/elsewhere/index"]
+    decoder = build_decoder(app.compose_config("run", overrides))
+    for _ in range(2):
+        decoder.open(str(tmp_path / "a.mp4")).close()
+    assert len(PacketIndex(str(tmp_path / "elsewhere/index"))) == 1
+    assert not (tmp_path / ".packets.index").exists()
+    with pytest.raises(UserError, match=r"dataset\.index=s3://a/b: only output_dir may be a URL"):
+        build_decoder(app.compose_config("run", ["dataset.index=s3://a/b"]))

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,20 +18,21 @@ import pytest
 from refusals import error_line
 from training import TINY
 
-from mgvideo.cli import reproduce
+from mgvideo.cli import jobs, reproduce
 from mgvideo.cli.reproduce import main
 from mgvideo.cli.tables import TableEntry, compose_entries, load_table, presets_by_table
 from mgvideo.errors import UserError
 from mgvideo.reproduce.tables import read_table
 from mgvideo.storage.checkpoints import lock_run_folder
 
-PRESETS = ("motion", "kinetics", "charades", "ssv2")
+PRESETS = ("motion", "camera", "kinetics", "charades", "ssv2")
 # all published figures that tables may quote; sources are in models/README.md
 PUBLISHED = {
     "kinetics": {(76.8, 92.7), (76.6, 92.7), (76.58, 92.85), (76.07, 92.21), ()},
     "charades": {(38.9,), (38.6,)},
     "ssv2": {(63.0, 88.5), (63.5, 88.7)},
     "motion": set(),
+    "camera": set(),
 }
 FAST = ["train.precise_bn_clips=0", "loader.num_workers=0", "test.num_crops=1"]
 ON_SLURM = ["table=schedules", "processes=8", "launcher=slurm"]
@@ -213,6 +215,44 @@ def test_a_report_contains_the_results_of_the_runs(finished: tuple[Path, list[st
     for name in ("accuracy_over_time", "learning"):
         assert (folder / f"schedules/{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (folder / f"schedules/{name}.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "cpus"),
+    [(1, [{0, 1, 2, 5}]), (2, [{0, 1}, {2, 5}]), (3, [{0}, {1}, {2, 5}]), (6, [{0}, {1}, {2}, {5}, {0}, {1}])],
+)
+def test_jobs_at_once_divide_the_cores(count: int, cpus: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "available_cpus", lambda: frozenset({0, 1, 2, 5}))
+    assert jobs.split_cpus(count) == cpus
+
+
+def test_jobs_run_at_once_and_a_dependent_one_after_what_it_depends_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are replaced by processes that record when they start and end, and leave what a finished run leaves."""
+    record = (
+        "import json, os, sys, time; folder = sys.argv[1]; start = time.time(); time.sleep(0.7);"
+        "report = dict(metrics=dict(top1=50.0), train_seconds=0, hardware='h', precision='p', torch='t',"
+        "date='2026-01-01', videos=1, views='1', bad_videos=0);"
+        "json.dump(report, open(f'{folder}/report.json', 'w')); open(f'{folder}/metrics.jsonl', 'w');"
+        "os.makedirs(f'{folder}/checkpoints'); open(f'{folder}/checkpoints/step_00000001.pt', 'w');"
+        "json.dump([start, time.time(), len(os.sched_getaffinity(0))], open(f'{folder}/times', 'w'))"
+    )
+    monkeypatch.setattr(
+        jobs.Job, "command", lambda job: [sys.executable, "-c", record, str(job.folder), *job.initial_weights()]
+    )
+    cells = "cells=[baseline,multigrid,two_labels_tuned_baseline]"
+    main(["table=generality", cells, "jobs=2", f"out={tmp_path}"])
+    printed = capsys.readouterr().out
+    assert [f"[{n}/3]" in printed for n in (1, 2, 3)] == [True] * 3
+    names = ("baseline", "multigrid", "two_labels_tuned_baseline")
+    times = [json.loads((tmp_path / f"runs/{name}_seed0/times").read_text()) for name in names]
+    assert times[1][0] < times[0][1], "the first two run at the same time"
+    assert times[2][0] >= times[0][1], "the third starts from the weights of the first"
+    assert times[0][2] == max(1, len(os.sched_getaffinity(0)) // 2)
+    report = (tmp_path / "generality/report.md").read_text()
+    assert "up to 2 runs shared the machine: each took longer than it would alone" in report
+    assert json.loads((tmp_path / "runs/baseline_seed0/cell.json").read_text())["jobs_at_once"] == 2
 
 
 def run_with_locked_folder(finished: tuple[Path, list[str]], out: Path) -> list[str]:

@@ -47,7 +47,7 @@ def test_names_of_missing_features_are_not_part_of_a_key(keys: set[str]) -> None
     [
         ("batch_size=4", "did you mean base.batch_size?"),
         ("lr=0.01", "did you mean base.lr?"),
-        ("optimizer.clip=1", "there is no gradient clipping"),
+        ("optimizer.clip=1", "did you mean train.clip_grad_norm?"),
         ("TRAIN.BATCH_SIZE=8", "did you mean base.batch_size?"),
         ("TEST.BATCH_SIZE=8", "did you mean test.batch_size?"),
         ("SOLVER.BASE_LR=0.1", "did you mean base.lr?"),

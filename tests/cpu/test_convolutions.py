@@ -10,7 +10,7 @@ import torch
 from tolerance import rounding_error
 from torch import Tensor, nn
 
-from mgvideo.cpu.convolutions import CpuConv3d, convert_convolutions
+from mgvideo.cpu.convolutions import CpuConv3d, CpuDepthwiseConv3d, convert_convolutions
 from mgvideo.engine.precision import cpu_has_bf16
 
 pytestmark = pytest.mark.numeric
@@ -28,7 +28,7 @@ CONVERTIBLE = {
 }
 NOT_CONVERTIBLE = {
     "cube": nn.Conv3d(4, 4, 3, padding=1),
-    "grouped": nn.Conv3d(4, 4, (1, 3, 3), groups=4),
+    "grouped": nn.Conv3d(4, 4, (1, 3, 3), groups=2),
     "dilated": nn.Conv3d(4, 4, (3, 1, 1), dilation=(2, 1, 1)),
     "stem of few channels": nn.Conv3d(3, 4, (5, 7, 7), padding=(2, 3, 3)),
     "padded in time": nn.Conv3d(4, 4, 1, padding=(1, 0, 0)),
@@ -95,3 +95,13 @@ def test_narrow_maps(width: int, images: int, kernel: tuple[int, int], stride: t
 @pytest.mark.parametrize("name", NOT_CONVERTIBLE)
 def test_other_convolutions_stay_unchanged(name: str) -> None:
     assert type(convert_convolutions(copy.deepcopy(NOT_CONVERTIBLE[name]))) is nn.Conv3d
+
+
+def test_depthwise_convolutions_run_in_channels_last_with_the_same_result() -> None:
+    conv = nn.Conv3d(6, 6, 3, (1, 2, 2), 1, groups=6, bias=False)
+    converted = convert_convolutions(copy.deepcopy(conv))
+    assert type(converted) is CpuDepthwiseConv3d
+    for clips in (torch.randn(2, 6, 4, 9, 8), torch.randn(2, 4, 9, 8, 6).movedim(-1, 1)):
+        output = converted(clips)
+        assert output.is_contiguous(memory_format=torch.channels_last_3d)
+        torch.testing.assert_close(output, conv(clips))

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from videos import DECORD, write_video
 
 from mgvideo.cli.app import compose_config
+from mgvideo.cli.build import build_data
 from mgvideo.datasets.decoders import Decord, PyAV
 from mgvideo.datasets.motion import Knobs
 from mgvideo.loading.requests import ClipRequest
@@ -79,3 +80,30 @@ def test_motion_config_has_the_default_knobs(tmp_path: Path) -> None:
 def test_decoder_is_selected_by_name(name: str) -> None:
     kind = {"decord": Decord, "pyav": PyAV}[name]
     assert isinstance(instantiate(composed(f"decoder={name}").decoder), kind)
+
+
+@pytest.mark.parametrize(
+    ("choice", "sampling"),
+    [
+        ("experiment=kinetics/slowfast_8x8_r50", ("published", 30, False)),
+        ("experiment=charades/slowfast_16x8_r50", ("published", 30, False)),
+        ("experiment=ssv2/slowfast_16x8_r50", ("published", None, False)),
+        ("dataset=motion", ("regular", None, True)),
+        ("dataset=folder", ("regular", None, True)),
+        ("dataset=ucf101", ("regular", None, True)),
+    ],
+)
+def test_published_recipes_have_the_published_protocol(choice: str, sampling: tuple[Any, ...]) -> None:
+    cfg = composed(choice).sampling
+    assert (cfg.protocol, cfg.target_fps, cfg.antialias) == sampling
+
+
+def test_sampling_keys_reach_both_datasets(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", frames=8)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.csv").write_text("a.mp4 0\n")
+    cfg = composed("dataset=kinetics400", f"dataset.root={tmp_path}", "sampling.target_fps=25", "dataset.num_classes=1")
+    data = build_data(cfg)
+    for dataset in (data.train, data.val):
+        assert (dataset.sampling.protocol, dataset.sampling.target_fps) == ("published", 25)
+    assert (data.train.decoder.shrink, data.val.decoder.shrink) == (True, False)

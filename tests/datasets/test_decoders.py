@@ -6,6 +6,8 @@ import ctypes
 import gc
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +30,17 @@ def available() -> Iterator[Decoder]:
 DECODERS = list(available())
 NAMES = [type(decoder).__name__ for decoder in DECODERS]
 each_decoder = pytest.mark.parametrize("decoder", DECODERS, ids=NAMES)
+
+
+def test_torchcodec_without_ffmpeg_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("torchcodec")
+    for library in ("avutil", "avcodec", "avformat", "avdevice", "avfilter", "swscale", "swresample"):
+        for version in range(4, 70):  # files that hide the libraries of all versions of FFmpeg and cannot be loaded
+            (tmp_path / f"lib{library}.so.{version}").touch()
+    code = "from mgvideo.datasets.decoders import TorchCodec; TorchCodec()"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "UserError: decoder: torchcodec is installed but cannot load FFmpeg" in result.stderr
 
 
 @pytest.fixture(scope="module")

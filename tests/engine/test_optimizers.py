@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mgvideo.engine.optimizers import SkippableStep, load_optimizer_state, sgd
+from mgvideo.engine.lamb import Lamb
+from mgvideo.engine.optimizers import adamw, lamb, parameter_groups, sgd
+from mgvideo.engine.skippable_step import SkippableStep, load_optimizer_state
+from mgvideo.errors import UserError
 
 
 class CustomAdam(Optimizer):
@@ -55,6 +58,8 @@ class OverriddenSGD(SGD):
 MOMENTUM = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "the recipes'": lambda m: sgd(m, 0.1, weight_decay=0.1),
+    "adamw": lambda m: adamw(m, 0.1),
+    "lamb": lambda m: lamb(m, 0.1),
     "SGD fused": lambda m: SGD(m.parameters(), **MOMENTUM, nesterov=True, fused=True),
     "SGD fused, plain": lambda m: SGD(m.parameters(), 0.1, fused=True),
     "SGD fused, dampening": lambda m: SGD(m.parameters(), **MOMENTUM, dampening=0.5, fused=True),
@@ -70,7 +75,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "custom": lambda m: CustomAdam(m.parameters(), 0.1),
     "counts in group": lambda m: CountsInGroup(m.parameters(), 0.1),
 }
-FUSED = {name for name in OPTIMIZERS if "fused" in name and "dampening" not in name} | {"the recipes'"}
+FUSED = {name for name in OPTIMIZERS if "fused" in name and "dampening" not in name} | {"the recipes'", "adamw", "lamb"}
 
 
 class SyncCounter(TorchDispatchMode):
@@ -92,7 +97,7 @@ def set_gradients(model: nn.Module, step: int, bad: bool = False) -> None:
     """Set random gradients that depend on the step; with `bad`, one has a NaN."""
     generator = torch.Generator().manual_seed(step)
     for i, parameter in enumerate(model.parameters()):
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
         if bad and i == 1:
             parameter.grad[0] = float("nan")
 
@@ -185,7 +190,7 @@ def test_state_on_the_device_is_restored_without_reading_it(name: str) -> None:
     assert guarded.count == unguarded.count
 
 
-@pytest.mark.parametrize("name", ["the recipes'", "AdamW fused", "AdamW foreach"])
+@pytest.mark.parametrize("name", ["the recipes'", "AdamW fused", "AdamW foreach", "lamb"])
 def test_loaded_state_has_the_layout_of_its_parameter(name: str) -> None:
     saved, resumed, reference = network(), network(), network()
     saved.to(memory_format=torch.channels_last_3d)
@@ -207,3 +212,93 @@ def test_loaded_state_has_the_layout_of_its_parameter(name: str) -> None:
         optimizer.step()
     for a, b in zip(resumed.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+class Transformer(nn.Module):
+    """Parameters like a transformer's: a position table, a stem, blocks and a head, with their depths."""
+
+    no_weight_decay = ("positions", "blocks.*.table")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.ones(1, 4, 3))
+        self.stem = nn.Linear(3, 3)
+        self.blocks = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+        for block in self.blocks:
+            block.table = nn.Parameter(torch.ones(2, 3))
+        self.head = nn.Linear(3, 2)
+
+    def parameter_depths(self) -> dict[str, int]:
+        depths = {"positions": 0, "stem": 0, "blocks.0": 1, "blocks.1": 2, "head": 3}
+        return {name: next(d for p, d in depths.items() if name.startswith(p)) for name, _ in self.named_parameters()}
+
+
+def names_of(model: nn.Module, groups: list[dict]) -> dict[tuple[float, float], set[str]]:
+    """Return the names of the parameters by LR factor and weight decay."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {(g["lr_scale"], g["weight_decay"]): {names[p] for p in g["params"]} for g in groups}
+
+
+def test_norms_biases_and_position_tables_have_no_weight_decay() -> None:
+    model = nn.Sequential(Transformer(), nn.BatchNorm3d(2))
+    decayed = {f"0.{name}.weight" for name in ("stem", "blocks.0", "blocks.1", "head")}
+    groups = names_of(model, parameter_groups(model, 0.1, False))
+    assert groups == {(1, 0.1): decayed, (1, 0): {name for name, _ in model.named_parameters()} - decayed}
+    assert names_of(model, parameter_groups(model, 0.1, True)) == {(1, 0.1): {n for n, _ in model.named_parameters()}}
+
+
+def test_layer_decay_multiplies_the_lr_by_depth() -> None:
+    model = Transformer()
+    model.stem.requires_grad_(False)
+    groups = names_of(model, adamw(model, 1.0, layer_decay=0.5).param_groups)
+    assert groups[1 / 2, 0.05] == {"blocks.1.weight"}
+    assert groups[1 / 2, 0] == {"blocks.1.bias", "blocks.1.table"}
+    assert groups[1 / 8, 0] == {"positions"}
+    assert {scale for scale, _ in groups} == {1, 1 / 2, 1 / 4, 1 / 8}
+    assert not any(name.startswith("stem") for names in groups.values() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda m: adamw(m, 0.1, layer_decay=0.5), r"layer_decay=0\.5: Sequential does not define the depths"),
+        (lambda m: adamw(Transformer(), 0.1, layer_decay=1.5), r"layer_decay=1\.5: give"),
+        (lambda m: adamw(m, 0.1, betas=[0.9]), r"betas=\[0\.9\]: give two numbers"),
+        (lambda m: lamb(m, 0.1, betas="x"), r"betas=x: give two numbers"),
+        (lambda m: lamb(m, 0.1, eps=0), r"eps=0: give a number above 0"),
+        (lambda m: sgd(m.requires_grad_(False), 0.1), r"leaves no parameters to train"),
+    ],
+)
+def test_invalid_values_are_named(build: Callable[[nn.Module], Optimizer], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(network())
+
+
+def test_lamb_takes_the_steps_of_the_paper() -> None:
+    """Compare with algorithm 2 of arXiv 1904.00962, written for one weight in float64."""
+    model = network().double()
+    optimizer = lamb(model, lr=0.01, weight_decay=0.1)
+    expected = [p.detach().clone() for p in model.parameters()]
+    means, squares = ([torch.zeros_like(p) for p in expected] for _ in range(2))
+    for step in range(1, 4):
+        set_gradients(model, step)
+        for i, (w, p) in enumerate(zip(expected, model.parameters(), strict=True)):
+            gradient = p.grad
+            assert gradient is not None
+            means[i] = 0.9 * means[i] + 0.1 * gradient
+            squares[i] = 0.999 * squares[i] + 0.001 * gradient**2
+            ratio = means[i] / (1 - 0.9**step) / ((squares[i] / (1 - 0.999**step)).sqrt() + 1e-6)
+            if w.dim() > 1:
+                ratio += 0.1 * w
+                ratio *= w.norm() / ratio.norm()
+            w.sub_(0.01 * ratio)
+        optimizer.step()
+    for w, p in zip(expected, model.parameters(), strict=True):
+        torch.testing.assert_close(p, w, rtol=1e-9, atol=1e-12)
+
+
+def test_lamb_steps_a_weight_of_zeros() -> None:
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.ones(2, 2)
+    Lamb([weight], lr=0.1).step()
+    torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.1))

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mgvideo.cli.app import compose_config
+from mgvideo.cli.build import build_plan
 from mgvideo.engine.forward_check import check_forward
 from mgvideo.engine.micro_batches import clips_that_fit
-from mgvideo.engine.precision import ConvolutionFaults, Precision, choose_precision, cudnn_warning, probe_convolutions
+from mgvideo.engine.precision import (
+    ConvolutionFaults,
+    Precision,
+    choose_precision,
+    cudnn_warning,
+    is_worth_tuning,
+    probe_convolutions,
+)
 from mgvideo.layers.batchnorm import convert_group_batchnorm
 from mgvideo.models.small import i3d_small
 from mgvideo.plan.plan import Grid
@@ -79,6 +88,12 @@ def test_the_probe_names_a_wrong_kernel_and_its_grid() -> None:
     assert fault.endswith("at 4x24")
     assert not faults.slow
     assert model.trunk.stem.conv.weight.grad is None
+
+
+def test_only_long_runs_let_cudnn_time_its_kernels() -> None:
+    cfg = compose_config("run", ["experiment=kinetics/slowfast_8x8_r50", "dataset.root=unused"])
+    assert is_worth_tuning(build_plan(cfg, 240_000))
+    assert not is_worth_tuning(build_plan(cfg, 1_000))
 
 
 def test_probes_turn_off_the_benchmark_mode_of_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:

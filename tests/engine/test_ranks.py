@@ -12,8 +12,11 @@ from training import PRELOADED_MODULES, free_port, metrics, tiny_plan, tiny_trai
 
 from mgvideo.distributed.process_group import process_group
 from mgvideo.engine.augmentation import Augmentation, AugmentOptions
+from mgvideo.engine.freezing import freeze
 from mgvideo.errors import NonFiniteError
 from mgvideo.loading.workers import start_fork_server
+from mgvideo.models.features import find_classifier
+from mgvideo.models.small import r2plus1d_small
 from mgvideo.storage.checkpoints import Checkpoints, read_checkpoint
 
 pytestmark = pytest.mark.numeric
@@ -47,22 +50,33 @@ def train(rank: int, world: int, port: int, folder: Path, motion_root: str, jobs
         for run, batch, resume_from in jobs:
             plan = tiny_plan("long", batch_size=batch, epochs=0.75 * batch, lr_milestones=(), lr=0.01)
             run_folder = folder / run / str(batch)
+            torch.manual_seed(0)
+            model = r2plus1d_small(8, width=4, dropout=0.3)
+            options: dict[str, float] = {}
+            if batch == 16:
+                freeze(model, "stem", find_classifier)
+                options = {"clip_grad_norm": 0.5, "ema": 0.9}
             augmentation = Augmentation(AUGMENTATION, 8, (0.45,) * 3, (0.225,) * 3, torch.device("cpu"))
             trainer = tiny_trainer(
                 run_folder,
                 motion_root,
                 plan,
+                model=model,
                 double=True,
                 validate=batch == 8,
                 log_every=1,
                 augmentation=augmentation if batch == 8 else None,
+                **options,
             )
             if resume_from:
                 checkpoints = Checkpoints(folder / resume_from / str(batch) / "checkpoints")
                 trainer.load(read_checkpoint(checkpoints.path(checkpoints.steps()[0])))
             trainer.train()
             trainer.logger.close()
-            torch.save(trainer.model.state_dict(), run_folder / f"rank{rank}.pt")
+            states = {"model": trainer.model.state_dict(), "evaluated": trainer.evaluated_model.state_dict()}
+            torch.save(
+                {f"{m}.{n}": v for m, state in states.items() for n, v in state.items()}, run_folder / f"rank{rank}.pt"
+            )
         for batch in PRECISE_BN_BATCH_SIZES:
             options = {"micro_batch_clips": 16, "precise_bn_clips": 48}
             plan = tiny_plan("baseline", batch_size=batch)

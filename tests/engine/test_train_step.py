@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from training import tiny_plan
 
-from mgvideo.engine.optimizers import sgd
+from mgvideo.engine.optimizers import lamb, sgd
 from mgvideo.engine.precision import Normalize, Precision
 from mgvideo.engine.tasks import SingleLabel
 from mgvideo.engine.train_step import TrainStep
@@ -32,6 +32,7 @@ class ScaledFloat32(Precision):
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "fused": lambda model: sgd(model, 0.1),
     "foreach": lambda model: torch.optim.AdamW(model.parameters(), 0.1, foreach=True),
+    "lamb": lambda model: lamb(model, 0.1),
 }
 
 
@@ -58,13 +59,15 @@ def network() -> nn.Module:
     return convert_group_batchnorm(nn.Sequential(*layers))
 
 
-def make_train_step(optimizer: str, dtype: torch.dtype | None, plan: Plan, micro_batch_clips: int = 1000) -> TrainStep:
+def make_train_step(
+    optimizer: str, dtype: torch.dtype | None, plan: Plan, micro_batch_clips: int = 1000, **options: float
+) -> TrainStep:
     model = network()
     return TrainStep(
         model, plan, SingleLabel(), OPTIMIZERS[optimizer](model), seed=0,
         normalize=Normalize((0.45,) * 3, (0.225,) * 3),
         precision=ScaledFloat32(torch.device("cpu"), dtype, False, "a test"),
-        micro_batch_clips=micro_batch_clips,
+        micro_batch_clips=micro_batch_clips, **options,
     )  # fmt: skip
 
 
@@ -87,7 +90,8 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_overflowing_steps_of_fp16_are_skipped_without_any_effect(optimizer: str) -> None:
     plan = tiny_plan("baseline", epochs=3)
-    scaled, plain = make_train_step(optimizer, torch.float16, plan), make_train_step(optimizer, None, plan)
+    options = {"clip_grad_norm": 4.0, "ema": 0.5}
+    scaled, plain = (make_train_step(optimizer, dtype, plan, **options) for dtype in (torch.float16, None))
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
     for train_step in (scaled, plain):
         train_step.task = SimpleNamespace(loss=lambda *args: 64 * SingleLabel().loss(*args))  # type: ignore[assignment]
@@ -102,10 +106,36 @@ def test_overflowing_steps_of_fp16_are_skipped_without_any_effect(optimizer: str
     assert any(taken[:6])
     assert not all(taken[taken.index(True) :]), "the scale grows until a step overflows again"
     assert equal(parameters(scaled), parameters(plain))
+    assert scaled.ema is not None
+    assert plain.ema is not None
+    assert equal(list(scaled.ema.model.parameters()), list(plain.ema.model.parameters()))
     states = [s.optimizer.state_dict()["state"] for s in (scaled, plain)]
     for number, entry in states[1].items():
         assert all(torch.equal(states[0][number][key], value) for key, value in entry.items())
     assert int(scaled.bad_step) == -1
+
+
+@pytest.mark.parametrize("micro_batch_clips", [1000, 8])
+def test_gradients_of_the_whole_step_are_clipped_to_a_norm(micro_batch_clips: int) -> None:
+    plan = tiny_plan("baseline", batch_size=16)
+    plain, clipped, loose = (
+        make_train_step("fused", None, plan, micro_batch_clips, **options)
+        for options in ({}, {"clip_grad_norm": 0.1}, {"clip_grad_norm": 1e6})
+    )
+    for train_step in (plain, clipped, loose):
+        for group in train_step.optimizer.param_groups:
+            group.update(momentum=0.0, nesterov=False, weight_decay=0.0)
+        before = parameters(train_step)
+        train_step(0, batch(plan, 0))
+    norm, clipped_norm = (
+        torch.cat([(b - a).flatten() for a, b in zip(before, parameters(train_step), strict=True)]).norm() / plan.lr(0)
+        for train_step in (plain, clipped)
+    )
+    torch.testing.assert_close(plain.grad_norm, norm, rtol=1e-4, atol=0)
+    torch.testing.assert_close(clipped.grad_norm, plain.grad_norm)
+    assert norm > 0.2
+    assert clipped_norm.item() == pytest.approx(0.1, rel=1e-3)
+    assert equal(parameters(loose), parameters(plain))
 
 
 def test_gradients_that_overflow_at_any_scale_end_the_run() -> None:

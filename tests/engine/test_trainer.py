@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,13 @@ from training import KNOBS, metrics, tiny_plan, tiny_trainer
 from mgvideo.cli.benchmark import steps_replaced
 from mgvideo.datasets.motion import make_motion
 from mgvideo.distributed.signals import Stopped
+from mgvideo.engine.freezing import freeze
+from mgvideo.engine.optimizers import adamw, lamb
 from mgvideo.engine.train_step import TrainStep
 from mgvideo.engine.trainer import Trainer
 from mgvideo.errors import UserError
 from mgvideo.loading.loader import Batch
+from mgvideo.models.features import find_classifier
 from mgvideo.models.small import i3d_small, r2plus1d_small
 from mgvideo.storage.checkpoints import read_checkpoint
 from mgvideo.storage.files import write_atomic
@@ -32,9 +36,11 @@ from mgvideo.storage.files import write_atomic
 pytestmark = pytest.mark.numeric
 
 
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    trainer.logger.close()
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+def weights(trainer: Trainer, close: bool = True) -> dict[str, Tensor]:
+    if close:
+        trainer.logger.close()
+    models = (trainer.model, trainer.evaluated_model)
+    return {f"{i}.{name}": value.clone() for i, m in enumerate(models) for name, value in m.state_dict().items()}
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
@@ -83,11 +89,20 @@ def test_metrics_follow_the_plan(tmp_path: Path, motion_root: str) -> None:
     assert trainer.checkpoints.best.exists()
 
 
-@pytest.mark.parametrize("validate", [False, True])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, motion_root: str, validate: bool) -> None:
+@pytest.mark.parametrize(
+    ("validate", "optimizer"),
+    [
+        (False, {}),
+        (True, {"build_optimizer": adamw, "ema": 0.9, "clip_grad_norm": 0.5}),
+        (False, {"build_optimizer": lamb}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights(
+    tmp_path: Path, motion_root: str, validate: bool, optimizer: dict[str, Any]
+) -> None:
     plan = tiny_plan(epochs=8, lr_milestones=(5,))
     model = nn.Sequential(i3d_small(16, width=4), nn.Dropout(0.3), nn.Linear(16, 8))
-    options = {"validate": validate, "precise_bn_clips": 8, "checkpoint_every": 3, "seed": 5}
+    options = {"validate": validate, "precise_bn_clips": 8, "checkpoint_every": 3, "seed": 5, **optimizer}
     start = {name: value.clone() for name, value in model.state_dict().items()}
     whole = tiny_trainer(tmp_path / "whole", motion_root, plan, model=model, **options)
     whole.train()
@@ -129,8 +144,43 @@ def test_micro_batches_do_not_change_the_results(tmp_path: Path, motion_root: st
     whole.train()
     split = tiny_trainer(tmp_path / "split", motion_root, plan, model=model, double=True, micro_batch_clips=8)
     split.train()
+    norms = [metrics(tmp_path / name, "grad_norm") for name in ("whole", "split")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
     assert_equal(weights(split), weights(whole), tolerance=1e-9)
     assert metrics(tmp_path / "split") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-9)
+
+
+def test_frozen_parts_keep_weights_and_statistics(tmp_path: Path, motion_root: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), r2plus1d_small(8, width=4))
+    freeze(model, "backbone", find_classifier)
+    options = {"precise_bn_clips": 8, "ema": 0.9, "validate": True}
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan(), model=model, **options)
+    before = weights(trainer, close=False)
+    trainer.train()
+    after = weights(trainer)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    head = {name for name in after if name.endswith(("fc.weight", "fc.bias"))}
+    assert len(head) == 4, "of the network and of its average"
+    assert changed == head
+    assert model[0].training, "only parts with frozen parameters are in evaluation mode"
+    assert len(trainer.optimizer.state_dict()["state"]) == 2
+
+
+def test_the_average_is_evaluated_and_saved(tmp_path: Path, motion_root: str) -> None:
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan(), validate=True, ema=0.9, precise_bn_clips=8)
+    before = weights(trainer, close=False)
+    trainer.train()
+    state = read_checkpoint(trainer.checkpoints.path(trainer.plan.steps))
+    average, network = state["model_ema"], state["model"]
+    assert all(torch.equal(average[name], value) for name, value in trainer.evaluated_model.state_dict().items())
+    name = next(name for name in network if name.endswith("conv.weight") or name.endswith("0.weight"))
+    assert not torch.equal(average[name], network[name])
+    assert not torch.equal(average[name], before[f"0.{name}"])
+    evaluator, views = trainer.validate  # type: ignore[misc]
+    result = evaluator(trainer.evaluated_model, views)
+    top1 = trainer.train_step.task.metrics(result.scores, result.labels)["top1"]
+    assert metrics(tmp_path, "val_top1")[trainer.plan.steps] == pytest.approx(top1)
 
 
 class SyncCounter(TorchDispatchMode):
@@ -144,7 +194,7 @@ class SyncCounter(TorchDispatchMode):
 
 
 def test_steps_never_wait_for_the_device(tmp_path: Path, motion_root: str) -> None:
-    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("short"))
+    trainer = tiny_trainer(tmp_path, motion_root, tiny_plan("short"), clip_grad_norm=1.0, ema=0.9)
     all_syncs, step_syncs = SyncCounter(), SyncCounter()
     train_step = trainer.train_step
 
@@ -293,6 +343,10 @@ def test_loading_keeps_the_settings_of_the_optimizer_and_the_scale_of_another_pr
     assert resumed.train_step.scaler.is_enabled()
     other = tiny_trainer(tmp_path / "other", motion_root, plan, model=i3d_small(8, width=8))
     with pytest.raises(UserError, match="does not fit this network"):
+        other.load(state)
+    other.logger.close()
+    other = tiny_trainer(tmp_path / "adamw", motion_root, plan, build_optimizer=adamw)
+    with pytest.raises(UserError, match=r"the state of SGD, which is not for AdamW: .*init_from="):
         other.load(state)
     other.logger.close()
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mgvideo.cli.app import compose_config
 from mgvideo.cli.build import build_plan
-from mgvideo.engine.optimizers import sgd
+from mgvideo.engine.optimizers import adamw, lamb, sgd
 from mgvideo.engine.precision import Normalize, Precision
 from mgvideo.engine.tasks import SingleLabel
 from mgvideo.engine.train_step import TrainStep
@@ -26,7 +27,10 @@ from mgvideo.plan.shards import shard_batch
 # a rounding error changes which frame max pooling takes; in bf16 0.07. With non-local blocks 2.3e-3 and 0.14.
 MAX_ERROR = {None: 2e-3, torch.bfloat16: 0.12}
 MAX_NON_LOCAL_ERROR = {None: 1e-2, torch.bfloat16: 0.25}
-FAMILIES = ("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small")
+FAMILIES = (
+    *("slowfast_small", "i3d_small", "i3d_nln_small", "r2plus1d_small"),
+    *("x3d_small", "mvit_small", "vit_small"),
+)
 CLASSES = 8
 DATASET_SIZE = 1000
 
@@ -46,7 +50,13 @@ def steps_by_slot(plan: Plan) -> dict[str, int]:
 
 
 def make_train_step(
-    model: str, plan: Plan, device: torch.device, dtype: torch.dtype | None, double: bool = False, **options: object
+    model: str,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    double: bool = False,
+    build_optimizer: Callable[..., Optimizer] = sgd,
+    **options: object,
 ) -> TrainStep:
     """Return a train step of a network with the same weights on every device, all branches active and no dropout.
 
@@ -71,7 +81,7 @@ def make_train_step(
     network = network.double() if double else precision.place(network)
     settings = {"micro_batch_clips": 10**6, "compile": "off", **options}
     return TrainStep(
-        network, plan, SingleLabel(), sgd(network, 0.1), seed=0, normalize=normalize, precision=precision,
+        network, plan, SingleLabel(), build_optimizer(network, 0.1), seed=0, normalize=normalize, precision=precision,
         **settings,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -176,19 +186,27 @@ def test_compiled_steps_equal_eager_ones(mode: str, cuda: torch.device) -> None:
     assert error(actual.running, expected.running) < MAX_ERROR[torch.bfloat16]
 
 
-def test_an_overflow_in_fp16_skips_the_step_and_training_continues(cuda: torch.device) -> None:
+@pytest.mark.parametrize("build_optimizer", [sgd, adamw, lamb])
+def test_an_overflow_in_fp16_skips_the_step_and_training_continues(
+    build_optimizer: Callable[..., Optimizer], cuda: torch.device
+) -> None:
     plan = make_plan("slowfast_small")
     step = plan.phases[-1].steps[0]
-    train_step = make_train_step("slowfast_small", plan, cuda, torch.float16)
+    options = {"build_optimizer": build_optimizer, "clip_grad_norm": 1.0, "ema": 0.9}
+    train_step = make_train_step("slowfast_small", plan, cuda, torch.float16, **options)  # type: ignore[arg-type]
     train_step.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     before = _flat(train_step.model.parameters())
     train_step(step, make_batch(plan, step, cuda))
-    assert torch.equal(_flat(train_step.model.parameters()), before), "the first step overflows and must be skipped"
+    assert train_step.ema is not None
+    for model in (train_step.model, train_step.ema.model):
+        assert torch.equal(_flat(model.parameters()), before), "the first step overflows and must be skipped"
     for _ in range(40):
         train_step(step, make_batch(plan, step, cuda))
     after = _flat(train_step.model.parameters())
     assert int(train_step.bad_step) < 0
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
-    momenta = [state["momentum_buffer"] for state in train_step.optimizer.state.values()]
-    assert all(bool(torch.isfinite(momentum).all()) for momentum in momenta)
+    averages = _flat(train_step.ema.model.parameters())
+    assert 0 < error(averages, after) < error(before, after)
+    states = [value for state in train_step.optimizer.state.values() for value in state.values()]
+    assert all(bool(torch.isfinite(value).all()) for value in states)

@@ -18,6 +18,7 @@ from training import PRELOADED_MODULES
 from mgvideo.errors import UserError
 from mgvideo.layers import batchnorm
 from mgvideo.layers.batchnorm import GroupBatchNorm3d, convert_group_batchnorm, deferred_running_stats, set_bn_groups
+from mgvideo.layers.bn_kernels import GpuGroupNormalise
 from mgvideo.loading.workers import start_fork_server
 
 pytestmark = pytest.mark.numeric
@@ -135,7 +136,7 @@ def test_one_group_equals_batchnorm(deferred: bool, momentum: float | None):
 def normalise_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test twice on this CPU: with the code that normalises groups on CPUs, and with that for GPUs."""
     if request.param == "gpu_path":
-        monkeypatch.setattr(batchnorm, "CpuGroupNormalise", batchnorm.GpuGroupNormalise)
+        monkeypatch.setattr(batchnorm, "choose_kernels", lambda *_: GpuGroupNormalise)
 
 
 @pytest.mark.usefixtures("normalise_path")

@@ -191,3 +191,15 @@ def test_layers_that_draw_no_random_numbers_stay_unchanged() -> None:
     layers = [nn.MultiheadAttention(4, 2), nn.GRU(4, 4, 2), nn.AlphaDropout(0.0), nn.LeakyReLU()]
     model = convert_clip_dropout(nn.Sequential(*layers))
     assert [type(layer) for layer in model] == [type(layer) for layer in layers]
+
+
+def test_strength_scales_drop_path_alone() -> None:
+    clips = torch.ones(20_000, 1)
+    for layer, expected in ((ClipDropPath(0.4), 0.2), (nn.Dropout(0.4), 0.4)):
+        model = network(layer)
+        torch.manual_seed(0)
+        with dropout_for_clips(model, len(clips), 0, len(clips), strength=0.5):
+            output = model[1](clips)
+        assert (output == 0).float().mean().item() == pytest.approx(expected, abs=0.01)
+        assert output.mean().item() == pytest.approx(1, abs=0.02)
+        assert model[1].strength == 1  # outside of the block

@@ -1,4 +1,7 @@
-"""The published networks at an eighth of their width: tensor names, weights and clips by a rule, and the logits."""
+"""The published networks: tensor names, weights and clips by a rule, and the logits.
+
+Those of models.json have an eighth of the full width, those of modern.json all of it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from zoo import build
 
-CASES = {case["name"]: case for case in json.loads((Path(__file__).parents[1] / "data" / "models.json").read_text())}
+DATA = Path(__file__).parents[1] / "data"
+CASES = {
+    case["name"]: case for file in ("models", "modern") for case in json.loads((DATA / f"{file}.json").read_text())
+}
 CONFIGS = {
     "slowfast_8x8_r50_w8": "slowfast_8x8_r50",
     "slowfast_4x16_r50_w8": "slowfast_4x16_r50",
@@ -21,7 +28,17 @@ CONFIGS = {
     "ptv_r2plus1d_16x4_r50_w8": "r2plus1d_r50",
     "ptv_slow_8x8_r50_w8": "slow_r50",
     "ptv_slowfast_8x8_r50_w8": "slowfast_8x8_r50",
+    "x3d_m_64": "x3d_m",
+    "mvitv2_s_16x4_112": "mvit_v2_s",
+    "videomae_s_16x64": "vit_s",
 }
+
+
+def build_case(name: str) -> nn.Module:
+    """Build the network of a case, with random weights."""
+    if name.endswith("_w8"):
+        return build(CONFIGS[name], width=8)
+    return build(CONFIGS[name], **({"table_size": 112} if name.startswith("mvit") else {}))
 
 
 def _random(name: str) -> np.random.RandomState:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import build
+from zoo import build, build_narrow
 
 from mgvideo.errors import UserError
 from mgvideo.models.cam import class_maps, sum_pathway_maps
@@ -39,6 +39,25 @@ def test_means_of_maps_add_up_to_logit_without_bias(name: str) -> None:
     total = sum(pathway.mean((1, 2, 3)) for pathway in maps)
     torch.testing.assert_close(total + bias, logits[:, 3])
     assert not model.head._forward_pre_hooks if hasattr(model, "head") else not model.avgpool._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["vit_s", "swin3d_t"])
+def test_maps_of_transformers_add_up_to_logit_without_bias(name: str) -> None:
+    torch.manual_seed(0)
+    model, clips = build_narrow(name).eval(), torch.randn(2, 3, 8, 64, 48)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    with torch.no_grad():
+        logits, (maps,) = model(clips), class_maps(model, clips, 3)
+        bias = model.head.bias[3] + (model.head.weight[3] @ model.fc_norm.bias if name == "vit_s" else 0)
+    assert maps.shape == ((2, 4, 4, 3) if name == "vit_s" else (2, 4, 2, 2))
+    torch.testing.assert_close(maps.mean((1, 2, 3)) + bias, logits[:, 3], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("mvit_small", "class token alone"), ("x3d_small", "one nn.Linear")])
+def test_networks_without_maps_say_why(name: str, reason: str) -> None:
+    with torch.no_grad(), pytest.raises(UserError, match=f"has no class-activation maps: .*{reason}"):
+        class_maps(build_narrow(name).eval(), torch.randn(1, 3, 8, 32, 32), 0)
 
 
 class Custom(nn.Module):

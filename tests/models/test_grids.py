@@ -8,9 +8,9 @@ import pytest
 import torch
 from tolerance import needs_bf16
 from torch import nn
-from zoo import NAMES, build
+from zoo import NAMES, build, build_narrow
 
-from mgvideo.cpu.convolutions import CpuConv3d, convert_convolutions
+from mgvideo.cpu.convolutions import CpuConv3d, CpuDepthwiseConv3d, convert_convolutions
 from mgvideo.errors import UserError
 from mgvideo.models.slowfast import slow_indices
 
@@ -21,12 +21,15 @@ PUBLISHED = [
     *((8, 112), (8, 158), (16, 112), (16, 158), (16, 224)),
     *((32, 112), (32, 158), (32, 224), (64, 112), (64, 158), (64, 224)),
 ]
-QUICK = ("slowfast_small", "i3d_nln_small", "r2plus1d_small")
+QUICK = ("slowfast_small", "i3d_nln_small", "r2plus1d_small", "x3d_small", "mvit_small", "vit_small")
+
+# the same layers as a smaller network of their family, only more or wider ones
+LARGER = ("x3d_xs", "x3d_m", "x3d_l", "mvit_v2_b", "swin3d_s", "swin3d_b", "vit_b", "vit_l")
 
 
 def assert_trains(name: str, frames: int, size: int, batch: int) -> None:
     torch.manual_seed(0)
-    model = build(name, width=8)
+    model = build_narrow(name)
     logits = model(torch.randn(batch, 3, frames, size, size))
     assert logits.shape == (batch, 10)
     logits.square().mean().backward()
@@ -36,14 +39,16 @@ def assert_trains(name: str, frames: int, size: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize(("frames", "size"), [(3, 79), (1, 57), (13, 90)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGER else ()) for name in NAMES]
+)
 def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) -> None:
     assert_trains(name, frames, size, batch=2)
 
 
 def grid_param(name: str, frames: int, size: int) -> Any:
     """Mark a case slow, except all networks on the smallest grid and the small networks on all but the largest."""
-    quick = (frames, size) == PUBLISHED[0] or (name in QUICK and size < 224)
+    quick = ((frames, size) == PUBLISHED[0] and name not in LARGER) or (name in QUICK and size < 224)
     return pytest.param(name, frames, size, marks=() if quick else pytest.mark.slow)
 
 
@@ -54,8 +59,9 @@ def test_every_network_trains_on_every_published_grid(name: str, frames: int, si
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_convolution_has_a_fast_cpu_version(name: str) -> None:
-    model = convert_convolutions(build(name, width=64))
-    assert all(isinstance(module, CpuConv3d) for module in model.modules() if isinstance(module, nn.Conv3d))
+    model = convert_convolutions(build(name) if name.startswith(("mvit", "swin3d", "vit")) else build(name, width=64))
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv3d)]
+    assert all(isinstance(conv, CpuConv3d | CpuDepthwiseConv3d) for conv in convolutions)
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from zoo import build
+from zoo import build_narrow
 
 from mgvideo.errors import UserError
 from mgvideo.models.features import PooledFeatures, find_classifier
@@ -13,10 +13,13 @@ from mgvideo.models.features import PooledFeatures, find_classifier
 pytestmark = pytest.mark.numeric
 
 
-@pytest.mark.parametrize("name", ["slow_r50", "i3d_nln_small", "slowfast_small", "r2plus1d_18", "r2plus1d_r50"])
+NEW = ["x3d_small", "mvit_small", "swin3d_t", "vit_small"]
+
+
+@pytest.mark.parametrize("name", ["slow_r50", "i3d_nln_small", "slowfast_small", "r2plus1d_18", "r2plus1d_r50", *NEW])
 def test_features_times_classifier_are_the_logits(name: str) -> None:
     torch.manual_seed(0)
-    model = build(name, width=8).eval()
+    model = build_narrow(name).eval()
     classifier = find_classifier(model)
     nn.init.uniform_(classifier.bias)
     features = PooledFeatures(model)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from golden import CASES, CONFIGS, draw_clip, draw_weights
+from golden import CASES, CONFIGS, build_case, draw_clip, draw_weights
 from tolerance import rounding_error
 from torch import Tensor, nn
 from zoo import build
@@ -436,7 +436,7 @@ def test_missing_file_and_unknown_name_raise(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case["source"] == "pyslowfast"])
 def test_export_has_pyslowfasts_names(name: str) -> None:
     theirs = draw_weights(CASES[name])
-    model = build(CONFIGS[name], width=8)
+    model = build_case(name)
     load_pretrained(model, theirs)
     exported = export_pyslowfast(model)["model_state"]
     assert exported.keys() == theirs.keys()

@@ -7,12 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from recipes import KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, SSV2
+from recipes import ALL_SCHEDULES, KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, SSV2
 
 from mgvideo.errors import UserError
-from mgvideo.plan.drafts import PhaseDraft, make_plan, make_slots
-from mgvideo.plan.plan import Base
-from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid, scale_lr
+from mgvideo.plan.drafts import PhaseDraft, lr_factor_of_batch, make_plan, make_slots
+from mgvideo.plan.plan import Base, Plan
+from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid
 
 
 def test_every_grid_of_a_stage_gets_the_same_steps() -> None:
@@ -32,8 +32,8 @@ def test_long_cycle_alone_matches_hand_computed_epochs() -> None:
     assert {len(phase.slots) for phase in plan.phases} == {1}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.__name__)
-@pytest.mark.parametrize("policy", ["step", "cosine"])
+@pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=lambda schedule: schedule.__name__)
+@pytest.mark.parametrize("policy", ["step", "cosine", "wsd"])
 @pytest.mark.parametrize("base", [KINETICS, SSV2, SMALL], ids=["kinetics", "something", "small"])
 def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) -> None:
     plan = schedule(replace(base, lr_policy=policy), 1024)
@@ -79,6 +79,24 @@ def test_baseline_has_the_usual_cosine() -> None:
     assert plan.lr_at(239) == pytest.approx(0)
 
 
+def test_a_cosine_after_the_warm_up_ends_at_the_final_lr() -> None:
+    changes = {"lr_policy": "cosine", "lr": 1.6e-3, "final_lr": 1.6e-5, "warmup_lr": 1.6e-5, "warmup_epochs": 30}
+    base = replace(KINETICS, cosine_after_warmup=True, **changes)
+    plan = baseline(base, KINETICS_CLIPS)
+    assert plan.lr_at(0) == 1.6e-5
+    assert plan.lr_at(15) == pytest.approx((1.6e-3 + 1.6e-5) / 2)
+    assert plan.lr_at(30) == pytest.approx(1.6e-3)
+    assert plan.lr_at((30 + 239) / 2) == pytest.approx((1.6e-3 + 1.6e-5) / 2)
+    for schedule in SCHEDULES:
+        plan = schedule(base, KINETICS_CLIPS)
+        assert plan.lr_at(plan.epochs) == pytest.approx(1.6e-5)
+        assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(UserError, match=r"base\.final_lr=1 is above base\.lr=0\.0016"):
+        replace(base, final_lr=1)
+    with pytest.raises(UserError, match=r"base\.warmup_epochs=239 is longer"):
+        replace(base, warmup_epochs=239)
+
+
 def test_cosine_with_long_cycles() -> None:
     """At the start of a stage the cosine equals the baseline's. Within a stage it falls with the fraction of steps."""
     base = replace(KINETICS, lr_policy="cosine", warmup_epochs=0)
@@ -118,8 +136,10 @@ def test_baseline_of_any_plan() -> None:
 
 
 def test_ablations() -> None:
-    unscaled = multigrid(KINETICS, KINETICS_CLIPS, lr_scaling=False)
+    unscaled = multigrid(KINETICS, KINETICS_CLIPS, lr_scaling="none")
     assert {phase.lr_factor for phase in unscaled.phases[:4]} == {1}
+    square_root = multigrid(KINETICS, KINETICS_CLIPS, lr_scaling="sqrt")
+    assert [phase.lr_factor**2 for phase in square_root.phases[:4]] == pytest.approx([8, 4, 2, 1])
     without_fine_tuning = multigrid(KINETICS, KINETICS_CLIPS, fine_tune=False)
     assert [phase.stage for phase in without_fine_tuning.phases] == [stage for stage in range(4) for _ in range(4)]
     assert without_fine_tuning.phases[-4].lr_factor == pytest.approx(8e-3)
@@ -213,5 +233,7 @@ def test_a_custom_schedule_is_made_of_the_same_parts() -> None:
         make_plan("none", SMALL, 1024, [])
 
 
-def test_linear_scaling() -> None:
-    assert scale_lr(64, 0.1, 16) == pytest.approx(0.025)
+def test_how_the_lr_follows_the_batch_size() -> None:
+    assert [lr_factor_of_batch(16 / 64, rule) for rule in ("linear", "sqrt", "none")] == [0.25, 0.5, 1]
+    with pytest.raises(UserError, match="lr_scaling=True: choose one of linear, sqrt, none"):
+        lr_factor_of_batch(2, True)  # type: ignore[arg-type]

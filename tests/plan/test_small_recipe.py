@@ -36,6 +36,13 @@ def test_large_dataset_and_weights_get_the_fine_tuning_recipe() -> None:
     assert (base.num_frames, base.frame_stride, base.crop_size, base.short_side) == (32, 2, 224, (256, 320))
 
 
+def test_adamw_gets_the_lrs_of_its_recipes_by_the_square_root_of_the_batch() -> None:
+    given = {"batch_size": 256}
+    assert fit_training(5_000, True, given, "sqrt")["lr"] == pytest.approx(2.5e-4)
+    assert fit_training(5_000, False, {"batch_size": 512}, "sqrt")["lr"] == pytest.approx(1.6e-3)
+    assert fit_training(5_000, True, given)["lr"] == pytest.approx(0.4)
+
+
 def test_given_values_are_kept_and_the_others_follow() -> None:
     training = fit_training(48, False, {"batch_size": 4, "epochs": 60.0, "warmup_epochs": 0.0})
     assert training == {

@@ -29,6 +29,7 @@ from mgvideo.storage.paths import explain_write_errors
 
 BENCHMARKS = {
     "loader": "clips per second of the loader at each grid of a plan, compared with decoding alone",
+    "index": "time to read a clip of short and long recordings, with and without a packet index, warm and cold",
     "step": "milliseconds of a training step at each grid, by model, precision, memory format and compilation",
     "augment": "milliseconds of augmentation on the device at each grid, beside those of a training step",
     "soak": "whether memory and open files of the loader workers stay flat over many clips",

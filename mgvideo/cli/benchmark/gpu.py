@@ -36,6 +36,8 @@ KINETICS_OVERRIDES = [
     "dataset.num_classes=400",
     "base.batch_size=8",
 ]
+# clips of the transformers and X3D; three of the eight grids, because all would take minutes
+MODERN_OVERRIDES = [*KINETICS_OVERRIDES, "base.num_frames=16", "base.frame_stride=4", "grids=[4x112,16x112,16x224]"]
 FEATURE_MAP_SHAPES = (
     (64, 64, 8, 28, 28),
     (64, 256, 8, 28, 28),
@@ -49,7 +51,9 @@ SMALL_FEATURE_MAP_SHAPES = ((8, 16, 2, 8, 8),)
 class Keys:
     """Keys of this program, besides the keys of a run."""
 
-    sections: list[str] = key([], "sections: doctor, steps, train, grids, layers, compile, multigrid; empty: all")
+    sections: list[str] = key(
+        [], "sections: doctor, steps, train, grids, modern, layers, compile, multigrid; empty: all"
+    )
     minutes: float = key(9.0, "minutes for all sections together", above=0)
     out: str = key("gpu_check", "folder for results: a JSON or text file per section, and log.txt")
 
@@ -110,6 +114,8 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
     step = [*program, "benchmark", "step", "rounds=1", "format=json"]
     if rehearse:
         grids = [*step, "clips=1", "seconds=0.1", "variants=[fp32/contiguous/off,auto/channels_last/off/2]"]
+        modern = [*step, "clips=1", "seconds=0.1", "grids=[4x45]", "models=[x3d_small,mvit_small,vit_small]"]
+        modern += ["variants=[fp32/contiguous/off,fp32/channels_last/off]"]
         compiled = [*step, "clips=1", "seconds=0.1", "grids=[4x45]", "variants=[fp32/contiguous/off]"]
         tests = ["-k", "batch_norm or mask or pooling"]
         small = [
@@ -121,17 +127,22 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
         ]
     else:
         networks = "models=[slowfast_8x8_r50,i3d_r50,r2plus1d_18]"
-        variants = "bf16/channels_last/off,bf16/channels_last/off/8,fp32/contiguous/off,fp16/contiguous/off"
-        grids = [*step, *KINETICS_OVERRIDES, networks, "clips=8", "seconds=0.6", f"variants=[{variants}]"]
+        variants = "bf16/channels_last/off,bf16/channels_last/off/8,fp32/contiguous/off"
+        short = ["seconds=0.3", "tune=false"]
+        grids = [*step, *KINETICS_OVERRIDES, networks, "clips=16", *short, f"variants=[{variants}]"]
+        networks, variants = "models=[x3d_m,mvit_v2_s,vit_b]", "bf16/channels_last/off,bf16/contiguous/off"
+        modern = [*step, *MODERN_OVERRIDES, networks, "clips=8", *short]
+        modern += [f"variants=[fp32/contiguous/off,{variants}]"]
         modes = ("off", "off/8", "default", "default/8", "reduce-overhead", "reduce-overhead/8")
         variants = ",".join(f"bf16/channels_last/{mode}" for mode in modes)
         compiled = [*step, *KINETICS_OVERRIDES, "clips=8", "seconds=0.6", "grids=[8x112]", f"variants=[{variants}]"]
         tests, small = [], []
     return {
         "doctor": Section([*program, "doctor", "format=json"], 60),
-        "steps": Section(["-m", "pytest", "-q", "tests/gpu", *tests], 120),
+        "steps": Section(["-m", "pytest", "-q", "-n", "4", "tests/gpu", *tests], 150),
         "train": Section([*program, "run", f"output_dir={out / 'run'}", "train.profile=5", *small], 100),
         "grids": Section([*grids, f"out={out / 'grids.json'}"], 130),
+        "modern": Section([*modern, f"out={out / 'modern.json'}"], 90),
         "layers": Section(["-m", "mgvideo.cli.benchmark.gpu", str(out / "layers.json")], 60),
         "compile": Section([*compiled, f"out={out / 'compile.json'}"], 110),
         "multigrid": Section(
@@ -141,9 +152,10 @@ def make_sections(out: Path, rehearse: bool) -> dict[str, Section]:
 
 
 def measure_layers(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> dict[str, float]:
-    """Measure milliseconds of a forward and backward pass of variants of batch norm and max pooling.
+    """Measure milliseconds of a forward and backward pass of variants of layers.
 
-    Batch norm: contiguous, channels_last_3d, as a 4-D view, and in eight groups. Max pooling: 3-D and 2-D.
+    Batch norm: contiguous, channels_last_3d, as a 4-D view, and in eight groups. Max pooling: 3-D and 2-D. Depthwise
+    convolution: contiguous and channels_last_3d.
     """
     return {
         f"{name}, {'×'.join(map(str, shape))}": _milliseconds(forward, clips.detach().requires_grad_())
@@ -162,9 +174,13 @@ def _layer_variants(
     grouped = convert_group_batchnorm(nn.BatchNorm3d(shape[1])).to(device)
     set_bn_groups(grouped, 8)
     window = ((1, 3, 3), (1, 2, 2), (0, 1, 1))
+    kernel = torch.randn(shape[1], 1, 3, 3, 3, device=device, dtype=torch.bfloat16)
 
     def norm(x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, plain.weight, plain.bias, True)
+
+    def depthwise(x: Tensor) -> Tensor:
+        return F.conv3d(x, kernel, padding=1, groups=shape[1])
 
     def in_groups(x: Tensor) -> Tensor:
         with deferred_running_stats(grouped):
@@ -177,6 +193,8 @@ def _layer_variants(
         "batch norm, 8 groups": (in_groups, channels_last),
         "max pooling, 3-D": (lambda x: F.max_pool3d(x, *window), channels_last),
         "max pooling, 2-D": (lambda x: max_pool(x, *window), channels_last),
+        "depthwise convolution, contiguous": (depthwise, clips),
+        "depthwise convolution, channels_last_3d": (depthwise, channels_last),
     }
 
 

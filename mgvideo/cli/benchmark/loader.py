@@ -23,7 +23,7 @@ from mgvideo.cli.benchmark import (
     plain_table,
     print_report,
 )
-from mgvideo.cli.build import build_plan, loader_options, require_dataset_keys
+from mgvideo.cli.build import build_indexes, build_plan, build_sampling, loader_options, require_dataset_keys
 from mgvideo.cli.recipe import sample_size
 from mgvideo.cli.schema import key
 from mgvideo.datasets.decoders import Decord, PyAV, TorchCodec
@@ -100,6 +100,7 @@ def run(options: Keys, cfg: DictConfig) -> None:
         instantiate(cfg.dataset.prepare)
     dataset = instantiate(cfg.dataset.train, decoder=PyAV())
     require(isinstance(dataset.decoder, PyAV), f"dataset {cfg.dataset.name}: frames are images, no video to decode")
+    dataset.sampling = build_sampling(cfg, dataset.sampling)
     # a few files may be a sample of a dataset: plan at least 1,000 batches, for realistic shares of phases
     plan = build_plan(cfg, sample_size(cfg, len(dataset)))
     grids = choose_grids(plan, options.grids)
@@ -145,6 +146,7 @@ def measure_all(
         for grid in grids:
             for case in cases:
                 decoder = DECODERS[case.decoder]()
+                decoder.indexes = build_indexes(cfg, cfg.dataset.get("pyramid"))
                 pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder) if case.pyramid else None
                 requests = partial(random_requests, grid, len(dataset), options.batch)
                 clock = Clock(loader_settings.num_workers)

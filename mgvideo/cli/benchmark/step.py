@@ -60,6 +60,7 @@ class Keys:
     clips: int = key(4, "clips in a step at the base grid; smaller grids have more, for the same volume", least=1)
     batch: int | None = key(None, "clips in a step, the same at every grid; replaces clips", least=1)
     seconds: float = key(3.0, "seconds to measure each combination in each round; at least one step", above=0)
+    tune: bool = key(True, "let cuDNN time its kernels first, as runs with many steps do: up to 20 s a combination")
     rounds: int = key(2, "rounds over all of them, so that a change of the machine's load affects all alike", least=1)
     format: str = key("table", "table, or json for mgvideo plan benchmark=…", choices=("table", "json"))
     out: str | None = key(None, "file to write to; null: the terminal")
@@ -97,6 +98,8 @@ class StepBenchmark:
     def __init__(self, model: nn.Module, variant: Variant, plan: Plan) -> None:
         self.variant, self.device = variant, variant.precision.device
         self.model = variant.precision.place(convert_group_batchnorm(model)).train()
+        if not variant.precision.channels_last:  # also with depthwise convolutions, to compare the two
+            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.forward = self.model if variant.compile == "off" else compile_model(self.model, variant.compile, plan)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
 
@@ -196,8 +199,8 @@ def drop_emulated_variants(variants: Sequence[Variant]) -> list[Variant]:
 def run(options: Keys, cfg: DictConfig) -> None:
     """Measure all models and variants, and print the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # as in a run
     plan = build_plan(cfg, sample_size(cfg))
+    torch.backends.cudnn.benchmark = options.tune
     grids = choose_grids(plan, options.grids)
     variants = [parse_variant(name, device) for name in options.variants]
     if not options.emulated:

@@ -32,7 +32,7 @@ from mgvideo.cli.run import build_trainer
 from mgvideo.cli.schema import key
 from mgvideo.distributed.watchdog import Position
 from mgvideo.engine.micro_batches import split_into_micro_batches
-from mgvideo.engine.precision import choose_precision
+from mgvideo.engine.precision import choose_precision, is_worth_tuning
 from mgvideo.engine.trainer import Trainer
 from mgvideo.layers.batchnorm import deferred_running_stats, set_bn_groups
 from mgvideo.loading.loader import Batch, Loader
@@ -116,10 +116,10 @@ def read_keys(overrides: Sequence[str]) -> Keys:
 def run(options: Keys, cfg: DictConfig) -> None:
     """Measure the schedules and print the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.benchmark = True  # as in a run
     data = build_data(cfg)
     videos = len(data.train)  # a few files may be a sample of a dataset: then plan for 1,000 batches
     plan = build_plan(cfg, videos if videos >= 1000 else sample_size(cfg))
+    torch.backends.cudnn.benchmark = is_worth_tuning(plan)  # as in a run
     conditions = {**measurement_conditions(device), "threads": torch.get_num_threads(), "visits": options.visits}
     baseline = baseline_of(plan)
     # measure the baseline before and after, so that a change of the machine's load affects both alike
@@ -136,11 +136,11 @@ def run(options: Keys, cfg: DictConfig) -> None:
 
 
 def shorten_plan(plan: Plan, visits: int) -> Plan:
-    """Return the plan with few steps in each phase: one for the boundary and `visits` for each slot."""
+    """Return the plan with few steps in each phase: one for the boundary and `visits` for each slot, in turn."""
     phases, step = [], 0
     for phase in plan.phases:
         steps = visits * len(phase.slots) + 1  # the first includes the boundary
-        phases.append(replace(phase, steps=(step, step + steps)))
+        phases.append(replace(phase, steps=(step, step + steps), weights=()))
         step += steps
     return replace(plan, phases=tuple(phases))
 

@@ -1,0 +1,114 @@
+"""`mgvideo plan recommend=true`: all schedules for a recipe and a budget, and which of them the evidence favours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from mgvideo.errors import UserError
+from mgvideo.plan.coarse_to_fine import cooldown, monotone, random
+from mgvideo.plan.forecast import Benchmark, predict_phase_times, total_cost
+from mgvideo.plan.formatting import format_duration
+from mgvideo.plan.options import ScheduleOptions
+from mgvideo.plan.plan import Base, Grid, Plan
+from mgvideo.plan.schedules import baseline, long, multigrid, short
+from mgvideo.plan.table import set_full_width
+
+SCHEDULES: tuple[Callable[..., Plan], ...] = (baseline, short, long, multigrid, monotone, cooldown, random)
+RECIPE_KEYS = ("jitter", "round_epochs", "random_stride", "bn_group", "min_size")  # that all schedules share
+STRENGTHS = ("none", "toy scale", "published")  # from weak to strong
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a schedule's accuracy at a given cost, and how much that says."""
+
+    strength: str  # one of STRENGTHS
+    text: str
+
+
+EVIDENCE = {
+    "baseline": Evidence("published", "what the others are compared with"),
+    "short": Evidence("toy scale", "Motion, one network, one seed: as accurate as the baseline (docs/results)"),
+    "long": Evidence("toy scale", "Motion, one network, one seed: as accurate as the baseline (docs/results)"),
+    "multigrid": Evidence(
+        "published", "the paper and its authors' model zoo: level with the baseline on Kinetics-400 (docs/results)"
+    ),
+    "monotone": Evidence("none", "not measured yet: tools/reproduce.py table=beyond compares it"),
+    "cooldown": Evidence("none", "not measured yet: tools/reproduce.py table=beyond compares it"),
+    "random": Evidence("none", "not measured yet; for a network that is tested at many grids"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule with its plan for the recipe and the budget, or the reason why it has none."""
+
+    name: str
+    plan: Plan | None
+    problem: str = ""
+
+
+def candidates(base: Base, dataset_size: int, options: ScheduleOptions, keys: Mapping[str, Any]) -> list[Candidate]:
+    """Return every schedule with its plan. They take `RECIPE_KEYS` from `keys`; only the baseline never rounds."""
+    found = []
+    for function in SCHEDULES:
+        accepted = signature(function).parameters.keys() - ({"round_epochs"} if function is baseline else set())
+        shared = {key: keys[key] for key in RECIPE_KEYS if key in keys and key in accepted}
+        try:
+            found.append(Candidate(function.__name__, options.apply(partial(function, **shared))(base, dataset_size)))
+        except UserError as error:
+            found.append(Candidate(function.__name__, None, str(error)))
+    return found
+
+
+def make_candidate_table(
+    found: list[Candidate], clip_cost: Callable[[Grid], float], gpus: int, benchmark: Benchmark | None
+) -> Table:
+    """Return a table with a row per schedule: epochs, steps, cost relative to the baseline's, and predicted time."""
+    table = Table(title="Schedules for this recipe", title_justify="left", title_style="bold", box=box.SIMPLE)
+    for heading in ("schedule", "epochs", "steps", "FLOPs", *(["time"] if benchmark else []), "evidence"):
+        table.add_column(heading, justify="left" if heading in ("schedule", "evidence") else "right", no_wrap=True)
+    for candidate in found:
+        evidence = EVIDENCE[candidate.name]
+        cells = ["–"] * 3 + (["–"] if benchmark else [])
+        if candidate.plan:
+            plan = candidate.plan
+            whole = total_cost(baseline(plan.base, plan.dataset_size, min_size=1).phases, clip_cost)
+            cells[:3] = [f"{plan.epochs:.4g}", f"{plan.steps:,}", f"{total_cost(plan.phases, clip_cost) / whole:.2f}"]
+            if benchmark:
+                cells[3] = _predicted_time(plan, gpus, benchmark)
+        table.add_row(candidate.name, *cells, f"{evidence.strength}: {evidence.text}")
+    table.caption = "FLOPs are relative to those of the whole baseline" + (
+        "; time is that of training, as predicted from the benchmark" if benchmark else ""
+    )
+    table.caption_justify, table.caption_style = "left", ""
+    return set_full_width(table)
+
+
+def _predicted_time(plan: Plan, gpus: int, benchmark: Benchmark) -> str:
+    try:
+        return format_duration(sum(time.seconds for time in predict_phase_times(plan, gpus, benchmark)))
+    except UserError:  # the benchmark lacks a grid
+        return "not measured"
+
+
+def advice(found: list[Candidate]) -> Iterator[str]:
+    """Yield lines on which schedule the evidence favours and how strong that is, and on those that do not fit."""
+    others = [candidate.name for candidate in found if candidate.plan and candidate.name != "baseline"]
+    if others:
+        best = max(others, key=lambda name: STRENGTHS.index(EVIDENCE[name].strength))
+        evidence = EVIDENCE[best]
+        yield f"the evidence favours {best}; it is {evidence.strength}: {evidence.text}"
+        untested = [name for name in others if EVIDENCE[name].strength == "none"]
+        if untested:
+            yield f"{', '.join(untested)} may be better: nothing is known of them yet"
+    for candidate in found:
+        if candidate.problem:
+            yield f"{candidate.name} does not fit: {candidate.problem}"
