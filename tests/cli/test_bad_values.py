@@ -36,6 +36,7 @@ WRONG_VALUES = [
     *("train.log_every=0", "train.evals_per_phase=-1", "train.precise_bn_clips=-1"),
     *("test.num_clips=0", "test.num_crops=2", "test.crop_size=0", "test.batch_size=0"),
     *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
+    *("sampling.protocol=reference", "sampling.target_fps=0", "sampling.target_fps=nan"),
     *("loader.timeout=inf", "train.micro_batch_clips=0"),
     *("checkpoint.every_steps=-1", "checkpoint.every_minutes=-1", "checkpoint.every_minutes=nan", "checkpoint.keep=0"),
     *("normalize.mean=[0.5]", "normalize.mean=[0,0,nan]", "normalize.std=[1,1,0]", "precision=fp8", "seed=-1"),
