@@ -40,6 +40,7 @@ WRONG_VALUES = [
     *("loader.num_workers=-1", "loader.prefetch_factor=0", "loader.start_method=thread", "loader.timeout=0"),
     *("train.label_smoothing=2", "sampler=random", "augment.repeat=0", "augment.repeat=3"),
     *("augment.mix_prob=2", "augment.crop_area=[1,0.5]", "augment.randaugment_magnitude=11"),
+    *("sampling.protocol=reference", "sampling.target_fps=0", "sampling.target_fps=nan"),
     *("loader.timeout=inf", "train.micro_batch_clips=0"),
     *("checkpoint.every_steps=-1", "checkpoint.every_minutes=-1", "checkpoint.every_minutes=nan", "checkpoint.keep=0"),
     *("normalize.mean=[0.5]", "normalize.mean=[0,0,nan]", "normalize.std=[1,1,0]", "precision=fp8", "seed=-1"),
