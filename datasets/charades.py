@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from mgvideo.errors import UserError
 from mgvideo.storage.paths import join
 
 from .decoders import Decoder
-from .frames import FrameFolders
+from .listing import keep_listing
 from .lists import check_root, read_classes
 from .sampling import Sampling
 from .tables import is_header, read_lines, read_table
@@ -49,26 +49,35 @@ class TimedDataset(VideoDataset):
         class_names: Sequence[str],
         decoder: Decoder | None,
         sampling: Sampling,
+        frames_fps: float | None = None,
     ) -> None:
         labels = [tuple(sorted({action.label for action in group})) for group in actions]
         entries = [VideoEntry(path, label) for path, label in zip(paths, labels, strict=True)]
-        super().__init__(root, entries, class_names, decoder, sampling)
-        self._actions = np.array([action for group in actions for action in group]).reshape(-1, 3)
-        self._bounds = np.cumsum([0, *(len(group) for group in actions)])
+        times = {
+            "actions": np.array([action for group in actions for action in group], np.float64).reshape(-1, 3),
+            "action_bounds": np.cumsum([0, *(len(group) for group in actions)]),
+        }
+        super().__init__(
+            root, entries, class_names, decoder, sampling, frames_fps=frames_fps, more_arrays=times
+        )
 
-    def _fingerprint_parts(self) -> list[bytes]:
-        return [*super()._fingerprint_parts(), self._actions.tobytes(), self._bounds.tobytes()]
+    def _fingerprint_parts(self) -> Iterator[bytes]:
+        yield from super()._fingerprint_parts()
+        yield self.arrays["actions"].tobytes()
+        yield self.arrays["action_bounds"].tobytes()
 
     def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
         """Return multi-hot labels, float32 `[classes]`, of the actions that overlap `seconds`, or of all actions."""
         if seconds is None:
             return super().label(index)
-        labels, starts, ends = self._actions[self._bounds[index] : self._bounds[index + 1]].T
+        first, stop = self.arrays["action_bounds"][index : index + 2]
+        labels, starts, ends = self.arrays["actions"][first:stop].T
         multi_hot = torch.zeros(len(self.class_names))
         multi_hot[labels[(starts <= seconds[1]) & (ends >= seconds[0])].astype(np.int64)] = 1
         return multi_hot
 
 
+@keep_listing
 def charades(
     root: str,
     annotations: str,
@@ -88,12 +97,13 @@ def charades(
     check_root(root)
     file = join(root, annotations)
     lines = read_lines(file)
+    frames_fps = None
     if is_header(lines, COLUMNS):
         actions = _from_csv(file, lines)
         paths = [os.path.join(videos, f"{name}.mp4") for name in actions]
     elif lines and lines[0].split() == FRAME_COLUMNS:
         actions = _from_frames(file, lines)
-        paths, decoder = [os.path.join(videos, name) for name in actions], FrameFolders(FRAMES_FPS)
+        paths, frames_fps = [os.path.join(videos, name) for name in actions], FRAMES_FPS
     else:
         raise UserError(f"{file}:1: expected the header of Charades_v1_train.csv or of a frame list")
     if not actions:
@@ -103,7 +113,7 @@ def charades(
         raise UserError(f"{join(root, classes_file)}: {len(names)} classes, not {CLASSES}")
     names = names or [f"c{label:03d}" for label in range(CLASSES)]
     sampling = Sampling(flip=flip, inverse_jitter=True)
-    return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling)
+    return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling, frames_fps)
 
 
 def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:

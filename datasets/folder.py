@@ -17,6 +17,8 @@ from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder
+from .inputs import record_input
+from .listing import keep_listing
 from .lists import check_root, find_spelling, note_repeats
 from .sampling import Sampling
 from .scan import COMMON_SUFFIXES, is_leftover, scan_folder
@@ -52,6 +54,7 @@ class SplitLayout:
     notes: list[str] = field(default_factory=list)
 
 
+@keep_listing
 def video_folder(
     root: str,
     split: str,
@@ -192,6 +195,7 @@ def _refuse_named_splits(root: str, folders: Sequence[str]) -> None:
 
 
 def _subfolders(folder: str) -> list[os.DirEntry[str]]:
+    record_input(folder)
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if e.is_dir() and not is_leftover(e.name)), key=lambda e: e.name)
@@ -266,8 +270,12 @@ def _find_tables(root: str) -> SplitLayout | None:
     """Read the splits from tables in a folder or at a URL; returns None if there are no tables; raises UserError."""
     notes: list[str] = []
     if is_remote(root):
-        files = [name for name in ("train.csv", "val.csv", "train.jsonl", "val.jsonl") if exists(join(root, name))]
+        candidates = [join(root, name) for name in ("train.csv", "val.csv", "train.jsonl", "val.jsonl")]
+        for file in candidates:
+            record_input(file)
+        files = [os.path.basename(file) for file in candidates if exists(file)]
     else:
+        record_input(root)
         with os.scandir(root) as entries:
             all_entries = sorted(entries, key=lambda entry: entry.name)
         # .json files beside split folders are often from other programs.

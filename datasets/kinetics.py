@@ -10,6 +10,7 @@ from mgvideo.storage.paths import join
 
 from .class_names import index_classes, suggest_class, unify_class_names
 from .decoders import Decoder
+from .listing import keep_listing
 from .lists import check_root, note_repeats, read_classes, video_list
 from .sampling import Sampling
 from .scan import scan_folder
@@ -20,6 +21,7 @@ COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 SYNONYMS = {"validate": "val", "validation": "val"}  # names of splits in the official CSVs
 
 
+@keep_listing
 def kinetics(
     root: str,
     list_file: str,

@@ -16,6 +16,8 @@ from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder
+from .inputs import record_input
+from .listing import keep_listing
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES
 from .tables import is_header, is_remark, read_lines, read_table, strip_quotes
@@ -42,6 +44,7 @@ _UNUSUAL_PATH = re.compile(r"\\|%[0-9A-Fa-f]{2}|^~|^[A-Za-z]:")
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
+@keep_listing
 def video_list(
     root: str,
     list_file: str,
@@ -219,12 +222,14 @@ def find_spelling(root: str, path: str) -> str:
         return path  # nearly all paths; saves the disk access
     if is_remote(join(root, path)):
         return path.replace("\\", "/")
+    record_input(os.path.dirname(join(root, path)))
     if os.path.lexists(join(root, path)):
         return path
     if _WINDOWS_PATH.match(path):
         raise ValueError(f"{path} is a Windows path; write paths relative to dataset.root")
     slashes = path.replace("\\ ", " ").replace("\\", "/")
     unescaped = re.sub(r"\\(.)", r"\1", path)
+    record_input(os.path.dirname(join(root, slashes)))
     for spelling in (slashes, unescaped, unquote(path), unquote(slashes), os.path.expanduser(path)):
         for form in (spelling, unicodedata.normalize("NFC", spelling), unicodedata.normalize("NFD", spelling)):
             if os.path.lexists(join(root, form)):
@@ -269,6 +274,7 @@ def check_root(root: str) -> None:
 
 def read_classes(file: str) -> list[str]:
     """Read class names, one a line, in the order of their labels; returns [] if the file is missing."""
+    record_input(file)
     return [name for line in read_lines(file) if (name := normalize_class_name(line))] if exists(file) else []
 
 

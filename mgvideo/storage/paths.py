@@ -179,10 +179,15 @@ def _error_text(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def cache_folder() -> Path:
+    """Return the folder for copies of remote files and for what cannot be kept beside a dataset."""
+    return Path(get_cache_dir()) / "mgvideo"
+
+
 def _cached(path: str) -> Path:
     """Return the path of a URL's copy: it is always inside the cache, and different for each URL."""
     digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return Path(get_cache_dir()) / "mgvideo" / digest[:2] / f"{digest}-{path.rsplit('/', 1)[-1][-100:]}"
+    return cache_folder() / digest[:2] / f"{digest}-{path.rsplit('/', 1)[-1][-100:]}"
 
 
 class _Web(PathHandler):
