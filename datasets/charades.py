@@ -57,9 +57,7 @@ class TimedDataset(VideoDataset):
             "actions": np.array([action for group in actions for action in group], np.float64).reshape(-1, 3),
             "action_bounds": np.cumsum([0, *(len(group) for group in actions)]),
         }
-        super().__init__(
-            root, entries, class_names, decoder, sampling, frames_fps=frames_fps, more_arrays=times
-        )
+        super().__init__(root, entries, class_names, decoder, sampling, frames_fps=frames_fps, more_arrays=times)
 
     def _fingerprint_parts(self) -> Iterator[bytes]:
         yield from super()._fingerprint_parts()

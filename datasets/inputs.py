@@ -16,6 +16,8 @@ CLOCK_TICK_S = 0.02  # the times of files are at least this fine
 
 _recorded: ContextVar[dict[str, State] | None] = ContextVar("recorded", default=None)
 
+_own_changes: dict[str, tuple[State, State]] = {}  # folder → states before and after this process added a file
+
 
 @contextmanager
 def record_inputs() -> Iterator[dict[str, State]]:
@@ -64,4 +66,15 @@ def input_state(path: str, content: bytes | None = None) -> State:
 
 def are_unchanged(inputs: Mapping[str, State]) -> bool:
     """Return whether all inputs have the states that were recorded."""
-    return all(input_state(path) == state for path, state in inputs.items())
+    states = ((path, input_state(path), state) for path, state in inputs.items())
+    return all(new == old or _own_changes.get(path) == (old, new) for path, new, old in states)
+
+
+@contextmanager
+def own_change(folder: str, inputs: dict[str, State]) -> Iterator[None]:
+    """Change a folder inside the block, which is no change of an input: if nothing else has changed it, update it."""
+    before = input_state(folder)
+    yield
+    if folder in inputs and inputs[folder] == before:
+        inputs[folder] = input_state(folder)
+        _own_changes[folder] = (before, inputs[folder])

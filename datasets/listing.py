@@ -21,7 +21,7 @@ from mgvideo import __version__
 from mgvideo.storage.paths import cache_folder, is_remote, strip_file_scheme
 
 from .array_file import SharedArrays
-from .inputs import are_unchanged, input_state, is_recording, record_inputs
+from .inputs import are_unchanged, is_recording, own_change, record_inputs
 from .scan import LISTINGS
 from .video import VideoDataset
 
@@ -91,10 +91,7 @@ def _write(file: Path, dataset: VideoDataset, inputs: dict[str, Any]) -> None:
     """Write the listing of a dataset. Raises OSError."""
     folder = str(file.parent.parent)
     if file.parent.name == LISTINGS and not file.parent.exists():
-        # Creating our folder changes the time of the dataset's folder. Keep its new state if nothing else changed it.
-        unchanged = folder in inputs and input_state(folder) == inputs[folder]
-        file.parent.mkdir()
-        if unchanged:
-            inputs[folder] = input_state(folder)
+        with own_change(folder, inputs):  # it changes the time of the dataset's folder
+            file.parent.mkdir()
     dataset.arrays.header.update(inputs=inputs)
     dataset.arrays.write(file)

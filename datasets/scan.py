@@ -123,7 +123,8 @@ def scan_folder(root: str, top: str = "", deep: bool = True) -> Scan:
 
 def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     """Return the names of the subfolders of a folder, and of its files. Raises UserError."""
-    folders, files = [], []
+    folders: list[str] = []
+    files: list[str] = []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -142,12 +143,13 @@ def _are_frames(names: Iterable[str]) -> bool:
 def _sort_files(folder: str, names: Iterable[str], root: str, scan: Scan) -> None:
     """Add the files of one folder to a scan."""
     at_root = os.path.normpath(folder) == os.path.normpath(root)
+    prefix = "" if at_root else os.path.relpath(folder, root)
     for name in names:
         suffix = os.path.splitext(name)[1].strip().lower()
         if is_leftover(name):
             if suffix in VIDEO_SUFFIXES:
                 scan.leftovers["._*" if name.startswith("._") else "hidden files"] += 1
         elif suffix in VIDEO_SUFFIXES:
-            scan.videos.append(os.path.relpath(os.path.join(folder, name), root))
+            scan.videos.append(os.path.join(prefix, name))
         elif not (suffix in ANNOTATIONS and at_root):
             scan.skipped[suffix or "without extension"] += 1

@@ -47,6 +47,7 @@ class VideoDataset:
         notes: Messages for the user, printed when a run starts.
         missing: Videos that the annotations list but that do not exist. They are not part of the dataset.
         labels: The labels of all videos: int64 `[videos]`, or if it is multi-label, multi-hot bool `[videos, classes]`.
+        frames_fps: Frames per second of a frame list, whose videos are folders of images; None: of another list.
         arrays: The lists behind paths, labels and spans, which processes share.
     """
 
@@ -96,8 +97,9 @@ class VideoDataset:
         ]
         self.sampling = Sampling(**header["sampling"])
         self.decoder = Decord() if decoder is None else decoder
-        if header["frames_fps"] is not None:
-            self.decoder = FrameFolders(header["frames_fps"], decoder)
+        self.frames_fps = header["frames_fps"]
+        if self.frames_fps is not None:
+            self.decoder = FrameFolders(self.frames_fps, decoder)
         self._attach_views()
 
     def _attach_views(self) -> None:

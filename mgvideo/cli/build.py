@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,12 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
             instantiate(cfg.dataset.prepare)
         barrier()
     decoder = build_decoder(cfg)
-    training = instantiate(cfg.dataset.train, decoder=decoder) if train else None
-    val = instantiate(cfg.dataset.val, decoder=decoder)
+    training, val = _first_on_this_node(
+        lambda: (
+            instantiate(cfg.dataset.train, decoder=decoder) if train else None,
+            instantiate(cfg.dataset.val, decoder=decoder),
+        )
+    )
     first = training or val
     classes = len(first.class_names)
     if cfg.dataset.num_classes is None:
@@ -79,6 +84,26 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
         if dataset is not None and hasattr(dataset, "grid"):  # the shape of dataset[number]
             dataset.grid = Views.of_size(cfg.base.num_frames, cfg.base.frame_stride, cfg.base.crop_size).grid
     return Data(training, val, cfg.dataset.num_classes, TASKS[cfg.dataset.task]())
+
+
+def _first_on_this_node(build: Callable[[], Any]) -> Any:
+    """Return `build()`, which the first rank of each node calls before the others, who then read what it has kept.
+
+    All ranks call this together.
+
+    Raises:
+        UserError: A first rank raised it. All ranks raise it.
+    """
+    result, message = None, None
+    if local_rank() == 0:
+        try:
+            result = build()
+        except UserError as error:
+            message = str(error)
+    failed = next(filter(None, gather_objects(message)), None)
+    if failed is not None:
+        raise UserError(failed)
+    return build() if local_rank() else result
 
 
 def unset_dataset_key(cfg: DictConfig) -> str | None:
@@ -98,7 +123,7 @@ def require_dataset_keys(cfg: DictConfig) -> None:
 
 def build_decoder(cfg: DictConfig) -> Any:
     """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set."""
-    decoder = instantiate(cfg.decoder)
+    decoder = open_frame_folders(cfg, instantiate(cfg.decoder))
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
@@ -108,6 +133,15 @@ def build_decoder(cfg: DictConfig) -> Any:
     from mgvideo.datasets.pyramid import Pyramid
 
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+
+
+def open_frame_folders(cfg: DictConfig, decoder: Any) -> Any:
+    """Return a decoder that also opens folders of images, with `dataset.frames_fps` frames a second."""
+    from mgvideo.datasets.frames import FrameFolders
+
+    fps = cfg.dataset.get("frames_fps", 30)
+    require(isinstance(fps, int | float) and 0 < fps < math.inf, f"dataset.frames_fps={fps}: give more than 0")
+    return FrameFolders(fps, decoder)
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:

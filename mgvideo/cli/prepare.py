@@ -30,6 +30,7 @@ from mgvideo.datasets.check import (
     list_lines,
     write_findings,
 )
+from mgvideo.datasets.frames import frame_folder
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
 from mgvideo.datasets.pyav import PyAV
@@ -43,7 +44,7 @@ from mgvideo.plan.table import set_full_width
 from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
-from .build import build_plan, require_dataset_keys
+from .build import build_plan, open_frame_folders, require_dataset_keys
 from .progress import ProgressLog
 from .recipe import sample_size
 from .schema import key
@@ -154,7 +155,7 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     datasets = dict(zip(SPLITS[options.split], _datasets(cfg, options.split), strict=True))
     first = next(iter(datasets.values()))
     require(
-        all(type(dataset.decoder) is type(first.decoder) for dataset in datasets.values()),
+        all(dataset.frames_fps == first.frames_fps for dataset in datasets.values()),
         "one split of the dataset is videos, the other images: check each by itself, with split=train and split=val",
     )
     lines = [line for part, dataset in datasets.items() for line in list_lines(dataset, part)]
@@ -196,7 +197,7 @@ def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
     require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
-    datasets = [instantiate(cfg.dataset[part], decoder=PyAV()) for part in SPLITS[split]]
+    datasets = [instantiate(cfg.dataset[part], decoder=open_frame_folders(cfg, PyAV())) for part in SPLITS[split]]
     for note in dict.fromkeys(note for dataset in datasets for note in dataset.notes):
         print(f"note: {note}")
     return datasets
@@ -232,7 +233,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
     """Build the pyramid of a dataset for the plan of a config, and print its size."""
     datasets = _datasets(cfg, options.split)
     require(
-        all(isinstance(dataset.decoder, PyAV) for dataset in datasets),
+        all(dataset.frames_fps is None and frame_folder(dataset.path(0)) is None for dataset in datasets),
         f"dataset {cfg.dataset.name}: frames are images, no video to encode",
     )
     # a few videos may be a sample of a dataset: take the grids of a plan of at least 1,000 batches
