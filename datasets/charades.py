@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from mgvideo.errors import UserError
 from mgvideo.storage.paths import join
 
 from .decoders import Decoder
+from .frame_lists import is_frame_list, read_frame_list
 from .listing import keep_listing
 from .lists import check_root, read_classes
 from .sampling import Sampling
@@ -24,7 +24,6 @@ from .video import VideoDataset, VideoEntry
 
 CLASSES = 157
 COLUMNS = ("id", "actions")  # columns of the official CSV that are read
-FRAME_COLUMNS = ["original_vido_id", "video_id", "frame_id", "path", "labels"]
 FRAMES_FPS = 24.0  # frame rate of the official frame archive
 
 
@@ -99,7 +98,7 @@ def charades(
     if is_header(lines, COLUMNS):
         actions = _from_csv(file, lines)
         paths = [os.path.join(videos, f"{name}.mp4") for name in actions]
-    elif lines and lines[0].split() == FRAME_COLUMNS:
+    elif is_frame_list(lines):
         actions = _from_frames(file, lines)
         paths, frames_fps = [os.path.join(videos, name) for name in actions], FRAMES_FPS
     else:
@@ -144,26 +143,14 @@ def _from_frames(file: str, lines: list[str]) -> dict[str, list[Action]]:
     """
     actions: dict[str, list[Action]] = {}
     latest: dict[tuple[str, int], int] = {}  # (video, label) → index of its latest action
-    rows = csv.reader(lines[1:], delimiter=" ", strict=True)
-    for number in range(2, len(lines) + 1):
-        row: list[str] = []
-        try:
-            row = next(rows)
-            if rows.line_num != number - 1:  # quotes that close in a later line
-                raise ValueError
-            if not row:
-                continue
-            name, frame, labels = row[0], int(row[2]), [_label(part) for part in row[4].split(",") if part]
-        except (IndexError, ValueError, csv.Error):
-            line = repr(lines[number - 1][:80])
-            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {line}") from None
-        group, time = actions.setdefault(name, []), frame / FRAMES_FPS
-        for label in labels:
-            last = latest.get((name, label))
+    for row in read_frame_list(file, lines, CLASSES):
+        group, time = actions.setdefault(row.video, []), row.frame / FRAMES_FPS
+        for label in row.labels:
+            last = latest.get((row.video, label))
             if last is not None and time - group[last].end < 1.5 / FRAMES_FPS:
                 group[last] = group[last]._replace(end=time)
             else:
-                latest[name, label] = len(group)
+                latest[row.video, label] = len(group)
                 group.append(Action(label, time, time))
     return actions
 

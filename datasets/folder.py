@@ -17,6 +17,7 @@ from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder
+from .frame_lists import frame_list_videos, is_frame_list
 from .inputs import record_input
 from .listing import keep_listing
 from .lists import check_root, find_spelling, note_repeats
@@ -293,10 +294,19 @@ def _find_tables(root: str) -> SplitLayout | None:
 
 def _read_table(root: str, name: str) -> list[LabelledVideo]:
     file = join(root, name)
+    if not name.lower().endswith((".json", ".jsonl")) and is_frame_list(lines := read_lines(file)):
+        videos = ((f"{file}:{line}", path, labels) for line, path, labels in frame_list_videos(file, lines))
+        return [_row(root, origin, {"path": path, "label": _only(origin, labels)}) for origin, path, labels in videos]
     if name.lower().endswith((".json", ".jsonl")):
         return [_row(root, origin, fields) for origin, fields in read_records(file)]
     rows = read_table(file, read_lines(file), ("path", "label"))
     return [_row(root, f"{file}:{row.line}", row.fields) for row in rows]
+
+
+def _only(origin: str, labels: Sequence[int]) -> int:
+    if len(labels) > 1:
+        raise UserError(f"{origin}: several labels, {shorten(map(str, labels))}, where the task has one a video")
+    return labels[0]
 
 
 def _row(root: str, origin: str, fields: Any) -> LabelledVideo:
