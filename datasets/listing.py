@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mgvideo import __version__
-from mgvideo.storage.paths import cache_folder, is_remote, strip_file_scheme
+from mgvideo.storage.paths import is_remote, strip_file_scheme
+from mgvideo.storage.remote_cache import cache_folder
 
 from .array_file import SharedArrays
 from .inputs import are_unchanged, is_recording, own_change, record_inputs

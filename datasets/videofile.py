@@ -6,13 +6,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
+from mgvideo.storage.members import parse_member
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +61,7 @@ class Video(ABC):
     height: int
     width: int
     times: np.ndarray
+    lock: IO[bytes] | None = None  # of the local copy of a remote file
 
     def read(self, indices: Sequence[int] | np.ndarray, box: Box | None = None) -> Tensor:
         """Read frames `indices` (any order, repeats allowed), or a box of them: uint8 RGB `[n, height, width, 3]`.
@@ -138,6 +140,14 @@ def check_file(path: str, local: str | None = None) -> None:
     """
     local = local or path
     with raise_decode_errors(path):
+        member = parse_member(path)
+        if member is not None and local.startswith("subfile,"):
+            size = os.stat(member.archive).st_size
+            if member.offset + member.size > size:
+                raise DecodeError(path, f"the archive ends at byte {size}, within this file")
+            if member.size == 0:
+                raise DecodeError(path, "empty file")
+            return
         os.stat(local)
         if not os.path.isfile(local):
             raise DecodeError(path, "not a file")

@@ -123,7 +123,7 @@ def require_dataset_keys(cfg: DictConfig) -> None:
 
 def build_decoder(cfg: DictConfig) -> Any:
     """Build the decoder, which reads from `dataset.pyramid` or `dataset.frame_cache` if one is set."""
-    decoder = open_frame_folders(cfg, instantiate(cfg.decoder))
+    decoder = open_any_source(cfg, instantiate(cfg.decoder))
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
@@ -135,13 +135,19 @@ def build_decoder(cfg: DictConfig) -> Any:
     return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
 
 
-def open_frame_folders(cfg: DictConfig, decoder: Any) -> Any:
-    """Return a decoder that also opens folders of images, with `dataset.frames_fps` frames a second."""
+def open_any_source(cfg: DictConfig, decoder: Any) -> Any:
+    """Return a decoder that also opens folders of images and keeps copies of remote files within a limit."""
     from mgvideo.datasets.frames import FrameFolders
+    from mgvideo.datasets.remote import RemoteVideos
 
+    gib = cfg.dataset.get("cache_gib")
+    require(
+        gib is None or (isinstance(gib, int | float) and 0 < gib < math.inf),
+        f"dataset.cache_gib={gib}: give more than 0, or null for no limit",
+    )
     fps = cfg.dataset.get("frames_fps", 30)
     require(isinstance(fps, int | float) and 0 < fps < math.inf, f"dataset.frames_fps={fps}: give more than 0")
-    return FrameFolders(fps, decoder)
+    return FrameFolders(fps, RemoteVideos(decoder, gib))
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:

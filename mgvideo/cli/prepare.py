@@ -44,7 +44,7 @@ from mgvideo.plan.table import set_full_width
 from mgvideo.storage.paths import exists, explain_write_errors, relative
 
 from . import app, keys
-from .build import build_plan, open_frame_folders, require_dataset_keys
+from .build import build_plan, open_any_source, require_dataset_keys
 from .progress import ProgressLog
 from .recipe import sample_size
 from .schema import key
@@ -197,7 +197,7 @@ def _datasets(cfg: DictConfig, split: str) -> list[VideoDataset]:
     require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
-    datasets = [instantiate(cfg.dataset[part], decoder=open_frame_folders(cfg, PyAV())) for part in SPLITS[split]]
+    datasets = [instantiate(cfg.dataset[part], decoder=open_any_source(cfg, PyAV())) for part in SPLITS[split]]
     for note in dict.fromkeys(note for dataset in datasets for note in dataset.notes):
         print(f"note: {note}")
     return datasets
