@@ -54,10 +54,17 @@ class SharedArrays(Mapping[str, np.ndarray]):
             ValueError: It is damaged or has another format.
         """
         with open(path, "rb") as file:
-            header, names, start = _read_header(file)
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ValueError("is empty")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return cls.parse(content, verify, path)
+
+    @classmethod
+    def parse(cls, content: mmap.mmap | bytes, verify: bool = True, path: str | None = None) -> SharedArrays:
+        """Return the arrays in the content of a file, without copying them. Raises ValueError as `open`."""
+        header, names, start = _read_header(content)
         if verify and zlib.crc32(memoryview(content)[start:]) != names["checksum"]:
-            raise ValueError(f"{path}: the checksum is wrong")
+            raise ValueError("its checksum is wrong")
         arrays = {}
         for name, dtype, shape, offset in names["arrays"]:
             count = int(np.prod(shape))
@@ -146,15 +153,14 @@ def _file_identity(path: str) -> tuple[int, int, int] | None:
     return None
 
 
-def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _read_header(content: mmap.mmap | bytes) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Return the header, the description of the arrays, and the position of the first one. Raises ValueError."""
-    start = file.read(_START.size)
-    if len(start) < _START.size:
-        raise ValueError(f"{file.name}: is incomplete")
-    magic, length, checksum, size = _START.unpack(start)
-    text = file.read(length) if magic == _MAGIC else b""
-    if magic != _MAGIC or zlib.crc32(text) != checksum or os.fstat(file.fileno()).st_size != size:
-        raise ValueError(f"{file.name}: is damaged or of another version")
+    if len(content) < _START.size:
+        raise ValueError("is incomplete")
+    magic, length, checksum, size = _START.unpack(content[: _START.size])
+    text = content[_START.size : _START.size + length] if magic == _MAGIC else b""
+    if magic != _MAGIC or zlib.crc32(text) != checksum or len(content) != size:
+        raise ValueError("is damaged or of another version")
     header, names = json.loads(text)
     return header, names, _START.size + length
 

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,9 @@ from mgvideo.storage.paths import is_remote, strip_file_scheme
 from mgvideo.storage.remote_cache import cache_folder
 
 from .array_file import SharedArrays
-from .inputs import are_unchanged, is_recording, own_change, record_inputs
+from .inputs import are_unchanged, is_recording, own_change, record_input, record_inputs
 from .scan import LISTINGS
+from .timed import TimedDataset
 from .video import VideoDataset
 
 FORMAT = 1  # version of the listings
@@ -39,33 +40,52 @@ def keep_listing(build: Build) -> Build:
 
     @functools.wraps(build)
     def build_or_load(*args: Any, **kwargs: Any) -> VideoDataset:
-        if is_recording():  # one builder called by another, which keeps the listing
-            return build(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         decoder = arguments.pop("decoder")
-        kind = inspect.get_annotations(build, eval_str=True)["return"]
-        files = _places(arguments["root"], f"{FORMAT} {__version__} {build.__qualname__} {arguments}")
-        for file in files:
-            arrays = _load(file)
-            if arrays is not None:
-                dataset: VideoDataset = kind.from_arrays(arrays, decoder)
-                return dataset
-        with record_inputs() as inputs:
+
+        def list_videos() -> SharedArrays:
             dataset = build(*args, **kwargs)
-        if len(dataset) < MIN_VIDEOS:
-            return dataset
-        dataset.arrays.header.update(fingerprint=dataset.fingerprint())
-        for file in files:
-            with suppress(OSError):
-                _write(file, dataset, inputs)
-                arrays = SharedArrays.open(str(file), verify=False)
-                loaded: VideoDataset = kind.from_arrays(arrays, decoder)
-                return loaded
-        return dataset
+            dataset.arrays.header.update(videos=len(dataset))
+            if len(dataset) >= MIN_VIDEOS:
+                dataset.arrays.header.update(fingerprint=dataset.fingerprint())
+            return dataset.arrays
+
+        if is_recording():  # one builder called by another, which keeps the listing
+            return build(*args, **kwargs)
+        arrays = kept_arrays(arguments["root"], f"{build.__qualname__} {arguments}", list_videos)
+        kind = TimedDataset if "actions" in arrays else VideoDataset
+        return kind.from_arrays(arrays, decoder)
 
     return build_or_load  # type: ignore[return-value]
+
+
+def kept_arrays(root: str, description: str, build: Callable[[], SharedArrays]) -> SharedArrays:
+    """Return `build()`, or its arrays from an earlier call for the same root and description and unchanged inputs.
+
+    `header["videos"]` is the number of videos; arrays of fewer than `MIN_VIDEOS` are not kept.
+    """
+    files = _places(root, f"{FORMAT} {__version__} {description}")
+    arrays = next((arrays for file in files if (arrays := _load(file)) is not None), None)
+    if arrays is None:
+        with record_inputs() as inputs:
+            arrays = build()
+        arrays.header.update(inputs=inputs)
+        if arrays.header["videos"] >= MIN_VIDEOS:
+            arrays = _write_first(files, arrays, inputs)
+    for path, state in arrays.header["inputs"].items():
+        record_input(path, state)  # of a caller
+    return arrays
+
+
+def _write_first(files: Sequence[Path], arrays: SharedArrays, inputs: dict[str, Any]) -> SharedArrays:
+    """Write arrays to the first file that can be written and map it; if there is none, return them as they are."""
+    for file in files:
+        with suppress(OSError):
+            _write(file, arrays, inputs)
+            return SharedArrays.open(str(file), verify=False)
+    return arrays
 
 
 def _places(root: str, arguments: str) -> list[Path]:
@@ -88,11 +108,10 @@ def _load(file: Path) -> SharedArrays | None:
     return arrays if are_unchanged(arrays.header["inputs"]) else None
 
 
-def _write(file: Path, dataset: VideoDataset, inputs: dict[str, Any]) -> None:
-    """Write the listing of a dataset. Raises OSError."""
-    folder = str(file.parent.parent)
+def _write(file: Path, arrays: SharedArrays, inputs: dict[str, Any]) -> None:
+    """Write a listing. Raises OSError."""
     if file.parent.name == LISTINGS and not file.parent.exists():
-        with own_change(folder, inputs):  # it changes the time of the dataset's folder
+        with own_change(str(file.parent.parent), inputs):  # it changes the time of the dataset's folder
             file.parent.mkdir()
-    dataset.arrays.header.update(inputs=inputs)
-    dataset.arrays.write(file)
+    arrays.header.update(inputs=inputs)
+    arrays.write(file)

@@ -130,9 +130,9 @@ def build_decoder(cfg: DictConfig) -> Any:
         from mgvideo.datasets.frame_cache import FrameCache
 
         return FrameCache(cfg.dataset.frame_cache, decoder, cfg.dataset.frame_cache_gib)
-    from mgvideo.datasets.pyramid import Pyramid
+    from mgvideo.datasets.packed_pyramid import open_pyramid
 
-    return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+    return open_pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
 
 
 def open_any_source(cfg: DictConfig, decoder: Any) -> Any:

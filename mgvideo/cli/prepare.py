@@ -33,15 +33,16 @@ from mgvideo.datasets.check import (
 from mgvideo.datasets.frames import frame_folder
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
+from mgvideo.datasets.pack import pack
 from mgvideo.datasets.pyav import PyAV
-from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid
+from mgvideo.datasets.pyramid import ManifestRow, Pyramid, PyramidLayout, encode_pyramid
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import shorten
 from mgvideo.plan.plan import require
 from mgvideo.plan.table import set_full_width
-from mgvideo.storage.paths import exists, explain_write_errors, relative
+from mgvideo.storage.paths import exists, explain_write_errors, relative, require_local_path
 
 from . import app, keys
 from .build import build_plan, open_any_source, require_dataset_keys
@@ -78,6 +79,16 @@ class PyramidKeys:
     out: str | None = key(None, "folder to build in, for dataset.pyramid; a stopped build resumes")
     split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     processes: int | None = key(None, "files encoded at a time; null: one per core", least=1)
+
+
+@dataclass
+class PackKeys:
+    """Keys of `prepare pack`."""
+
+    out: str | None = key(None, "folder for SPLIT-000000.tar, …; a stopped command resumes")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
+    shard_mib: int = key(1024, "size of an archive in MiB", least=1)
+    processes: int | None = key(None, "archives written at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -285,6 +296,29 @@ def _print_rows(rows: Sequence[ManifestRow], allowed: float) -> None:
         raise SystemExit(1)
 
 
+def pack_videos(options: PackKeys, cfg: DictConfig) -> None:
+    """Pack a dataset into tar archives, with the levels of `dataset.pyramid` if that is set, and print their number."""
+    out = Path(require_local_path("out", str(options.out)))
+    datasets = dict(zip(SPLITS[options.split], _datasets(cfg, options.split), strict=True))
+    require(
+        all(dataset.frames_fps is None for dataset in datasets.values()),
+        f"dataset {cfg.dataset.name}: frames are images, no video to pack",
+    )
+    pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, PyAV()) if cfg.dataset.get("pyramid") else None
+    with explain_write_errors("out", out), ProgressLog("pack") as progress:
+        shards = pack(datasets, out, options.shard_mib * 2**20, pyramid, options.processes, progress)
+    failures = [failure for shard in shards for failure in shard.failures]
+    samples = sum(shard.samples for shard in shards)
+    print(f"{out}: {samples} videos in {sum(shard.samples > 0 for shard in shards)} archives")
+    if failures:
+        path, reason = failures[0]
+        print(f"{len(failures)} videos are left out, for example {path}: {reason}")
+    print(f"train with dataset=shards dataset.root={out}" + (f" dataset.pyramid={out}" if pyramid else ""))
+    if len(failures) > cfg.dataset.max_bad_fraction * (samples + len(failures)):
+        print(f"error: that is more than dataset.max_bad_fraction={cfg.dataset.max_bad_fraction}", file=sys.stderr)
+        raise SystemExit(1)
+
+
 def write_lists(options: ListKeys, cfg: DictConfig) -> None:
     """Write `path label` lists of the files that exist, and the class names."""
     out = Path(str(options.out))
@@ -377,6 +411,7 @@ COMMANDS = {
     "pyramid": Command(
         PyramidKeys, build_pyramid, "encode small copies of a dataset, from which coarse clips are read faster"
     ),
+    "pack": Command(PackKeys, pack_videos, "write a dataset into a few tar archives, pyramid levels included"),
     "list": Command(ListKeys, write_lists, "write list files from official annotations and the files on disk"),
     "motion": Command(MotionKeys, make_videos, "make the embedded dataset; width=340 stands for dataset.knobs.width"),
 }

@@ -166,9 +166,19 @@ def remote_version(path: str) -> str:
 
     Raises as `read_bytes`.
     """
+    return _head(path)[1]
+
+
+def file_size(path: str) -> int | None:
+    """Return the bytes of a file; None if the handler of a URL cannot tell. Raises as `read_bytes`."""
+    path = strip_file_scheme(path)
+    return _head(path)[0] if is_remote(path) else os.path.getsize(path)
+
+
+def _head(path: str) -> tuple[int | None, str]:
     with path_manager(path):
         handler = _handlers[f"{_scheme(path)}://"]
-        return str(handler.version(path)) if hasattr(handler, "version") else ""
+        return handler.head(path) if hasattr(handler, "head") else (None, "")
 
 
 def list_folder(path: str) -> list[str]:
@@ -177,7 +187,9 @@ def list_folder(path: str) -> list[str]:
     if not is_remote(path):
         return os.listdir(path)
     with path_manager(path) as manager:
-        return [str(name) for name in manager.ls(path)]
+        handler = _handlers[f"{_scheme(path)}://"]
+        names = handler.list_names(path) if hasattr(handler, "list_names") else manager.ls(path)
+        return [str(name) for name in names]
 
 
 @contextmanager
@@ -272,10 +284,12 @@ class _Web(PathHandler):
             data: bytes = source.read(size)
             return data
 
-    def version(self, path: str) -> str:
+    def head(self, path: str) -> tuple[int | None, str]:
         with closing(self._open(path, "rb", method="HEAD")) as answer:
             headers: Any = getattr(answer, "headers", {})
-            return " ".join(str(headers.get(name)) for name in ("ETag", "Last-Modified", "Content-Length"))
+            length = str(headers.get("Content-Length"))
+            text = " ".join(str(headers.get(name)) for name in ("ETag", "Last-Modified"))
+            return int(length) if length.isdecimal() else None, f"{text} {length}"
 
 
 def hub_repository(path: str) -> str | None:
@@ -346,10 +360,17 @@ def _register_s3() -> None:
             data: bytes = answer["Body"].read()
             return data
 
-        def version(self, path: str) -> str:
+        def list_names(self, path: str) -> list[str]:
+            bucket, key = self._parse_uri(path)
+            prefix = f"{key.rstrip('/')}/" if key else ""
+            pages = self._get_client(bucket).get_paginator("list_objects_v2")
+            files = pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/").search("Contents[].Key")
+            return [name.removeprefix(prefix) for name in files if name]
+
+        def head(self, path: str) -> tuple[int, str]:
             bucket, key = self._parse_uri(path)
             answer = self._get_client(bucket).head_object(Bucket=bucket, Key=key)
-            return f"{answer['ETag']} {answer['ContentLength']}"
+            return int(answer["ContentLength"]), f"{answer['ETag']} {answer['ContentLength']}"
 
     handler = S3(profile=None)
     # processes must not share a connection
