@@ -13,19 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from refusals import error_line
 from training import KNOBS, ROOT, TINY, metrics, run_program
 from videos import numbered_frame, write_rotated, write_video
 
 from mgvideo.cli import app
-from mgvideo.cli.build import build_decoder
+from mgvideo.cli.build import build_data, build_decoder
 from mgvideo.cli.prepare import COMMANDS, _motion_overrides, main, read_keys
 from mgvideo.datasets.kinetics import kinetics
 from mgvideo.datasets.motion import make_motion
+from mgvideo.datasets.packed_pyramid import PackedPyramid
 from mgvideo.errors import UserError
+from mgvideo.loading.requests import ClipRequest
+from mgvideo.plan.plan import Grid
 
 KINETICS = ["dataset=kinetics400", "dataset.num_classes=8"]
+GRID = Grid(4, 32, (1, 3), (36, 84))
 
 
 def prepare(name: str, own_overrides: list[str], overrides: list[str]) -> None:
@@ -250,6 +255,42 @@ def test_a_missing_pyramid_raises(tmp_path: Path) -> None:
         build_decoder(app.compose_config("run", [f"dataset.pyramid={tmp_path}"]))
 
 
+def test_a_packed_dataset_with_its_pyramid_loads_the_same_clips(
+    tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, pyramid, out = make_motion(motion_root, KNOBS), tmp_path / "pyramid", tmp_path / "packed"
+    clips = ["base.num_frames=4", "base.crop_size=64", "base.short_side=[72,84]"]
+    overrides = [*KINETICS, f"dataset.root={source}", "dataset.train.flip=false", "dataset.val.flip=false", *clips]
+    prepare("pyramid", [f"out={pyramid}", "processes=1"], overrides)
+    prepare("pack", [f"out={out}", "processes=2"], [*overrides, f"dataset.pyramid={pyramid}"])
+    assert f"train with dataset=shards dataset.root={out} dataset.pyramid={out}" in capsys.readouterr().out
+    packed = ["dataset=shards", f"dataset.root={out}", f"dataset.pyramid={out}", "recipe=motion", *clips]
+    loose, tarred = (
+        build_data(app.compose_config("run", [*words, "decoder=pyav"]))
+        for words in ([*overrides, f"dataset.pyramid={pyramid}"], packed)
+    )
+    assert loose.classes == tarred.classes
+    assert isinstance(tarred.train.decoder, PackedPyramid)
+    assert not tarred.train.sampling.flip
+    for expected, dataset in ((loose.train, tarred.train), (loose.val, tarred.val)):
+        assert len(dataset) == len(expected)
+        for index in range(0, len(expected), 5):
+            sample, other = (part[ClipRequest(index, GRID, index)] for part in (dataset, expected))
+            assert torch.equal(sample.clip, other.clip)
+            assert sample.label == other.label
+
+
+def test_a_pack_leaves_out_bad_videos_and_exits_with_1_above_the_threshold(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        prepare("pack", [f"out={tmp_path / 'packed'}", "split=train"], [*KINETICS, f"dataset.root={broken}"])
+    output = capsys.readouterr()
+    assert "7 videos in 1 archives" in output.out
+    assert "1 videos are left out, for example " in output.out
+    assert "error: that is more than dataset.max_bad_fraction=0.05" in output.err
+
+
 def test_list_of_official_annotations_leaves_out_missing_videos(broken: Path, tmp_path: Path) -> None:
     rows = ["label,youtube_id,time_start,time_end,split"]
     for i, name in enumerate(("tap dancing", "air drumming", "gone")):
@@ -304,6 +345,8 @@ def test_motion_like_kinetics(tmp_path: Path) -> None:
     [
         (["compress"], "there is no 'prepare compress'"),
         (["pyramid"], "out is not set"),
+        (["pack"], "out is not set"),
+        (["pack", "shard_mib=0"], "shard_mib=0"),
         (["check", "split=test"], "split=test"),
         (["check", "max_broken=2"], "max_broken=2"),
         (["check", "processes=0"], "processes=0"),
