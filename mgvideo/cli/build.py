@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -140,14 +139,8 @@ def open_any_source(cfg: DictConfig, decoder: Any) -> Any:
     from mgvideo.datasets.frames import FrameFolders
     from mgvideo.datasets.remote import RemoteVideos
 
-    gib = cfg.dataset.get("cache_gib")
-    require(
-        gib is None or (isinstance(gib, int | float) and 0 < gib < math.inf),
-        f"dataset.cache_gib={gib}: give more than 0, or null for no limit",
-    )
-    fps = cfg.dataset.get("frames_fps", 30)
-    require(isinstance(fps, int | float) and 0 < fps < math.inf, f"dataset.frames_fps={fps}: give more than 0")
-    return FrameFolders(fps, RemoteVideos(decoder, gib))
+    videos = RemoteVideos(decoder, cfg.dataset.get("cache_gib"))
+    return FrameFolders(cfg.dataset.get("frames_fps", 30), videos)
 
 
 def build_plan(cfg: DictConfig, dataset_size: int) -> Plan:
