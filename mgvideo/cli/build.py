@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -97,8 +98,11 @@ def _first_on_this_node(build: Callable[[], Any]) -> Any:
     if local_rank() == 0:
         try:
             result = build()
-        except UserError as error:
-            message = str(error)
+        except (UserError, InstantiationException) as error:  # Hydra wraps the errors of a dataset
+            cause = error if isinstance(error, UserError) else error.__cause__
+            if not isinstance(cause, UserError):
+                raise
+            message = str(cause)
     failed = next(filter(None, gather_objects(message)), None)
     if failed is not None:
         raise UserError(failed)
