@@ -26,13 +26,14 @@ from mgvideo.errors import UserError
 _START = struct.Struct("<8sIIQ")  # magic, bytes of the header, its CRC-32, bytes of the file
 _MAGIC = b"mgvarr02"
 _ALIGNMENT = 64
+_MIN_SHARED_BYTES = 100_000  # smaller arrays in memory are copied, because that costs less than a file
 
 
 class SharedArrays(Mapping[str, np.ndarray]):
     """Read-only arrays by name, and a header of plain values.
 
-    Pickled arrays are not copied: the other process maps the same file. Arrays in memory are first written to a
-    temporary file, which is deleted with this object.
+    Pickled arrays are not copied: the other process maps the same file. Arrays in memory, unless they are small, are
+    first written to a temporary file, which is deleted with this object.
 
     Attributes:
         header: Plain values, as JSON has them.
@@ -113,6 +114,8 @@ class SharedArrays(Mapping[str, np.ndarray]):
         return len(self._arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.path is None and sum(array.nbytes for array in self._arrays.values()) < _MIN_SHARED_BYTES:
+            return SharedArrays, (self._arrays, self.header)
         if self.path is None or _file_identity(self.path) != self._identity:  # another job has replaced the file
             with suppress(OSError):
                 self._write_temporary()

@@ -25,6 +25,7 @@ from rich.filesize import decimal
 
 from mgvideo.errors import UserError
 from mgvideo.storage.files import parse_json_lines, replace_when_complete
+from mgvideo.storage.members import parse_member
 from mgvideo.storage.paths import belongs_to, is_remote, join, read_bytes, relative, strip_file_scheme
 
 from .array_file import SharedArrays, Strings
@@ -193,6 +194,7 @@ def level_path(folder: str, side: int, name: str) -> str:
     """Return the path or URL of a level of a video. Those of videos outside the dataset's root are in a sub-folder."""
     if os.path.isabs(name) or is_remote(name):
         name = OUTSIDE + os.path.normpath(f"/{name.replace('://', '/').lstrip('/')}")
+    name = name.replace(".tar@", ".tar/")  # an ordinary file, not one inside an archive
     return join(folder, f"short{side}/{name}.mp4")
 
 
@@ -247,7 +249,9 @@ def _estimate_bytes(folder: Path, root: str, paths: Sequence[str], done: dict[st
     if is_remote(root):  # saves a request for each file
         size = len(paths) * sum(row.bytes for row in rows) // max(1, len(rows))
     else:
-        size = sum(os.path.getsize(file) for path in paths if os.path.isfile(file := join(root, path)))
+        members = (parse_member(path) for path in paths)
+        size = sum(member.size for member in members if member)
+        size += sum(os.path.getsize(file) for path in paths if os.path.isfile(file := join(root, path)))
     total, written = round(ratio * size), sum(row.level_bytes for row in rows)
     free = shutil.disk_usage(folder).free
     if total - written > free:
@@ -275,7 +279,9 @@ def encode_video(folder: str, root: str, layout: PyramidLayout, name: str) -> Ma
                     if level.frames != frames:
                         raise DecodeError(source, f"{frames} frames became {level.frames}")
             level_bytes = sum(part.stat().st_size for part in parts)
-            return ManifestRow(name, short_side, frames, start, os.path.getsize(original), level_bytes)
+            member = parse_member(source)
+            size = member.size if member else os.path.getsize(original)
+            return ManifestRow(name, short_side, frames, start, size, level_bytes)
     except DecodeError as error:
         return ManifestRow(name, failure=error.reason)
 

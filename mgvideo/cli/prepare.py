@@ -42,7 +42,7 @@ from mgvideo.errors import UserError
 from mgvideo.plan.formatting import shorten
 from mgvideo.plan.plan import require
 from mgvideo.plan.table import set_full_width
-from mgvideo.storage.paths import exists, explain_write_errors, relative, require_local_path
+from mgvideo.storage.paths import exists, explain_write_errors, is_remote, relative, require_local_path
 
 from . import app, keys
 from .build import build_plan, open_any_source, require_dataset_keys
@@ -348,7 +348,7 @@ def _list_lines(dataset: VideoDataset) -> list[str]:
         )
     try:
         with ThreadPoolExecutor(16) as pool:  # hides the latency of a network file system
-            exist = list(pool.map(exists, map(dataset.path, range(len(dataset)))))
+            exist = list(pool.map(_is_video, map(dataset.path, range(len(dataset)))))
     except OSError as error:
         raise UserError(f"dataset.root={dataset.root}: cannot be read: {error.strerror}") from error
     indices = [i for i, file_exists in enumerate(exist) if file_exists]
@@ -361,6 +361,10 @@ def _list_lines(dataset: VideoDataset) -> list[str]:
         )
         raise UserError(f"{path!a}: the name is not UTF-8, which a list requires; rename the file") from None
     return lines
+
+
+def _is_video(path: str) -> bool:
+    return exists(path) or (not is_remote(path) and frame_folder(path) is not None)
 
 
 def _annotation(cfg: DictConfig, split: str) -> str:

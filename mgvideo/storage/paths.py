@@ -25,7 +25,7 @@ from iopath.common.file_io import PathHandler, PathManager
 
 from mgvideo.errors import UserError
 
-from .members import parse_member
+from .members import file_on_disk, parse_member
 from .remote_cache import fetch_once
 
 SERVER_TIMEOUT_S = 20.0  # for a server to accept a connection or to send its next bytes
@@ -108,8 +108,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def exists(path: str) -> bool:
-    """Whether a file exists. Raises as `read_bytes` does if this cannot be determined."""
-    path = strip_file_scheme(path)
+    """Whether a file exists, or the archive that holds it. Raises as `read_bytes` if this cannot be determined."""
+    path = file_on_disk(strip_file_scheme(path))
     if not is_remote(path):
         return os.path.isfile(path)
     with path_manager(path) as manager:

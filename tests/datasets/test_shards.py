@@ -127,6 +127,19 @@ def test_archives_at_a_url_are_read_in_ranges(
     ), "only the videos were fetched, each once"
 
 
+def test_a_pyramid_of_archives_is_built_like_one_of_files(root: Path, packed: Path, tmp_path: Path) -> None:
+    dataset = shards(str(packed), "train-*.tar", decoder=PyAV())
+    paths = [dataset.entry(i).path for i in range(6)]
+    rows = encode_pyramid(str(tmp_path / "pyramid"), str(packed), paths, PyramidLayout((30, 60), 60), 1)
+    assert [row.failure for row in rows] == [""] * 6
+    assert [row.bytes for row in rows] == [(root / f"clips/video {i}.mp4").stat().st_size for i in range(6)]
+    decoder = Pyramid(str(tmp_path / "pyramid"), str(packed), PyAV())
+    loose = Pyramid(str(packed.parent / "pyramid"), str(root), PyAV())
+    same_clips(shards(str(packed), "train-*.tar", decoder=decoder), video_list(str(root), "list.csv", decoder=loose))
+    (tmp_path / "list.csv").write_text("".join(f"{packed}/{path} {i % 3}\n" for i, path in enumerate(paths)))
+    same_clips(video_list(str(tmp_path), "list.csv", decoder=PyAV()), video_list(str(root), "list.csv", decoder=PyAV()))
+
+
 def test_any_dataset_can_be_packed_and_keeps_its_times(tmp_path: Path) -> None:
     for name in "AB":
         write_video(tmp_path / f"Charades_v1_480/{name}.mp4", frames=60)
