@@ -45,7 +45,8 @@ def record_input(path: str, state: State = None, content: bytes | None = None) -
     inputs = _recorded.get()
     path = path if is_remote(path) else os.path.abspath(strip_file_scheme(path))
     if inputs is not None and path not in inputs:
-        inputs[path] = state or input_state(path, content)
+        before, after = _own_changes.get(path, (None, None))
+        inputs[path] = after if state and state == before else state or input_state(path, content)
 
 
 def input_state(path: str, content: bytes | None = None) -> State:

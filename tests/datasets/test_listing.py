@@ -20,6 +20,7 @@ from mgvideo.datasets.folder import video_folder
 from mgvideo.datasets.kinetics import kinetics
 from mgvideo.datasets.lists import video_list
 from mgvideo.datasets.pyav import PyAV
+from mgvideo.datasets.scan import Scan, scan_folder
 from mgvideo.datasets.ssv2 import ssv2
 from mgvideo.datasets.ucf_hmdb import hmdb51, ucf101
 from mgvideo.datasets.video import VideoDataset, VideoEntry
@@ -155,6 +156,23 @@ def test_a_changed_list_of_the_same_size_is_noticed_at_once(tmp_path: Path) -> N
         assert dataset.entry(0).path == f"{number % 10}.mp4"
     write_files(tmp_path, {"classes.txt": "one\ntwo\n"})
     assert video_list(str(tmp_path), "list.csv", decoder=PyAV()).class_names == ["one", "two"]
+
+
+def test_both_splits_are_listed_by_one_scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, {"train.csv": KINETICS, "val.csv": KINETICS, "aaa_000000_000010.mp4": "", "bbb.mp4": ""})
+    scans = []
+
+    def scan(root: str) -> Scan:
+        scans.append(root)
+        return scan_folder(root)
+
+    monkeypatch.setattr("mgvideo.datasets.kinetics.scan_folder", scan)
+    for _ in range(2):  # the second time, both listings are read
+        for split in ("train", "val"):
+            dataset = kinetics(str(tmp_path), f"{split}.csv", 2, decoder=PyAV())
+            assert len(dataset) == 2
+            assert dataset.arrays.path is not None
+    assert len(scans) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other"])
