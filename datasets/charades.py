@@ -2,73 +2,26 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from mgvideo.errors import UserError
 from mgvideo.storage.paths import join
 
 from .decoders import Decoder
-from .frames import FrameFolders
+from .frame_lists import is_frame_list, read_frame_list
+from .listing import keep_listing
 from .lists import check_root, read_classes
 from .sampling import Sampling
 from .tables import is_header, read_lines, read_table
-from .video import VideoDataset, VideoEntry
+from .timed import Action, TimedDataset
 
 CLASSES = 157
 COLUMNS = ("id", "actions")  # columns of the official CSV that are read
-FRAME_COLUMNS = ["original_vido_id", "video_id", "frame_id", "path", "labels"]
 FRAMES_FPS = 24.0  # frame rate of the official frame archive
 
 
-class Action(NamedTuple):
-    """An action: its class, and start and end in seconds, both inclusive."""
-
-    label: int
-    start: float
-    end: float
-
-
-class TimedDataset(VideoDataset):
-    """A multi-label dataset whose labels are actions with times."""
-
-    timed_labels = True
-
-    def __init__(
-        self,
-        root: str,
-        paths: Sequence[str],
-        actions: Sequence[Sequence[Action]],
-        class_names: Sequence[str],
-        decoder: Decoder | None,
-        sampling: Sampling,
-    ) -> None:
-        labels = [tuple(sorted({action.label for action in group})) for group in actions]
-        entries = [VideoEntry(path, label) for path, label in zip(paths, labels, strict=True)]
-        super().__init__(root, entries, class_names, decoder, sampling)
-        self._actions = np.array([action for group in actions for action in group]).reshape(-1, 3)
-        self._bounds = np.cumsum([0, *(len(group) for group in actions)])
-
-    def _fingerprint_parts(self) -> list[bytes]:
-        return [*super()._fingerprint_parts(), self._actions.tobytes(), self._bounds.tobytes()]
-
-    def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
-        """Return multi-hot labels, float32 `[classes]`, of the actions that overlap `seconds`, or of all actions."""
-        if seconds is None:
-            return super().label(index)
-        labels, starts, ends = self._actions[self._bounds[index] : self._bounds[index + 1]].T
-        multi_hot = torch.zeros(len(self.class_names))
-        multi_hot[labels[(starts <= seconds[1]) & (ends >= seconds[0])].astype(np.int64)] = 1
-        return multi_hot
-
-
+@keep_listing
 def charades(
     root: str,
     annotations: str,
@@ -88,12 +41,13 @@ def charades(
     check_root(root)
     file = join(root, annotations)
     lines = read_lines(file)
+    frames_fps = None
     if is_header(lines, COLUMNS):
         actions = _from_csv(file, lines)
         paths = [os.path.join(videos, f"{name}.mp4") for name in actions]
-    elif lines and lines[0].split() == FRAME_COLUMNS:
+    elif is_frame_list(lines):
         actions = _from_frames(file, lines)
-        paths, decoder = [os.path.join(videos, name) for name in actions], FrameFolders(FRAMES_FPS)
+        paths, frames_fps = [os.path.join(videos, name) for name in actions], FRAMES_FPS
     else:
         raise UserError(f"{file}:1: expected the header of Charades_v1_train.csv or of a frame list")
     if not actions:
@@ -103,7 +57,7 @@ def charades(
         raise UserError(f"{join(root, classes_file)}: {len(names)} classes, not {CLASSES}")
     names = names or [f"c{label:03d}" for label in range(CLASSES)]
     sampling = Sampling(flip=flip, inverse_jitter=True)
-    return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling)
+    return TimedDataset(root, paths, list(actions.values()), names, decoder, sampling, frames_fps)
 
 
 def _from_csv(file: str, lines: list[str]) -> dict[str, list[Action]]:
@@ -136,26 +90,14 @@ def _from_frames(file: str, lines: list[str]) -> dict[str, list[Action]]:
     """
     actions: dict[str, list[Action]] = {}
     latest: dict[tuple[str, int], int] = {}  # (video, label) → index of its latest action
-    rows = csv.reader(lines[1:], delimiter=" ", strict=True)
-    for number in range(2, len(lines) + 1):
-        row: list[str] = []
-        try:
-            row = next(rows)
-            if rows.line_num != number - 1:  # quotes that close in a later line
-                raise ValueError
-            if not row:
-                continue
-            name, frame, labels = row[0], int(row[2]), [_label(part) for part in row[4].split(",") if part]
-        except (IndexError, ValueError, csv.Error):
-            line = repr(lines[number - 1][:80])
-            raise UserError(f"{file}:{number}: expected 'id video frame path \"label,label\"', found {line}") from None
-        group, time = actions.setdefault(name, []), frame / FRAMES_FPS
-        for label in labels:
-            last = latest.get((name, label))
+    for row in read_frame_list(file, lines, CLASSES):
+        group, time = actions.setdefault(row.video, []), row.frame / FRAMES_FPS
+        for label in row.labels:
+            last = latest.get((row.video, label))
             if last is not None and time - group[last].end < 1.5 / FRAMES_FPS:
                 group[last] = group[last]._replace(end=time)
             else:
-                latest[name, label] = len(group)
+                latest[row.video, label] = len(group)
                 group.append(Action(label, time, time))
     return actions
 

@@ -16,9 +16,11 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from mgvideo.storage.files import parse_json_lines, replace_when_complete
+from mgvideo.storage.members import file_on_disk
 from mgvideo.storage.paths import is_remote, join
 
 from .frame_table import video_streams
+from .frames import frame_folder
 from .parallel import FileProgress, ignore_progress, parallel_map
 from .pyav import PyAV, PyAVVideo
 from .video import VideoDataset
@@ -145,7 +147,7 @@ def _read_journal(journal: str | None, settings: dict[str, int]) -> dict[str, li
 
 def check_file(path: str, min_frames: int, fully: bool, decoder: Decoder) -> list[Finding]:
     """Decode one file and return its findings."""
-    if not is_remote(path) and not os.path.exists(path):
+    if not is_remote(path) and not os.path.exists(file_on_disk(path)) and frame_folder(path) is None:
         return [Finding(path, "missing", "No such file")]
     try:
         with decoder.open(path, THUMBNAIL_SIDE) as video:

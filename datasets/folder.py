@@ -17,6 +17,9 @@ from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import normalize_class_name, unify_class_names
 from .decoders import Decoder
+from .frame_lists import frame_list_videos, is_frame_list
+from .inputs import record_input
+from .listing import keep_listing
 from .lists import check_root, find_spelling, note_repeats
 from .sampling import Sampling
 from .scan import COMMON_SUFFIXES, is_leftover, scan_folder
@@ -52,6 +55,7 @@ class SplitLayout:
     notes: list[str] = field(default_factory=list)
 
 
+@keep_listing
 def video_folder(
     root: str,
     split: str,
@@ -192,6 +196,7 @@ def _refuse_named_splits(root: str, folders: Sequence[str]) -> None:
 
 
 def _subfolders(folder: str) -> list[os.DirEntry[str]]:
+    record_input(folder)
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if e.is_dir() and not is_leftover(e.name)), key=lambda e: e.name)
@@ -266,8 +271,12 @@ def _find_tables(root: str) -> SplitLayout | None:
     """Read the splits from tables in a folder or at a URL; returns None if there are no tables; raises UserError."""
     notes: list[str] = []
     if is_remote(root):
-        files = [name for name in ("train.csv", "val.csv", "train.jsonl", "val.jsonl") if exists(join(root, name))]
+        candidates = [join(root, name) for name in ("train.csv", "val.csv", "train.jsonl", "val.jsonl")]
+        for file in candidates:
+            record_input(file)
+        files = [os.path.basename(file) for file in candidates if exists(file)]
     else:
+        record_input(root)
         with os.scandir(root) as entries:
             all_entries = sorted(entries, key=lambda entry: entry.name)
         # .json files beside split folders are often from other programs.
@@ -285,10 +294,19 @@ def _find_tables(root: str) -> SplitLayout | None:
 
 def _read_table(root: str, name: str) -> list[LabelledVideo]:
     file = join(root, name)
+    if not name.lower().endswith((".json", ".jsonl")) and is_frame_list(lines := read_lines(file)):
+        videos = ((f"{file}:{line}", path, labels) for line, path, labels in frame_list_videos(file, lines))
+        return [_row(root, origin, {"path": path, "label": _only(origin, labels)}) for origin, path, labels in videos]
     if name.lower().endswith((".json", ".jsonl")):
         return [_row(root, origin, fields) for origin, fields in read_records(file)]
     rows = read_table(file, read_lines(file), ("path", "label"))
     return [_row(root, f"{file}:{row.line}", row.fields) for row in rows]
+
+
+def _only(origin: str, labels: Sequence[int]) -> int:
+    if len(labels) > 1:
+        raise UserError(f"{origin}: several labels, {shorten(map(str, labels))}, where the task has one a video")
+    return labels[0]
 
 
 def _row(root: str, origin: str, fields: Any) -> LabelledVideo:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgvideo.storage.members import file_on_disk
 from mgvideo.storage.paths import explain_write_errors, require_local_path
 
 from .videofile import Box, Decoder, Video
@@ -59,7 +60,7 @@ class FrameCache:
     def _cache_file(self, path: str) -> str | None:
         """Return the cache file of a video, or None if the video does not exist."""
         try:
-            stat = os.stat(path)
+            stat = os.stat(file_on_disk(path))
         except OSError:  # the decoder raises the error
             return None
         name = f"{FORMAT} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"

@@ -21,6 +21,8 @@ import numpy as np
 from av.bitstream import BitStreamFilterContext
 from av.stream import Disposition
 
+from mgvideo.storage.members import file_on_disk
+
 from .packets import CLOSED_START, OPEN_START, PacketParser, packet_parser
 from .videofile import DecodeError
 
@@ -305,7 +307,7 @@ def _start_array(starts: Sequence[Start]) -> np.ndarray:
 
 def _count_frames(path: str, local: str, index: int, decoding: Sequence[int] | None) -> FrameTable:
     """Build the table of a stream by decoding all of it. Frames get the times `decoding` of packets if given."""
-    stat = os.stat(local)
+    stat = os.stat(file_on_disk(local))
     times, gap = _decoded_times(path, local, index, stat.st_size, stat.st_mtime_ns)
     if not times:
         raise DecodeError(path, "no frame can be decoded")

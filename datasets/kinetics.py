@@ -10,9 +10,11 @@ from mgvideo.storage.paths import join
 
 from .class_names import index_classes, suggest_class, unify_class_names
 from .decoders import Decoder
+from .inputs import State, are_unchanged, record_input, record_inputs
+from .listing import keep_listing
 from .lists import check_root, note_repeats, read_classes, video_list
 from .sampling import Sampling
-from .scan import scan_folder
+from .scan import Scan, scan_folder
 from .tables import TableRow, is_header, read_lines, read_table
 from .video import VideoDataset, VideoEntry
 
@@ -20,6 +22,7 @@ COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 SYNONYMS = {"validate": "val", "validation": "val"}  # names of splits in the official CSVs
 
 
+@keep_listing
 def kinetics(
     root: str,
     list_file: str,
@@ -55,7 +58,7 @@ def kinetics(
             "or set dataset.num_classes"
         )
     labels = index_classes(names, join(root, classes_file))
-    scan = scan_folder(root)
+    scan = _scan_once(root)
     path_by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in scan.videos}
     entries, missing = [], []
     for number, row in rows:
@@ -83,6 +86,24 @@ def kinetics(
     notes += [f"{list_file}: {len(missing)} of {num_listed} clips are not under {root} and left out"] if missing else []
     notes += [*skipped, *note_repeats(list_file, entries)]
     return VideoDataset(root, entries, names, decoder, Sampling(flip=flip), notes, missing)
+
+
+_latest_scan: list[tuple[str, Scan, dict[str, State]]] = []  # kept for the other split, and used once
+
+
+def _scan_once(root: str) -> Scan:
+    """Scan the folder `root`, or return the scan of the split before if nothing has changed since."""
+    while _latest_scan:
+        name, scan, inputs = _latest_scan.pop()
+        if name == root and are_unchanged(inputs):
+            break
+    else:
+        with record_inputs() as inputs:
+            scan = scan_folder(root)
+        _latest_scan.append((root, scan, inputs))
+    for path in inputs:
+        record_input(path, inputs[path])
+    return scan
 
 
 def _read_rows(file: str, lines: Sequence[str]) -> list[TableRow]:

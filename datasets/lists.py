@@ -16,6 +16,10 @@ from mgvideo.storage.paths import exists, is_remote, join, strip_file_scheme
 
 from .class_names import look_alike_key, normalize_class_name
 from .decoders import Decoder
+from .frame_lists import frame_list_videos, is_frame_list
+from .frames import frame_folder
+from .inputs import record_input
+from .listing import keep_listing
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES
 from .tables import is_header, is_remark, read_lines, read_table, strip_quotes
@@ -37,11 +41,14 @@ _SUFFIXED = re.compile(
 )
 # a/b 0, or a/b ; 0 (groups 4 to 6), without a video extension → path, last separator, label
 _LAST_SEPARATOR = re.compile(r"(.*[^\s,|])([\s,|]+)(\S+)|(.*[^\s;])(\s*;\s*)(\S+)")
+# a/b 300 0 → folder of images, after which MMAction's lists give the number of frames, and label
+_COUNTED = re.compile(rf"(.*\S){_SEPARATOR}\d+{_SEPARATOR}(\d{{1,9}})")
 # a path that may be spelled differently on disk: with \, %20, ~ or C:
 _UNUSUAL_PATH = re.compile(r"\\|%[0-9A-Fa-f]{2}|^~|^[A-Za-z]:")
 _WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
+@keep_listing
 def video_list(
     root: str,
     list_file: str,
@@ -85,7 +92,7 @@ def video_list(
 def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, VideoEntry]]:
     """Return line numbers (from 1) and entries of a list file with paths relative to `root`; raises UserError."""
     entries = []
-    for number, path, labels in _list_lines(file):
+    for number, path, labels in _list_lines(file, root):
         if len(labels) > 1 and not multi_label:
             text = ";".join(map(str, labels))
             raise UserError(f"{file}:{number}: several labels, {text}, where the task has one a video")
@@ -100,9 +107,12 @@ def read_list(file: str, multi_label: bool, root: str = "") -> list[tuple[int, V
     return entries
 
 
-def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Yield line numbers, paths and labels of a list file with or without a header."""
+def _list_lines(file: str, root: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """Yield line numbers, paths and labels of a list file with or without a header, or of a frame list."""
     lines = read_lines(file)
+    if is_frame_list(lines):
+        yield from frame_list_videos(file, lines)
+        return
     if is_header(lines, COLUMNS):
         for number, fields in read_table(file, lines, COLUMNS):
             try:
@@ -116,9 +126,18 @@ def _list_lines(file: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
         try:
             yield number, *parse_line(line)
         except ValueError as error:
-            if not line.lstrip().startswith("#"):
+            match = _COUNTED.fullmatch(line.strip())
+            if match and _is_frame_folder(root, match[1]):
+                yield number, _path(match[1]), (int(match[2]),)
+            elif not line.lstrip().startswith("#"):
                 text = repr(line.strip()[:80])
                 raise UserError(f"{file}:{number}: expected 'path label', found {text}: {error}") from None
+
+
+def _is_frame_folder(root: str, path: str) -> bool:
+    file = join(root, path)
+    record_input(os.path.dirname(file))
+    return frame_folder(file) is not None
 
 
 def parse_line(line: str) -> tuple[str, tuple[int, ...]]:
@@ -219,12 +238,14 @@ def find_spelling(root: str, path: str) -> str:
         return path  # nearly all paths; saves the disk access
     if is_remote(join(root, path)):
         return path.replace("\\", "/")
+    record_input(os.path.dirname(join(root, path)))
     if os.path.lexists(join(root, path)):
         return path
     if _WINDOWS_PATH.match(path):
         raise ValueError(f"{path} is a Windows path; write paths relative to dataset.root")
     slashes = path.replace("\\ ", " ").replace("\\", "/")
     unescaped = re.sub(r"\\(.)", r"\1", path)
+    record_input(os.path.dirname(join(root, slashes)))
     for spelling in (slashes, unescaped, unquote(path), unquote(slashes), os.path.expanduser(path)):
         for form in (spelling, unicodedata.normalize("NFC", spelling), unicodedata.normalize("NFD", spelling)):
             if os.path.lexists(join(root, form)):
@@ -269,6 +290,7 @@ def check_root(root: str) -> None:
 
 def read_classes(file: str) -> list[str]:
     """Read class names, one a line, in the order of their labels; returns [] if the file is missing."""
+    record_input(file)
     return [name for line in read_lines(file) if (name := normalize_class_name(line))] if exists(file) else []
 
 

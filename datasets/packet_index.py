@@ -8,8 +8,8 @@ each new one is four times larger, and records lie behind one another.
              the hash of a key and the position of its record: uint64 each, 0 if it is empty
     record   CRC-32 of the description, its size: uint32 each; the description as JSON; arrays, aligned to 8 bytes
 
-Keys are paths relative to the folder of the file, so that a dataset can be moved, or absolute ones outside it. A part
-of a file, such as a member of an archive, would have a key `path\\0position\\0size`.
+Keys are paths relative to the folder of the videos, so that a dataset can be moved, or absolute ones outside it. Paths
+of files in archives are those of mgvideo.storage.members.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from mgvideo.storage.members import file_on_disk
 from mgvideo.storage.paths import is_remote, strip_file_scheme
 
-FILE_NAME = ".packets.index"  # hidden, so that programs that list videos skip it
+from .scan import LISTINGS
+
+FILE_NAME = "packets.index"  # in the folder LISTINGS, so that it does not change the times of the dataset's folder
 MAGIC = b"mgvpkt01"
 TABLE, SLOT, RECORD = struct.Struct("<3Q"), struct.Struct("<2Q"), struct.Struct("<2I")
 FIRST_SLOTS = 256  # of the first table
@@ -45,11 +48,12 @@ class DamagedIndexError(Exception):
 class PacketIndex:
     """The index file of the videos below a folder. Looking up and adding never raise: without it, files are read anew.
 
-    Holds no open file when it is pickled, so it can be sent to a worker process.
+    `folder` is that of the file by default. Holds no open file when it is pickled, so that workers can receive it.
     """
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, folder: str | None = None) -> None:
         self.file = os.path.abspath(file)
+        self.folder = os.path.dirname(self.file) if folder is None else os.path.abspath(folder)
         self.writable = True
         self._map: mmap.mmap | None = None
 
@@ -59,7 +63,7 @@ class PacketIndex:
     def find(self, path: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
         """Return the description and arrays of a video, or None if there are none or the file has changed since."""
         try:
-            status, key = os.stat(path), self._key(path)
+            status, key = os.stat(file_on_disk(path)), self._key(path)
             position = self._find(_hash(key))
             if position is None:
                 return None
@@ -86,6 +90,7 @@ class PacketIndex:
         key = self._key(path)
         entry = {"key": key, "size": status.st_size, "changed": status.st_mtime_ns, **description}
         try:
+            os.makedirs(os.path.dirname(self.file), exist_ok=True)
             with FileLock(f"{self.file}.lock", timeout=LOCK_TIMEOUT_S), self._open() as file:
                 position = _append(file, _record(entry, arrays))
                 _link(file, _hash(key), position)
@@ -115,9 +120,8 @@ class PacketIndex:
             return 0
 
     def _key(self, path: str) -> str:
-        folder = os.path.dirname(self.file)
         path = os.path.abspath(path)
-        return os.path.relpath(path, folder) if path.startswith(f"{folder.rstrip('/')}/") else path
+        return os.path.relpath(path, self.folder) if path.startswith(f"{self.folder.rstrip('/')}/") else path
 
     def _find(self, digest: int) -> int | None:
         """Return the position of the record of a hash, or None. Maps the file again if it has grown."""
@@ -209,7 +213,7 @@ def folder_index(folder: str | None) -> dict[str, PacketIndex]:
     if folder is None or is_remote(folder):
         return {}
     folder = os.path.abspath(strip_file_scheme(folder))
-    return {folder: PacketIndex(os.path.join(folder, FILE_NAME))}
+    return {folder: PacketIndex(os.path.join(folder, LISTINGS, FILE_NAME), folder)}
 
 
 def _hash(key: str) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mgvideo.storage.members import file_on_disk, place_on_disk
 from mgvideo.storage.paths import local_copy
 
 from .frame_table import (
@@ -54,18 +55,19 @@ class PyAV:
         short_side = short_side if self.shrink else None
         with raise_decode_errors(path):
             local = local_copy(path)
-            index = find_index(local, self.indexes)
+            name = local if file_on_disk(local) == local else path  # in the index; a member of an archive by its path
+            index = find_index(name, self.indexes)
             if index is None:
                 check_file(path, local)
                 return PyAVVideo(path, local, short_side)
-            if not self.renew and (record := index.find(local)) is not None:
+            if not self.renew and (record := index.find(name)) is not None:
                 with suppress(KeyError, TypeError, ValueError, IndexError):  # written by another version
                     return PyAVVideo(path, local, short_side, VideoFacts.unpack(*record))
             check_file(path, local)
-            status = os.stat(local)
+            status = os.stat(file_on_disk(local))
             with closing(PacketCollector(local)) as packets:
                 video = PyAVVideo(path, local, short_side, collector=packets)
-            index.add(local, status, *video.facts.pack())
+            index.add(name, status, *video.facts.pack())
             return video
 
 
@@ -111,6 +113,7 @@ class PyAVVideo(Video):
         self.decoded: Iterator[Any] = iter(())
         self.container: Any = None
         self.file: int | None = None  # descriptor to read packets from
+        self.start = 0  # position of the video in that file
         self.stream: Any = None
         try:
             if facts is None or facts.packets is None:
@@ -185,7 +188,8 @@ class PyAVVideo(Video):
     def _open_packets(self) -> None:
         """Prepare to read packets without the container."""
         assert self.facts.packets is not None
-        self.file = os.open(self.local, os.O_RDONLY)
+        file, self.start = place_on_disk(self.local)
+        self.file = os.open(file, os.O_RDONLY)
         self.stream = IndexedStream(self.facts.packets.open_codec(), self.facts.time_base)
 
     @cached_property
@@ -272,7 +276,7 @@ class PyAVVideo(Video):
             assert self.facts.packets is not None
             self.stream.codec_context.flush_buffers()
             number, first_id = (start.packet, start.frame_id) if start else (0, 0)
-            self._start_decoding(first_id, self.facts.packets.read(self.file, number, self.table))
+            self._start_decoding(first_id, self.facts.packets.read(self.file, self.start, number, self.table))
             return
         if start is not None:
             with suppress(av.error.FFmpegError):  # the file has no index

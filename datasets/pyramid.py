@@ -25,8 +25,12 @@ from rich.filesize import decimal
 
 from mgvideo.errors import UserError
 from mgvideo.storage.files import parse_json_lines, replace_when_complete
+from mgvideo.storage.members import parse_member
 from mgvideo.storage.paths import belongs_to, is_remote, join, read_bytes, relative, strip_file_scheme
 
+from .array_file import SharedArrays, Strings
+from .inputs import record_input
+from .listing import kept_arrays
 from .orientation import Orientation
 from .packet_index import PacketIndex
 from .parallel import FileProgress, ignore_progress, parallel_map
@@ -94,30 +98,39 @@ class Pyramid:
 
     def __init__(self, folder: str, root: str, decoder: Decoder) -> None:
         self.folder, self.root, self.decoder = folder, root, decoder
-        self.layout, rows = read_manifest(self.folder)
-        self.rows = {row.path: row for row in rows if not row.failure}
+        # arrays, which processes share, not rows: 300,000 take 150 MB, and each worker would have a copy
+        self._arrays = kept_arrays(folder, "pyramid", partial(_manifest_arrays, folder))
+        self.layout = PyramidLayout(tuple(self._arrays.header["sides"]), self._arrays.header["largest"])
 
     def open(self, path: str, short_side: int | None = None) -> Video:
         """Open the level for `short_side`, or the original if the level is missing; see `videofile.Decoder.open`."""
-        file = self.locate(path, short_side)
-        if file != path:
+        found = self._find(path, short_side)
+        if found is not None:
+            file, start = found
             with suppress(DecodeError):
                 video = self.decoder.open(file, short_side)
-                if start := self.rows[name_video(path, self.root)].start:
+                if start:
                     video.times = video.times + start
                 return video
         return self.decoder.open(path, short_side)
 
     def locate(self, path: str, short_side: int | None) -> str:
         """Return the file to read for a short side: a level of the original, or the original itself."""
-        name = name_video(path, self.root)
-        row = self.rows.get(name)
-        side = self._side(row.short_side if row else None, short_side)
-        return path if side is None else level_path(self.folder, side, name)
+        found = self._find(path, short_side)
+        return path if found is None else found[0]
 
-    def _side(self, original: int | None, drawn: int | None) -> int | None:
+    def _find(self, path: str, short_side: int | None) -> tuple[str, float] | None:
+        """Return the level to read and the time of its first frame in the original, or None to read the original."""
+        name = name_video(path, self.root)
+        row = Strings(self._arrays["names"], self._arrays["name_bounds"]).find(name)
+        if row is None:
+            return None
+        side = self._side(int(self._arrays["short_sides"][row]), short_side)
+        return None if side is None else (level_path(self.folder, side, name), float(self._arrays["starts"][row]))
+
+    def _side(self, original: int, drawn: int | None) -> int | None:
         """Return the smallest level enlarged no more than the base grid at most enlarges the original, or None."""
-        if original is None or drawn is None:
+        if drawn is None:
             return None
         needed = drawn * min(1, original / self.layout.largest)
         return next((side for side in self.layout.sides if min(side, original) >= needed), None)
@@ -184,6 +197,7 @@ def level_path(folder: str, side: int, name: str) -> str:
     """Return the path or URL of a level of a video. Those of videos outside the dataset's root are in a sub-folder."""
     if os.path.isabs(name) or is_remote(name):
         name = OUTSIDE + os.path.normpath(f"/{name.replace('://', '/').lstrip('/')}")
+    name = name.replace(".tar@", ".tar/")  # an ordinary file, not one inside an archive
     return join(folder, f"short{side}/{name}.mp4")
 
 
@@ -208,6 +222,22 @@ def pyramid_levels(folder: str, root: str, paths: Iterable[str]) -> list[str]:
     return [level_path(folder, side, name) for name in names for side in layout.sides]
 
 
+def _manifest_arrays(folder: str) -> SharedArrays:
+    """Return the rows of a pyramid's manifest as arrays, sorted by name; raises UserError."""
+    for name in ("layout.json", "rows.jsonl"):
+        record_input(join(folder, name))
+    layout, rows = read_manifest(folder)
+    rows = sorted((row for row in rows if not row.failure), key=lambda row: os.fsencode(row.path))
+    names = Strings.pack([row.path for row in rows])
+    arrays = {
+        "names": names.content,
+        "name_bounds": names.bounds,
+        "short_sides": np.array([row.short_side for row in rows], np.int32),
+        "starts": np.array([row.start for row in rows], np.float64),
+    }
+    return SharedArrays(arrays, {**asdict(layout), "videos": len(rows)})
+
+
 def _resume(folder: Path, layout: PyramidLayout) -> dict[str, ManifestRow]:
     """Return the finished rows of an interrupted build, or start a new manifest. Raises UserError if layouts differ."""
     if not (folder / "layout.json").exists():
@@ -230,7 +260,9 @@ def _estimate_bytes(folder: Path, root: str, paths: Sequence[str], done: dict[st
     if is_remote(root):  # saves a request for each file
         size = len(paths) * sum(row.bytes for row in rows) // max(1, len(rows))
     else:
-        size = sum(os.path.getsize(file) for path in paths if os.path.isfile(file := join(root, path)))
+        members = (parse_member(path) for path in paths)
+        size = sum(member.size for member in members if member)
+        size += sum(os.path.getsize(file) for path in paths if os.path.isfile(file := join(root, path)))
     total, written = round(ratio * size), sum(row.level_bytes for row in rows)
     free = shutil.disk_usage(folder).free
     if total - written > free:
@@ -268,7 +300,9 @@ def _encode_levels(folder: str, root: str, layout: PyramidLayout, name: str) -> 
                     if level.frames != frames:
                         raise DecodeError(source, f"{frames} frames became {level.frames}")
             level_bytes = sum(part.stat().st_size for part in parts)
-            return ManifestRow(name, short_side, frames, start, os.path.getsize(original), level_bytes)
+            member = parse_member(source)
+            size = member.size if member else os.path.getsize(original)
+            return ManifestRow(name, short_side, frames, start, size, level_bytes)
     except DecodeError as error:
         return ManifestRow(name, failure=error.reason)
 

@@ -40,6 +40,11 @@ class Sampling:
     target_fps: float | None = None  # strides count frames at this rate; None: frames of the file
     antialias: bool = True  # resize with antialiasing
 
+    def __post_init__(self) -> None:
+        for name in ("crop_area", "crop_aspect"):  # JSON, which listings are stored in, has lists
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+
     @property
     def published(self) -> bool:
         """Whether frames and crops are those of PySlowFast."""

@@ -11,12 +11,14 @@ from mgvideo.storage.paths import join
 
 from .class_names import index_classes, normalize_class_name, suggest_class
 from .decoders import Decoder
+from .listing import keep_listing
 from .lists import check_root, note_repeats
 from .sampling import Sampling
 from .tables import read_json_object, read_records
 from .video import VideoDataset, VideoEntry
 
 
+@keep_listing
 def ssv2(
     root: str,
     annotations: str,

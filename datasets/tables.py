@@ -12,7 +12,9 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from mgvideo.errors import UserError
-from mgvideo.storage.paths import read_bytes
+from mgvideo.storage.paths import is_remote, read_bytes
+
+from .inputs import record_input
 
 DELIMITERS = ",\t;| "
 MAX_RECORD_LINES = 50  # longest record of a table with free text in some columns
@@ -46,7 +48,10 @@ def strip_quotes(text: str) -> str:
 def read_text(file: str) -> str:
     """Read a text file in UTF-8, UTF-16 or UTF-32; raises UserError."""
     try:
+        if not is_remote(file):
+            record_input(file)
         data = read_bytes(file)
+        record_input(file, content=data)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     kind = next((kind for start, kind in _BINARY_FORMATS.items() if data.startswith(start)), None)

@@ -10,6 +10,8 @@ from mgvideo.errors import UserError
 
 from .class_names import index_classes, normalize_class_name, suggest_class
 from .decoders import Decoder
+from .inputs import record_input
+from .listing import keep_listing
 from .lists import check_root, note_repeats, parse_line
 from .sampling import Sampling
 from .scan import VIDEO_SUFFIXES, is_leftover
@@ -17,6 +19,7 @@ from .tables import read_lines
 from .video import VideoDataset, VideoEntry
 
 
+@keep_listing
 def ucf101(
     root: str,
     split: str,
@@ -79,6 +82,7 @@ def _read_class_index(file: str) -> list[str]:
     return [names[number] for number in sorted(names)]
 
 
+@keep_listing
 def hmdb51(
     root: str,
     split: str,
@@ -94,6 +98,7 @@ def hmdb51(
     """
     check_root(root)
     suffix = f"_test_split{fold}.txt"
+    record_input(os.path.join(root, splits))
     files = sorted(file for file in (Path(root) / splits).glob(f"*{suffix}") if not is_leftover(file.name))
     if not files:
         raise UserError(f"{os.path.join(root, splits)}: no files *{suffix}; unpack test_train_splits.rar there")

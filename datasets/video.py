@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from operator import index as to_int
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from mgvideo.loading.requests import ClipRequest, DecodeFailure, Sample, View
 from mgvideo.plan.plan import Grid
 from mgvideo.storage.paths import join
 
+from .array_file import SharedArrays, Strings
 from .decoders import Box, DecodeError, Decoder, Decord, Video
+from .frames import FrameFolders
 from .sampling import ClipDraw, Sampling, clip_crops, clip_indices, draw_clip, frame_span, opening_short_side
 
+WHOLE = (0.0, math.inf)  # span of a whole video, in seconds
 MAX_TRIES = 10  # videos to try for one training clip before raising UserError
 
 
@@ -29,7 +32,7 @@ class VideoEntry(NamedTuple):
 
     path: str
     label: int | tuple[int, ...]
-    span: tuple[float, float] = (0, math.inf)
+    span: tuple[float, float] = WHOLE
 
 
 class VideoDataset:
@@ -42,6 +45,9 @@ class VideoDataset:
         timed_labels: Whether the label of a training clip depends on the seconds of the video that it covers.
         notes: Messages for the user, printed when a run starts.
         missing: Videos that the annotations list but that do not exist. They are not part of the dataset.
+        labels: The labels of all videos: int64 `[videos]`, or if it is multi-label, multi-hot bool `[videos, classes]`.
+        frames_fps: Frames per second of a frame list, whose videos are folders of images; None: of another list.
+        arrays: The lists behind paths, labels and spans, which processes share.
     """
 
     timed_labels = False
@@ -56,47 +62,103 @@ class VideoDataset:
         sampling: Sampling = Sampling(),  # noqa: B008
         notes: Sequence[str] = (),
         missing: Sequence[VideoEntry] = (),
+        frames_fps: float | None = None,
+        more_arrays: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        self.root, self.class_names, self.notes, self.missing = root, list(class_names), list(notes), list(missing)
-        self.decoder, self.sampling = Decord() if decoder is None else decoder, sampling
-        # Arrays, not lists: reference counting makes forked workers copy the memory pages of a list.
-        self._paths = np.array([os.fsencode(entry.path) for entry in entries])
-        self._spans = np.array([entry.span for entry in entries])
-        self.labels = _label_array([entry.label for entry in entries], len(self.class_names))
+        header = {
+            "root": root,
+            "class_names": list(class_names),
+            "sampling": asdict(sampling),
+            "notes": list(notes),
+            "missing": [[entry.path, entry.label, entry.span] for entry in missing],
+            "frames_fps": frames_fps,
+        }
+        self._attach(SharedArrays({**_pack(entries, len(class_names)), **(more_arrays or {})}, header), decoder)
+
+    @classmethod
+    def from_arrays(cls, arrays: SharedArrays, decoder: Decoder | None) -> VideoDataset:
+        """Return the dataset that another one's `arrays` describe."""
+        dataset = cls.__new__(cls)
+        dataset._attach(arrays, decoder)
+        return dataset
+
+    def _attach(self, arrays: SharedArrays, decoder: Decoder | None) -> None:
+        """Set the attributes, of which those of each video are views of `arrays`, in one block of memory or one file.
+
+        Not lists: each process that reads a list copies its memory pages, because it counts references.
+        """
+        header = arrays.header
+        self.arrays, self.root, self.class_names = arrays, header["root"], list(header["class_names"])
+        self.notes = list(header["notes"])
+        self.missing = [
+            VideoEntry(path, tuple(label) if isinstance(label, list) else label, (span[0], span[1]))
+            for path, label, span in header["missing"]
+        ]
+        self.sampling = Sampling(**header["sampling"])
+        self.decoder = Decord() if decoder is None else decoder
+        self.frames_fps = header["frames_fps"]
+        if self.frames_fps is not None:
+            self.decoder = FrameFolders(self.frames_fps, decoder)
+        self._attach_views()
+
+    def _attach_views(self) -> None:
+        self._paths, self.labels = Strings(self.arrays["paths"], self.arrays["path_bounds"]), self.arrays["labels"]
+        self._spans = self.arrays.get("spans")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_paths", "labels", "_spans")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach_views()
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def path(self, index: int) -> str:
         """Return the path or URL of a video."""
-        return join(self.root, os.fsdecode(self._paths[index]))
+        return join(self.root, self._paths[index])
 
     def entry(self, index: int) -> VideoEntry:
         """Return a video as the list gives it."""
-        label, (start, end) = self.labels[index], self._spans[index].tolist()
+        label = self.labels[index]
         labels = tuple(label.nonzero()[0].tolist()) if label.ndim else int(label)
-        return VideoEntry(os.fsdecode(self._paths[index]), labels, (start, end))
+        return VideoEntry(self._paths[index], labels, self._span(index))
+
+    def _span(self, index: int) -> tuple[float, float]:
+        if self._spans is None:
+            return WHOLE
+        start, end = self._spans[index].tolist()
+        return start, end
 
     @property
     def has_spans(self) -> bool:
         """Whether some videos are sampled only from a span of seconds."""
-        return bool((self._spans != (0, math.inf)).any())
+        return self._spans is not None
 
     def fingerprint(self) -> str:
         """Hash the paths, spans and labels to 16 hex digits; datasets with equal fingerprints list the same videos."""
-        return hashlib.sha256(b"\n".join(self._fingerprint_parts())).hexdigest()[:16]
+        stored: str | None = self.arrays.header.get("fingerprint")
+        if stored:
+            return stored
+        digest = hashlib.sha256()
+        for number, part in enumerate(self._fingerprint_parts()):
+            digest.update(b"\n" + part if number else part)
+        return digest.hexdigest()[:16]
 
-    def _fingerprint_parts(self) -> list[bytes]:
-        """Return everything that the fingerprint covers."""
-        return [*self._paths.tolist(), self._spans.tobytes(), self.labels.tobytes()]
+    def _fingerprint_parts(self) -> Iterator[bytes]:
+        """Yield everything that the fingerprint covers."""
+        yield from map(self._paths.raw, range(len(self)))
+        yield (np.tile(WHOLE, (len(self), 1)) if self._spans is None else self._spans).tobytes()
+        yield self.labels.tobytes()
 
     def label(self, index: int, seconds: tuple[float, float] | None = None) -> Tensor:
         """Return the label of a video, or of the `seconds` that a training clip covers.
 
         See `mgvideo.loading.requests.Sample` for shape and dtype.
         """
-        label = torch.as_tensor(self.labels[index])
-        return label.float() if label.ndim else label
+        label = self.labels[index]
+        return torch.tensor(label, dtype=torch.float32 if label.ndim else torch.int64)
 
     def __getitem__(self, request: ClipRequest | SupportsIndex) -> Sample:
         """Load the clip of a request, or the middle clip of a video; see `mgvideo.loading.requests.Sample`.
@@ -173,8 +235,8 @@ class VideoDataset:
         """Read clips of one video as in `_read`; several have the same `repeats` and no view."""
         draws = [draw_clip(request, self.sampling) for request in requests]
         with self.decoder.open(self.path(index), opening_short_side(requests[0], self.sampling)) as video:
-            first, stop, span = 0, video.frames, self._spans[index].tolist()
-            if span != [0, math.inf]:
+            first, stop, span = 0, video.frames, self._span(index)
+            if span != WHOLE:
                 first, stop = frame_span(span, video.times)
             if first >= stop:
                 raise DecodeError(video.path, f"ends before {span[0]:g} s, where its span starts")
@@ -207,6 +269,19 @@ def _finish(request: ClipRequest, draw: ClipDraw, crops: Sequence[Tensor]) -> Te
     if request.view is not None:
         return torch.stack(list(crops))
     return crops[0].flip(2) if draw.flip else crops[0].contiguous()
+
+
+def _pack(entries: Sequence[VideoEntry], classes: int) -> dict[str, np.ndarray]:
+    """Return the arrays of a list of videos: paths, labels, and spans if a video has one."""
+    paths = Strings.pack([entry.path for entry in entries])
+    arrays = {
+        "paths": paths.content,
+        "path_bounds": paths.bounds,
+        "labels": _label_array([entry.label for entry in entries], classes),
+    }
+    if any(entry.span != WHOLE for entry in entries):
+        arrays["spans"] = np.array([entry.span for entry in entries], np.float64)
+    return arrays
 
 
 def _label_array(labels: Sequence[int | tuple[int, ...]], classes: int) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import Any
 import av
 import numpy as np
 
+from mgvideo.storage.members import place_on_disk
+
 from .frame_table import FrameTable
 from .orientation import Orientation
 
@@ -59,13 +61,13 @@ class StoredPackets:
         context.thread_count = 1
         return context
 
-    def read(self, file: int, first: int, table: FrameTable) -> Generator[Any, None, None]:
-        """Yield the packets from number `first` on, read from an open file descriptor."""
+    def read(self, file: int, start: int, first: int, table: FrameTable) -> Generator[Any, None, None]:
+        """Yield the packets from number `first` on, read from a file descriptor in which the video is at `start`."""
         for number in range(first, len(self)):
             offset = int(self.offsets[number])
             size = int(self.offsets[number + 1]) - offset if self.sizes is None else int(self.sizes[number])
             packet: Any = av.Packet(size)  # with the zeros behind it that decoders require, which bytes do not have
-            packet.update(os.pread(file, size, offset))
+            packet.update(os.pread(file, size, start + offset))
             if table.by_time:
                 packet.pts = self._time(number, table)
             yield packet
@@ -189,7 +191,8 @@ class PacketCollector:
     """Collects where the packets of a stream lie while they are demuxed, if the file has their data as they are."""
 
     def __init__(self, local: str) -> None:
-        self.file = os.open(local, os.O_RDONLY)
+        path, self.start = place_on_disk(local)
+        self.file = os.open(path, os.O_RDONLY)
         self.offsets: list[int] = []
         self.sizes: list[int] = []
         self.times: list[int | None] = []
@@ -207,7 +210,7 @@ class PacketCollector:
         self.complete = False
         if position is None or position < 0 or packet.is_discard or packet.is_corrupt or any(packet.iter_sidedata()):
             return
-        begin = os.pread(self.file, len(data) + MAX_BLOCK_HEADER, position).find(data)
+        begin = os.pread(self.file, len(data) + MAX_BLOCK_HEADER, self.start + position).find(data)
         if begin < 0:
             return
         self.complete = True
@@ -256,7 +259,7 @@ class PacketCollector:
         decoded = []
         for decoder in (context, packets.open_codec()):
             frames: list[Any] = []
-            for _, packet in zip(range(count), packets.read(self.file, 0, table), strict=False):
+            for _, packet in zip(range(count), packets.read(self.file, self.start, 0, table), strict=False):
                 frames += decoder.decode(packet)
             frames += decoder.decode(None)
             decoder.flush_buffers()

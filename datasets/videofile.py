@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mgvideo.errors import UserError
+from mgvideo.storage.members import parse_member
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,6 +66,7 @@ class Video(ABC):
     height: int
     width: int
     times: np.ndarray
+    lock: IO[bytes] | None = None  # of the local copy of a remote file
     is_folder = False
 
     @cached_property
@@ -167,6 +169,14 @@ def check_file(path: str, local: str | None = None) -> None:
     """
     local = local or path
     with raise_decode_errors(path):
+        member = parse_member(path)
+        if member is not None and local.startswith("subfile,"):
+            size = os.stat(member.archive).st_size
+            if member.offset + member.size > size:
+                raise DecodeError(path, f"the archive ends at byte {size}, within this file")
+            if member.size == 0:
+                raise DecodeError(path, "empty file")
+            return
         os.stat(local)
         if not os.path.isfile(local):
             raise DecodeError(path, "not a file")

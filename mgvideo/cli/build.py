@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -68,9 +69,14 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
         if local_rank() == 0:
             instantiate(cfg.dataset.prepare)
         barrier()
-    training = instantiate(cfg.dataset.train, decoder=build_decoder(cfg)) if train else None
     # exact test clips: decoders shrink large frames with antialiasing
-    val = instantiate(cfg.dataset.val, decoder=build_decoder(cfg, shrink=cfg.sampling.antialias))
+    decoders = build_decoder(cfg), build_decoder(cfg, shrink=cfg.sampling.antialias)
+    training, val = _first_on_this_node(
+        lambda: (
+            instantiate(cfg.dataset.train, decoder=decoders[0]) if train else None,
+            instantiate(cfg.dataset.val, decoder=decoders[1]),
+        )
+    )
     first = training or val
     if training is not None:
         set_crops(cfg, training)
@@ -91,6 +97,29 @@ def build_data(cfg: DictConfig, train: bool = True) -> Data:
             dataset.sampling = build_sampling(cfg, dataset.sampling)
     task = TASKS[cfg.dataset.task]() if training is None else build_task(cfg, training, first.class_names)
     return Data(training, val, cfg.dataset.num_classes, task)
+
+
+def _first_on_this_node(build: Callable[[], Any]) -> Any:
+    """Return `build()`, which the first rank of each node calls before the others, who then read what it has kept.
+
+    All ranks call this together.
+
+    Raises:
+        UserError: A first rank raised it. All ranks raise it.
+    """
+    result, message = None, None
+    if local_rank() == 0:
+        try:
+            result = build()
+        except (UserError, InstantiationException) as error:  # Hydra wraps the errors of a dataset
+            cause = error if isinstance(error, UserError) else error.__cause__
+            if not isinstance(cause, UserError):
+                raise
+            message = str(cause)
+    failed = next(filter(None, gather_objects(message)), None)
+    if failed is not None:
+        raise UserError(failed)
+    return build() if local_rank() else result
 
 
 def unset_dataset_key(cfg: DictConfig) -> str | None:
@@ -128,15 +157,25 @@ def build_decoder(cfg: DictConfig, shrink: bool = True) -> Any:
         decoder.shrink = shrink
     if hasattr(decoder, "indexes"):
         decoder.indexes = build_indexes(cfg, cfg.dataset.get("pyramid"))
+    decoder = open_any_source(cfg, decoder)
     if cfg.dataset.get("pyramid") is None:
         if cfg.dataset.get("frame_cache") is None:
             return decoder
         from mgvideo.datasets.frame_cache import FrameCache
 
         return FrameCache(cfg.dataset.frame_cache, decoder, cfg.dataset.frame_cache_gib)
-    from mgvideo.datasets.pyramid import Pyramid
+    from mgvideo.datasets.packed_pyramid import open_pyramid
 
-    return Pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+    return open_pyramid(cfg.dataset.pyramid, cfg.dataset.root, decoder)
+
+
+def open_any_source(cfg: DictConfig, decoder: Any) -> Any:
+    """Return a decoder that also opens folders of images and keeps copies of remote files within a limit."""
+    from mgvideo.datasets.frames import FrameFolders
+    from mgvideo.datasets.remote import RemoteVideos
+
+    videos = RemoteVideos(decoder, cfg.dataset.get("cache_gib"))
+    return FrameFolders(cfg.dataset.get("frames_fps", 30), videos)
 
 
 def build_indexes(cfg: DictConfig, pyramid: str | None = None) -> dict[str, Any]:

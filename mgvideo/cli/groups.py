@@ -34,10 +34,14 @@ class DatasetKeys:
     num_classes: int | None = key(None, "number of classes; null: count them in the data", least=1)
     pyramid: str | None = key(None, "folder of the dataset's pyramid; null: read the original videos")
     index: str | None = key(
-        "auto", "packet index of the videos; auto: .packets.index in root and in pyramid; null: no index"
+        "auto", "packet index of the videos; auto: .mgvideo/packets.index in root and in pyramid; null: no index"
     )
     frame_cache: str | None = key(None, "folder that caches decoded frames; null: no cache")
     frame_cache_gib: float = key(4.0, "size limit of the frame cache, in GiB", least=0)
+    frames_fps: float = key(30.0, "frames per second of videos that are folders of images", above=0)
+    cache_gib: float | None = key(
+        None, "size limit of the local copies of remote videos, in GiB; null: all but 5 % of the disk", above=0
+    )
     max_bad_fraction: float = key(
         0.05, "largest fraction of clips that may fail to decode before the run stops", least=0
     )

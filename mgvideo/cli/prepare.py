@@ -30,21 +30,23 @@ from mgvideo.datasets.check import (
     list_lines,
     write_findings,
 )
+from mgvideo.datasets.frames import frame_folder
 from mgvideo.datasets.lists import list_line
 from mgvideo.datasets.motion import Knobs, make_motion
+from mgvideo.datasets.pack import pack
 from mgvideo.datasets.parallel import parallel_map
 from mgvideo.datasets.pyav import PyAV, index_video
-from mgvideo.datasets.pyramid import ManifestRow, PyramidLayout, encode_pyramid, pyramid_levels
+from mgvideo.datasets.pyramid import ManifestRow, Pyramid, PyramidLayout, encode_pyramid, pyramid_levels
 from mgvideo.datasets.video import VideoDataset
 from mgvideo.datasets.videofile import DecodeError
 from mgvideo.errors import UserError
 from mgvideo.plan.formatting import shorten
 from mgvideo.plan.plan import require
 from mgvideo.plan.table import set_full_width
-from mgvideo.storage.paths import exists, explain_write_errors, relative
+from mgvideo.storage.paths import exists, explain_write_errors, is_remote, relative, require_local_path
 
 from . import app, keys
-from .build import build_indexes, build_plan, require_dataset_keys
+from .build import build_indexes, build_plan, open_any_source, require_dataset_keys
 from .draw_clips import ClipKeys, draw_clips
 from .progress import ProgressLog
 from .recipe import sample_size
@@ -88,6 +90,16 @@ class IndexKeys:
     split: str = key("both", "train, val or both", choices=tuple(SPLITS))
     renew: bool = key(False, "index all files anew, not only new and changed ones")
     processes: int | None = key(None, "files indexed at a time; null: one per core", least=1)
+
+
+@dataclass
+class PackKeys:
+    """Keys of `prepare pack`."""
+
+    out: str | None = key(None, "folder for SPLIT-000000.tar, …; a stopped command resumes")
+    split: str = key("both", "train, val or both", choices=tuple(SPLITS))
+    shard_mib: int = key(1024, "size of an archive in MiB", least=1)
+    processes: int | None = key(None, "archives written at a time; null: one per core", least=1)
 
 
 @dataclass
@@ -166,7 +178,7 @@ def check_files(options: CheckKeys, cfg: DictConfig) -> None:
     datasets = dict(zip(SPLITS[options.split], _datasets(cfg, options.split, decoder), strict=True))
     first = next(iter(datasets.values()))
     require(
-        all(type(dataset.decoder) is type(first.decoder) for dataset in datasets.values()),
+        all(dataset.frames_fps == first.frames_fps for dataset in datasets.values()),
         "one split of the dataset is videos, the other images: check each by itself, with split=train and split=val",
     )
     lines = [line for part, dataset in datasets.items() for line in list_lines(dataset, part)]
@@ -208,7 +220,8 @@ def _datasets(cfg: DictConfig, split: str, decoder: Any = None) -> list[VideoDat
     require_dataset_keys(cfg)
     if "prepare" in cfg.dataset:
         instantiate(cfg.dataset.prepare)
-    datasets = [instantiate(cfg.dataset[part], decoder=decoder or PyAV()) for part in SPLITS[split]]
+    source = open_any_source(cfg, decoder or PyAV())
+    datasets = [instantiate(cfg.dataset[part], decoder=source) for part in SPLITS[split]]
     for note in dict.fromkeys(note for dataset in datasets for note in dataset.notes):
         print(f"note: {note}")
     return datasets
@@ -244,7 +257,7 @@ def build_pyramid(options: PyramidKeys, cfg: DictConfig) -> None:
     """Build the pyramid of a dataset for the plan of a config, and print its size."""
     datasets = _datasets(cfg, options.split)
     require(
-        all(isinstance(dataset.decoder, PyAV) for dataset in datasets),
+        all(dataset.frames_fps is None and frame_folder(dataset.path(0)) is None for dataset in datasets),
         f"dataset {cfg.dataset.name}: frames are images, no video to encode",
     )
     # a few videos may be a sample of a dataset: take the grids of a plan of at least 1,000 batches
@@ -277,11 +290,9 @@ def index_files(options: IndexKeys, cfg: DictConfig) -> None:
     indexes = build_indexes(cfg, pyramid)
     require(bool(indexes), f"dataset.root={cfg.dataset.root}: there is no index of a URL; set dataset.index=FILE")
     datasets = _datasets(cfg, options.split)
-    require(
-        all(isinstance(dataset.decoder, PyAV) for dataset in datasets),
-        f"dataset {cfg.dataset.name}: frames are images, no video to index",
-    )
     paths = list(dict.fromkeys(dataset.path(index) for dataset in datasets for index in range(len(dataset))))
+    paths = [path for path in paths if frame_folder(path) is None]
+    require(bool(paths), f"dataset {cfg.dataset.name}: frames are images, no video to index")
     if pyramid is not None:
         paths += pyramid_levels(pyramid, cfg.dataset.root, paths)
     work = partial(index_video, PyAV(indexes=indexes, renew=options.renew))
@@ -325,6 +336,29 @@ def _print_rows(rows: Sequence[ManifestRow], allowed: float) -> None:
         raise SystemExit(1)
 
 
+def pack_videos(options: PackKeys, cfg: DictConfig) -> None:
+    """Pack a dataset into tar archives, with the levels of `dataset.pyramid` if that is set, and print their number."""
+    out = Path(require_local_path("out", str(options.out)))
+    datasets = dict(zip(SPLITS[options.split], _datasets(cfg, options.split), strict=True))
+    require(
+        all(dataset.frames_fps is None for dataset in datasets.values()),
+        f"dataset {cfg.dataset.name}: frames are images, no video to pack",
+    )
+    pyramid = Pyramid(cfg.dataset.pyramid, cfg.dataset.root, PyAV()) if cfg.dataset.get("pyramid") else None
+    with explain_write_errors("out", out), ProgressLog("pack") as progress:
+        shards = pack(datasets, out, options.shard_mib * 2**20, pyramid, options.processes, progress)
+    failures = [failure for shard in shards for failure in shard.failures]
+    samples = sum(shard.samples for shard in shards)
+    print(f"{out}: {samples} videos in {sum(shard.samples > 0 for shard in shards)} archives")
+    if failures:
+        path, reason = failures[0]
+        print(f"{len(failures)} videos are left out, for example {path}: {reason}")
+    print(f"train with dataset=shards dataset.root={out}" + (f" dataset.pyramid={out}" if pyramid else ""))
+    if len(failures) > cfg.dataset.max_bad_fraction * (samples + len(failures)):
+        print(f"error: that is more than dataset.max_bad_fraction={cfg.dataset.max_bad_fraction}", file=sys.stderr)
+        raise SystemExit(1)
+
+
 def write_lists(options: ListKeys, cfg: DictConfig) -> None:
     """Write `path label` lists of the files that exist, and the class names."""
     out = Path(str(options.out))
@@ -354,7 +388,7 @@ def _list_lines(dataset: VideoDataset) -> list[str]:
         )
     try:
         with ThreadPoolExecutor(16) as pool:  # hides the latency of a network file system
-            exist = list(pool.map(exists, map(dataset.path, range(len(dataset)))))
+            exist = list(pool.map(_is_video, map(dataset.path, range(len(dataset)))))
     except OSError as error:
         raise UserError(f"dataset.root={dataset.root}: cannot be read: {error.strerror}") from error
     indices = [i for i, file_exists in enumerate(exist) if file_exists]
@@ -367,6 +401,10 @@ def _list_lines(dataset: VideoDataset) -> list[str]:
         )
         raise UserError(f"{path!a}: the name is not UTF-8, which a list requires; rename the file") from None
     return lines
+
+
+def _is_video(path: str) -> bool:
+    return exists(path) or (not is_remote(path) and frame_folder(path) is not None)
 
 
 def _annotation(cfg: DictConfig, split: str) -> str:
@@ -418,6 +456,7 @@ COMMANDS = {
         PyramidKeys, build_pyramid, "encode small copies of a dataset, from which coarse clips are read faster"
     ),
     "index": Command(IndexKeys, index_files, "note where the frames of each video lie in its file"),
+    "pack": Command(PackKeys, pack_videos, "write a dataset into a few tar archives, pyramid levels included"),
     "list": Command(ListKeys, write_lists, "write list files from official annotations and the files on disk"),
     "clips": Command(ClipKeys, draw_clips, "draw training clips as they are read and as augmentation changes them"),
     "motion": Command(MotionKeys, make_videos, "make the embedded dataset; width=340 stands for dataset.knobs.width"),

@@ -2,38 +2,38 @@
 
 `http://`, `https://` and `ftp://` can be read; `s3://` can be read and written if boto3 is installed; `hf://` (the
 Hugging Face Hub) can be read if huggingface_hub is installed; `file://` is a local path. `register_handler` adds other
-schemes. The handlers are process-wide state: one PathManager, `_manager`, and the prefixes that it handles,
-`_prefixes`.
+schemes. The handlers are process-wide state: one PathManager, `_manager`, and `_handlers`, which it uses, by prefix.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
 import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
-from iopath.common.file_io import PathHandler, PathManager, get_cache_dir
+from iopath.common.file_io import PathHandler, PathManager
 
 from mgvideo.errors import UserError
+
+from .members import file_on_disk, parse_member
+from .remote_cache import fetch_once
 
 SERVER_TIMEOUT_S = 20.0  # for a server to accept a connection or to send its next bytes
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 HUB_WEIGHTS = "model.safetensors"  # the file that hf://org/name stands for
 _HUB_PATH = re.compile(r"(hf://([^/@]+/[^/@]+)(?:@([^/]+))?)(?:/(.+))?")
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-_prefixes: list[str] = []
+_handlers: dict[str, Any] = {}  # by prefix
 _manager = PathManager()
 logging.getLogger("iopath").addHandler(logging.NullHandler())  # it also raises each error that it logs
 
@@ -41,7 +41,7 @@ logging.getLogger("iopath").addHandler(logging.NullHandler())  # it also raises 
 def register_handler(handler: PathHandler) -> None:
     """Add an iopath handler for its schemes. An output_dir requires a handler that can write."""
     _manager.register_handler(handler)
-    _prefixes.extend(handler._get_supported_prefixes())
+    _handlers.update(dict.fromkeys(handler._get_supported_prefixes(), handler))
 
 
 def strip_file_scheme(path: str) -> str:
@@ -108,8 +108,8 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def exists(path: str) -> bool:
-    """Whether a file exists. Raises as `read_bytes` does if this cannot be determined."""
-    path = strip_file_scheme(path)
+    """Whether a file exists, or the archive that holds it. Raises as `read_bytes` if this cannot be determined."""
+    path = file_on_disk(strip_file_scheme(path))
     if not is_remote(path):
         return os.path.isfile(path)
     with path_manager(path) as manager:
@@ -119,14 +119,77 @@ def exists(path: str) -> bool:
 def local_copy(path: str | os.PathLike[str]) -> str:
     """Return a local file with a path's content: the path itself, or a cached copy of a URL. Raises as `read_bytes`.
 
-    A URL is fetched once. Copies are in the folder `mgvideo` of iopath's cache, which is `$FVCORE_CACHE`, by default
-    `~/.torch/iopath_cache`.
+    A URL is fetched once. Of a file in an archive (see members.py), only that file is fetched, and for one in a local
+    archive the result is a URL for FFmpeg. Copies are in the folder `mgvideo` of iopath's cache, which is
+    `$FVCORE_CACHE`, by default `~/.torch/iopath_cache`.
     """
     path = strip_file_scheme(os.fspath(path))
+    member = parse_member(path)
+    if member is not None and not is_remote(path):
+        return member.ffmpeg_url()
     if not is_remote(path):
         return path
+    if member is not None:
+
+        def fetch(target: IO[bytes]) -> None:
+            target.write(read_range(*member[:3]))
+
+        return fetch_once(path, fetch)
     with path_manager(path) as manager:
         return str(manager.get_local_path(path))
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a file from byte `offset`. Raises as `read_bytes`, and OSError if the file ends before."""
+    path = strip_file_scheme(path)
+    if size == 0:
+        return b""
+    if not is_remote(path):
+        with open(path, "rb") as file:
+            data = os.pread(file.fileno(), size, offset)
+    else:
+        with path_manager(path) as manager:
+            handler = _handlers[f"{_scheme(path)}://"]
+            if hasattr(handler, "read_range"):
+                data = handler.read_range(path, offset, size)
+            else:
+                with closing(manager.open(path, "rb")) as file:
+                    file.seek(offset)
+                    data = file.read(size)
+    if len(data) < size:
+        raise OSError(errno.EREMOTEIO, f"{path} ends at byte {offset + len(data)}, before {offset + size}")
+    return data
+
+
+def remote_version(path: str) -> str:
+    """Return a text that changes with the content of a URL, from its headers; "" if its handler has none.
+
+    Raises as `read_bytes`.
+    """
+    return _head(path)[1]
+
+
+def file_size(path: str) -> int | None:
+    """Return the bytes of a file; None if the handler of a URL cannot tell. Raises as `read_bytes`."""
+    path = strip_file_scheme(path)
+    return _head(path)[0] if is_remote(path) else os.path.getsize(path)
+
+
+def _head(path: str) -> tuple[int | None, str]:
+    with path_manager(path):
+        handler = _handlers[f"{_scheme(path)}://"]
+        return handler.head(path) if hasattr(handler, "head") else (None, "")
+
+
+def list_folder(path: str) -> list[str]:
+    """Return the names in a folder, local or at a URL whose handler can list. Raises as `read_bytes`."""
+    path = strip_file_scheme(path)
+    if not is_remote(path):
+        return os.listdir(path)
+    with path_manager(path) as manager:
+        handler = _handlers[f"{_scheme(path)}://"]
+        names = handler.list_names(path) if hasattr(handler, "list_names") else manager.ls(path)
+        return [str(name) for name in names]
 
 
 @contextmanager
@@ -137,16 +200,16 @@ def path_manager(path: str) -> Iterator[Any]:
         UserError: no handler has the URL's scheme.
     """
     scheme = f"{_scheme(path)}://"
-    if scheme == "s3://" and scheme not in _prefixes and importlib.util.find_spec("boto3"):
+    if scheme == "s3://" and scheme not in _handlers and importlib.util.find_spec("boto3"):
         _register_s3()
-    if scheme == "hf://" and scheme not in _prefixes and importlib.util.find_spec("huggingface_hub"):
+    if scheme == "hf://" and scheme not in _handlers and importlib.util.find_spec("huggingface_hub"):
         register_handler(_Hub())
-    if scheme not in _prefixes:
+    if scheme not in _handlers:
         hint = {
             "s3://": "; s3:// needs boto3 (pip install 'mgvideo[s3]')",
             "hf://": "; hf:// needs huggingface_hub (pip install 'mgvideo[hub]')",
         }.get(scheme, "")
-        raise UserError(f"{path}: {scheme} has no handler; use one of {', '.join(_prefixes)} and file://{hint}")
+        raise UserError(f"{path}: {scheme} has no handler; use one of {', '.join(_handlers)} and file://{hint}")
     try:
         yield _manager
     except OSError as error:
@@ -179,12 +242,6 @@ def _error_text(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _cached(path: str) -> Path:
-    """Return the path of a URL's copy: it is always inside the cache, and different for each URL."""
-    digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return Path(get_cache_dir()) / "mgvideo" / digest[:2] / f"{digest}-{path.rsplit('/', 1)[-1][-100:]}"
-
-
 class _Web(PathHandler):
     """Reads from web and FTP servers.
 
@@ -198,7 +255,8 @@ class _Web(PathHandler):
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         if mode != "rb":
             raise NotImplementedError
-        return urlopen(quote(path, safe="%/:?=&~+,;@!$'()*[]#"), timeout=SERVER_TIMEOUT_S)
+        address = quote(path, safe="%/:?=&~+,;@!$'()*[]#")
+        return urlopen(Request(address, **kwargs), timeout=SERVER_TIMEOUT_S)
 
     def _exists(self, path: str, **kwargs: Any) -> bool:
         try:
@@ -210,19 +268,28 @@ class _Web(PathHandler):
         return True
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        copy = _cached(path)
-        if force or not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=copy.parent, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as target, self._open(path, "rb") as source:
-                    shutil.copyfileobj(source, target)
-                    if getattr(source, "length", None):
-                        raise OSError(errno.EREMOTEIO, "the server closed the connection before the end")
-                os.replace(part, copy)  # atomic: several workers may fetch the same file at once
-            finally:
-                Path(part).unlink(missing_ok=True)
-        return str(copy)
+        def fetch(target: IO[bytes]) -> None:
+            with closing(self._open(path, "rb")) as source:
+                shutil.copyfileobj(source, target)
+                if getattr(source, "length", None):
+                    raise OSError(errno.EREMOTEIO, "the server closed the connection before the end")
+
+        return fetch_once(path, fetch)
+
+    def read_range(self, path: str, offset: int, size: int) -> bytes:
+        with closing(self._open(path, "rb", headers={"Range": f"bytes={offset}-{offset + size - 1}"})) as source:
+            if getattr(source, "status", 206) != 206:  # the server sends the whole file
+                while offset > 0 and (skipped := source.read(min(offset, 1 << 20))):
+                    offset -= len(skipped)
+            data: bytes = source.read(size)
+            return data
+
+    def head(self, path: str) -> tuple[int | None, str]:
+        with closing(self._open(path, "rb", method="HEAD")) as answer:
+            headers: Any = getattr(answer, "headers", {})
+            length = str(headers.get("Content-Length"))
+            text = " ".join(str(headers.get(name)) for name in ("ETag", "Last-Modified"))
+            return int(length) if length.isdecimal() else None, f"{text} {length}"
 
 
 def hub_repository(path: str) -> str | None:
@@ -277,8 +344,33 @@ def _register_s3() -> None:
     from iopath.common.s3 import S3PathHandler
 
     class S3(S3PathHandler):
-        def _local_cache_path(self, path: str) -> str:  # iopath's path leaves out the bucket
-            return str(_cached(path))
+        def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+            # Not iopath's: its path leaves out the bucket, and it sends two requests for each file that it has.
+            def fetch(target: IO[bytes]) -> None:
+                assert self._isfile(path)
+                bucket, key = self._parse_uri(path)
+                self._get_client(bucket).download_fileobj(bucket, key, target)
+
+            return fetch_once(path, fetch)
+
+        def read_range(self, path: str, offset: int, size: int) -> bytes:
+            bucket, key = self._parse_uri(path)
+            last = offset + size - 1
+            answer = self._get_client(bucket).get_object(Bucket=bucket, Key=key, Range=f"bytes={offset}-{last}")
+            data: bytes = answer["Body"].read()
+            return data
+
+        def list_names(self, path: str) -> list[str]:
+            bucket, key = self._parse_uri(path)
+            prefix = f"{key.rstrip('/')}/" if key else ""
+            pages = self._get_client(bucket).get_paginator("list_objects_v2")
+            files = pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter="/").search("Contents[].Key")
+            return [name.removeprefix(prefix) for name in files if name]
+
+        def head(self, path: str) -> tuple[int, str]:
+            bucket, key = self._parse_uri(path)
+            answer = self._get_client(bucket).head_object(Bucket=bucket, Key=key)
+            return int(answer["ContentLength"]), f"{answer['ETag']} {answer['ContentLength']}"
 
     handler = S3(profile=None)
     # processes must not share a connection

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from mgvideo.errors import UserError
 from mgvideo.loading.requests import DecodeFailure
 from mgvideo.storage.files import write_atomic
 
@@ -49,7 +50,7 @@ class BadVideos:
         self.write()
 
     def add(self, step: int, part: str, failures: Iterable[DecodeFailure]) -> list[BadVideo]:
-        """Count failures, and write the file if it lacks a video. Returns the videos that failed for the first time."""
+        """Count failures, and add videos to the file that it lacks. Returns those that failed for the first time."""
         new = []
         for failure in failures:
             self._is_written = False
@@ -59,8 +60,24 @@ class BadVideos:
             else:
                 new.append(self._insert(BadVideo(part, failure.index, failure.path, failure.reason, 1, step)))
         if new:
-            self.write()
+            self._append(new)
         return new
+
+    def _append(self, videos: Sequence[BadVideo]) -> None:
+        """Append new videos to the file: with many bad videos, to rewrite it for each would take hours.
+
+        The counts of the others are written later, by `write`. `read` ignores a line that a killed run left unfinished.
+        """
+        if len(videos) == len(self._videos):
+            self.write()
+            return
+        text = StringIO(newline="")
+        csv.writer(text).writerows(astuple(video) for video in videos)
+        try:
+            with open(self.path, "ab") as file:
+                file.write(text.getvalue().encode(errors="surrogateescape"))
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
     def of_part(self, part: str) -> tuple[BadVideo, ...]:
         """Return the bad videos of a part of the dataset."""

@@ -71,7 +71,7 @@ def test_default_output_folder_names_the_experiment(overrides: list[str], folder
 RECIPES = {
     "kinetics400": "kinetics", "kinetics600": "kinetics", "kinetics700": "kinetics", "charades": "charades",
     "ssv2": "ssv2", "motion": "motion", "camera": "camera", "ucf101": "finetune", "hmdb51": "finetune",
-    "folder": "folder",
+    "folder": "folder", "shards": "folder",
 }  # fmt: skip
 
 

@@ -14,20 +14,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from refusals import error_line
 from training import KNOBS, ROOT, TINY, metrics, run_program
 from videos import numbered_frame, write_rotated, write_video
 
 from mgvideo.cli import app
-from mgvideo.cli.build import build_decoder
+from mgvideo.cli.build import build_data, build_decoder
 from mgvideo.cli.prepare import COMMANDS, _motion_overrides, main, read_keys
 from mgvideo.datasets.kinetics import kinetics
 from mgvideo.datasets.motion import make_motion
+from mgvideo.datasets.packed_pyramid import PackedPyramid
 from mgvideo.datasets.packet_index import PacketIndex
 from mgvideo.errors import UserError
+from mgvideo.loading.requests import ClipRequest
+from mgvideo.plan.plan import Grid
 
 KINETICS = ["dataset=kinetics400", "dataset.num_classes=8"]
+GRID = Grid(4, 32, (1, 3), (36, 84))
 
 
 def prepare(name: str, own_overrides: list[str], overrides: list[str]) -> None:
@@ -252,6 +257,43 @@ def test_a_missing_pyramid_raises(tmp_path: Path) -> None:
         build_decoder(app.compose_config("run", [f"dataset.pyramid={tmp_path}"]))
 
 
+def test_a_packed_dataset_with_its_pyramid_loads_the_same_clips(
+    tmp_path: Path, motion_root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, pyramid, out = make_motion(motion_root, KNOBS), tmp_path / "pyramid", tmp_path / "packed"
+    clips = ["base.num_frames=4", "base.crop_size=64", "base.short_side=[72,84]"]
+    clips += ["sampling.protocol=regular", "sampling.target_fps=null", "sampling.antialias=true"]
+    overrides = [*KINETICS, f"dataset.root={source}", "dataset.train.flip=false", "dataset.val.flip=false", *clips]
+    prepare("pyramid", [f"out={pyramid}", "processes=1"], overrides)
+    prepare("pack", [f"out={out}", "processes=2"], [*overrides, f"dataset.pyramid={pyramid}"])
+    assert f"train with dataset=shards dataset.root={out} dataset.pyramid={out}" in capsys.readouterr().out
+    packed = ["dataset=shards", f"dataset.root={out}", f"dataset.pyramid={out}", "recipe=motion", *clips]
+    loose, tarred = (
+        build_data(app.compose_config("run", [*words, "decoder=pyav"]))
+        for words in ([*overrides, f"dataset.pyramid={pyramid}"], packed)
+    )
+    assert loose.classes == tarred.classes
+    assert isinstance(tarred.train.decoder, PackedPyramid)
+    assert not tarred.train.sampling.flip
+    for expected, dataset in ((loose.train, tarred.train), (loose.val, tarred.val)):
+        assert len(dataset) == len(expected)
+        for index in range(0, len(expected), 5):
+            sample, other = (part[ClipRequest(index, GRID, index)] for part in (dataset, expected))
+            assert torch.equal(sample.clip, other.clip)
+            assert sample.label == other.label
+
+
+def test_a_pack_leaves_out_bad_videos_and_exits_with_1_above_the_threshold(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        prepare("pack", [f"out={tmp_path / 'packed'}", "split=train"], [*KINETICS, f"dataset.root={broken}"])
+    output = capsys.readouterr()
+    assert "7 videos in 1 archives" in output.out
+    assert "1 videos are left out, for example " in output.out
+    assert "error: that is more than dataset.max_bad_fraction=0.05" in output.err
+
+
 def test_list_of_official_annotations_leaves_out_missing_videos(broken: Path, tmp_path: Path) -> None:
     rows = ["label,youtube_id,time_start,time_end,split"]
     for i, name in enumerate(("tap dancing", "air drumming", "gone")):
@@ -306,6 +348,8 @@ def test_motion_like_kinetics(tmp_path: Path) -> None:
     [
         (["compress"], "there is no 'prepare compress'"),
         (["pyramid"], "out is not set"),
+        (["pack"], "out is not set"),
+        (["pack", "shard_mib=0"], "shard_mib=0"),
         (["check", "split=test"], "split=test"),
         (["check", "max_broken=2"], "max_broken=2"),
         (["check", "processes=0"], "processes=0"),
@@ -358,20 +402,20 @@ def test_files_and_levels_are_indexed(tmp_path: Path, capsys: pytest.CaptureFixt
     overrides += ["base.short_side=[64,72]", "dataset.max_bad_fraction=0.5"]
     prepare("index", ["processes=1"], overrides)
     output = capsys.readouterr().out
-    assert f"{root}/.packets.index: 2 videos, " in output
+    assert f"{root}/.mgvideo/packets.index: 2 videos, " in output
     assert f"1 of 3 files cannot be read: {root}/b.mp4: Invalid data found" in output
-    content = (root / ".packets.index").read_bytes()
+    content = (root / ".mgvideo/packets.index").read_bytes()
     prepare("index", ["processes=1"], overrides)
-    assert (root / ".packets.index").read_bytes() == content, "nothing is new"
-    (root / ".packets.index").unlink()
+    assert (root / ".mgvideo/packets.index").read_bytes() == content, "nothing is new"
+    (root / ".mgvideo/packets.index").unlink()
     prepare("check", ["processes=1", f"out={tmp_path / 'found.csv'}"], overrides)
-    assert len(PacketIndex(str(root / ".packets.index"))) == 2
+    assert len(PacketIndex(str(root / ".mgvideo/packets.index"))) == 2
     prepare("pyramid", [f"out={levels}", "processes=1"], overrides)
-    assert len(PacketIndex(str(levels / ".packets.index"))) == 2 * len(list(levels.glob("short*")))
+    assert len(PacketIndex(str(levels / ".mgvideo/packets.index"))) == 2 * len(list(levels.glob("short*")))
     capsys.readouterr()
-    (levels / ".packets.index").unlink()
+    (levels / ".mgvideo/packets.index").unlink()
     prepare("index", ["processes=1"], [*overrides, f"dataset.pyramid={levels}"])
-    assert len(PacketIndex(str(levels / ".packets.index"))) == 2 * len(list(levels.glob("short*")))
+    assert len(PacketIndex(str(levels / ".mgvideo/packets.index"))) == 2 * len(list(levels.glob("short*")))
     decoder = build_decoder(app.compose_config("run", [*overrides, f"dataset.pyramid={levels}"]))
     with decoder.open(str(root / "a.mp4"), 64) as video:
         assert (Path(video.path).parent.parent, video.container) == (levels, None)
@@ -387,6 +431,6 @@ def test_index_can_be_any_file_for_all_videos(tmp_path: Path) -> None:
     for _ in range(2):
         decoder.open(str(tmp_path / "a.mp4")).close()
     assert len(PacketIndex(str(tmp_path / "elsewhere/index"))) == 1
-    assert not (tmp_path / ".packets.index").exists()
+    assert not (tmp_path / ".mgvideo/packets.index").exists()
     with pytest.raises(UserError, match=r"dataset\.index=s3://a/b: only output_dir may be a URL"):
         build_decoder(app.compose_config("run", ["dataset.index=s3://a/b"]))

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import tarfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,6 +28,7 @@ from mgvideo.datasets.packet_index import PacketIndex, folder_index
 from mgvideo.datasets.pyav import PyAVVideo
 from mgvideo.loading.requests import ClipRequest
 from mgvideo.plan.plan import Grid
+from mgvideo.storage.members import Member
 
 WITH_CONTAINER = {"raw.h264", "mpeg-2.mpg", "mpeg-1.m1v", "interlaced.ts", "stream.ts"}  # packets are not stored whole
 
@@ -69,6 +71,25 @@ def test_odd_files_are_read_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", NUMBERS)
 def test_typical_files_are_read_alike(tmp_path: Path, name: str) -> None:
     check_same(FIELD / name, indexed(FIELD / name, {"/": PacketIndex(str(tmp_path / "index"))}))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_members_of_archives_are_read_alike(tmp_path: Path, suffix: str) -> None:
+    names, archive = ["first", "second"], tmp_path / "shard.tar"
+    with tarfile.open(archive, "w") as tar:
+        for seconds, name in enumerate(names, start=1):
+            tar.add(write_video(tmp_path / f"{name}.{suffix}", 12 * seconds), f"{name}.{suffix}")
+    with tarfile.open(archive) as tar:
+        members = [Member(str(archive), info.offset_data, info.size, info.name) for info in tar]
+    indexes = folder_index(str(tmp_path))
+    for member in members:
+        with PyAV(indexes=indexes).open(member.path) as first:
+            assert first.facts.packets is not None
+    for member, name in zip(members, names, strict=True):
+        with PyAV(indexes=indexes).open(member.path) as video, PyAV().open(str(tmp_path / f"{name}.{suffix}")) as plain:
+            assert video.container is None
+            assert torch.equal(video.read(range(video.frames)), plain.read(range(plain.frames)))
+            assert video.container is None, "no packet was missed"
 
 
 @pytest.mark.parametrize("decoder", [Decord, TorchCodec])
@@ -124,7 +145,7 @@ def test_changed_file_is_indexed_again(tmp_path: Path, capsys: pytest.CaptureFix
         assert (video.frames, video.container is None) == (25, False)
     with PyAV(indexes=indexes).open(str(path)) as video:
         assert (video.frames, video.container) == (25, None)
-    assert capsys.readouterr().err.startswith(f"note: {path} has changed since it was indexed in {tmp_path}/.packets")
+    assert f"note: {path} has changed since it was indexed in {tmp_path}/.mgvideo/packets" in capsys.readouterr().err
     assert len(indexes[str(tmp_path)]) == 1
 
 
@@ -153,7 +174,7 @@ def test_damaged_index_is_built_again(tmp_path: Path, capsys: pytest.CaptureFixt
     paths = [write_video(tmp_path / f"{name}.mp4", 10) for name in "ab"]
     for path in paths:
         indexed(path, folder_index(str(tmp_path))).close()
-    damage(kind, tmp_path / ".packets.index")
+    damage(kind, tmp_path / ".mgvideo/packets.index")
     indexes = folder_index(str(tmp_path))
     indexes[str(tmp_path)].check()
     for path in paths:
@@ -161,7 +182,7 @@ def test_damaged_index_is_built_again(tmp_path: Path, capsys: pytest.CaptureFixt
         with PyAV(indexes=indexes).open(str(path)) as video:
             assert video.container is None
     err = capsys.readouterr().err
-    assert kind == "slots" or f"{tmp_path}/.packets.index" in err, "unknown hashes are only missing"
+    assert kind == "slots" or f"{tmp_path}/.mgvideo/packets.index" in err, "unknown hashes are only missing"
     assert all(line.startswith("warning: ") for line in err.splitlines())
 
 
@@ -198,7 +219,7 @@ def test_index_moves_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def _add_many(arguments: tuple[PacketIndex, range]) -> None:
     index, numbers = arguments
     for number in numbers:
-        path = os.path.join(os.path.dirname(index.file), "files", str(number))
+        path = os.path.join(index.folder, "files", str(number))
         index.add(path, os.stat(path), {"number": number}, {"array": np.arange(number % 7)})
 
 
@@ -217,7 +238,7 @@ def test_processes_share_and_extend_an_index(tmp_path: Path) -> None:
         assert found is not None
         assert (found[0]["number"], found[1]["array"].tolist()) == (number, list(range(number % 7)))
     assert len(index) == 600
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".packets.index", ".packets.index.lock", "files"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mgvideo", "files"]
 
 
 def test_training_reads_the_same_clips_with_an_index(root: Path, tmp_path: Path) -> None:

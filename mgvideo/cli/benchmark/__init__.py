@@ -34,6 +34,7 @@ BENCHMARKS = {
     "augment": "milliseconds of augmentation on the device at each grid, beside those of a training step",
     "soak": "whether memory and open files of the loader workers stay flat over many clips",
     "sampler": "time in which a rank computes its clips of a step, at several numbers of ranks",
+    "scale": "start-up, memory and latency at a list of hundreds of thousands of videos",
     "ranks": "simulate the first and last of many ranks through a long cycle: shards, collectives, host time",
     "gpu": "check and measure everything on one GPU, in under ten minutes",
     "train": "the trainer against a minimal loop, data waiting, phase boundaries, and multigrid against the baseline",
