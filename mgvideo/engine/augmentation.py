@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,6 +49,11 @@ class AugmentOptions:
         """Whether clips are mixed, so that labels are soft."""
         return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
+    def scaled(self, strength: float) -> AugmentOptions:
+        """Return options whose ranges, magnitude and probabilities are multiplied by the strength of a slot, 0 to 1."""
+        names = ("color_jitter", "randaugment_magnitude", "erasing_prob", "mix_prob")
+        return self if strength == 1 else replace(self, **{name: strength * getattr(self, name) for name in names})
+
 
 class Augmentation:
     """Augments the clips of a shard: colour jitter, RandAugment, random erasing, then mixup or CutMix.
@@ -83,6 +88,7 @@ class Augmentation:
         seeds: np.ndarray,
         shard: BatchShard,
         group: dist.ProcessGroup | None = None,
+        strength: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Return augmented copies of clips, and their labels.
 
@@ -92,14 +98,15 @@ class Augmentation:
             seeds: uint64 `[n]`, the seeds of the clips' requests.
             shard: the part of the global batch that the clips are.
             group: of the ranks that share the shard's BN group; None for whole groups. They call this together.
+            strength: of the step's slot, see `AugmentOptions.scaled`.
 
         Returns:
             The clips as before; the labels as before, or with mixup or CutMix float32 `[n, classes]`.
         """
-        options, size = self.options, clips.shape[2]
+        options, size = self.options.scaled(strength), clips.shape[2]
         augmented = torch.empty_like(clips)
         for i, seed in enumerate(seeds):
-            augmented[i] = self.augment_clip(clips[i], int(seed))
+            augmented[i] = self.augment_clip(clips[i], int(seed), options)
         if not options.mixes:
             return augmented, labels
         mixes = [
@@ -116,14 +123,15 @@ class Augmentation:
         soft = F.one_hot(labels, self.num_classes).float() if labels.dim() == 1 else labels
         return mix_clips(augmented, soft, mixes, shard, group, self.repeat)
 
-    def augment_clip(self, clip: Tensor, seed: int) -> Tensor:
+    def augment_clip(self, clip: Tensor, seed: int, options: AugmentOptions | None = None) -> Tensor:
         """Return a clip, uint8 `[t, s, s, 3]`, after everything that needs no other clip."""
+        options = options or self.options
         rng = np.random.default_rng(random_seed(seed, Stream.AUGMENTATION))
         frames = clip.permute(0, 3, 1, 2)
-        for name, argument in [*draw_color_jitter(rng, self.options), *draw_randaugment(rng, self.options)]:
+        for name, argument in [*draw_color_jitter(rng, options), *draw_randaugment(rng, options)]:
             frames = OPERATIONS[name].apply(frames, argument, self.mean)
         clip = frames.permute(0, 2, 3, 1)
-        if rng.random() < self.options.erasing_prob:
+        if rng.random() < options.erasing_prob:
             clip = self._erase(clip, draw_erased_box(rng, clip.shape[1]), random_seed(seed, Stream.ERASING))
         return clip
 

@@ -117,7 +117,7 @@ class TrainStep:
             group["lr"] = self.plan.lr(step) * group.get("lr_scale", 1.0)
         with explain_out_of_memory(partial(self._explain_out_of_memory, step, batch.shard)):
             self.report_position(step, "augmenting", 1, has_time_limit=False)
-            total = self._accumulate(step, batch.shard, *self.load_on_device(batch))
+            total = self._accumulate(step, batch.shard, *self.load_on_device(step, batch))
             self._update(step, total)
         return total
 
@@ -142,7 +142,7 @@ class TrainStep:
         """Return how many clips of a grid to run at once."""
         return max(1, self.micro_batch_clips * self.plan.base.num_frames * self.plan.base.crop_size**2 // grid.volume)
 
-    def load_on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def load_on_device(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the augmented clips, still uint8, and the labels on the device. All ranks call this together."""
         clips, labels = self._copy_to_device(batch)
         if self.augmentation is None:
@@ -150,7 +150,7 @@ class TrainStep:
         assert batch.shard is not None, "a training batch carries its shard"
         assert batch.seeds is not None, "a training batch carries its seeds"
         group = self.subgroups.of_size(len(batch.shard.ranks))
-        return self.augmentation(clips, labels, batch.seeds, batch.shard, group)
+        return self.augmentation(clips, labels, batch.seeds, batch.shard, group, self.plan.slot(step).strength)
 
     def _copy_to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the clips, still uint8, and the labels on the device."""

@@ -189,7 +189,7 @@ class Trainer:
             phase = self.plan.phase(step)
             if step == phase.steps[0]:
                 augments = self.train_step.augmentation is not None
-                clips = self.train_step.load_on_device(batch)[0] if augments else batch.clips
+                clips = self.train_step.load_on_device(step, batch)[0] if augments else batch.clips
                 self.logger.log_clips(step, phase.index, clips)
             yield step, batch
 

@@ -265,3 +265,16 @@ def test_without_draws_clips_stay_and_those_of_the_loader_are_never_changed() ->
     changed, _ = augmentation()(clips, labels(8), SEEDS[:8], shard)
     assert not torch.equal(changed, clips)
     assert torch.equal(clips, before)
+
+
+def test_strength_of_a_slot_weakens_augmentation() -> None:
+    clips, targets, shard = images(8), labels(8), shard_batch(8, 1, 0, 1)
+
+    def change(strength: float) -> float:
+        result, _ = augmentation()(clips, targets, SEEDS[:8], shard, strength=strength)
+        return float((result.float() - clips.float()).abs().mean())
+
+    assert change(0.0) < 0.5 * change(0.35) < 0.5 * change(1.0)
+    plain, _ = augmentation()(clips, targets, SEEDS[:8], shard)
+    full, _ = augmentation()(clips, targets, SEEDS[:8], shard, strength=1.0)
+    assert torch.equal(plain, full)
