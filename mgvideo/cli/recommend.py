@@ -40,8 +40,12 @@ EVIDENCE = {
     "multigrid": Evidence(
         "published", "the paper and its authors' model zoo: level with the baseline on Kinetics-400 (docs/results)"
     ),
-    "monotone": Evidence("none", "not measured yet: tools/reproduce.py table=beyond compares it"),
-    "cooldown": Evidence("none", "not measured yet: tools/reproduce.py table=beyond compares it"),
+    "monotone": Evidence(
+        "toy scale", "Motion, one network, one seed: 97.0 % at 0.25 of the compute, long + short 93.4 (docs/results)"
+    ),
+    "cooldown": Evidence(
+        "toy scale", "Motion, one network, one seed: the baseline's accuracy at 0.25 of the compute (docs/results)"
+    ),
     "random": Evidence("none", "not measured yet; for a network that is tested at many grids"),
 }
 
