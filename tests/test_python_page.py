@@ -64,8 +64,8 @@ def test_a_number_of_a_broken_video_raises(motion_root: str, tmp_path: Path) -> 
 
 
 def test_compose_checks_values_and_suggests_keys() -> None:
-    with pytest.raises(UserError, match=r"base\.batches is not a key of this config, did you mean base\.batch_size"):
-        api.compose("base.batches=3")
+    with pytest.raises(UserError, match=r"base\.batch is not a key of this config, did you mean base\.batch_size"):
+        api.compose("base.batch=3")
     with pytest.raises(UserError, match=r"test\.num_crops=2: choose one of 1, 3"):
         api.compose("test.num_crops=2")
     cfg = api.compose("experiment=kinetics/slowfast_8x8_r50", "seed=3")

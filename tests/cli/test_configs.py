@@ -154,6 +154,9 @@ def test_experiment_makes_a_plan_with_each_schedule(experiment: str, schedule: s
 @pytest.mark.parametrize("experiment", OPTIONS["experiment"])
 def test_experiment_makes_a_plan_without_its_data(experiment: str) -> None:
     cfg = compose_run(f"experiment={experiment}")
+    if experiment.startswith("folder/"):  # nobody knows the number of its videos
+        assert build_plan(cfg, 1000).steps > 100
+        return
     videos, notes = train_videos(cfg)
     assert build_plan(cfg, videos).steps > 100
     assert bool(notes) == (experiment != "motion")
