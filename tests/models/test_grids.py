@@ -49,12 +49,15 @@ def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) ->
 
 
 def grids_of(name: str) -> list[tuple[int, int]]:
-    """Return the grids to test a network on: three of them for those whose small version is tested on all."""
-    return (
-        [PUBLISHED[0], (16, 158), (32, 224)]
-        if name in LARGER or (name.startswith(MODERN) and name not in QUICK)
-        else PUBLISHED
-    )
+    """Return the grids to test a network on: three of them for those whose small version is tested on all.
+
+    The small networks with attention are for small clips, and take minutes on the largest.
+    """
+    if name in WITH_ATTENTION:
+        return [(frames, size) for frames, size in PUBLISHED if frames * size**2 <= 32 * 158**2]
+    if name in LARGER or (name.startswith(MODERN) and name not in QUICK):
+        return [PUBLISHED[0], (16, 158), (32, 224)]
+    return PUBLISHED
 
 
 def grid_param(name: str, frames: int, size: int) -> Any:
