@@ -112,7 +112,7 @@ def advice(found: list[Candidate]) -> Iterator[str]:
         yield f"the evidence favours {best}; it is {evidence.strength}: {evidence.text}"
         untested = [name for name in others if EVIDENCE[name].strength == "none"]
         if untested:
-            yield f"{', '.join(untested)} may be better: nothing is known of them yet"
+            yield f"{', '.join(untested)} may be better: not measured yet"
     for candidate in found:
         if candidate.problem:
             yield f"{candidate.name} does not fit: {candidate.problem}"

@@ -106,4 +106,5 @@ def test_sampling_keys_reach_both_datasets(tmp_path: Path) -> None:
     data = build_data(cfg)
     for dataset in (data.train, data.val):
         assert (dataset.sampling.protocol, dataset.sampling.target_fps) == ("published", 25)
-    assert (data.train.decoder.shrink, data.val.decoder.shrink) == (True, False)
+    decoders = [dataset.decoder.decoder.decoder for dataset in (data.train, data.val)]  # in FrameFolders, RemoteVideos
+    assert [decoder.shrink for decoder in decoders] == [True, False]
