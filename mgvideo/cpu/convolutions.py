@@ -96,14 +96,20 @@ class CpuDepthwiseConv3d(nn.Conv3d):
     """`nn.Conv3d` of each channel by itself, in any precision; same parameters and results.
 
     torch's kernels for it are fast in channels_last_3d only: of contiguous clips, forward and backward take 1.9 to 3.4
-    times as long (docs/benchmarks/speed.md).
+    times as long (docs/benchmarks/speed.md). In bf16, torch 2.15's weight gradients read uninitialised memory, so under
+    autocast it computes in float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `[n, channels, t, h, w]`, on a CPU in channels_last_3d, which the output then has."""
-        if input.device.type == "cpu":
-            input = input.contiguous(memory_format=torch.channels_last_3d)
-        return super().forward(input)
+        if input.device.type != "cpu":
+            return super().forward(input)
+        input = input.contiguous(memory_format=torch.channels_last_3d)
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            output = super().forward(input.float())
+        return output.to(torch.get_autocast_dtype("cpu"))
 
 
 def convert_convolutions(model: nn.Module) -> nn.Module:

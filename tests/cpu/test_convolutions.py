@@ -105,3 +105,18 @@ def test_depthwise_convolutions_run_in_channels_last_with_the_same_result() -> N
         output = converted(clips)
         assert output.is_contiguous(memory_format=torch.channels_last_3d)
         torch.testing.assert_close(output, conv(clips))
+
+
+def test_depthwise_convolutions_compute_in_float32_under_autocast() -> None:
+    """Their weight gradients in bf16 read uninitialised memory, which is NaN here."""
+    conv = convert_convolutions(nn.Conv3d(16, 16, 3, (1, 2, 2), 1, groups=16, bias=False))
+    clips = torch.randn(8, 2, 8, 8, 16).movedim(-1, 1)
+    expected = torch.autograd.grad(conv(clips).sum(), conv.weight)
+    for _ in range(20):
+        for size in (10**4, 10**5, 10**6):
+            torch.full((size,), float("nan"))
+        with torch.autocast("cpu", torch.bfloat16):
+            output = conv(clips.bfloat16())
+        assert output.dtype is torch.bfloat16
+        gradient = torch.autograd.grad(output.float().sum(), conv.weight)
+        torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.2)
