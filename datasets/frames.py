@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,11 @@ class FrameFolders:
 
 def frame_folder(path: str) -> str | None:
     """Return the folder that holds the frames of a video as images, or None if there is none."""
-    if os.path.isdir(path):
-        return path
-    folder, suffix = os.path.splitext(path)
-    return folder if suffix.lower() in VIDEO_SUFFIXES and os.path.isdir(folder) and not os.path.exists(path) else None
+    try:
+        return path if stat.S_ISDIR(os.stat(path).st_mode) else None  # one look at the disk for a video file
+    except (OSError, ValueError):
+        folder, suffix = os.path.splitext(path)
+        return folder if suffix.lower() in VIDEO_SUFFIXES and os.path.isdir(folder) else None
 
 
 class _FrameFolder(Video):
