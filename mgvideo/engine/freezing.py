@@ -11,6 +11,8 @@ from mgvideo.errors import UserError
 from mgvideo.plan.formatting import shorten
 from mgvideo.plan.plan import require
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 def freeze(model: nn.Module, parts: Any, find_classifier: Callable[[nn.Module], nn.Module]) -> None:
     """Freeze parameters of a network, in place. Call it before the optimizer and DDP take the network's parameters.
@@ -54,6 +56,17 @@ def frozen_modules(model: nn.Module) -> list[str]:
         if parameters and not is_inside and not any(p.requires_grad for p in parameters):
             names.append(name)
     return names
+
+
+def frozen_in_finish(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a finish of the head does not train.
+
+    It trains those of the last linear layer, which is the head, and of the normalisation layers.
+    """
+    linear_layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    trained = {id(parameter) for module in (*norms, *linear_layers[-1:]) for parameter in module.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in trained]
 
 
 def set_training_mode(model: nn.Module, frozen: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from mgvideo.plan.plan import Grid, Plan, Slot
 from mgvideo.plan.shards import BatchShard
 
 from .ema import ModelEma
-from .freezing import frozen_modules, set_training_mode
+from .freezing import frozen_in_finish, frozen_modules, set_training_mode
 from .micro_batches import explain_out_of_memory, split_into_micro_batches, suggest_micro_batch_clips
 from .precision import Normalize, Precision
 from .skippable_step import SkippableStep
@@ -30,8 +30,6 @@ from .tasks import Task
 
 if TYPE_CHECKING:
     from .augmentation import Augmentation
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class TrainStep:
@@ -226,17 +224,6 @@ class TrainStep:
         if self.ema is not None:
             self.ema.update(step, skip)
         self.scaler.update()
-
-
-def frozen_in_finish(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that a finish of the head does not train.
-
-    It trains those of the last linear layer, which is the head, and of the normalisation layers.
-    """
-    linear_layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    trained = {id(parameter) for module in (*norms, *linear_layers[-1:]) for parameter in module.parameters()}
-    return [parameter for parameter in model.parameters() if id(parameter) not in trained]
 
 
 def compile_model(model: nn.Module, mode: str, plan: Plan) -> nn.Module:
