@@ -121,7 +121,7 @@ class PyAVVideo(Video):
             self.facts = self._read_facts(collector) if facts is None else facts
             if self.container is None:
                 self._open_packets()
-            # Before frames are skipped: libdav1d would skip those of the first packet for ever.
+            # Before frames are skipped: otherwise libdav1d never returns those of the first packet.
             self.stream.codec_context.open(strict=False)
         except BaseException:
             self.close()
