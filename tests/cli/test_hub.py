@@ -212,6 +212,6 @@ def test_a_missing_package_and_wrong_keys_are_one_line(
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     assert "pip install 'mgvideo[hub]'" in error_line(export.main, ["ckpt=c", "out=x", "format=hub"], capsys)
     monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(paths, "_prefixes", ["https://"])
+    monkeypatch.delitem(paths._handlers, "hf://", raising=False)
     with pytest.raises(UserError, match=r"hf:// needs huggingface_hub \(pip install 'mgvideo\[hub\]'\)"):
         load_pretrained(r2plus1d_small(3, width=4), "hf://org/net")
