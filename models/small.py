@@ -83,7 +83,11 @@ def mvit_small(
 def vit_small(
     num_classes: int, *, width: int = 96, dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False
 ) -> VisionTransformer:
-    """ViT with four blocks of three heads, and tubelets of 2 × 8 × 8."""
+    """ViT with four blocks of three heads, and tubelets of 2 × 8 × 8.
+
+    The initial weights are larger than the published 0.02, which is for widths of 384 and more: the variance of a
+    layer's output is that of width 768.
+    """
     from .vit import vit  # imports torchvision
 
     return vit(
@@ -95,4 +99,5 @@ def vit_small(
         dropout=dropout,
         drop_path=drop_path,
         checkpointing=checkpointing,
+        init_std=0.02 * (768 / width) ** 0.5,
     )

@@ -127,6 +127,7 @@ class VisionTransformer(nn.Module):
         dropout: float,
         drop_path: float,
         checkpointing: bool,
+        init_std: float,
     ) -> None:
         super().__init__()
         if width % (2 * heads):
@@ -139,7 +140,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         set_recompute(self.blocks, checkpointing)
@@ -173,6 +174,7 @@ def vit(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     checkpointing: bool = False,
+    init_std: float = 0.02,
 ) -> VisionTransformer:
     """ViT as in VideoMAE. S has width 384 and 6 heads, B 768 and 12, L 1,024 and 16 with depth 24.
 
@@ -185,6 +187,7 @@ def vit(
         dropout: probability before the last linear layer.
         drop_path: probability to drop a branch of the last block; it rises linearly from 0 in the first.
         checkpointing: save only the inputs of the blocks, and run them again in backward.
+        init_std: standard deviation of the initial weights of linear layers.
     """
     return VisionTransformer(
         num_classes,
@@ -195,4 +198,5 @@ def vit(
         dropout=dropout,
         drop_path=drop_path,
         checkpointing=checkpointing,
+        init_std=init_std,
     )

@@ -10,7 +10,7 @@ from mgvideo.errors import UserError
 from mgvideo.plan.plan import require
 
 Block = TypeVar("Block")
-PRESET_KEYS = frozenset({"common", "cells", "without", "published"})  # that a table's file may set for a preset
+PRESET_KEYS = frozenset({"common", "rows", "cells", "without", "published"})  # that a table's file may set for a preset
 # Accuracy over training time, with a point for each cell (time) or a line for each schedule (factors; with a panel for
 # each row and the time to the baseline's accuracy: budgets); accuracy alone (dots); only learning curves (none).
 FIGURES = ("time", "factors", "budgets", "dots", "none")
@@ -105,7 +105,8 @@ def read_table(name: str, data: Any, preset: Preset) -> ResultTable:
     """Return the table of a file's content under a preset.
 
     The file has the keys of `ResultTable`, `cells`, and under `presets` the changes of each preset: `common` (more
-    overrides), `cells` (in place of the table's), `without` (names of cells to leave out) and `published` (by cell).
+    overrides), `rows` (overrides of all cells of a row, before their own), `cells` (in place of the table's), `without`
+    (names of cells to leave out) and `published` (by cell).
 
     Raises:
         UserError: a key is missing or unknown, or a name refers to no cell.
@@ -121,7 +122,16 @@ def read_table(name: str, data: Any, preset: Preset) -> ResultTable:
     cell_data = changes.get("cells") or content.get("cells") or []
     require(isinstance(cell_data, list), f"{where}: cells: expected a list, not {type(cell_data).__name__}")
     cells = tuple(_block(Cell, entry, f"{where}: cells[{i}]") for i, entry in enumerate(cell_data))
-    cells = tuple(cell for cell in cells if cell.name not in changes.get("without", []))
+    rows = _mapping(changes.get("rows"), f"{where}: rows")
+    unused = rows.keys() - {cell.row for cell in cells}
+    require(not unused, f"{where}: rows: there is no cell of row {', '.join(sorted(unused))}")
+    for row, overrides in rows.items():
+        require(isinstance(overrides, list), f"{where}: rows: {row}: expected a list of overrides")
+    cells = tuple(
+        replace(cell, overrides=(*rows.get(cell.row, []), *cell.overrides))
+        for cell in cells
+        if cell.name not in changes.get("without", [])
+    )
     preset = replace(preset, common=(*preset.common, *changes.get("common", [])))
     table_data = {key: value for key, value in content.items() if key not in ("presets", "cells")}
     table = _block(ResultTable, {**table_data, "name": name, "cells": cells, "preset": preset}, where)

@@ -21,6 +21,7 @@ from training import TINY
 from mgvideo.cli import jobs, reproduce
 from mgvideo.cli.reproduce import main
 from mgvideo.cli.tables import TableEntry, compose_entries, load_table, presets_by_table
+from mgvideo.cli.values import override_key
 from mgvideo.errors import UserError
 from mgvideo.reproduce.tables import read_table
 from mgvideo.storage.checkpoints import lock_run_folder
@@ -48,12 +49,21 @@ def of_preset(preset: str) -> dict[str, list[TableEntry]]:
     }
 
 
+def test_the_overrides_of_a_row_come_before_those_of_its_cells() -> None:
+    cells = [{"name": "a", "row": "A", "overrides": ["schedule=long"]}, {"name": "b", "overrides": ["seed=2"]}]
+    data = {"title": "t", "mirrors": "m", "baseline": "a", "figure": "none", "cells": cells}
+    data["presets"] = {"motion": {"rows": {"A": ["model=i3d_small"]}}}
+    table = read_table("test", data, load_table("schedules", "motion").preset)
+    assert [cell.overrides for cell in table.cells] == [("model=i3d_small", "schedule=long"), ("seed=2",)]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_cells_of_one_name_have_the_same_overrides_in_all_tables(preset: str) -> None:
-    overrides: dict[str, list[str]] = {}
+    overrides: dict[str, dict[str, str]] = {}
     for name, cells in of_preset(preset).items():
         for entry in cells:
-            assert overrides.setdefault(entry.cell.name, entry.overrides) == entry.overrides, name
+            values = {override_key(override): override for override in entry.overrides}  # the last one of a key counts
+            assert overrides.setdefault(entry.cell.name, values) == values, name
 
 
 @pytest.mark.parametrize(
@@ -110,6 +120,8 @@ def test_released_weights_are_used_if_present(tmp_path: Path) -> None:
         ({"cells": [{"overrides": []}]}, "'name'"),
         ({"cells": [{"name": "a", "weights_of": "b"}]}, "no cell b"),
         ({"presets": {"motion": {"publishd": {}}}}, "publishd"),
+        ({"presets": {"motion": {"rows": {"SlowFst": []}}}}, "rows: there is no cell of row SlowFst"),
+        ({"presets": {"motion": {"rows": {"": "seed=1"}}}}, "rows: : expected a list of overrides"),
         ({"presets": {"kinetics": {}}}, "choose one of kinetics"),
     ],
 )
