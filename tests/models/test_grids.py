@@ -25,7 +25,8 @@ QUICK = ("slowfast_small", "i3d_nln_small", "r2plus1d_small", "x3d_small", "mvit
 
 # the same layers as a smaller network of their family, only more or wider ones
 LARGER = ("x3d_xs", "x3d_m", "x3d_l", "mvit_v2_b", "swin3d_s", "swin3d_b", "vit_b", "vit_l")
-MODERN = ("x3d_xs", "x3d_s", "x3d_m", "x3d_l", "mvit_v", "swin3d", "vit_s", "vit_b", "vit_l")
+# all grids are tested on these and on the small networks, three grids on those that differ in depth or number of channels
+ONE_OF_A_FAMILY = ("c2d_r50", "i3d_nln_r50", "r2plus1d_18", "r2plus1d_r50", "slow_r50", "slowfast_nln_8x8_r50")
 WITH_ATTENTION = ("mvit_small", "vit_small")
 
 
@@ -49,15 +50,13 @@ def test_every_network_trains_on_odd_clips(name: str, frames: int, size: int) ->
 
 
 def grids_of(name: str) -> list[tuple[int, int]]:
-    """Return the grids to test a network on: three of them for those whose small version is tested on all.
+    """Return the grids to test a network on.
 
     The small networks with attention are for small clips, and take minutes on the largest.
     """
     if name in WITH_ATTENTION:
         return [(frames, size) for frames, size in PUBLISHED if frames * size**2 <= 32 * 158**2]
-    if name in LARGER or (name.startswith(MODERN) and name not in QUICK):
-        return [PUBLISHED[0], (16, 158), (32, 224)]
-    return PUBLISHED
+    return PUBLISHED if name in QUICK or name in ONE_OF_A_FAMILY else [PUBLISHED[0], (16, 158), (32, 224)]
 
 
 def grid_param(name: str, frames: int, size: int) -> Any:
