@@ -22,7 +22,7 @@ from mgvideo.models.mvit import block_settings, relative_rows, resample
 from mgvideo.models.naming import source_names
 from mgvideo.models.pretrained import export_pyslowfast, load_pretrained
 from mgvideo.models.swin import WindowAttention
-from mgvideo.models.vit import sine_cosine_positions
+from mgvideo.models.vit import sine_cosine_positions, vit
 
 pytestmark = pytest.mark.numeric
 
@@ -213,3 +213,11 @@ def test_wrong_values_give_one_line(name: str, keys: dict[str, object], message:
 def test_export_to_pyslowfast_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="PySlowFast has no"):
         export_pyslowfast(build_narrow(name))
+
+
+def test_layers_of_the_small_vit_start_with_the_outputs_of_a_wide_one() -> None:
+    torch.manual_seed(0)
+    spreads = []
+    for model, width in ((build("vit_small", width=96), 96), (vit(8, width=768, depth=1), 768)):
+        spreads.append(model.blocks[0].mlp.fc1(torch.randn(64, width)).std().item())
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.1)
