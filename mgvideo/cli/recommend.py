@@ -39,7 +39,9 @@ EVIDENCE = {
     "baseline": Evidence("published", 1.0, "what the others are compared with"),
     "short": Evidence("toy scale", 0.66, "Motion, one seed: the baseline's accuracy with 0.66 of its compute"),
     "long": Evidence("toy scale", 0.44, "Motion, one seed: the baseline's accuracy with 0.44 of its compute"),
-    "multigrid": Evidence("published", 0.29, "the paper and its model zoo, Kinetics-400: level with 0.29 of the compute"),
+    "multigrid": Evidence(
+        "published", 0.29, "the paper and its model zoo, Kinetics-400: level with 0.29 of the compute"
+    ),
     "monotone": Evidence("toy scale", None, "Motion: 99.5 % with 0.25 of the compute, the baseline 99.8 with all"),
     "cooldown": Evidence("toy scale", 0.25, "Motion: the baseline's accuracy with 0.25 of its compute"),
     "random": Evidence("none", None, "not measured yet; for a network that is tested at many grids"),

@@ -41,8 +41,9 @@ def draw_results(results: Results, folder: Path) -> list[str]:
         names.append(_save(_accuracy_by_budget(rows), folder, "budgets"))
     if rows and results.table.figure == "dots":
         names.append(_save(_accuracy_dots(rows), folder, "accuracy"))
-    if any(len(outcome.curve) > 1 for row in rows for outcome in row.outcomes):
-        names.append(_save(_learning_curves(results, rows), folder, "learning"))
+    curves = [row for row in rows if len(_mean_curve(row)[1]) > 1]  # others were validated only at the end, or never
+    if curves:
+        names.append(_save(_learning_curves(curves), folder, "learning"))
     return names
 
 
@@ -110,26 +111,46 @@ def _accuracy_by_budget(rows: list[ReportRow]) -> Figure:
 
 
 def _accuracy_dots(rows: list[ReportRow]) -> Figure:
-    """Draw accuracies as dots, on one line for each row of the table, or for each cell if it has no rows."""
+    """Draw accuracies as dots, on one line for each row of the table, or for each cell if it has no rows.
+
+    Dots have the schedule's colour. The second cell of a schedule on a line is a ring, which the legend names after its
+    column.
+    """
     lines = list(dict.fromkeys(row.cell.row or row.cell.column or row.cell.name for row in rows))
     figure = Figure(figsize=(7.2, 1.2 + 0.42 * len(lines)), layout="constrained")
     axes = figure.subplots()
+    drawn: set[tuple[str, str]] = set()
     for row in rows:
         mean, deviation = row.score(str(row.metric)) or (0.0, 0.0)
-        y = lines.index(row.cell.row or row.cell.column or row.cell.name)
+        line = row.cell.row or row.cell.column or row.cell.name
         colour = COLOURS.get(row.schedule, OTHER_COLOURS[0])
-        axes.errorbar([mean], [y], xerr=deviation or None, fmt="o", color=colour, markersize=7, capsize=3)
-    for schedule in dict.fromkeys(row.schedule for row in rows):
-        axes.plot([], [], "o", color=COLOURS.get(schedule, OTHER_COLOURS[0]), label=schedule)
+        is_second = (line, row.schedule) in drawn
+        drawn.add((line, row.schedule))
+        label = row.cell.column if is_second else row.schedule
+        fill_colour = "white" if is_second else colour
+        axes.errorbar(
+            [mean],
+            [lines.index(line)],
+            xerr=deviation or None,
+            fmt="o",
+            color=colour,
+            markerfacecolor=fill_colour,
+            markersize=7,
+            capsize=3,
+            label=label,
+        )
     axes.set_yticks(range(len(lines)), [fill(line, 30) for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xlabel(f"{' or '.join(dict.fromkeys(METRICS[str(row.metric)] for row in rows))}, %", color=INK)
     style_axes(axes, grid=True)
-    figure.legend(loc="outside upper right", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
+    entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # one for each label
+    figure.legend(
+        entries.values(), entries, loc="outside upper right", ncols=4, frameon=False, labelcolor=INK, fontsize=9
+    )
     return figure
 
 
-def _learning_curves(results: Results, rows: list[ReportRow]) -> Figure:
+def _learning_curves(rows: list[ReportRow]) -> Figure:
     """Draw the validation metric over training time, averaged over seeds, in one panel for each row of the table."""
     panels: dict[str, list[ReportRow]] = defaultdict(list)
     for row in rows:
@@ -146,16 +167,13 @@ def _learning_curves(results: Results, rows: list[ReportRow]) -> Figure:
         unit, name = _time_unit(max(row.seconds for row in members))
         for row in members:
             seconds, values = _mean_curve(row)
-            if len(values) < 2:
-                continue  # no curve: validated only at the end, or never
             axes.plot(seconds / unit, values, color=colours[row.cell.name], linewidth=1.8, marker="o", markersize=3.5)
             axes.plot([], [], color=colours[row.cell.name], label=row.cell.column or row.cell.name)
         style_axes(axes, grid=True)
         axes.set_title(fill(title, 36), loc="left", fontsize=10, color=INK)
         axes.set_xlabel(f"training time, {name}", color=INK)
         axes.set_ylabel(f"validation {METRICS[str(members[0].metric)]}, %", color=INK)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower right")
     return figure
 
 

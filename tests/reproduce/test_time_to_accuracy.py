@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -74,3 +75,10 @@ def test_the_figure_has_a_panel_for_each_row(tmp_path: Path) -> None:
     assert (tmp_path / "budgets.png").read_bytes().startswith(b"\x89PNG")
     svg = (tmp_path / "budgets.svg").read_text()
     assert all(word in svg for word in ("SlowFast", "monotone", "cooldown", "training time"))
+
+
+def test_a_second_baseline_on_a_line_is_named_and_there_are_no_empty_learning_curves(tmp_path: Path) -> None:
+    dots = replace(RACE, table=replace(RACE.table, figure="dots"))
+    assert draw_results(dots, tmp_path) == ["accuracy"]
+    svg = (tmp_path / "accuracy.svg").read_text()
+    assert all(svg.count(f">{label}<") == 1 for label in ("baseline", "baseline 0.5", "multigrid", "cooldown 0.2"))
