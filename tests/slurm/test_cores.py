@@ -17,10 +17,10 @@ import pytest
 from cluster import Cluster
 
 PROBE = [sys.executable, str(Path(__file__).with_name("probe.py"))]
-CASES = {
-    "bound": ("-n2 -c1 --cpu-bind=cores", ["1", "1"]),
-    "sharing": ("-n2 -c1 --cpu-bind=mask_cpu:0x3,0x3", ["1", "1"]),
-    "overlapping": ("-n2 -c2 --cpu-bind=mask_cpu:0x1,0x3", ["1/2", "3/2"]),
+CASES = {  # -N1, because masks count the tasks of a node, and two nodes have room for all cases at once
+    "bound": ("-N1 -n2 -c1 --cpu-bind=cores", ["1", "1"]),
+    "sharing": ("-N1 -n2 -c1 --cpu-bind=mask_cpu:0x3,0x3", ["1", "1"]),
+    "overlapping": ("-N1 -n2 -c2 --cpu-bind=mask_cpu:0x1,0x3", ["1/2", "3/2"]),
     "unbound": ("-n1 -c1 --cpu-bind=none", ["1"]),  # SLURM allots one core to it, while it may run on all
     "alone": ("-n1 -c2 --cpu-bind=cores", ["2"]),
 }
