@@ -25,7 +25,7 @@ QUICK = ("slowfast_small", "i3d_nln_small", "r2plus1d_small", "x3d_small", "mvit
 
 # the same layers as a smaller network of their family, only more or wider ones
 LARGER = ("x3d_xs", "x3d_m", "x3d_l", "mvit_v2_b", "swin3d_s", "swin3d_b", "vit_b", "vit_l")
-# all grids are tested on these and on the small networks; on the others, which differ in depth or channels, three
+# all grids are tested on these and on the small networks; two or three on those that differ in depth or channels
 ONE_OF_A_FAMILY = ("c2d_r50", "i3d_nln_r50", "r2plus1d_18", "r2plus1d_r50", "slow_r50", "slowfast_nln_8x8_r50")
 WITH_ATTENTION = ("mvit_small", "vit_small")
 
@@ -56,7 +56,9 @@ def grids_of(name: str) -> list[tuple[int, int]]:
     """
     if name in WITH_ATTENTION:
         return [(frames, size) for frames, size in PUBLISHED if frames * size**2 <= 32 * 158**2]
-    return PUBLISHED if name in QUICK or name in ONE_OF_A_FAMILY else [PUBLISHED[0], (16, 158), (32, 224)]
+    if name in QUICK or name in ONE_OF_A_FAMILY:
+        return PUBLISHED
+    return [PUBLISHED[0], (16, 158)] if name in LARGER else [PUBLISHED[0], (16, 158), (32, 224)]
 
 
 def grid_param(name: str, frames: int, size: int) -> Any:
