@@ -102,7 +102,10 @@ def _predicted_time(plan: Plan, gpus: int, benchmark: Benchmark) -> str:
 
 
 def advice(found: list[Candidate]) -> Iterator[str]:
-    """Yield lines on which schedule the evidence favours and how strong that is, and on those that do not fit."""
+    """Yield lines on the schedules that the evidence favours, and on those that are not measured or do not fit.
+
+    Strong evidence comes first; weaker evidence is named only where it favours a schedule with less compute.
+    """
     others = [candidate.name for candidate in found if candidate.plan and candidate.name != "baseline"]
     shares = {name: EVIDENCE[name].share or math.inf for name in others}
     least = math.inf

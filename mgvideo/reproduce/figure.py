@@ -116,13 +116,13 @@ def _accuracy_dots(rows: list[ReportRow]) -> Figure:
     Dots have the schedule's colour. The second cell of a schedule on a line is a ring, which the legend names after its
     column.
     """
-    lines = list(dict.fromkeys(row.cell.row or row.cell.column or row.cell.name for row in rows))
+    line_of_row = [row.cell.row or row.cell.column or row.cell.name for row in rows]
+    lines = list(dict.fromkeys(line_of_row))
     figure = Figure(figsize=(7.2, 1.2 + 0.42 * len(lines)), layout="constrained")
     axes = figure.subplots()
     drawn: set[tuple[str, str]] = set()
-    for row in rows:
+    for row, line in zip(rows, line_of_row, strict=True):
         mean, deviation = row.score(str(row.metric)) or (0.0, 0.0)
-        line = row.cell.row or row.cell.column or row.cell.name
         colour = COLOURS.get(row.schedule, OTHER_COLOURS[0])
         is_second = (line, row.schedule) in drawn
         drawn.add((line, row.schedule))

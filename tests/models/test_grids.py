@@ -58,7 +58,8 @@ def grids_of(name: str) -> list[tuple[int, int]]:
         return [(frames, size) for frames, size in PUBLISHED if frames * size**2 <= 32 * 158**2]
     if name in QUICK or name in ONE_OF_A_FAMILY:
         return PUBLISHED
-    return [PUBLISHED[0], (16, 158)] if name in LARGER else [PUBLISHED[0], (16, 158), (32, 224)]
+    few = [PUBLISHED[0], (16, 158)]
+    return few if name in LARGER else [*few, (32, 224)]
 
 
 def grid_param(name: str, frames: int, size: int) -> Any:
