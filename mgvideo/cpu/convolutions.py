@@ -134,8 +134,3 @@ def _is_convertible(conv: nn.Conv3d) -> bool:
         return True
     kernel = list(zip(conv.kernel_size, conv.padding, strict=True))  # (size, padding) of each dimension
     return kernel[0] == (1, 0) or (conv.kernel_size[0] > 1 and kernel[1:] == [(1, 0), (1, 0)])
-
-
-def has_depthwise_convolutions(model: nn.Module) -> bool:
-    """Whether a model, after `convert_convolutions`, has 3-D convolutions of each channel by itself."""
-    return any(isinstance(module, CpuDepthwiseConv3d) for module in model.modules())

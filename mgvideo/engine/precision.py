@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mgvideo.cpu.convolutions import convert_convolutions, has_depthwise_convolutions
+from mgvideo.cpu.convolutions import convert_convolutions
 from mgvideo.cpu.memory import keep_freed_memory
 from mgvideo.errors import UserError
 from mgvideo.plan.plan import Grid, Plan
@@ -45,15 +45,12 @@ class Precision:
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and memory format, in place, and return it.
 
-        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory. There,
-        networks with depthwise convolutions are always in channels_last_3d.
+        On a CPU, also convert its convolutions to faster kernels and make the process reuse freed memory.
         """
-        channels_last = self.channels_last
         if self.device.type == "cpu":
             keep_freed_memory()
             convert_convolutions(model)
-            channels_last = channels_last or has_depthwise_convolutions(model)
-        memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
+        memory_format = torch.channels_last_3d if self.channels_last else torch.contiguous_format
         return model.to(device=self.device).to(memory_format=memory_format)  # type: ignore[call-overload]
 
     @property
@@ -105,6 +102,8 @@ def _emulation_warning() -> str:
 def choose_precision(name: str, device: torch.device) -> Precision:
     """Return the precision for `auto`, `fp32`, `bf16` or `fp16` on a device, with a warning if bf16 is emulated.
 
+    The memory format is channels_last_3d, but in float32 on GPUs, where it has not been measured, contiguous.
+
     Raises:
         UserError: the name is unknown, or fp16 is chosen on a CPU, where gradients underflow and nothing is faster.
     """
@@ -120,7 +119,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         dtype, reason = dtypes[name], "as requested"
         if name == "bf16" and device.type == "cpu" and not cpu_has_bf16():
             warning = _emulation_warning()
-    return Precision(device, dtype, dtype is not None, reason, warning)
+    return Precision(device, dtype, dtype is not None or device.type == "cpu", reason, warning)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def test_auto_is_bf16_if_onednn_may_use_bf16_instructions(monkeypatch: pytest.Mo
         assert choose_precision("bf16", CPU).warning is None
     for limit in ("AVX512_CORE", "AVX2", "avx2"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert str(choose_precision("auto", CPU)) == "fp32, contiguous (this CPU has no bf16 instructions)"
+        assert str(choose_precision("auto", CPU)) == "fp32, channels_last_3d (this CPU has no bf16 instructions)"
         bf16 = choose_precision("bf16", CPU)
         assert bf16.dtype is torch.bfloat16
         assert bf16.warning is not None
@@ -52,7 +52,7 @@ def test_auto_is_float32_on_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert str(choose_precision("auto", CPU)) == "fp32, contiguous (bf16 has not been measured on aarch64)"
+    assert str(choose_precision("auto", CPU)) == "fp32, channels_last_3d (bf16 has not been measured on aarch64)"
     assert "not been measured on aarch64" in str(choose_precision("bf16", CPU).warning)
 
 

@@ -98,8 +98,6 @@ class StepBenchmark:
     def __init__(self, model: nn.Module, variant: Variant, plan: Plan) -> None:
         self.variant, self.device = variant, variant.precision.device
         self.model = variant.precision.place(convert_group_batchnorm(model)).train()
-        if not variant.precision.channels_last:  # also with depthwise convolutions, to compare the two
-            self.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         self.forward = self.model if variant.compile == "off" else compile_model(self.model, variant.compile, plan)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
 
