@@ -64,7 +64,7 @@ class ReproduceKeys:
     )
     weights: str | None = key(None, "folder of released weights, with the file names that the table lists")
     gpus: int = key(8, "with benchmark: number of GPUs to predict times for", least=1)
-    cells: list[str] | None = key(None, "cells to run, such as [baseline,multigrid]; null: all")
+    cells: list[str] | None = key(None, "cells to run and report, such as [baseline,multigrid]; null: all")
     benchmark: str | None = key(None, "JSON of measured step times, as for mgvideo plan: adds times to --list")
 
 
@@ -123,8 +123,19 @@ def show(options: ReproduceKeys, overrides: Sequence[str]) -> None:
     names = [name for name, presets in presets_by_table().items() if options.preset in presets]
     for name in [options.table] if options.table else names:
         table = load_table(name, options.preset)
+        if options.table:
+            check_cells(table, options.cells)
         entries = compose_entries(table, overrides, options.weights)
+        if options.cells is not None:
+            entries = [entry for entry in entries if entry.cell.name in options.cells]
         prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, options.gpus)
+
+
+def check_cells(table: ResultTable, cells: Sequence[str] | None) -> None:
+    """Raise UserError if `cells` names a cell that the table does not have."""
+    names = [cell.name for cell in table.cells]
+    unknown = [name for name in cells or [] if name not in names]
+    require(not unknown, f"cells: table {table.name} has no {', '.join(unknown)}; choose from {', '.join(names)}")
 
 
 @dataclass
@@ -160,7 +171,7 @@ class Reproduction:
         out = Path(options.out or f"runs/tables/{table.preset.name}")
         self.folder = out / table.name  # of the report
         self.failures: dict[str, str] = {}
-        self._check_cells()
+        check_cells(table, options.cells)
         self.jobs = [
             Job(entry, seed, out / RUNS_FOLDER, entry.cell.processes or options.processes or table.preset.processes)
             for entry in entries
@@ -196,13 +207,6 @@ class Reproduction:
             print(f"error: {name} failed: {reason}", file=sys.stderr)
         self.console.print(f"report: {self.folder / 'report.html'}, report.md, report.csv")
         return bool(self.failures)
-
-    def _check_cells(self) -> None:
-        names = [cell.name for cell in self.table.cells]
-        unknown = [name for name in self.options.cells or [] if name not in names]
-        require(
-            not unknown, f"cells: table {self.table.name} has no {', '.join(unknown)}; choose from {', '.join(names)}"
-        )
 
     def _check_runs(self) -> None:
         """Raise UserError, before any run starts, for what would make a run fail."""
@@ -325,11 +329,13 @@ class Reproduction:
             self.report()
 
     def report(self) -> None:
-        """Write the report of all finished runs."""
+        """Write the report of the chosen cells, and of others that have finished runs."""
         rows = []
         for entry in self.entries:
             jobs = [job for job in self.jobs if job.entry is entry]
             outcomes = tuple(read_outcome(job.folder, job.seed) for job in jobs if job.is_finished())
+            if not outcomes and self.options.cells is not None and entry.cell.name not in self.options.cells:
+                continue
             failed = "; ".join(
                 f"{job.name} failed: {self.failures[job.name]}" for job in jobs if job.name in self.failures
             )
