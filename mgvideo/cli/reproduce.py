@@ -65,6 +65,7 @@ class ReproduceKeys:
     weights: str | None = key(None, "folder of released weights, with the file names that the table lists")
     gpus: int = key(8, "with benchmark: number of GPUs to predict times for", least=1)
     cells: list[str] | None = key(None, "cells to run and report, such as [baseline,multigrid]; null: all")
+    rows: list[str] | None = key(None, "rows of the table to run and report, such as [SlowFast]; null: all")
     benchmark: str | None = key(None, "JSON of measured step times, as for mgvideo plan: adds times to --list")
 
 
@@ -123,19 +124,31 @@ def show(options: ReproduceKeys, overrides: Sequence[str]) -> None:
     names = [name for name, presets in presets_by_table().items() if options.preset in presets]
     for name in [options.table] if options.table else names:
         table = load_table(name, options.preset)
-        if options.table:
-            check_cells(table, options.cells)
         entries = compose_entries(table, overrides, options.weights)
-        if options.cells is not None:
-            entries = [entry for entry in entries if entry.cell.name in options.cells]
+        if options.table:
+            chosen = choose_cells(table, options)
+            entries = [entry for entry in entries if entry.cell.name in chosen]
         prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, options.gpus)
 
 
-def check_cells(table: ResultTable, cells: Sequence[str] | None) -> None:
-    """Raise UserError if `cells` names a cell that the table does not have."""
-    names = [cell.name for cell in table.cells]
-    unknown = [name for name in cells or [] if name not in names]
-    require(not unknown, f"cells: table {table.name} has no {', '.join(unknown)}; choose from {', '.join(names)}")
+def choose_cells(table: ResultTable, options: ReproduceKeys) -> set[str]:
+    """Return the names of the cells that `cells` and `rows` choose.
+
+    Raises:
+        UserError: the table lacks one of them, or no cell is left.
+    """
+    names, rows = [cell.name for cell in table.cells], [cell.row for cell in table.cells]
+    for key_name, wanted, present in (("cells", options.cells, names), ("rows", options.rows, rows)):
+        unknown = [name for name in wanted or [] if name not in present]
+        choices = ", ".join(dict.fromkeys(present))
+        require(not unknown, f"{key_name}: table {table.name} has no {', '.join(unknown)}; choose from {choices}")
+    chosen = {
+        name
+        for name, row in zip(names, rows, strict=True)
+        if name in (options.cells or names) and row in (options.rows or rows)
+    }
+    require(bool(chosen), f"cells and rows have no cell of table {table.name} in common")
+    return chosen
 
 
 @dataclass
@@ -171,14 +184,14 @@ class Reproduction:
         out = Path(options.out or f"runs/tables/{table.preset.name}")
         self.folder = out / table.name  # of the report
         self.failures: dict[str, str] = {}
-        check_cells(table, options.cells)
+        self.names = choose_cells(table, options)
         self.jobs = [
             Job(entry, seed, out / RUNS_FOLDER, entry.cell.processes or options.processes or table.preset.processes)
             for entry in entries
             if entry.skip_reason is None
             for seed in options.seeds or table.preset.seeds
         ]
-        self.chosen = [job for job in self.jobs if options.cells is None or job.entry.cell.name in options.cells]
+        self.chosen = [job for job in self.jobs if job.entry.cell.name in self.names]
         self.console = Console(soft_wrap=True, highlight=False, markup=False)
         self.spent: list[tuple[float, float]] = []  # seconds and FLOPs of the runs finished by this call
 
@@ -334,7 +347,7 @@ class Reproduction:
         for entry in self.entries:
             jobs = [job for job in self.jobs if job.entry is entry]
             outcomes = tuple(read_outcome(job.folder, job.seed) for job in jobs if job.is_finished())
-            if not outcomes and self.options.cells is not None and entry.cell.name not in self.options.cells:
+            if not outcomes and entry.cell.name not in self.names:
                 continue
             failed = "; ".join(
                 f"{job.name} failed: {self.failures[job.name]}" for job in jobs if job.name in self.failures

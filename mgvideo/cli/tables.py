@@ -102,7 +102,7 @@ class TableEntry:
     def recipe(self) -> dict[str, Any]:
         """Return the keys that a finished run must share with this one, as a flat dict without paths to the data."""
         start = self.cell.weights_of or Path(self.config.init_from or "none").name
-        keys = [key for key in self.config if key != "hydra"]  # other keys may refer to those that are left out below
+        keys = [str(key) for key in self.config if key != "hydra"]  # keys may refer to those left out below
         resolved: Any = OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True)
         config = {key: value for key, value in resolved.items() if key not in IGNORED_KEYS}
         return {

@@ -144,6 +144,8 @@ def test_an_invalid_table_gives_a_one_line_error(change: dict, message: str) -> 
         (["table=schedules", "schedule=long"], "every cell of table schedules sets schedule itself"),
         (["table=schedules", "seed=3"], "give seeds=[…] instead"),
         (["table=schedules", "cells=[baselin]"], "has no baselin; choose from baseline"),
+        (["table=beyond", "rows=[SlowFats]"], "has no SlowFats; choose from SlowFast, MViTv2"),
+        (["table=beyond", "rows=[MViTv2]", "cells=[baseline]"], "rows have no cell of table beyond in common"),
         (["table=schedules", "preset=kinetics"], "dataset.root is not set"),
         (["table=generality", "launcher=joblib"], "two_workers_baseline takes 2 processes, launcher=joblib starts one"),
         ([*ON_SLURM, "hydra.launcher.nodes=3"], "nodes=3: 8 processes of cell baseline cannot be spread evenly"),
@@ -208,9 +210,9 @@ def test_cells_may_share_a_key_that_names_their_network(tmp_path: Path, capsys: 
     grids = {f"{frames}x{size}": 0.5 for frames in (4, 8, 16) for size in (32, 45, 64)}
     (tmp_path / "slowfast_small.json").write_text(json.dumps({"step_seconds": grids}))
     benchmark = f"schedule.benchmark={tmp_path}/${{model_option}}.json"
-    main(["--list", "table=beyond", "cells=[long_budget0.25]", benchmark])  # there is no file for other networks
+    main(["--list", "table=beyond", "rows=[SlowFast]", benchmark])  # there is no file for other networks
     shown = capsys.readouterr().out
-    assert "long_budget0.25" in shown
+    assert "cooldown_budget0.33" in shown
     assert "MViTv2" not in shown
     entry = next(e for e in compose_entries(load_table("beyond", "motion"), [benchmark], None) if "long" in e.cell.name)
     assert entry.recipe()["schedule.benchmark"] == f"{tmp_path}/slowfast_small.json"
