@@ -137,16 +137,14 @@ def choose_cells(table: ResultTable, options: ReproduceKeys) -> set[str]:
     Raises:
         UserError: the table lacks one of them, or no cell is left.
     """
-    names, rows = [cell.name for cell in table.cells], [cell.row for cell in table.cells]
-    for key_name, wanted, present in (("cells", options.cells, names), ("rows", options.rows, rows)):
-        unknown = [name for name in wanted or [] if name not in present]
-        choices = ", ".join(dict.fromkeys(present))
-        require(not unknown, f"{key_name}: table {table.name} has no {', '.join(unknown)}; choose from {choices}")
-    chosen = {
-        name
-        for name, row in zip(names, rows, strict=True)
-        if name in (options.cells or names) and row in (options.rows or rows)
-    }
+    chosen = {cell.name for cell in table.cells}
+    for key_name, wanted, attribute in (("cells", options.cells, "name"), ("rows", options.rows, "row")):
+        if wanted is None:
+            continue
+        present = dict.fromkeys(getattr(cell, attribute) for cell in table.cells)
+        unknown = ", ".join(value for value in wanted if value not in present)
+        require(not unknown, f"{key_name}: table {table.name} has no {unknown}; choose from {', '.join(present)}")
+        chosen &= {cell.name for cell in table.cells if getattr(cell, attribute) in wanted}
     require(bool(chosen), f"cells and rows have no cell of table {table.name} in common")
     return chosen
 

@@ -25,7 +25,7 @@ from .values import flatten, override_key, quote
 FOLDER = "table"  # inside mgvideo.configs
 # keys that change neither training nor results; `init_from` is here because recipe() compares its file name instead
 IGNORED_KEYS = (
-    *("hydra", "output_dir", "resume", "loader", "checkpoint", "hang_timeout", "tracking", "decoder", "init_from"),
+    *("output_dir", "resume", "loader", "checkpoint", "hang_timeout", "tracking", "decoder", "init_from"),
     "model_option",
 )
 # schedule and optimizer hold the values of `recipe.*`; `published_clip` is only for a warning
@@ -102,9 +102,9 @@ class TableEntry:
     def recipe(self) -> dict[str, Any]:
         """Return the keys that a finished run must share with this one, as a flat dict without paths to the data."""
         start = self.cell.weights_of or Path(self.config.init_from or "none").name
-        keys = [str(key) for key in self.config if key != "hydra"]  # keys may refer to those left out below
+        keys = [str(key) for key in self.config if key != "hydra"]  # hydra has missing values
         resolved: Any = OmegaConf.to_container(OmegaConf.masked_copy(self.config, keys), resolve=True)
-        config = {key: value for key, value in resolved.items() if key not in IGNORED_KEYS}
+        config = {key: value for key, value in resolved.items() if key not in IGNORED_KEYS}  # others may refer to these
         return {
             key: value
             for key, value in flatten({"processes": self.cell.processes, "init_from": start, **config}).items()
