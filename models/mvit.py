@@ -28,6 +28,7 @@ from .resnet import Triple
 
 PATCH_STRIDE = (2, 4, 4)  # of the first convolution: frames, height, width
 KV_STRIDE = 8  # spatial stride of the first block's keys and values; as many positions remain in all stages
+INIT_STD = 0.02  # standard deviation of torchvision's initial weights of linear layers, the published one
 
 
 def resample(table: Tensor, length: int) -> Tensor:
@@ -148,6 +149,7 @@ class MViT(TorchvisionMViT):
         dropout: float,
         drop_path: float,
         checkpointing: bool,
+        init_std: float,
     ) -> None:
         frames, size = table_clip
         second = version == 2
@@ -168,6 +170,8 @@ class MViT(TorchvisionMViT):
                 module.__class__ = REPLACEMENTS[type(module)]
             if isinstance(module, Pool) and isinstance(module.pool, nn.MaxPool3d):
                 module.pool = MaxPool(module.pool.kernel_size, module.pool.stride, module.pool.padding)
+            if isinstance(module, nn.Linear):
+                module.weight.data *= init_std / INIT_STD
         set_recompute(self.blocks, checkpointing)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,6 +230,7 @@ def mvit(
     dropout: float = 0.5,
     drop_path: float = 0.2,
     checkpointing: bool = False,
+    init_std: float = INIT_STD,
 ) -> MViT:
     """MViT as published. B of version 1 and S of version 2 have 16 blocks; B of version 2 has 24, with stages 2, 5, 21.
 
@@ -240,6 +245,7 @@ def mvit(
         dropout: probability before the last linear layer.
         drop_path: probability to drop a branch of the last block; it rises linearly from 0 in the first.
         checkpointing: save only the inputs of the blocks, and run them again in backward.
+        init_std: standard deviation of the initial weights of linear layers.
     """
     if version not in (1, 2):
         raise UserError(f"MViT: version {version}: choose 1 or 2")
@@ -255,4 +261,5 @@ def mvit(
         dropout=dropout,
         drop_path=drop_path,
         checkpointing=checkpointing,
+        init_std=init_std,
     )

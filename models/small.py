@@ -64,8 +64,12 @@ def x3d_small(num_classes: int, *, width: int = 16, dropout: float = 0.0, checkp
 def mvit_small(
     num_classes: int, *, width: int = 32, dropout: float = 0.0, drop_path: float = 0.0, checkpointing: bool = False
 ) -> MViT:
-    """MViTv2 with four blocks in three stages, and position tables for clips of 16 × 64²."""
-    from .mvit import mvit  # imports torchvision
+    """MViTv2 with four blocks in three stages, and position tables for clips of 16 × 64².
+
+    The initial weights are larger than the published 0.02, which is for a first stage of 96 channels and more: the
+    variance of a layer's output is that of width 96.
+    """
+    from .mvit import INIT_STD, mvit  # imports torchvision
 
     return mvit(
         num_classes,
@@ -77,6 +81,7 @@ def mvit_small(
         dropout=dropout,
         drop_path=drop_path,
         checkpointing=checkpointing,
+        init_std=INIT_STD * (96 / width) ** 0.5,
     )
 
 

@@ -102,6 +102,20 @@ def test_initialisation_matches_published_one(name: str) -> None:
     assert model.head.dropout.p == 0.5
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "std"),
+    [("mvit_v2_s", 96, 0.02), ("mvit_small", 32, 0.0346), ("mvit_small", 16, 0.049), ("vit_small", 96, 0.0566)],
+)
+def test_initial_weights_of_transformers_grow_as_their_width_shrinks(name: str, width: int, std: float) -> None:
+    torch.manual_seed(0)
+    large = [
+        m.weight for m in build(name, width=width).modules() if isinstance(m, nn.Linear) and m.weight.numel() > 4000
+    ]
+    assert large
+    for weight in large:
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize("mode", ["softmax", "dot_product"])
 def test_non_local_block_is_attention_over_all_positions(mode: str) -> None:
     torch.manual_seed(0)
