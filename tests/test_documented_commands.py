@@ -259,7 +259,7 @@ def _perform(words: list[str], programs: Programs) -> None:
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     monkeypatch.chdir(tmp_path)
-    for name in ("measured.json", "slowfast_small.json"):
+    for name in ("measured.json", "slowfast_small.json", "mvit_small.json"):
         Path(name).write_text(benchmark_json())
     Path("SLOWFAST_8x8_R50_stepwise_multigrid.yaml").write_text(KINETICS)
     write_extensions()
