@@ -13,10 +13,17 @@ if os.environ.get("MGVIDEO_TEST_DEVICE") != "cuda":
 import pytest
 from training import KNOBS
 
+from mgvideo.cpu.resources import available_cpus
 from mgvideo.datasets.motion import make_motion
 
 # A shell that starts a job in the background ignores SIGINT in it; programs that tests start must not inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the workers of `pytest -n auto`: one more than CPUs, because many tests wait for processes."""
+    return len(available_cpus()) + 1
 
 
 @pytest.fixture(scope="session")
