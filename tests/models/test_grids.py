@@ -138,6 +138,7 @@ def test_wrong_arguments_raise_user_error(name: str, overrides: dict[str, object
 
 def test_slowfast_compiles_without_graph_breaks_for_every_length() -> None:
     model = build("slowfast_small", width=8).eval()
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         for frames, size in [(16, 32), (18, 45)]:
