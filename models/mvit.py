@@ -171,7 +171,7 @@ class MViT(TorchvisionMViT):
             if isinstance(module, Pool) and isinstance(module.pool, nn.MaxPool3d):
                 module.pool = MaxPool(module.pool.kernel_size, module.pool.stride, module.pool.padding)
             if isinstance(module, nn.Linear):
-                module.weight.data *= init_std / INIT_STD
+                module.weight.data *= init_std / INIT_STD  # drawing them again would change those of published networks
         set_recompute(self.blocks, checkpointing)
 
     def forward(self, x: Tensor) -> Tensor:
