@@ -156,13 +156,20 @@ def test_a_worker_that_dies_or_hangs_ends_loading_with_one_line(
     assert message in lines[0]
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize("method", METHODS_SLOW_SPAWN)
 def test_workers_exit_when_the_training_process_is_killed(motion_root: str, tmp_path: Path, method: str) -> None:
     code, text = run_in_process(tmp_path, print_workers_and_die, motion_root, method)
     assert code == -signal.SIGKILL, text
     workers = [int(pid) for pid in text.split()]
     assert len(workers) == 2
-    while [pid for pid in workers if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+    while any(map(is_running, workers)):
         time.sleep(0.1)
 
 
