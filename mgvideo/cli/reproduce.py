@@ -82,6 +82,8 @@ def main(arguments: Sequence[str]) -> None:
         require(
             options.seeds is None or len(set(options.seeds)) == len(options.seeds) > 0, "seeds: give different numbers"
         )
+        chooses_cells = options.cells is not None or options.rows is not None
+        require(options.table is not None or not chooses_cells, "cells and rows are those of one table: add table=…")
         if options.table is None or "--list" in arguments:
             show(options, run_overrides)
             return

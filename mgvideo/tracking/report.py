@@ -138,4 +138,4 @@ def describe_hardware(device: torch.device) -> str:
         return f"{world_size()} × {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
     cores = int(sum(gather_objects(rank_cpus())))
-    return f"{cores} CPU cores ({name}), {world_size()} rank{'s' * (world_size() > 1)}"
+    return f"{cores} CPU core{'s' * (cores > 1)} ({name}), {world_size()} rank{'s' * (world_size() > 1)}"

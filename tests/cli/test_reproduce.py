@@ -143,6 +143,7 @@ def test_an_invalid_table_gives_a_one_line_error(change: dict, message: str) -> 
         (["table=schedules", "base.batchh=3"], "did you mean base.batch_size?"),
         (["table=schedules", "schedule=long"], "every cell of table schedules sets schedule itself"),
         (["table=schedules", "seed=3"], "give seeds=[…] instead"),
+        (["--list", "rows=[SlowFast]"], "cells and rows are those of one table: add table=…"),
         (["table=schedules", "cells=[baselin]"], "has no baselin; choose from baseline"),
         (["table=beyond", "rows=[SlowFats]"], "has no SlowFats; choose from SlowFast, MViTv2"),
         (["table=beyond", "rows=[MViTv2]", "cells=[baseline]"], "rows have no cell of table beyond in common"),
@@ -394,4 +395,4 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_resumes(
     assert "1 runs, 0 done before" in capsys.readouterr().out
     assert f"resumed at step {int(checkpoint.stem[5:])} of 160" in (folder / "run.log").read_text()
     hardware = json.loads((folder / "report.json").read_text())["hardware"]
-    assert hardware.count("CPU cores") == min(len(cores), 2), "the report lists the cores before and after resuming"
+    assert hardware.count("CPU core") == min(len(cores), 2), "the report lists the cores before and after resuming"
