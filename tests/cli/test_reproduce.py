@@ -395,4 +395,5 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_process_and_the_same_command_resumes(
     assert "1 runs, 0 done before" in capsys.readouterr().out
     assert f"resumed at step {int(checkpoint.stem[5:])} of 160" in (folder / "run.log").read_text()
     hardware = json.loads((folder / "report.json").read_text())["hardware"]
+    assert "1 CPU core (" in hardware
     assert hardware.count("CPU core") == min(len(cores), 2), "the report lists the cores before and after resuming"
