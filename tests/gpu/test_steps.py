@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -117,13 +117,14 @@ def take_step(train_step: TrainStep, step: int, batch: Batch) -> StepResult:
     )
 
 
-def _flat(tensors: object) -> Tensor:
-    return torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors])  # type: ignore[attr-defined]
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0), *(tensor.detach().double().cpu().flatten() for tensor in tensors)])
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference relative to the norm of the expected tensor."""
-    return float((actual - expected).norm() / expected.norm())
+    """Return the norm of the difference relative to the norm of the expected tensor, 0 if both are empty."""
+    assert actual.shape == expected.shape
+    return float((actual - expected).norm() / expected.norm()) if expected.numel() else 0.0
 
 
 @contextmanager
