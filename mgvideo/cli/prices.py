@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from rich import box
@@ -19,9 +19,9 @@ from .tables import TableEntry
 
 
 def print_costs(
-    table: ResultTable, entries: Sequence[TableEntry], seeds: int, benchmark: Benchmark | None, gpus: int
+    table: ResultTable, entries: Sequence[TableEntry], seeds: int, benchmark: Benchmark | None, gpus: Mapping[str, int]
 ) -> None:
-    """Print the epochs, steps and FLOPs of a table's cells and, with a benchmark, their times on `gpus` GPUs."""
+    """Print the epochs, steps and FLOPs of a table's cells and, with a benchmark, their times; `gpus` is by cell."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 180
@@ -43,9 +43,8 @@ def print_costs(
             steps_saved = baseline_of(plan).steps / plan.steps
             figures = [f"{plan.epochs:g}", f"{plan.steps:,}", format_flops(cell_flops), f"{steps_saved:.2f}×", "–"]
             with suppress(UserError):  # the benchmark lacks a grid of this cell
-                cell_seconds = (
-                    sum(phase.seconds for phase in predict_phase_times(plan, gpus, benchmark)) if benchmark else 0.0
-                )
+                times = predict_phase_times(plan, gpus[entry.cell.name], benchmark) if benchmark else []
+                cell_seconds = sum(phase.seconds for phase in times)
                 seconds, figures[-1] = seconds + cell_seconds, format_duration(cell_seconds) if benchmark else "–"
         grid.add_row(entry.cell.name, entry.cell.title, *figures)
     console.print(grid)

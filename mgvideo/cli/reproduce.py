@@ -21,7 +21,7 @@ from mgvideo.plan.plan import require
 from mgvideo.reproduce.figure import draw_results
 from mgvideo.reproduce.page import render_page
 from mgvideo.reproduce.results import ReportRow, Results, read_outcome
-from mgvideo.reproduce.tables import ResultTable
+from mgvideo.reproduce.tables import Cell, ResultTable
 from mgvideo.reproduce.time_to_accuracy import describe_times
 from mgvideo.storage.files import write_atomic
 from mgvideo.storage.paths import explain_write_errors
@@ -52,7 +52,7 @@ class ReproduceKeys:
     """Keys of this program, besides the keys of a run."""
 
     table: str | None = key(None, "table to reproduce; null: list all tables")
-    preset: str = key("motion", "motion, camera, kinetics, charades or ssv2")
+    preset: str = key("motion", "motion, motion112, camera, kinetics, charades or ssv2")
     seeds: list[int] | None = key(None, "seeds of each cell, such as [0,1,2]; null: those of the preset")
     out: str | None = key(
         None, "folder of runs and reports, shared by the tables of a preset; null: runs/tables/PRESET"
@@ -63,7 +63,9 @@ class ReproduceKeys:
         None, "a Hydra launcher, such as slurm: runs all cells at once, the seeds of a cell as one sweep"
     )
     weights: str | None = key(None, "folder of released weights, with the file names that the table lists")
-    gpus: int = key(8, "with benchmark: number of GPUs to predict times for", least=1)
+    gpus: int | None = key(
+        None, "with benchmark: GPUs to predict times for; null: one for each process of a run", least=1
+    )
     cells: list[str] | None = key(None, "cells to run and report, such as [baseline,multigrid]; null: all")
     rows: list[str] | None = key(None, "rows of the table to run and report, such as [SlowFast]; null: all")
     benchmark: str | None = key(None, "JSON of measured step times, as for mgvideo plan: adds times to --list")
@@ -130,7 +132,13 @@ def show(options: ReproduceKeys, overrides: Sequence[str]) -> None:
         if options.table:
             chosen = choose_cells(table, options)
             entries = [entry for entry in entries if entry.cell.name in chosen]
-        prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, options.gpus)
+        gpus = {entry.cell.name: options.gpus or count_processes(entry.cell, table, options) for entry in entries}
+        prices.print_costs(table, entries, len(options.seeds or table.preset.seeds), benchmark, gpus)
+
+
+def count_processes(cell: Cell, table: ResultTable, options: ReproduceKeys) -> int:
+    """Return the number of processes of each run of a cell."""
+    return cell.processes or options.processes or table.preset.processes
 
 
 def choose_cells(table: ResultTable, options: ReproduceKeys) -> set[str]:
@@ -186,7 +194,7 @@ class Reproduction:
         self.failures: dict[str, str] = {}
         self.names = choose_cells(table, options)
         self.jobs = [
-            Job(entry, seed, out / RUNS_FOLDER, entry.cell.processes or options.processes or table.preset.processes)
+            Job(entry, seed, out / RUNS_FOLDER, count_processes(entry.cell, table, options))
             for entry in entries
             if entry.skip_reason is None
             for seed in options.seeds or table.preset.seeds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -10,7 +10,8 @@ from mgvideo.errors import UserError
 from mgvideo.plan.plan import require
 
 Block = TypeVar("Block")
-PRESET_KEYS = frozenset({"common", "rows", "cells", "without", "published"})  # that a table's file may set for a preset
+# What a table's file may set for a preset.
+PRESET_KEYS = frozenset({"common", "rows", "columns", "cells", "without", "published"})
 # Accuracy over training time, with a point for each cell (time) or a line for each schedule (factors; with a panel for
 # each row and the time to the baseline's accuracy: budgets); accuracy alone (dots); only learning curves (none).
 FIGURES = ("time", "factors", "budgets", "dots", "none")
@@ -105,8 +106,8 @@ def read_table(name: str, data: Any, preset: Preset) -> ResultTable:
     """Return the table of a file's content under a preset.
 
     The file has the keys of `ResultTable`, `cells`, and under `presets` the changes of each preset: `common` (more
-    overrides), `rows` (overrides of all cells of a row, before their own), `cells` (in place of the table's), `without`
-    (names of cells to leave out) and `published` (by cell).
+    overrides), `rows` and `columns` (overrides of all cells of a row or column, in this order and before their own),
+    `cells` (in place of the table's), `without` (names of cells to leave out) and `published` (by cell).
 
     Raises:
         UserError: a key is missing or unknown, or a name refers to no cell.
@@ -122,13 +123,9 @@ def read_table(name: str, data: Any, preset: Preset) -> ResultTable:
     cell_data = changes.get("cells") or content.get("cells") or []
     require(isinstance(cell_data, list), f"{where}: cells: expected a list, not {type(cell_data).__name__}")
     cells = tuple(_block(Cell, entry, f"{where}: cells[{i}]") for i, entry in enumerate(cell_data))
-    rows = _mapping(changes.get("rows"), f"{where}: rows")
-    unused = rows.keys() - {cell.row for cell in cells}
-    require(not unused, f"{where}: rows: there is no cell of row {', '.join(sorted(unused))}")
-    for row, overrides in rows.items():
-        require(isinstance(overrides, list), f"{where}: rows: {row}: expected a list of overrides")
+    rows, columns = (_shared_overrides(changes, key, cells, where) for key in ("row", "column"))
     cells = tuple(
-        replace(cell, overrides=(*rows.get(cell.row, []), *cell.overrides))
+        replace(cell, overrides=(*rows.get(cell.row, []), *columns.get(cell.column, []), *cell.overrides))
         for cell in cells
         if cell.name not in changes.get("without", [])
     )
@@ -139,6 +136,16 @@ def read_table(name: str, data: Any, preset: Preset) -> ResultTable:
     _check_table(table, published, where)
     results = {cell: _block(Published, entry, f"{where}: published: {cell}") for cell, entry in published.items()}
     return replace(table, cells=tuple(replace(c, published=results.get(c.name, c.published)) for c in cells))
+
+
+def _shared_overrides(changes: Mapping[str, Any], key: str, cells: Sequence[Cell], where: str) -> dict[str, list[str]]:
+    """Return the overrides of each row or column, as `key` says. Raises UserError if one has no cell or no list."""
+    shared = _mapping(changes.get(f"{key}s"), f"{where}: {key}s")
+    unused = shared.keys() - {getattr(cell, key) for cell in cells}
+    require(not unused, f"{where}: {key}s: there is no cell of {key} {', '.join(sorted(unused))}")
+    for name, overrides in shared.items():
+        require(isinstance(overrides, list), f"{where}: {key}s: {name}: expected a list of overrides")
+    return shared
 
 
 def _check_table(table: ResultTable, published: Mapping[str, Any], where: str) -> None:
