@@ -212,12 +212,13 @@ def _branch(plan: Plan, slots: tuple[Slot, ...], decay_from: int | str, decay_sh
     if decay_from == "now":
         raise UserError("schedule.decay_from=now: add resume=PATH, a checkpoint of the constant part; or give a step")
     last = max(phase.steps[1] for phase in plan.phases if phase.stage == 0)
-    warmup = plan.base.warmup_epochs
-    first = next((step for step in range(plan.steps) if plan.epoch(step) >= warmup), plan.steps)
+    first = next((step for step in range(plan.steps) if plan.epoch(step) >= plan.warmup_end), plan.steps)
     outside = f"schedule.decay_from={decay_from}: the constant part of this plan is steps {max(1, first)} to {last}"
     require(isinstance(decay_from, int) and max(1, first) <= decay_from <= last, f"{outside}: choose one of these")
     assert isinstance(decay_from, int)
     trunk = cut_plan(plan, decay_from)
+    if plan.base.warmup_by == "steps":  # as many of the steps that are left
+        trunk = replace(trunk, base=replace(plan.base, warmup_epochs=plan.base.warmup_epochs * last / decay_from))
     lr_factor = plan.phases[-1].lr_factor
     steps = max(1, round(decay_from * decay_share / (1 - decay_share)))
     return append_phase(trunk, 1, slots, lr_factor, steps, bn_group)

@@ -53,7 +53,9 @@ def make_plan(name: str, base: Base, dataset_size: int, drafts: Sequence[PhaseDr
             dropped.append(f"{draft.slots[-1].grid.name} of LR stage {draft.stage}")
     require(bool(phases), f"schedule.name={name}: no phase of this schedule ends after epoch 0: change its function")
     long_warmup = f"base.warmup_epochs={base.warmup_epochs} is longer than the run of {epoch:g} epochs"
-    require(base.warmup_epochs <= epoch, f"{long_warmup}: lower it")
+    require(
+        base.warmup_by == "steps" or base.warmup_epochs <= epoch, f"{long_warmup}: lower it, or base.warmup_by=steps"
+    )
     return Plan(base, name, dataset_size, tuple(phases), tuple(_notes(phases, dropped, dataset_size)))
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import shake_256
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from mgvideo.errors import UserError
 
 LR_POLICIES = ("step", "cosine", "wsd")
+WARMUP_BY = ("epochs", "steps")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Base:
     lr_policy: str = "step"  # or "cosine" or "wsd", see Plan.lr_at
     final_lr: float = 0.0  # LR at the end of a cosine
     cosine_after_warmup: bool = False  # the cosine starts after the warm-up; False: at epoch 0
+    warmup_by: str = "epochs"  # or "steps", see Plan.warmup_end
     # Pairs (name of a grid, batch multiplier) that replace the multipliers computed from volumes; empty: none.
     batch_multipliers: tuple[tuple[str, int], ...] = ()
 
@@ -62,8 +64,9 @@ class Base:
         longest = self.epochs if not self.cosine_after_warmup else math.nextafter(self.epochs, 0)
         require(self.warmup_epochs <= longest, message)
         require(self.final_lr <= self.lr, f"base.final_lr={self.final_lr} is above base.lr={self.lr}: lower it")
-        unknown = f"base.lr_policy={self.lr_policy}: choose one of {', '.join(LR_POLICIES)}"
-        require(self.lr_policy in LR_POLICIES, unknown)
+        for key, choices in (("lr_policy", LR_POLICIES), ("warmup_by", WARMUP_BY)):
+            value = getattr(self, key)
+            require(value in choices, f"base.{key}={value}: choose one of {', '.join(choices)}")
         no_decay = (
             "base.lr_policy=wsd: give base.lr_milestones, the last of which is the epoch where the LR decay starts"
         )
@@ -253,8 +256,9 @@ class Plan:
     def lr_at(self, epoch: float) -> float:
         """Return the learning rate at an epoch.
 
-        During warm-up it rises linearly from `warmup_lr` to the scheduled LR at the end of the warm-up. After that it
-        is the base LR times the phase's `lr_factor`, which includes the decay at milestones (policy "step").
+        Up to `warmup_end` it rises linearly from `warmup_lr` to the scheduled LR there; with `warmup_by` "steps" to the
+        LR that this is on the grid of the epoch. After that it is the base LR times the phase's `lr_factor`, which
+        includes the decay at milestones (policy "step").
 
         With the policy "cosine", `lr_factor` includes no decay. The LR is also multiplied by a half cosine over the
         baseline's epochs, evaluated at the equivalent baseline epoch: a run that is 30 % through the steps of LR stage
@@ -267,11 +271,37 @@ class Plan:
 
         In a finish (a phase after the last LR stage) the LR falls linearly to 0, under all policies.
         """
+        base, end = self.base, self.warmup_end
+        if epoch >= end:
+            return self._scheduled_lr(epoch)
+        lr, done, whole = self._scheduled_lr(end), epoch, end
+        if base.warmup_by == "steps":
+            phase = self._phase_at(epoch)
+            lr *= phase.lr_factor / self._phase_at(end).lr_factor
+            done, whole = self._baseline_epoch(phase, epoch), base.warmup_epochs
+        return base.warmup_lr + (lr - base.warmup_lr) * done / whole
+
+    @cached_property
+    def warmup_end(self) -> float:
+        """The epoch at which the warm-up ends.
+
+        With `warmup_by` "epochs" it is `warmup_epochs`, as in the paper. With "steps" it is the equivalent of that
+        epoch in this run: where the baseline warms up over 15 % of its steps, so does every schedule, whatever its
+        batches and epochs.
+        """
         warmup = self.base.warmup_epochs
-        if epoch < warmup:
-            start = self.base.warmup_lr
-            return start + (self._scheduled_lr(warmup) - start) * epoch / warmup
-        return self._scheduled_lr(epoch)
+        if self.base.warmup_by == "epochs" or not warmup:
+            return warmup
+        bounds = self.base.lr_bounds
+        stage = bisect_left(bounds, warmup, lo=1) - 1
+        phases = [phase for phase in self.phases if phase.stage == stage]
+        if not phases:  # dropped, because they round to 0 epochs
+            return next((phase.epochs[0] for phase in self.phases if phase.stage > stage), self.epochs)
+        first, last = phases[0].steps[0], phases[-1].steps[1]
+        step = first + (last - first) * (warmup - bounds[stage]) / (bounds[stage + 1] - bounds[stage])
+        phase = next(phase for phase in phases if step <= phase.steps[1])
+        start, end = phase.epochs
+        return start + (end - start) * (step - phase.steps[0]) / phase.num_steps
 
     def _scheduled_lr(self, epoch: float) -> float:
         phase = self._phase_at(epoch)
@@ -311,7 +341,7 @@ class Plan:
         Fields that only some plans use are left out where they have their default.
         """
         data = asdict(self)
-        _drop_defaults(data["base"], batch_multipliers=(), final_lr=0.0, cosine_after_warmup=False)
+        _drop_defaults(data["base"], batch_multipliers=(), final_lr=0.0, cosine_after_warmup=False, warmup_by="epochs")
         for phase in data["phases"]:
             del phase["index"]
             _drop_defaults(phase, weights=(), draw_seed=0, trains="all")

@@ -14,7 +14,7 @@ from recipes import KINETICS, KINETICS_CLIPS, SMALL
 from mgvideo.errors import UserError
 from mgvideo.loading.sampler import ClipSampler
 from mgvideo.plan.coarse_to_fine import cooldown, monotone, random
-from mgvideo.plan.plan import Plan
+from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import baseline
 
 
@@ -75,11 +75,13 @@ def test_cooldown_has_the_base_grid_only_while_the_lr_decays() -> None:
     assert plan.lr(plan.steps - 1) < 1e-5
 
 
-def test_a_cooldown_branches_from_any_step_of_the_constant_part() -> None:
-    plan = cooldown(SMALL, 1024)
+@pytest.mark.parametrize("warmup_by", ["epochs", "steps"])
+def test_a_cooldown_branches_from_any_step_of_the_constant_part(warmup_by: str) -> None:
+    base = replace(SMALL, warmup_by=warmup_by)
+    plan = cooldown(base, 1024)
     last = plan.phases[-2].steps[1]
     for step in (20, 35, last):
-        branch = cooldown(SMALL, 1024, decay_from=step)
+        branch = cooldown(base, 1024, decay_from=step)
         assert [branch.slot(i) for i in range(step)] == [plan.slot(i) for i in range(step)]
         assert [branch.lr(i) for i in range(step)] == pytest.approx([plan.lr(i) for i in range(step)])
         decay = branch.phases[-1]
@@ -126,8 +128,9 @@ def test_ranks_share_the_clips_of_drawn_grids() -> None:
 
 
 @pytest.mark.parametrize("schedule", [monotone, cooldown, random])
-def test_json_round_trip(schedule: Any) -> None:
-    plan = schedule(SMALL, 1024)
+@pytest.mark.parametrize("base", [SMALL, replace(SMALL, warmup_by="steps")], ids=["epochs", "steps"])
+def test_json_round_trip(schedule: Any, base: Base) -> None:
+    plan = schedule(base, 1024)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 

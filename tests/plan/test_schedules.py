@@ -10,6 +10,7 @@ import pytest
 from recipes import ALL_SCHEDULES, KINETICS, KINETICS_CLIPS, SCHEDULES, SMALL, SSV2
 
 from mgvideo.errors import UserError
+from mgvideo.plan.coarse_to_fine import monotone
 from mgvideo.plan.drafts import PhaseDraft, lr_factor_of_batch, make_plan, make_slots
 from mgvideo.plan.plan import Base, Plan
 from mgvideo.plan.schedules import Schedule, baseline, baseline_of, long, multigrid
@@ -53,6 +54,46 @@ def test_any_plan_is_well_formed(base: Base, policy: str, schedule: Schedule) ->
             assert cost == pytest.approx(1, abs=0.1)
         mean = sum(slot.batch for slot in phase.slots) / len(phase.slots)
         assert phase.num_steps == pytest.approx((phase.epochs[1] - phase.epochs[0]) * 1024 / mean, abs=1)
+
+
+@pytest.mark.parametrize("schedule", ALL_SCHEDULES, ids=lambda schedule: schedule.__name__)
+@pytest.mark.parametrize("policy", ["step", "cosine", "wsd"])
+@pytest.mark.parametrize("epochs", [1.5, 3.5])  # of 10; the first milestone is at 4
+def test_a_warm_up_by_steps_takes_the_same_share_of_steps_in_every_schedule(
+    schedule: Schedule, policy: str, epochs: float
+) -> None:
+    base = replace(SMALL, warmup_by="steps", warmup_epochs=epochs, lr_policy=policy)
+    plan = schedule(base, 4096)
+    warm_up = [step for step in range(plan.steps) if plan.epoch(step) < plan.warmup_end]
+    assert len(warm_up) / plan.steps == pytest.approx(epochs / 10, abs=0.03)
+    assert plan.lr(0) == SMALL.warmup_lr
+    rises = [plan.lr(step + 1) - plan.lr(step) for step in warm_up[1:20]]
+    assert rises == pytest.approx([rises[0]] * len(rises)), "linear"
+    assert rises[0] > 0
+
+
+def test_a_warm_up_by_steps_rises_to_the_lr_of_each_grid() -> None:
+    base = replace(SMALL, warmup_by="steps", warmup_epochs=4, lr_policy="cosine", lr_milestones=())
+    plan = monotone(base, 4096)
+    first, second = plan.phases[:2]
+    assert plan.epoch(second.steps[0]) < plan.warmup_end < plan.epoch(second.steps[1])
+    middle = second.steps[0]
+    before, after = plan.lr(middle - 1), plan.lr(middle)
+    assert before - base.warmup_lr == pytest.approx(2 * (after - base.warmup_lr), rel=0.02), "twice the batch"
+    assert first.lr_factor == 2 * second.lr_factor
+
+
+def test_warm_up_by_epochs_and_by_steps_are_the_same_in_the_whole_baseline() -> None:
+    by_epochs, by_steps = (baseline(replace(KINETICS, warmup_by=by), KINETICS_CLIPS) for by in ("epochs", "steps"))
+    steps = range(0, by_epochs.steps, 997)
+    assert [by_steps.lr(step) for step in steps] == pytest.approx([by_epochs.lr(step) for step in steps])
+
+
+def test_a_warm_up_longer_than_a_short_run_is_refused_by_epochs_and_shrinks_by_steps() -> None:
+    base = replace(SMALL, warmup_epochs=3)
+    with pytest.raises(UserError, match=r"longer than the run of 2 epochs: lower it, or base\.warmup_by=steps"):
+        baseline(base, 1024, epoch_factor=0.2)
+    assert baseline(replace(base, warmup_by="steps"), 1024, epoch_factor=0.2).warmup_end == pytest.approx(0.6)
 
 
 def test_baseline_keeps_fractional_epochs() -> None:
@@ -183,6 +224,7 @@ def test_a_batch_larger_than_the_dataset_has_a_note() -> None:
         ({"warmup_epochs": -1}, "base.warmup_epochs"),
         ({"warmup_epochs": 16}, "base.warmup_epochs"),
         ({"lr_policy": "linear"}, "base.lr_policy"),
+        ({"warmup_by": "clips"}, "base.warmup_by"),
         ({"batch_size": 2048}, "base.batch_size"),
         ({"epochs": 0.2, "lr_milestones": (), "warmup_epochs": 0}, "schedule.round_epochs"),
     ],
