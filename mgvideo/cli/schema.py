@@ -97,9 +97,10 @@ class BaseKeys:
     gamma: float = key(0.1, "LR factor at each milestone")
     warmup_epochs: float | None = key(0.0, "epochs of linear warm-up")
     warmup_lr: float | None = key(0.0, "LR at the start of warm-up")
-    warmup_by: str = key(
-        "epochs",
-        "epochs: the warm-up lasts warmup_epochs; steps: their share of the baseline's steps",
+    warmup_by: str | None = key(
+        None,
+        "epochs: the warm-up lasts warmup_epochs; steps: their share of the baseline's steps; "
+        "null: steps in cooldown, epochs in all others",
     )
     lr_policy: str = key(
         "step", "LR schedule: step, cosine, or wsd (constant, then from the last milestone linear to 0)"

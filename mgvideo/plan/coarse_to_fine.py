@@ -100,7 +100,8 @@ def cooldown(
 ) -> Plan:
     """Return a plan with coarse grids at a constant LR, and the base's grid only while the LR decays to 0.
 
-    The LR policy is "wsd", whatever `base.lr_policy` is, with the decay over the last `decay_share` of the steps.
+    The LR policy is "wsd", whatever `base.lr_policy` is, with the decay over the last `decay_share` of the steps. The
+    warm-up is "by steps" unless the recipe says otherwise: by epochs it is too short for the large batches.
 
     Args: as in `monotone`, and
         long_factors: the grids of the constant part.
@@ -117,7 +118,8 @@ def cooldown(
     )  # fmt: skip
     invalid = f"schedule.decay_share={decay_share}: give a number between 0 and 1"
     require(0 < finite_or_nan(decay_share) < 1, invalid)
-    base = replace(base, lr_policy="wsd", lr_milestones=((1 - decay_share) * base.epochs,))
+    milestones = ((1 - decay_share) * base.epochs,)
+    base = replace(base, lr_policy="wsd", lr_milestones=milestones, warmup_by=base.warmup_by or "steps")
     factors = [*long_factors, (1.0, 1.0)]
     grids = [make_slots(base, (f, s), short_factors, jitter, random_stride, min_size) for f, s in factors]
     ends = [(1 - decay_share) * end for end in _grid_ends(shares, grids[:-1])]

@@ -43,7 +43,7 @@ class Base:
     lr_policy: str = "step"  # or "cosine" or "wsd", see Plan.lr_at
     final_lr: float = 0.0  # LR at the end of a cosine
     cosine_after_warmup: bool = False  # the cosine starts after the warm-up; False: at epoch 0
-    warmup_by: str = "epochs"  # or "steps", see Plan.warmup_end
+    warmup_by: str | None = None  # "epochs" or "steps", see Plan.warmup_end; None: as the schedule chooses, or "epochs"
     # Pairs (name of a grid, batch multiplier) that replace the multipliers computed from volumes; empty: none.
     batch_multipliers: tuple[tuple[str, int], ...] = ()
 
@@ -66,7 +66,8 @@ class Base:
         require(self.final_lr <= self.lr, f"base.final_lr={self.final_lr} is above base.lr={self.lr}: lower it")
         for key, choices in (("lr_policy", LR_POLICIES), ("warmup_by", WARMUP_BY)):
             value = getattr(self, key)
-            require(value in choices, f"base.{key}={value}: choose one of {', '.join(choices)}")
+            is_default = key == "warmup_by" and value is None
+            require(is_default or value in choices, f"base.{key}={value}: choose one of {', '.join(choices)}")
         no_decay = (
             "base.lr_policy=wsd: give base.lr_milestones, the last of which is the epoch where the LR decay starts"
         )
@@ -290,7 +291,7 @@ class Plan:
         batches and epochs.
         """
         warmup = self.base.warmup_epochs
-        if self.base.warmup_by == "epochs" or not warmup:
+        if self.base.warmup_by != "steps" or not warmup:
             return warmup
         bounds = self.base.lr_bounds
         stage = bisect_left(bounds, warmup, lo=1) - 1
@@ -341,7 +342,7 @@ class Plan:
         Fields that only some plans use are left out where they have their default.
         """
         data = asdict(self)
-        _drop_defaults(data["base"], batch_multipliers=(), final_lr=0.0, cosine_after_warmup=False, warmup_by="epochs")
+        _drop_defaults(data["base"], batch_multipliers=(), final_lr=0.0, cosine_after_warmup=False, warmup_by=None)
         for phase in data["phases"]:
             del phase["index"]
             _drop_defaults(phase, weights=(), draw_seed=0, trains="all")

@@ -67,12 +67,20 @@ def test_cooldown_has_the_base_grid_only_while_the_lr_decays() -> None:
     assert [(p.stage, p.grid.name) for p in plan.phases] == [(0, "8x158"), (0, "16x158"), (0, "16x224"), (1, "32x224")]
     decay = plan.phases[-1]
     assert decay.num_steps == pytest.approx(0.2 * plan.steps, abs=2)
-    constant = [plan.lr(step) for step in range(0, decay.steps[0], 1000) if plan.epoch(step) >= 34]
+    constant = [plan.lr(step) for step in range(0, decay.steps[0], 1000) if plan.epoch(step) >= plan.warmup_end]
     assert set(constant) == {0.1}
     falling = [plan.lr(step) for step in range(decay.steps[0], plan.steps, 1000)]
     assert falling[0] == 0.1
     assert all(a > b for a, b in pairwise(falling))
     assert plan.lr(plan.steps - 1) < 1e-5
+
+
+def test_cooldown_warms_up_by_steps_unless_the_recipe_says_otherwise() -> None:
+    share = KINETICS.warmup_epochs / KINETICS.epochs
+    by_default = cooldown(KINETICS, KINETICS_CLIPS)
+    steps = sum(by_default.epoch(step) < by_default.warmup_end for step in range(by_default.steps))
+    assert steps / by_default.steps == pytest.approx(share, abs=1e-3)
+    assert cooldown(replace(KINETICS, warmup_by="epochs"), KINETICS_CLIPS).warmup_end == KINETICS.warmup_epochs
 
 
 @pytest.mark.parametrize("warmup_by", ["epochs", "steps"])
