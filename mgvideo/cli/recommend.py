@@ -43,12 +43,12 @@ EVIDENCE = {
         "published", 0.29, "the paper and its model zoo, Kinetics-400: level with 0.29 of the compute"
     ),
     "monotone": Evidence(
-        "toy scale", 0.34, "three seeds: the baseline's accuracy with 0.34 of its compute on Motion, not on Camera"
+        "toy scale", 0.34, "small networks: the baseline's accuracy with 0.34 of its compute on Motion, not on Camera"
     ),
     "cooldown": Evidence(
         "toy scale",
         0.26,
-        "three seeds: the baseline's accuracy with 0.26 of its compute on Motion, 0.30 with MViTv2, 0.35 on Camera",
+        "small networks: the baseline's accuracy with 0.26 of its compute on Motion, 0.30 with MViTv2, 0.35 on Camera",
     ),
     "random": Evidence("none", None, "not measured yet; for a network that is tested at many grids"),
 }
