@@ -6,12 +6,13 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -151,10 +152,15 @@ def end_state(folder: Path) -> dict[str, object]:
 
 
 def free_port() -> int:
-    """Return a free TCP port, for the rendezvous of ranks."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+    """Return a free TCP port, for the rendezvous of ranks.
+
+    It is below those that systems give to connections (from 32768 up), one of which could take it before the ranks do.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("localhost", port))
+            return port
+    raise RuntimeError("no free port in a hundred tries")
 
 
 def run_program(

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from training import free_port
+
 TOOLS = ("slurmctld", "slurmd", "munged", "unshare", "setpriv", "sbatch")
 NODES = {"n1": "127.0.1.1", "n2": "127.0.1.2"}
 END_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
@@ -87,16 +89,6 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 class Cluster:
     """Two nodes, n1 and n2, with four CPUs each. `environment` holds the variables of client programs."""
 
@@ -121,7 +113,7 @@ class Cluster:
         self._wait_until_idle()
 
     def _configure(self) -> None:
-        controller, *ports = free_ports(1 + len(NODES))
+        controller, *ports = (free_port() for _ in range(1 + len(NODES)))
         nodes = "\n".join(
             f"NodeName={name} NodeAddr={address} Port={port} CPUs=4 RealMemory=8000"
             for (name, address), port in zip(NODES.items(), ports, strict=True)
