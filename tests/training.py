@@ -152,15 +152,23 @@ def end_state(folder: Path) -> dict[str, object]:
 
 
 def free_port() -> int:
-    """Return a free TCP port, for the rendezvous of ranks.
+    """Return a free TCP port, for the rendezvous of ranks."""
+    return free_ports(1)[0]
 
-    It is below those that systems give to connections (from 32768 up), one of which could take it before the ranks do.
+
+def free_ports(count: int) -> list[int]:
+    """Return different free TCP ports.
+
+    They are below those that systems give to connections (from 32768 up), which could take a port before it is used.
     """
+    ports: list[int] = []
     for port in random.SystemRandom().sample(range(10_000, 32_768), 100):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("localhost", port))
-            return port
-    raise RuntimeError("no free port in a hundred tries")
+        if len(ports) < count:
+            with socket.socket() as listener, suppress(OSError):
+                listener.bind(("localhost", port))
+                ports.append(port)
+    assert len(ports) == count, "a hundred ports have too few free ones"
+    return ports
 
 
 def run_program(

@@ -64,10 +64,10 @@ class Base:
         longest = self.epochs if not self.cosine_after_warmup else math.nextafter(self.epochs, 0)
         require(self.warmup_epochs <= longest, message)
         require(self.final_lr <= self.lr, f"base.final_lr={self.final_lr} is above base.lr={self.lr}: lower it")
-        for key, choices in (("lr_policy", LR_POLICIES), ("warmup_by", WARMUP_BY)):
-            value = getattr(self, key)
-            is_default = key == "warmup_by" and value is None
-            require(is_default or value in choices, f"base.{key}={value}: choose one of {', '.join(choices)}")
+        unknown = f"base.lr_policy={self.lr_policy}: choose one of {', '.join(LR_POLICIES)}"
+        require(self.lr_policy in LR_POLICIES, unknown)
+        unknown = f"base.warmup_by={self.warmup_by}: choose one of {', '.join(WARMUP_BY)}"
+        require(self.warmup_by in (None, *WARMUP_BY), unknown)
         no_decay = (
             "base.lr_policy=wsd: give base.lr_milestones, the last of which is the epoch where the LR decay starts"
         )
@@ -222,8 +222,8 @@ class Plan:
         """Number of epochs of the whole run."""
         return self.phases[-1].epochs[1]
 
-    def phase(self, step: int) -> Phase:
-        """Return the phase of a step.
+    def phase(self, step: float) -> Phase:
+        """Return the phase of a step, or of a fraction of one.
 
         Raises:
             IndexError: the step is outside the plan.
@@ -242,8 +242,8 @@ class Plan:
         grid = phase.slot(step).grid
         return f"step {step} (phase {phase.index + 1}, {grid.frames}×{grid.size}²)"
 
-    def epoch(self, step: int) -> float:
-        """Return the epoch at the start of a step. For `step == self.steps` it is the end of the run."""
+    def epoch(self, step: float) -> float:
+        """Return the epoch at the start of a step or at a fraction of it. For `self.steps` it is the end of the run."""
         if step == self.steps:
             return self.epochs
         phase = self.phase(step)
@@ -295,14 +295,8 @@ class Plan:
             return warmup
         bounds = self.base.lr_bounds
         stage = bisect_left(bounds, warmup, lo=1) - 1
-        phases = [phase for phase in self.phases if phase.stage == stage]
-        if not phases:  # dropped, because they round to 0 epochs
-            return next((phase.epochs[0] for phase in self.phases if phase.stage > stage), self.epochs)
-        first, last = phases[0].steps[0], phases[-1].steps[1]
-        step = first + (last - first) * (warmup - bounds[stage]) / (bounds[stage + 1] - bounds[stage])
-        phase = next(phase for phase in phases if step <= phase.steps[1])
-        start, end = phase.epochs
-        return start + (end - start) * (step - phase.steps[0]) / phase.num_steps
+        first, last = self._stage_steps(stage)
+        return self.epoch(first + (last - first) * (warmup - bounds[stage]) / (bounds[stage + 1] - bounds[stage]))
 
     def _scheduled_lr(self, epoch: float) -> float:
         phase = self._phase_at(epoch)
@@ -324,12 +318,18 @@ class Plan:
 
     def _baseline_epoch(self, phase: Phase, epoch: float) -> float:
         """Return the equivalent baseline epoch: as far through its LR stage as this run is at `epoch`."""
-        stage_phases = [p for p in self.phases if p.stage == phase.stage]
-        stage_start, stage_end = stage_phases[0].steps[0], stage_phases[-1].steps[1]
+        stage_start, stage_end = self._stage_steps(phase.stage)
         start, end = phase.epochs
         step = phase.steps[0] + phase.num_steps * (min(epoch, end) - start) / (end - start)
         baseline_start, baseline_end = self.base.lr_bounds[phase.stage : phase.stage + 2]
         return baseline_start + (baseline_end - baseline_start) * (step - stage_start) / (stage_end - stage_start)
+
+    def _stage_steps(self, stage: int) -> tuple[int, int]:
+        """Return the first step of an LR stage and the step after its last: equal if all its phases were dropped."""
+        first = bisect_left(self.phases, stage, key=lambda phase: phase.stage)
+        after = bisect_right(self.phases, stage, key=lambda phase: phase.stage)
+        start = self.phases[first].steps[0] if first < len(self.phases) else self.steps
+        return start, self.phases[after - 1].steps[1] if after > first else start
 
     def clips_before(self, step: int) -> int:
         """Return how many clips all steps before `step` train on."""

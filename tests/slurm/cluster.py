@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from training import free_port
+from training import free_ports
 
 TOOLS = ("slurmctld", "slurmd", "munged", "unshare", "setpriv", "sbatch")
 NODES = {"n1": "127.0.1.1", "n2": "127.0.1.2"}
@@ -113,7 +113,7 @@ class Cluster:
         self._wait_until_idle()
 
     def _configure(self) -> None:
-        controller, *ports = (free_port() for _ in range(1 + len(NODES)))
+        controller, *ports = free_ports(1 + len(NODES))
         nodes = "\n".join(
             f"NodeName={name} NodeAddr={address} Port={port} CPUs=4 RealMemory=8000"
             for (name, address), port in zip(NODES.items(), ports, strict=True)
